@@ -1,0 +1,87 @@
+"""Pixels at the borders of the program: uint8 and float32 images, grids, PNG files."""
+
+import io
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from PIL import Image
+
+from maskgen.errors import UserError
+
+
+def to_float(images: jax.Array) -> jax.Array:
+  """Converts uint8 [..., h, w, c] in 0..255, or float32 in [0, 1], to float32 in [0, 1]."""
+  if images.dtype == jnp.uint8:
+    return images.astype(jnp.float32) / 255.0
+  if images.dtype != jnp.float32:
+    raise UserError(f"images are {images.dtype}: give uint8 in 0..255 or float32 in [0, 1]")
+  return images
+
+
+def to_uint8(images: np.ndarray) -> np.ndarray:
+  """Converts float [..., h, w, c] in [0, 1] (clipped), or uint8, to uint8 in 0..255."""
+  images = np.asarray(images)
+  if images.dtype == np.uint8:
+    return images
+  return np.rint(np.clip(images, 0.0, 1.0) * 255.0).astype(np.uint8)
+
+
+def check_images(images: np.ndarray, *, channels: int = 3) -> np.ndarray:
+  """Checks images that come from a user and returns them as uint8 or float32.
+
+  Args:
+    images: [b, h, w, c], uint8 in 0..255 or floating point in [0, 1].
+    channels: the number of channels c that the model takes.
+
+  Raises:
+    UserError: on another rank, number of channels, dtype or range.
+  """
+  images = np.asarray(images)
+  if images.ndim != 4:
+    raise UserError(f"images have shape {images.shape}: give a batch of rank 4, [b, h, w, c]")
+  if images.shape[-1] != channels:
+    raise UserError(f"images have shape {images.shape}: the last axis must hold {channels} channels")
+  if images.dtype == np.uint8:
+    return images
+  if not np.issubdtype(images.dtype, np.floating):
+    raise UserError(f"images are {images.dtype}: give uint8 in 0..255 or floats in [0, 1]")
+  low, high = (float(images.min()), float(images.max())) if images.size else (0.0, 0.0)
+  if not (low >= 0.0 and high <= 1.0):  # also catches NaN
+    raise UserError(
+      f"float images range over [{low:g}, {high:g}]: scale them to [0, 1], or give uint8 in 0..255"
+    )
+  return images.astype(np.float32)
+
+
+def grid(images: np.ndarray, columns: int | None = None, padding: int = 2) -> np.ndarray:
+  """Tiles images [b, h, w, c] into one uint8 picture [H, W, 3], row by row on white."""
+  images = to_uint8(images)
+  if images.shape[-1] == 1:
+    images = np.repeat(images, 3, axis=-1)
+  count, height, width, _ = images.shape
+  columns = columns or math.ceil(math.sqrt(count))
+  rows = math.ceil(count / columns)
+  canvas = np.full(
+    (rows * (height + padding) + padding, columns * (width + padding) + padding, 3), 255, np.uint8
+  )
+  for i, image in enumerate(images):
+    top = padding + (i // columns) * (height + padding)
+    left = padding + (i % columns) * (width + padding)
+    canvas[top : top + height, left : left + width] = image[..., :3]
+  return canvas
+
+
+def enlarge(picture: np.ndarray, smallest: int = 512) -> np.ndarray:
+  """Repeats pixels of [h, w, c] until the longer side reaches `smallest`, so that people can see."""
+  factor = max(1, -(-smallest // max(picture.shape[:2])))
+  return np.repeat(np.repeat(picture, factor, axis=0), factor, axis=1)
+
+
+def write_png(path: epath.PathLike, picture: np.ndarray) -> None:
+  """Writes one picture [h, w, 3], uint8 or float in [0, 1], as a PNG file."""
+  buffer = io.BytesIO()
+  Image.fromarray(to_uint8(picture)).save(buffer, format="PNG")
+  epath.Path(path).write_bytes(buffer.getvalue())

@@ -1,0 +1,89 @@
+"""Trees of arrays by path: names, regular expressions, two-column differences."""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from maskgen.errors import UserError
+
+
+def path_name(path: Sequence[Any]) -> str:
+  """Joins a key path of `jax.tree_util` into `a/b/kernel`."""
+  return jax.tree_util.keystr(tuple(path), simple=True, separator="/")
+
+
+def names(tree: Any) -> Any:
+  """Replaces every leaf of `tree` by its path name."""
+  return jax.tree_util.tree_map_with_path(lambda path, _: path_name(path), tree)
+
+
+def flatten(tree: Any) -> dict[str, Any]:
+  """Flattens a tree to `{path name: leaf}`."""
+  return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
+  """Inverts `flatten` for trees made of dictionaries."""
+  tree: dict[str, Any] = {}
+  for name, leaf in flat.items():
+    *parents, last = name.split("/")
+    node = tree
+    for part in parents:
+      node = node.setdefault(part, {})
+    node[last] = leaf
+  return tree
+
+
+def first_match(tree: Any, rules: Sequence[tuple[str, Any]], default: Any) -> dict[str, Any]:
+  """For each leaf's path name, the value of the first (regex, value) rule whose regex is found in it.
+
+  Raises:
+    UserError: for a rule that is the first match of no leaf; such a rule is a typo or is shadowed.
+  """
+  chosen = {}
+  used = set()
+  for name in flatten(tree):
+    chosen[name] = default
+    for i, (pattern, value) in enumerate(rules):
+      if re.search(pattern, name):
+        chosen[name] = value
+        used.add(i)
+        break
+  unused = [pattern for i, (pattern, _) in enumerate(rules) if i not in used]
+  if unused:
+    raise UserError(f"rule '{unused[0]}' is the first match of no parameter: remove or reorder it")
+  return chosen
+
+
+def check_same(found: Any, expected: Any, what: str) -> None:
+  """Checks that two trees have the same names, shapes and dtypes.
+
+  Raises:
+    UserError: with one line per difference: name, what was found, what is expected.
+  """
+  left = {name: _describe(leaf) for name, leaf in flatten(found).items()}
+  right = {name: _describe(leaf) for name, leaf in flatten(expected).items()}
+  rows = [
+    (name, left.get(name, "-"), right.get(name, "-"))
+    for name in sorted(left.keys() | right.keys())
+    if left.get(name) != right.get(name)
+  ]
+  if not rows:
+    return
+  shown = [("parameter", "found", "expected"), *rows[:20]]
+  widths = [max(len(row[i]) for row in shown) for i in range(2)]
+  table = "\n".join(f"  {a:<{widths[0]}}  {b:<{widths[1]}}  {c}" for a, b, c in shown)
+  more = f"\n  ... and {len(rows) - 20} more" if len(rows) > 20 else ""
+  raise UserError(f"{what} does not fit this config in {len(rows)} places:\n{table}{more}")
+
+
+def _describe(leaf: Any) -> str:
+  return f"{leaf.dtype}{list(leaf.shape)}"
+
+
+def count(tree: Any) -> int:
+  """The number of scalars in a tree of arrays or shapes."""
+  return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
