@@ -1,0 +1,81 @@
+"""Losses as pure functions: float32 in, one value per example out unless said otherwise.
+
+Letters: b batch, n tokens, K classes or codes, d width, m vectors.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+
+def cross_entropy(logits: jax.Array, targets: jax.Array, label_smoothing: float = 0.0) -> jax.Array:
+  """Cross-entropy with (1 - s) on the target and s spread evenly over all K classes.
+
+  Args:
+    logits: [..., K].
+    targets: int [...], in 0 .. K-1.
+    label_smoothing: s in [0, 1).
+
+  Returns:
+    float32 [...].
+  """
+  log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
+  nll = -jnp.take_along_axis(log_p, targets[..., None], axis=-1)[..., 0]
+  return (1.0 - label_smoothing) * nll - label_smoothing * log_p.mean(axis=-1)
+
+
+def masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
+  """Mean of values [b, n] over the positions where mask [b, n] is True; [b], 0 where there are none."""
+  weights = mask.astype(values.dtype)
+  return (values * weights).sum(axis=-1) / jnp.maximum(weights.sum(axis=-1), 1.0)
+
+
+def mean_per_example(values: jax.Array) -> jax.Array:
+  """Mean over all axes but the first; [b]."""
+  return values.reshape(values.shape[0], -1).mean(axis=-1)
+
+
+def generator_loss(fake_logits: jax.Array) -> jax.Array:
+  """Non-saturating generator loss -log sigmoid(D(fake)) (Goodfellow et al. 2014, section 3)."""
+  return jax.nn.softplus(-fake_logits)
+
+
+def discriminator_loss(real_logits: jax.Array, fake_logits: jax.Array) -> jax.Array:
+  """Logistic discriminator loss -log sigmoid(D(real)) - log(1 - sigmoid(D(fake)))."""
+  return jax.nn.softplus(-real_logits) + jax.nn.softplus(fake_logits)
+
+
+def r1_penalty(discriminate: Callable[[jax.Array], jax.Array], real: jax.Array) -> jax.Array:
+  """Squared gradient norm of the discriminator at real images (R1 of Mescheder et al. 2018, equation 9).
+
+  Args:
+    discriminate: images [b, h, w, c] -> logits [b]; each logit depends on its own image alone.
+    real: [b, h, w, c].
+
+  Returns:
+    [b]; the customary factor gamma / 2 is the caller's.
+  """
+  gradient = jax.grad(lambda images: discriminate(images).sum())(real)
+  return jnp.square(gradient).reshape(real.shape[0], -1).sum(axis=-1)
+
+
+def code_entropy_loss(distances: jax.Array, temperature: float = 0.01) -> jax.Array:
+  """Entropy term that keeps codes in use (MaskGIT's tokenizer; Yu et al. 2023, equation 8).
+
+  Mean entropy of each vector's soft assignment minus the entropy of the mean assignment: low when every
+  vector is sure of its code and all codes are used alike. It couples the whole batch.
+
+  Args:
+    distances: squared distances [m, K] from vectors to codes.
+    temperature: of the softmax over negative distances.
+
+  Returns:
+    A scalar.
+  """
+  log_p = jax.nn.log_softmax(-distances / temperature)
+  p = jnp.exp(log_p)
+  mean_p = p.mean(axis=0)
+  sample_entropy = -(p * log_p).sum(axis=-1).mean()
+  mean_entropy = -(mean_p * jnp.log(mean_p + 1e-8)).sum()
+  return sample_entropy - mean_entropy

@@ -1,0 +1,94 @@
+"""Variable-ratio masking with static shapes (MAGE, Li et al. 2023, section 3.1).
+
+Letters: b batch, n tokens, k kept tokens.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from maskgen.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskRatio:
+  """A Gaussian truncated to [low, high], one draw per example.
+
+  Attributes:
+    mean: mean of the Gaussian before truncation.
+    std: its standard deviation.
+    low: the smallest ratio; this share of the tokens is also what the encoder never sees.
+    high: the largest ratio.
+  """
+
+  mean: float = 0.55
+  std: float = 0.25
+  low: float = 0.5
+  high: float = 1.0
+
+  def __post_init__(self):
+    if not (0.0 <= self.low <= self.high <= 1.0 and self.std > 0.0):
+      raise UserError(
+        f"mask ratio needs 0 <= low <= high <= 1 and std > 0 (got low={self.low}, high={self.high}, "
+        f"std={self.std})"
+      )
+
+  def sample(self, keys: jax.Array) -> jax.Array:
+    """Draws one ratio for each of the PRNG keys [b]; float32 [b] in [low, high]."""
+    low, high = (self.low - self.mean) / self.std, (self.high - self.mean) / self.std
+    normal = jax.vmap(lambda key: jax.random.truncated_normal(key, low, high))(keys)
+    return jnp.clip(self.mean + self.std * normal, self.low, self.high)
+
+
+def num_dropped(num_tokens: int, ratio: MaskRatio) -> int:
+  """How many masked tokens the encoder never sees: ceil(n * low), the same for every example."""
+  return int(-(-num_tokens * ratio.low // 1))
+
+
+def random_mask(keys: jax.Array, num_tokens: int, ratio: MaskRatio) -> tuple[jax.Array, jax.Array]:
+  """Chooses which tokens are masked, and which positions the encoder keeps.
+
+  Of each example's tokens ceil(n * r) are masked, r drawn from `ratio`, and ceil(n * low) of the masked ones
+  are dropped: the encoder sees the same number of positions, k = n - ceil(n * low), in every example.
+  Ranks of random numbers decide, so ties are impossible and shapes are static.
+
+  Args:
+    keys: PRNG keys [b]; example i depends on key i alone.
+    num_tokens: n.
+    ratio: the distribution of mask ratios.
+
+  Returns:
+    mask: bool [b, n], True where a token is masked.
+    kept: int32 [b, k], the positions that are not dropped, ascending.
+  """
+  ratio_keys, order_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
+  num_masked = jnp.ceil(num_tokens * ratio.sample(ratio_keys)).astype(jnp.int32)  # [b]
+  order = jax.vmap(lambda key: jax.random.permutation(key, num_tokens))(order_keys)  # [b, n]
+  rank = jnp.argsort(order, axis=-1)
+  mask = rank < num_masked[:, None]
+  kept = jnp.sort(order[:, num_dropped(num_tokens, ratio) :], axis=-1)
+  return mask, kept
+
+
+def token_mask(pixel_mask: jax.Array, factor: int) -> jax.Array:
+  """Tokens that a pixel mask makes unknown: those it touches, and one more ring around them.
+
+  The codes next to a hole still record the hole that the tokenizer saw.
+
+  Args:
+    pixel_mask: bool [b, h, w], True where pixels are to be made anew.
+    factor: pixels per token along each side.
+
+  Returns:
+    bool [b, n], row by row; all False where the pixel mask is.
+  """
+  batch, height, width = pixel_mask.shape
+  patches = pixel_mask.reshape(batch, height // factor, factor, width // factor, factor)
+  touched = patches.any(axis=(2, 4))
+  padded = jnp.pad(touched, ((0, 0), (1, 1), (1, 1)))
+  ringed = jnp.zeros_like(touched)
+  for row in range(3):
+    for column in range(3):
+      ringed |= padded[:, row : row + touched.shape[1], column : column + touched.shape[2]]
+  return ringed.reshape(batch, -1)

@@ -1,0 +1,120 @@
+"""Iterative parallel decoding (MaskGIT, Chang et al. 2022, section 3.2), for any model of tokens.
+
+Letters: b batch, n tokens, K codebook size.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from maskgen.errors import UserError, nearest
+
+# The share of the initially unknown tokens that is still masked when the share t of the steps is done:
+# 1 at t = 0, 0 at t = 1.
+SCHEDULES: dict[str, Callable[[float], float]] = {
+  "cosine": lambda t: math.cos(math.pi / 2 * t),
+  "linear": lambda t: 1 - t,
+  "square": lambda t: 1 - t**2,
+  "cubic": lambda t: 1 - t**3,
+  "arccos": lambda t: math.acos(t) / (math.pi / 2),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+  """How tokens are filled in; the arguments of `decode`.
+
+  Attributes:
+    steps: number of steps.
+    schedule: a name in `SCHEDULES`.
+    temperature: scale of the Gumbel noise on the confidence at the first step, annealed to 0; 0 unmasks the
+      most confident tokens first. Quality and variety depend on it strongly.
+  """
+
+  steps: int = 20
+  schedule: str = "cosine"
+  temperature: float = 6.0
+
+  def __post_init__(self):
+    remaining_table(self.schedule, self.steps, 0)
+
+
+def remaining_table(schedule: str, steps: int, num_tokens: int) -> np.ndarray:
+  """Tabulates floor(u * schedule(t)) for t = (step + 1) / steps and u = 0 .. n unknown tokens.
+
+  Tabulating in float64 makes the counts independent of the device's rounding.
+
+  Returns:
+    int32 [steps, n + 1]; the last row is 0.
+
+  Raises:
+    UserError: for an unknown schedule or less than one step.
+  """
+  if schedule not in SCHEDULES:
+    raise UserError(f"schedule '{schedule}' does not exist{nearest(schedule, SCHEDULES)}")
+  if steps < 1:
+    raise UserError(f"sampling needs at least 1 step (got {steps})")
+  shares = [SCHEDULES[schedule]((step + 1) / steps) for step in range(steps)]
+  table = np.floor(np.outer(shares, np.arange(num_tokens + 1))).astype(np.int32)
+  table[-1] = 0
+  return table
+
+
+def num_remaining(scheduled: jax.Array, unknown: jax.Array, last: jax.Array) -> jax.Array:
+  """How many tokens stay masked after a step: at least 1 and at most unknown - 1 before the last step."""
+  bounded = jnp.clip(scheduled, 1, jnp.maximum(unknown - 1, 1))
+  return jnp.where(last, 0, jnp.minimum(bounded, unknown))
+
+
+def decode(
+  logits_fn: Callable[[jax.Array, jax.Array], jax.Array],
+  keys: jax.Array,
+  tokens: jax.Array,
+  unknown: jax.Array,
+  *,
+  steps: int,
+  schedule: str,
+  temperature: float | jax.Array,
+) -> jax.Array:
+  """Fills in unknown tokens, the most confident first.
+
+  Each step samples every unknown token, adds Gumbel noise annealed by (1 - t) to the log-probability of
+  the sample, and masks the least confident ones again, as many as the schedule says for that example's
+  number of initially unknown tokens.
+
+  Args:
+    logits_fn: (tokens int32 [b, n], unknown bool [b, n]) -> logits [b, n, K]; it must hide the unknown
+      tokens.
+    keys: PRNG keys [b]; example i depends on key i alone.
+    tokens: int32 [b, n]; what stands at unknown positions does not matter.
+    unknown: bool [b, n]; any number per example, also none.
+    steps: see `Sampling`.
+    schedule: see `Sampling`.
+    temperature: see `Sampling`.
+
+  Returns:
+    int32 [b, n]; known tokens are unchanged.
+  """
+  table = jnp.asarray(remaining_table(schedule, steps, tokens.shape[-1]))
+  initially_unknown = unknown.sum(axis=-1)  # [b]
+
+  def one_step(carry: tuple[jax.Array, jax.Array], step: jax.Array):
+    tokens, unknown = carry
+    step_keys = jax.vmap(lambda key: jax.random.split(jax.random.fold_in(key, step)))(keys)  # [b, 2]
+    log_p = jax.nn.log_softmax(logits_fn(tokens, unknown).astype(jnp.float32))  # [b, n, K]
+    sampled = jax.vmap(jax.random.categorical)(step_keys[:, 0], log_p).astype(jnp.int32)
+    tokens = jnp.where(unknown, sampled, tokens)
+    gumbel = jax.vmap(lambda key: jax.random.gumbel(key, tokens.shape[1:]))(step_keys[:, 1])
+    confidence = jnp.take_along_axis(log_p, sampled[..., None], axis=-1)[..., 0]
+    confidence += temperature * (1.0 - (step + 1) / steps) * gumbel
+    confidence = jnp.where(unknown, confidence, jnp.inf)
+    remaining = num_remaining(table[step][initially_unknown], unknown.sum(axis=-1), step + 1 == steps)
+    rank = jnp.argsort(jnp.argsort(confidence, axis=-1), axis=-1)
+    return (tokens, rank < remaining[:, None]), None
+
+  (tokens, _), _ = jax.lax.scan(one_step, (tokens, unknown), jnp.arange(steps))
+  return tokens
