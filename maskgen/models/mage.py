@@ -1,0 +1,128 @@
+"""MAGE: one transformer that generates images and represents them (Li et al. 2023, section 3).
+
+Letters: b batch, n tokens, k tokens the encoder sees, d encoder width, v vocabulary. Position 0 of every
+sequence is the class position; the tokens follow.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from maskgen.models.transformer import Transformer, embedding_init, kernel_init
+from maskgen.vocab import Vocab
+
+
+class Mage(nn.Module):
+  """Encoder over the kept tokens, decoder over all; the defaults are ViT-B's.
+
+  Attributes:
+    vocab: the token ids.
+    num_tokens: n.
+    width, depth, heads: of the encoder.
+    decoder_width, decoder_depth, decoder_heads: of the decoder.
+    dropout: on embeddings, attention weights, projections and MLPs, while training.
+    dtype: the type of the computation; parameters and logits are float32.
+  """
+
+  vocab: Vocab
+  num_tokens: int
+  width: int = 768
+  depth: int = 12
+  heads: int = 12
+  decoder_width: int = 768
+  decoder_depth: int = 8
+  decoder_heads: int = 16
+  dropout: float = 0.1
+  dtype: str = "float32"
+
+  def setup(self):
+    def norm(epsilon: float = 1e-6) -> nn.LayerNorm:
+      return nn.LayerNorm(epsilon=epsilon, dtype=self.dtype)
+
+    def dense(width: int) -> nn.Dense:
+      return nn.Dense(width, kernel_init=kernel_init, dtype=self.dtype)
+
+    self.embedding = self.param("embedding", embedding_init, (self.vocab.size, self.width))
+    self.position = self.param("position", embedding_init, (1 + self.num_tokens, self.width))
+    self.embedding_norm = norm()
+    self.embedding_dropout = nn.Dropout(self.dropout)
+    self.encoder = Transformer(self.depth, self.heads, dropout=self.dropout, dtype=self.dtype)
+    self.encoder_norm = norm()
+    self.decoder_input = dense(self.decoder_width)
+    self.decoder_position = self.param(
+      "decoder_position", embedding_init, (1 + self.num_tokens, self.decoder_width)
+    )
+    self.decoder = Transformer(self.decoder_depth, self.decoder_heads, dropout=self.dropout, dtype=self.dtype)
+    self.decoder_norm = norm()
+    self.head = dense(self.width)
+    self.head_norm = norm(1e-5)  # the reference's epsilon
+    self.head_bias = self.param("head_bias", nn.initializers.zeros, (self.vocab.size,))
+
+  def blocks(self, tokens: jax.Array, mask: jax.Array, kept: jax.Array | None, *, train: bool) -> jax.Array:
+    """The last encoder block's output, before the final normalisation.
+
+    Args:
+      tokens: int32 [b, n], codes.
+      mask: bool [b, n]; masked tokens are hidden behind [MASK].
+      kept: int32 [b, k], the positions the encoder sees, or None for all.
+      train: whether dropout is on.
+
+    Returns:
+      [b, 1 + k, d].
+    """
+    ids = jnp.where(mask, self.vocab.mask_id, tokens)
+    ids = jnp.pad(ids, ((0, 0), (1, 0)), constant_values=self.vocab.null_class_id)
+    x = (self.embedding[ids] + self.position).astype(self.dtype)
+    x = self.embedding_dropout(self.embedding_norm(x), deterministic=not train)
+    if kept is not None:
+      x = jnp.take_along_axis(x, jnp.pad(kept + 1, ((0, 0), (1, 0)))[..., None], axis=1)
+    return self.encoder(x, train=train)
+
+  def encode(
+    self, tokens: jax.Array, mask: jax.Array, kept: jax.Array | None = None, *, train: bool = False
+  ) -> jax.Array:
+    """Latents [b, 1 + k, d]; the arguments are those of `blocks`."""
+    return self.encoder_norm(self.blocks(tokens, mask, kept, train=train))
+
+  def decode(
+    self, latents: jax.Array, mask: jax.Array, kept: jax.Array | None = None, *, train: bool = False
+  ) -> jax.Array:
+    """Logits float32 [b, 1 + n, v] from latents [b, 1 + k, d] and the same mask and kept positions.
+
+    The class position's feature stands in for every masked token, dropped or not (section 3.1).
+    """
+    x = self.decoder_input(latents)
+    class_feature = x[:, :1]
+    if kept is not None:
+      # Position i holds the kept token number (kept tokens up to i) - 1; what dropped ones get is masked.
+      is_kept = jnp.zeros(mask.shape, jnp.int32).at[jnp.arange(len(mask))[:, None], kept].set(1)
+      index = jnp.maximum(jnp.cumsum(is_kept, axis=1), 1)
+      x = jnp.concatenate([class_feature, jnp.take_along_axis(x, index[..., None], axis=1)], axis=1)
+    hidden = jnp.pad(mask, ((0, 0), (1, 0)))[..., None]
+    x = jnp.where(hidden, class_feature, x) + self.decoder_position.astype(x.dtype)
+    x = self.decoder_norm(self.decoder(x, train=train))
+    x = self.head_norm(nn.gelu(self.head(x), approximate=False))
+    # The head is tied to the embedding table, which learns from its use as input alone.
+    table = jax.lax.stop_gradient(self.embedding).astype(x.dtype)
+    logits = jnp.einsum("bnd,vd->bnv", x, table, preferred_element_type=jnp.float32)
+    return logits + self.head_bias
+
+  def code_logits(
+    self, tokens: jax.Array, mask: jax.Array, kept: jax.Array | None = None, *, train: bool = False
+  ) -> jax.Array:
+    """Logits over the codes alone at the n token positions, float32 [b, n, codebook]."""
+    latents = self.encode(tokens, mask, kept, train=train)
+    return self.decode(latents, mask, kept, train=train)[:, 1:, : self.vocab.codebook]
+
+  def features(self, tokens: jax.Array) -> jax.Array:
+    """Representation of unmasked tokens [b, n]: mean of the last block's tokens, normalised; float32 [b, d].
+
+    The class position is left out, and the normalisation has no parameters (section 4.2 and appendix).
+    """
+    x = self.blocks(tokens, jnp.zeros(tokens.shape, bool), None, train=False)
+    x = x[:, 1:].astype(jnp.float32).mean(axis=1)
+    return nn.standardize(x, axis=-1, epsilon=1e-6)
+
+  def __call__(self, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+    """Touches every parameter, for `init`."""
+    return self.code_logits(tokens, mask)
