@@ -1,0 +1,202 @@
+"""Sources: digits, folders of pictures, synthetic."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from maskgen.data import digits
+from maskgen.data.cpu_tf import tf
+from maskgen.data.folder import list_pictures
+from maskgen.data.sources import SOURCES, Source, open_source, source
+from maskgen.errors import UserError
+
+
+def _fetch(opened: Source, index: int) -> dict[str, np.ndarray]:
+  return {key: value.numpy() for key, value in opened.fetch(tf.constant(index, tf.int64)).items()}
+
+
+def _picture(path, colour=(255, 0, 0)):
+  path.parent.mkdir(parents=True, exist_ok=True)
+  Image.new("RGB", (6, 5), colour).save(path)
+
+
+def test_importing_the_package_leaves_tensorflow_alone():
+  code = "import sys, maskgen.data; assert 'tensorflow' not in sys.modules"
+  subprocess.run([sys.executable, "-c", code], check=True)
+
+
+class TestDigits:
+  def test_splits_are_all_of_scikit_learn(self):
+    from sklearn.datasets import load_digits
+
+    pixels, labels = load_digits(return_X_y=True)
+    expected = sorted(
+      (int(label), np.rint(row * 255 / 16).astype(np.uint8).tobytes())
+      for row, label in zip(pixels, labels, strict=True)
+    )
+    found = []
+    for split, size in (("train", 1437), ("test", 360)):
+      opened = open_source("digits", split)
+      assert opened.size == size and opened.class_names == tuple("0123456789")
+      counts = np.zeros(10, int)
+      for index in range(size):
+        record = _fetch(opened, index)
+        image = tf.io.decode_png(record["image"]).numpy()
+        assert image.shape == (8, 8, 1)
+        counts[record["label"]] += 1
+        found.append((int(record["label"]), image.tobytes()))
+      assert np.ptp(counts) <= 0.1 * size / 10  # as balanced as the whole
+    assert sorted(found) == expected
+
+  def test_the_loser_of_a_race_reads_what_the_winner_wrote(self, tmp_path, monkeypatch):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    first = digits.Digits.download_and_prepare
+
+    def lose(builder):
+      first(digits.Digits(data_dir=str(tmp_path)))
+      with digits.tfds.core.utils.incomplete_dir(builder.data_dir) as folder:
+        (digits.tfds.core.Path(folder) / "file").touch()
+
+    monkeypatch.setattr(digits.Digits, "download_and_prepare", lose)
+    assert digits.load("test")[0].shape == (360,)
+    assert [path.name for path in (tmp_path / "digits").iterdir()] == ["1.0.0"]
+
+  def test_unwritable_folder(self, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "file"))
+    with pytest.raises(UserError, match=f"written to '{tmp_path}/file'.*TFDS_DATA_DIR"):
+      open_source("digits", "train")
+
+  def test_unknown_split(self):
+    with pytest.raises(UserError, match="split 'tset' of digits is unknown; did you mean 'test'"):
+      open_source("digits", "tset")
+
+
+class TestFolder:
+  def test_classes_and_splits(self, tmp_path):
+    for split, count in (("train", 3), ("val", 2)):
+      for name in ("zebra", "ärger 猫"):
+        for i in range(count):
+          _picture(tmp_path / split / name / f"{i}.PNG", (10 * i, 0, len(split)))
+    train = open_source(f"folder:{tmp_path}", "train")
+    assert train.size == 6 and train.class_names == ("zebra", "ärger 猫")
+    assert [int(_fetch(train, i)["label"]) for i in range(6)] == [0, 0, 0, 1, 1, 1]
+    assert tf.io.decode_image(_fetch(train, 4)["image"])[0, 0].numpy().tolist() == [10, 0, 5]
+    assert train.describe(4) == str(tmp_path / "train" / "ärger 猫" / "1.PNG")
+    for split in ("val", "test", "validation"):
+      assert open_source(f"folder:{tmp_path}", split).size == 4
+
+  def test_flat_folder_has_no_labels_and_holds_a_tenth_out(self, tmp_path):
+    for i in range(41):
+      _picture(tmp_path / f"{i}.jpg")
+    (tmp_path / "notes.txt").touch()
+    (tmp_path / ".hidden.png").touch()
+    train, test = (list_pictures(str(tmp_path), split) for split in ("train", "test"))
+    assert train.labels is None and train.class_names is None
+    assert len(test.paths) == 5 and len(train.paths) == 36
+    assert not set(train.paths) & set(test.paths)
+    assert train.paths == sorted(train.paths)
+    assert "label" not in _fetch(open_source(f"folder:{tmp_path}", "train"), 0)
+
+  def test_the_tenth_depends_on_relative_paths_alone(self, tmp_path):
+    for root in ("one", "two"):
+      for i in range(20):
+        _picture(tmp_path / root / "class" / f"{i}.png")
+    held_out = [list_pictures(str(tmp_path / root), "test").paths for root in ("one", "two")]
+    names = [[os.path.basename(path) for path in paths] for paths in held_out]
+    assert names[0] == names[1] and len(names[0]) == 2
+
+  def test_symlink_loops_are_harmless(self, tmp_path):
+    for name in ("a", "b"):
+      _picture(tmp_path / name / "deep" / "x.png")
+      (tmp_path / name / "up").symlink_to(tmp_path)
+      (tmp_path / name / "self").symlink_to("self")
+    (tmp_path / "loop").symlink_to(tmp_path)
+    listings = [list_pictures(str(tmp_path), split) for split in ("train", "test")]
+    assert listings[0].class_names == ("a", "b")
+    assert sorted(path for listing in listings for path in listing.paths) == [
+      str(tmp_path / name / "deep" / "x.png") for name in ("a", "b")
+    ]
+
+  def test_names_that_are_not_unicode(self, tmp_path):
+    _picture(tmp_path / "fine.png")
+    os.link(os.fsencode(tmp_path / "fine.png"), os.fsencode(tmp_path) + b"/\xff\xfe.png")
+    sizes = [open_source(f"folder:{tmp_path}", split).size for split in ("train", "test")]
+    assert sizes == [1, 1]
+    assert all(_fetch(open_source(f"folder:{tmp_path}", s), 0)["image"] for s in ("train", "test"))
+
+  @pytest.mark.parametrize(
+    ("files", "split", "message"),
+    [
+      ([], "train", "has no pictures: put .jpg"),
+      (["train/a/1.png", "test/b/1.png"], "test", "'train' and 'test'.*differ in 'a'"),
+      (["train/a/1.png", "test/1.png"], "test", "'train' and 'test'.*differ in 'a'"),
+      (["a/1.png", "loose.png"], "train", "'loose.png' lies beside the class folders"),
+      (["1.png"], "train", "split 'train' of data source .* is empty"),
+      (["1.png"], "trian", "split 'trian' .* is unknown; did you mean 'train'"),
+    ],
+  )
+  def test_errors(self, tmp_path, files, split, message):
+    for name in files:
+      _picture(tmp_path / name)
+    with pytest.raises(UserError, match=message):
+      open_source(f"folder:{tmp_path}", split)
+
+  def test_missing(self, tmp_path):
+    with pytest.raises(UserError, match="/nothing' is not a folder"):
+      open_source(f"folder:{tmp_path}/nothing", "train")
+
+
+class TestSynthetic:
+  def test_records(self):
+    train, test = (open_source("synthetic", "train"), open_source("synthetic", "test"))
+    assert (train.size, test.size, len(train.class_names)) == (256, 64, 10)
+    records = [_fetch(opened, i) for opened in (train, test) for i in range(0, opened.size, 5)]
+    images = np.stack([record["image"] for record in records])
+    assert images.shape[1:] == (64, 64, 3) and images.dtype == np.uint8
+    assert len({image.tobytes() for image in images}) == len(images)
+
+  def test_labels_name_what_is_drawn(self):
+    opened = open_source("synthetic", "train")
+    for index in range(30):
+      record = _fetch(opened, index)
+      colour, shape = opened.class_names[record["label"]].split()
+      image = record["image"].astype(int)
+      if colour in ("red", "green", "blue"):
+        assert np.ptp(image, axis=-1).max() > 100
+        centre = image[np.ptp(image, axis=-1) > 60].mean(0)
+        assert centre.argmax() == ("red", "green", "blue").index(colour)
+        inside = np.ptp(image, axis=-1) > 90
+        rows, columns = (np.flatnonzero(inside.any(1)), np.flatnonzero(inside.any(0)))
+        filled = inside.sum() / (np.ptp(rows) + 1) / (np.ptp(columns) + 1)
+        assert (filled > 0.9) == (shape == "square")
+
+
+class TestRegistry:
+  @pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+      ("digit", "data source 'digit' is unknown; did you mean 'digits'"),
+      ("folder", "write it as 'folder:/path'"),
+      ("digits:8", "write it as 'digits'"),
+    ],
+  )
+  def test_errors(self, spec, message):
+    with pytest.raises(UserError, match=message):
+      open_source(spec, "train")
+
+  def test_adding_a_source(self, monkeypatch):
+    monkeypatch.setattr("maskgen.data.sources.SOURCES", dict(SOURCES))
+
+    @source("black:size")
+    def black(argument: str, split: str) -> Source:
+      image = tf.zeros((8, 8, 3), tf.uint8)
+      return Source(f"black {split}", int(argument), None, lambda index: {"image": image})
+
+    assert open_source("black:5", "train").size == 5
+    with pytest.raises(UserError, match="split 'test' of data source 'black:0' is empty"):
+      open_source("black:0", "test")
