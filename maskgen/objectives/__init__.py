@@ -1,0 +1,101 @@
+"""What is trained: one self-contained file per objective.
+
+`config.objective.name` is the name of a module here; its `Objective` dataclass is built from the rest of
+the section. The training loop, evaluators and API know objectives by the protocol below alone.
+"""
+
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import jax
+
+from maskgen import config as config_lib
+from maskgen.errors import UserError, nearest
+
+Tree = Any
+Batch = Mapping[str, jax.Array]
+Metrics = dict[str, jax.Array]
+# (variables, batch, rng) -> arrays; variables = {"params": {group: tree}, "frozen": tree, "extra": tree}.
+PredictFn = Callable[..., Any]
+
+
+class Objective(Protocol):
+  """A frozen dataclass whose fields are the keys of `config.objective`."""
+
+  @property
+  def codebook_size(self) -> int:
+    """The number of image codes."""
+
+  @property
+  def image_shape(self) -> tuple[int, int, int]:
+    """The images (h, w, c) it takes and makes."""
+
+  def pretrained_shapes(self) -> dict[str, Tree]:
+    """For each name that `config.pretrained` must give: the part of that model's variables it needs."""
+
+  def init(self, rng: jax.Array, pretrained: Mapping[str, Tree]) -> dict[str, Tree]:
+    """Makes `{"params": {group: tree}, "frozen": tree, "extra": tree}`; one parameter group per loss."""
+
+  def losses(
+    self,
+    params: Mapping[str, Tree],
+    frozen: Tree,
+    extra: Tree,
+    batch: Batch,
+    rng: jax.Array,
+    step: jax.Array,
+    *,
+    train: bool,
+  ) -> tuple[dict[str, jax.Array], Metrics, Tree]:
+    """One forward pass.
+
+    Args:
+      params: as made by `init`.
+      frozen: as made by `init`.
+      extra: as made by `init`, or by the step before.
+      batch: leading axis b; `image` uint8 or float32 [b, h, w, c]; `key` one PRNG key per example, for
+        randomness that must not depend on how the batch is split.
+      rng: for randomness of the model, such as dropout.
+      step: completed updates, int32 scalar.
+      train: whether dropout and the like are on.
+
+    Returns:
+      One scalar loss per parameter group, metrics (scalars), and the new `extra`.
+    """
+
+  def predict_fns(self) -> dict[str, PredictFn]:
+    """Functions `(variables, batch, rng, **options)` under names shared by all objectives.
+
+    loss -> {name: [b]}; features -> [b, d]; encode -> int32 [b, n]; decode (batch: tokens), reconstruct,
+    generate and generate_uniform (batch: key [b]), inpaint (batch: image, mask [b, h, w], key) ->
+    float32 [b, h, w, c] in [0, 1]; logits (batch: tokens, token_mask [b, n]) -> float32 [b, n, codebook].
+    """
+
+
+def build(section: Mapping[str, Any]) -> Objective:
+  """Builds the objective that a config section names.
+
+  Raises:
+    UserError: for an unknown name or key, or a value that the objective refuses.
+  """
+  options = dict(section)
+  name = options.pop("name", None)
+  known = [module.name for module in pkgutil.iter_modules(__path__)]
+  if name not in known:
+    raise UserError(f"config.objective.name '{name}' does not exist{nearest(str(name), known)}")
+  module = importlib.import_module(f"{__name__}.{name}")
+  return config_lib.build_dataclass(module.Objective, options, "config.objective")
+
+
+def compile_predict_fns(objective: Objective) -> dict[str, PredictFn]:
+  """The objective's prediction functions, jitted; options that set array sizes are static."""
+
+  def jit(fn: PredictFn) -> PredictFn:
+    parameters = inspect.signature(fn).parameters.values()
+    options = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+    return jax.jit(fn, static_argnames=("steps", "schedule") if options else ())
+
+  return {name: jit(fn) for name, fn in objective.predict_fns().items()}

@@ -1,0 +1,203 @@
+"""The MAGE objective: masked prediction of image codes with a variable ratio (Li et al. 2023, section 3)."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from maskgen import images as images_lib
+from maskgen import losses as losses_lib
+from maskgen import masking
+from maskgen import sampling as sampling_lib
+from maskgen.errors import UserError
+from maskgen.models.mage import Mage
+from maskgen.models.vqgan import VQGAN
+from maskgen.objectives import Batch, Metrics, PredictFn, Tree
+from maskgen.vocab import Vocab
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Objective:
+  """Trains `main`, the encoder and decoder, on the codes of a frozen tokenizer.
+
+  Attributes:
+    image_size: (h, w) of the images.
+    tokenizer: the tokenizer's network; its weights come from `config.pretrained.tokenizer`.
+    width, depth, heads, decoder_width, decoder_depth, decoder_heads, dropout, dtype: see `Mage`.
+    mask_ratio: the distribution of the share of masked tokens.
+    label_smoothing: of the cross-entropy over the codes.
+    sampling: defaults for generation and inpainting.
+  """
+
+  image_size: tuple[int, int]
+  tokenizer: VQGAN = VQGAN()
+  width: int = 768
+  depth: int = 12
+  heads: int = 12
+  decoder_width: int = 768
+  decoder_depth: int = 8
+  decoder_heads: int = 16
+  dropout: float = 0.1
+  dtype: str = "float32"
+  mask_ratio: masking.MaskRatio = masking.MaskRatio()
+  label_smoothing: float = 0.1
+  sampling: sampling_lib.Sampling = sampling_lib.Sampling()
+
+  def __post_init__(self):
+    for width, heads in ((self.width, self.heads), (self.decoder_width, self.decoder_heads)):
+      if width % heads:
+        raise UserError(f"a width of {width} does not divide into {heads} heads")
+    if masking.num_dropped(self.num_tokens, self.mask_ratio) >= self.num_tokens:
+      raise UserError(
+        f"mask_ratio.low={self.mask_ratio.low} leaves the encoder none of {self.num_tokens} tokens"
+      )
+
+  @property
+  def codebook_size(self) -> int:
+    return self.tokenizer.codebook_size
+
+  @property
+  def image_shape(self) -> tuple[int, int, int]:
+    return (*self.image_size, self.tokenizer.image_channels)
+
+  @property
+  def grid(self) -> tuple[int, int]:
+    """The token grid (h', w')."""
+    return self.tokenizer.token_grid(self.image_shape)
+
+  @property
+  def num_tokens(self) -> int:
+    return self.grid[0] * self.grid[1]
+
+  @property
+  def model(self) -> Mage:
+    """The network."""
+    return Mage(
+      Vocab(self.codebook_size),
+      self.num_tokens,
+      self.width,
+      self.depth,
+      self.heads,
+      self.decoder_width,
+      self.decoder_depth,
+      self.decoder_heads,
+      self.dropout,
+      self.dtype,
+    )
+
+  def pretrained_shapes(self) -> dict[str, Tree]:
+    images = jax.ShapeDtypeStruct((1, *self.image_shape), jnp.float32)
+    variables = jax.eval_shape(self.tokenizer.init, jax.random.key(0), images)
+    return {"tokenizer": {"params": {"generator": variables["params"]}}}
+
+  def init(self, rng: jax.Array, pretrained: Mapping[str, Tree]) -> dict[str, Tree]:
+    tokens = jnp.zeros((1, self.num_tokens), jnp.int32)
+    params = self.model.init(rng, tokens, tokens > 0)["params"]
+    tokenizer = pretrained["tokenizer"]["params"]["generator"]
+    return {"params": {"main": params}, "frozen": {"tokenizer": tokenizer}, "extra": {}}
+
+  def losses(
+    self,
+    params: Mapping[str, Tree],
+    frozen: Tree,
+    extra: Tree,
+    batch: Batch,
+    rng: jax.Array,
+    step: jax.Array,
+    *,
+    train: bool,
+  ) -> tuple[dict[str, jax.Array], Metrics, Tree]:
+    values = self._masked_prediction(params["main"], frozen, batch, rng, train=train)
+    metrics = {name: value.mean() for name, value in values.items() if name != "loss"}
+    return {"main": values["loss"].mean()}, metrics, extra
+
+  def _masked_prediction(
+    self, params: Tree, frozen: Tree, batch: Batch, rng: jax.Array, *, train: bool
+  ) -> Metrics:
+    """Loss, accuracy on masked tokens and mask ratio, each [b]."""
+    tokens = jax.lax.stop_gradient(self._tokenize(frozen, batch["image"]))
+    mask, kept = masking.random_mask(batch["key"], self.num_tokens, self.mask_ratio)
+    logits: Any = self.model.apply(
+      {"params": params},
+      tokens,
+      mask,
+      kept,
+      train=train,
+      rngs={"dropout": rng},
+      method="code_logits",
+    )
+    loss = losses_lib.cross_entropy(logits, tokens, self.label_smoothing)
+    correct = (logits.argmax(axis=-1) == tokens).astype(jnp.float32)
+    return {
+      "loss": losses_lib.masked_mean(loss, mask),
+      "accuracy": losses_lib.masked_mean(correct, mask),
+      "mask_ratio": mask.mean(axis=-1),
+    }
+
+  def _tokenize(self, frozen: Tree, images: jax.Array) -> Any:
+    pixels = images_lib.to_float(images)
+    return self.tokenizer.apply({"params": frozen["tokenizer"]}, pixels, method="tokenize")
+
+  def predict_fns(self) -> dict[str, PredictFn]:
+    def loss(variables, batch, rng):
+      batch = {**batch, "key": jax.random.split(rng, batch["image"].shape[0])}
+      params = variables["params"]["main"]
+      return self._masked_prediction(params, variables["frozen"], batch, rng, train=False)
+
+    def encode(variables, batch, rng):
+      return self._tokenize(variables["frozen"], batch["image"])
+
+    def decode(variables, batch, rng):
+      params = {"params": variables["frozen"]["tokenizer"]}
+      return self.tokenizer.apply(params, batch["tokens"], self.grid, method="detokenize")
+
+    def reconstruct(variables, batch, rng):
+      return decode(variables, {"tokens": encode(variables, batch, rng)}, rng)
+
+    def features(variables, batch, rng):
+      params = {"params": variables["params"]["main"]}
+      return self.model.apply(params, encode(variables, batch, rng), method="features")
+
+    def logits(variables, batch, rng):
+      params = {"params": variables["params"]["main"]}
+      return self.model.apply(params, batch["tokens"], batch["token_mask"], method="code_logits")
+
+    def fill(variables, keys, tokens, unknown, options: dict[str, Any]):
+      chosen = dataclasses.asdict(self.sampling) | options
+
+      def logits_fn(tokens, unknown):
+        return logits(variables, {"tokens": tokens, "token_mask": unknown}, None)
+
+      tokens = sampling_lib.decode(logits_fn, keys, tokens, unknown, **chosen)
+      return decode(variables, {"tokens": tokens}, None)
+
+    def generate(variables, batch, rng, **options):
+      tokens = jnp.zeros((batch["key"].shape[0], self.num_tokens), jnp.int32)
+      return fill(variables, batch["key"], tokens, jnp.ones(tokens.shape, bool), options)
+
+    def generate_uniform(variables, batch, rng):
+      def draw(key):
+        return jax.random.randint(key, (self.num_tokens,), 0, self.codebook_size)
+
+      return decode(variables, {"tokens": jax.vmap(draw)(batch["key"])}, rng)
+
+    def inpaint(variables, batch, rng, **options):
+      pixels, hole = images_lib.to_float(batch["image"]), batch["mask"][..., None]
+      tokens = encode(variables, {"image": jnp.where(hole, 0.0, pixels)}, rng)
+      unknown = masking.token_mask(batch["mask"], self.tokenizer.factor)
+      filled = fill(variables, batch["key"], tokens, unknown, options)
+      return jnp.where(hole, filled, pixels)
+
+    return {
+      "loss": loss,
+      "encode": encode,
+      "decode": decode,
+      "reconstruct": reconstruct,
+      "features": features,
+      "logits": logits,
+      "generate": generate,
+      "generate_uniform": generate_uniform,
+      "inpaint": inpaint,
+    }

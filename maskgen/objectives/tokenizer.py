@@ -1,0 +1,209 @@
+"""The tokenizer objective: VQGAN with MaskGIT's losses (Esser et al. 2021; Chang et al. 2022)."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from maskgen import images as images_lib
+from maskgen import losses as losses_lib
+from maskgen.models import perceptual
+from maskgen.models.discriminator import Discriminator
+from maskgen.models.vqgan import VQGAN, Quantized
+from maskgen.objectives import Batch, Metrics, PredictFn, Tree
+
+# How slowly the running count of each code's use forgets.
+USAGE_DECAY = 0.97
+# A code used less than this share of an even share counts as dead.
+DEAD_SHARE = 0.1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Objective:
+  """Trains `generator` (encoder, codebook, decoder) and, with an adversarial loss, `discriminator`.
+
+  All losses are means over examples but `entropy` and `revive`, which look at the whole (micro-)batch.
+
+  Attributes:
+    image_size: (h, w) of the images.
+    tokenizer: the network.
+    discriminator: its opponent.
+    l2_weight, l1_weight: of the mean squared and absolute pixel errors.
+    perceptual_weight: of the distance in `perceptual_network`'s feature maps.
+    perceptual_network: a name in `maskgen.models.perceptual.NETWORKS`; its weights come from
+      `config.pretrained.perceptual`.
+    codebook_weight, commitment_weight: of the two quantization losses (van den Oord et al. 2017, equation 3).
+    entropy_weight, entropy_temperature: of the term that spreads use over the codes.
+    revive_weight: of the squared distance from each dead code to the nearest latent of the batch.
+    adversarial_weight: of the generator's non-saturating loss; 0 trains no discriminator.
+    adversarial_start: the step at which that loss sets in. The discriminator learns from the first step on:
+      one that started late under Adam would begin with updates many times its learning rate.
+    r1_weight: of the squared gradient norm at real images.
+  """
+
+  image_size: tuple[int, int]
+  tokenizer: VQGAN = VQGAN()
+  discriminator: Discriminator = Discriminator()
+  l2_weight: float = 1.0
+  l1_weight: float = 0.0
+  perceptual_weight: float = 0.0
+  perceptual_network: str = "mobilenet_v2"
+  codebook_weight: float = 1.0
+  commitment_weight: float = 0.25
+  entropy_weight: float = 0.1
+  entropy_temperature: float = 0.01
+  revive_weight: float = 0.0
+  adversarial_weight: float = 0.1
+  adversarial_start: int = 0
+  r1_weight: float = 10.0
+
+  def __post_init__(self):
+    self.tokenizer.token_grid(self.image_shape)
+
+  @property
+  def codebook_size(self) -> int:
+    return self.tokenizer.codebook_size
+
+  @property
+  def image_shape(self) -> tuple[int, int, int]:
+    return (*self.image_size, self.tokenizer.image_channels)
+
+  def pretrained_shapes(self) -> dict[str, Tree]:
+    if not self.perceptual_weight:
+      return {}
+    network = perceptual.build_network(self.perceptual_network)
+    images = jax.ShapeDtypeStruct((1, *self.image_size, 3), jnp.float32)
+    variables = jax.eval_shape(network.init, jax.random.key(0), images)
+    return {"perceptual": {"params": {"main": variables["params"]}}}
+
+  def init(self, rng: jax.Array, pretrained: Mapping[str, Tree]) -> dict[str, Tree]:
+    generator_rng, discriminator_rng = jax.random.split(rng)
+    images = jnp.zeros((1, *self.image_shape))
+    params = {"generator": self.tokenizer.init(generator_rng, images)["params"]}
+    if self.adversarial_weight:
+      params["discriminator"] = self.discriminator.init(discriminator_rng, images)["params"]
+    even = jnp.full((self.codebook_size,), 1.0 / self.codebook_size)
+    frozen = {name: variables["params"]["main"] for name, variables in pretrained.items()}
+    return {"params": params, "frozen": frozen, "extra": {"usage": even}}
+
+  def losses(
+    self,
+    params: Mapping[str, Tree],
+    frozen: Tree,
+    extra: Tree,
+    batch: Batch,
+    rng: jax.Array,
+    step: jax.Array,
+    *,
+    train: bool,
+  ) -> tuple[dict[str, jax.Array], Metrics, Tree]:
+    real = images_lib.to_float(batch["image"])
+    latents = self._generator(params, real, method="encode")
+    quantized: Quantized = self._generator(params, latents, method="quantize")
+    # The decoder's gradient passes straight through the quantizer to the encoder.
+    codes = latents + jax.lax.stop_gradient(quantized.codes - latents)
+    fake = self._generator(params, codes, method="decode")
+    terms = self._reconstruction_terms(frozen, real, fake)
+    terms |= self._quantization_terms(params, latents, quantized, extra["usage"])
+    weights = {
+      "l2": self.l2_weight,
+      "l1": self.l1_weight,
+      "perceptual": self.perceptual_weight,
+      "codebook": self.codebook_weight,
+      "commitment": self.commitment_weight,
+      "entropy": self.entropy_weight,
+      "revive": self.revive_weight,
+    }
+    weighted = [weights[name] * term for name, term in terms.items()]
+    values = {"generator": jnp.stack(weighted).sum()}
+    if self.adversarial_weight:
+      adversarial, values["discriminator"], adversarial_terms = self._game(params, real, fake)
+      started = (step >= self.adversarial_start).astype(jnp.float32)
+      values["generator"] += self.adversarial_weight * started * adversarial
+      terms |= adversarial_terms
+    share, metrics = self._usage(quantized.tokens)
+    usage = USAGE_DECAY * extra["usage"] + (1.0 - USAGE_DECAY) * share
+    return values, terms | metrics, {"usage": usage}
+
+  def _generator(self, params: Mapping[str, Tree], *args: Any, method: str) -> Any:
+    return self.tokenizer.apply({"params": params["generator"]}, *args, method=method)
+
+  def _reconstruction_terms(self, frozen: Tree, real: jax.Array, fake: jax.Array) -> Metrics:
+    terms = {"l2": jnp.square(real - fake).mean(), "l1": jnp.abs(real - fake).mean()}
+    if self.perceptual_weight:
+      network = perceptual.build_network(self.perceptual_network)
+      maps = [perceptual.feature_maps(network, frozen["perceptual"], x) for x in (real, fake)]
+      terms["perceptual"] = perceptual.perceptual_distance(*maps).mean()
+    return terms
+
+  def _quantization_terms(
+    self, params: Mapping[str, Tree], latents: jax.Array, quantized: Quantized, usage: jax.Array
+  ) -> Metrics:
+    stop = jax.lax.stop_gradient
+    distances = quantized.distances.reshape(-1, self.codebook_size)
+    terms = {
+      "codebook": jnp.square(stop(latents) - quantized.codes).mean(),
+      "commitment": jnp.square(latents - stop(quantized.codes)).mean(),
+    }
+    if self.entropy_weight:
+      terms["entropy"] = losses_lib.code_entropy_loss(distances, self.entropy_temperature)
+    if self.revive_weight:
+      nearest = stop(latents.reshape(-1, latents.shape[-1])[distances.argmin(axis=0)])  # [K, d]
+      offset = self._generator(params, method="codes") - nearest
+      dead = usage < DEAD_SHARE / self.codebook_size  # [K]
+      terms["revive"] = (jnp.square(offset).sum(axis=-1) * dead).mean()
+    return terms
+
+  def _game(
+    self, params: Mapping[str, Tree], real: jax.Array, fake: jax.Array
+  ) -> tuple[jax.Array, jax.Array, Metrics]:
+    """The generator's adversarial loss, the discriminator's loss, and their parts as metrics."""
+
+    def discriminate(images: jax.Array) -> Any:
+      return self.discriminator.apply({"params": params["discriminator"]}, images)
+
+    # One pass over the fakes serves both losses: each group's pull-back keeps its own gradient.
+    real_logits, fake_logits = discriminate(real), discriminate(fake)
+    generator = losses_lib.generator_loss(fake_logits).mean()
+    r1 = losses_lib.r1_penalty(discriminate, real).mean()
+    discriminator = losses_lib.discriminator_loss(real_logits, fake_logits).mean()
+    metrics = {
+      "adversarial": generator,
+      "r1": r1,
+      "logit_real": real_logits.mean(),
+      "logit_fake": fake_logits.mean(),
+    }
+    return generator, discriminator + self.r1_weight * r1, metrics
+
+  def _usage(self, tokens: jax.Array) -> tuple[jax.Array, Metrics]:
+    """Each code's share of the batch's tokens [K], and what it says of the codebook's use."""
+    share = jnp.bincount(tokens.reshape(-1), length=self.codebook_size) / tokens.size
+    entropy = -(share * jnp.log(jnp.maximum(share, 1e-12))).sum()
+    return share, {"codebook_usage": (share > 0).mean(), "perplexity": jnp.exp(entropy)}
+
+  def predict_fns(self) -> dict[str, PredictFn]:
+    def apply(variables, x, *args, method):
+      params = {"params": variables["params"]["generator"]}
+      return self.tokenizer.apply(params, x, *args, method=method)
+
+    grid = self.tokenizer.token_grid(self.image_shape)
+
+    def encode(variables, batch, rng):
+      return apply(variables, images_lib.to_float(batch["image"]), method="tokenize")
+
+    def decode(variables, batch, rng):
+      return apply(variables, batch["tokens"], grid, method="detokenize")
+
+    def reconstruct(variables, batch, rng):
+      return decode(variables, {"tokens": encode(variables, batch, rng)}, rng)
+
+    def loss(variables, batch, rng):
+      error = reconstruct(variables, batch, rng) - images_lib.to_float(batch["image"])
+      return {
+        "l2": losses_lib.mean_per_example(jnp.square(error)),
+        "l1": losses_lib.mean_per_example(jnp.abs(error)),
+      }
+
+    return {"loss": loss, "encode": encode, "decode": decode, "reconstruct": reconstruct}

@@ -1,0 +1,89 @@
+"""One update for every objective: one forward pass, one vjp, one pull-back per parameter group."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from maskgen.objectives import Objective
+from maskgen.state import TrainState
+
+Update = Callable[[TrainState, Any, Any], tuple[TrainState, dict[str, jax.Array]]]
+
+
+def make_update(
+  objective: Objective,
+  transforms: Mapping[str, optax.GradientTransformation],
+  schedules: Mapping[str, optax.Schedule],
+  *,
+  seed: int,
+  ema: Mapping[str, float],
+  accumulation: int,
+) -> Update:
+  """Builds `update(state, frozen, batch) -> (state, metrics)`; pure, to be compiled by the caller.
+
+  Args:
+    objective: what is trained.
+    transforms: the optimizer of each parameter group.
+    schedules: the learning rate of each group, for the metrics.
+    seed: of all randomness in the step, together with the step's number.
+    ema: decay of each group's moving average; groups that are not named have none.
+    accumulation: number of micro-batches. Micro-batch j takes the examples j, j + k, j + 2k, ..., so that no
+      example changes its device. Exact where an objective's loss is a mean of per-example losses.
+  """
+
+  def gradients(params, frozen, extra, batch, rng, step):
+    def losses(params):
+      values, metrics, new_extra = objective.losses(params, frozen, extra, batch, rng, step, train=True)
+      return values, (metrics, new_extra)
+
+    values, pull_back, (metrics, extra) = jax.vjp(losses, params, has_aux=True)
+    grads = {}
+    for group in params:
+      # Only the owner's gradient is kept; the compiler drops what the others would need.
+      cotangent = {name: jnp.float32(name == group) for name in values}
+      grads[group] = pull_back(cotangent)[0][group]
+    metrics = {**metrics, **{f"loss/{group}": value for group, value in values.items()}}
+    return grads, metrics, extra
+
+  def accumulate(params, frozen, extra, batch, rng, step):
+    micro_batches = jax.tree.map(
+      lambda x: jnp.moveaxis(x.reshape(-1, accumulation, *x.shape[1:]), 1, 0), batch
+    )
+
+    def one(extra, inputs):
+      index, micro_batch = inputs
+      grads, metrics, extra = gradients(
+        params, frozen, extra, micro_batch, jax.random.fold_in(rng, index), step
+      )
+      return extra, (grads, metrics)
+
+    extra, stacked = jax.lax.scan(one, extra, (jnp.arange(accumulation), micro_batches))
+    grads, metrics = jax.tree.map(lambda x: x.mean(axis=0), stacked)
+    return grads, metrics, extra
+
+  def update(state: TrainState, frozen: Any, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
+    rng = jax.random.fold_in(jax.random.key(seed), state.step)
+    example_rng, model_rng = jax.random.split(rng)
+    size = jax.tree.leaves(batch)[0].shape[0]
+    batch = {**batch, "key": jax.random.split(example_rng, size)}
+    compute = gradients if accumulation == 1 else accumulate
+    grads, metrics, extra = compute(state.params, frozen, state.extra, batch, model_rng, state.step)
+    params, opt_state, averages = {}, {}, {}
+    for group, transform in transforms.items():
+      updates, opt_state[group] = transform.update(grads[group], state.opt_state[group], state.params[group])
+      params[group] = optax.apply_updates(state.params[group], updates)
+      metrics[f"norm/{group}_gradient"] = optax.tree.norm(grads[group])
+      metrics[f"norm/{group}_parameters"] = optax.tree.norm(params[group])
+      metrics[f"norm/{group}_update"] = optax.tree.norm(updates)
+      metrics[f"learning_rate/{group}"] = schedules[group](state.step)
+      if group in ema:
+        # A young average would remember the initialisation: let its horizon grow with the step.
+        decay = jnp.minimum(ema[group], (1.0 + state.step) / (10.0 + state.step))
+        averages[group] = optax.incremental_update(params[group], state.ema[group], 1.0 - decay)
+    state = TrainState(state.step + 1, params, opt_state, averages, extra)
+    return state, metrics
+
+  return update
