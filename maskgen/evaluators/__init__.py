@@ -1,0 +1,43 @@
+"""Numbers and pictures from prediction functions: one module per evaluator.
+
+Each module has a frozen dataclass `Evaluator` whose fields are its options in `config.evals`.
+"""
+
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+from maskgen import config as config_lib
+from maskgen.errors import UserError, nearest
+from maskgen.evaluators.context import Context, Evaluator, Report
+
+__all__ = ["EVALUATORS", "Context", "Evaluator", "Report", "build"]
+
+EVALUATORS = ("generation", "loss", "probe", "reconstruction", "samples")
+
+# Keys of an evaluation's section that are read elsewhere: here, and by the training loop.
+_NOT_OPTIONS = ("type", "every_steps")
+
+
+def build(name: str, config: Mapping[str, Any], context: Context) -> Evaluator:
+  """Builds the evaluator that the section `config.evals.<name>` describes.
+
+  Raises:
+    UserError: if its type does not exist, an option is wrong, or the objective lacks a prediction
+      function that it needs.
+  """
+  where = f"config.evals.{name}"
+  if "type" not in config:
+    raise UserError(f"{where} needs the key 'type', one of {', '.join(EVALUATORS)}")
+  kind = config["type"]
+  if kind not in EVALUATORS:
+    raise UserError(f"{where}.type '{kind}' does not exist{nearest(kind, EVALUATORS)}")
+  cls = importlib.import_module(f"maskgen.evaluators.{kind}").Evaluator
+  options = {key: value for key, value in config.items() if key not in _NOT_OPTIONS}
+  for function in cls.requires:
+    if function not in context.predict:
+      raise UserError(
+        f"{where} needs the prediction function '{function}', which the objective does not offer "
+        f"(it has {', '.join(sorted(context.predict))}): remove this evaluation"
+      )
+  return config_lib.build_dataclass(cls, options, where, context=context)

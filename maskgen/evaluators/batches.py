@@ -1,0 +1,92 @@
+"""Moving batches between the devices of all processes and this process's memory."""
+
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from threadpoolctl import threadpool_limits
+
+from maskgen.evaluators.context import Batch, Context
+
+# Wraps work of NumPy and scikit-learn beside a busy device program on the same cores: BLAS threads that
+# spin for a core they do not get make many small products up to 20 times slower than one thread.
+one_blas_thread = threadpool_limits.wrap(limits=1, user_api="blas")
+
+
+def gather(array: jax.Array) -> np.ndarray:
+  """The whole of a global array, in the memory of every process."""
+  if array.is_fully_addressable:
+    return np.asarray(array)
+  return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+
+def valid_rows(batch: Batch, array: jax.Array) -> np.ndarray:
+  """Gathers a global array with leading axis b that belongs to `batch`, without the padding."""
+  return gather(array)[gather(batch["valid"])]
+
+
+def stream(
+  context: Context, split: str, fn: Callable[[Batch], Mapping[str, jax.Array]]
+) -> Iterator[dict[str, np.ndarray]]:
+  """Yields `fn(batch)` for each batch of a split: arrays with leading axis b, without the padding."""
+  for batch in context.batches(split):
+    valid = gather(batch["valid"])
+    yield {name: gather(value)[valid] for name, value in fn(batch).items()}
+
+
+def collect(
+  context: Context, split: str, fn: Callable[[Batch], Mapping[str, jax.Array]]
+) -> dict[str, np.ndarray]:
+  """The results of `stream`, concatenated; the whole split must fit in memory."""
+  parts = list(stream(context, split, fn))
+  return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def first_batch(context: Context) -> Batch:
+  """The first batch of the evaluation split."""
+  return next(iter(context.batches("eval")))
+
+
+def place(like: Batch, array: np.ndarray) -> jax.Array:
+  """Puts an array with leading axis b, the same in every process, on the devices like batch `like`."""
+  return jax.make_array_from_callback(array.shape, like["valid"].sharding, lambda at: array[at])
+
+
+@functools.cache
+def _key_maker(size: int, sharding: jax.sharding.Sharding) -> Callable[[int, int], jax.Array]:
+  def make(seed, start):
+    root = jax.random.key(seed)
+    return jax.vmap(lambda i: jax.random.fold_in(root, i))(start + jnp.arange(size))
+
+  return jax.jit(make, out_shardings=sharding)
+
+
+def make_keys(like: Batch, seed: int, start: int = 0) -> jax.Array:
+  """Keys [b], sharded like batch `like`: key i depends on the seed and `start + i` alone."""
+  return _key_maker(like["valid"].shape[0], like["valid"].sharding)(seed, start)
+
+
+def generate(
+  fn: Callable[..., jax.Array],
+  variables: Any,
+  rng: jax.Array,
+  *,
+  like: Batch,
+  seed: int,
+  num_images: int,
+  **static: Any,
+) -> Iterator[tuple[jax.Array, int]]:
+  """Generates images in batches of the size and sharding of `like`.
+
+  Yields:
+    Images [b, h, w, c] on the devices, and how many of them count: the rest of the last batch is
+    surplus. Image i of the whole depends on the seed and i alone.
+  """
+  batch_size = like["valid"].shape[0]
+  for start in range(0, num_images, batch_size):
+    images = fn(variables, {"key": make_keys(like, seed, start)}, rng, **static)
+    yield images, min(batch_size, num_images - start)

@@ -1,0 +1,179 @@
+"""How close generated images are to real ones, and whether they cover the classes."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import jax
+import numpy as np
+from sklearn import svm
+
+from maskgen import images as images_lib
+from maskgen import sampling
+from maskgen.errors import UserError, nearest
+from maskgen.evaluators import frechet
+from maskgen.evaluators.batches import (
+  collect,
+  first_batch,
+  gather,
+  generate,
+  one_blas_thread,
+  stream,
+)
+from maskgen.evaluators.context import Batch, Context, Report
+from maskgen.evaluators.feature_spaces import SPACES
+
+# Classifiers of flattened pixels [n, h * w * c], trained on the real training images.
+CLASSIFIERS: dict[str, Callable[[], Any]] = {"svc": lambda: svm.SVC(kernel="rbf", gamma="scale")}
+
+
+def class_balance(classes: np.ndarray, num_classes: int) -> dict[str, float]:
+  """Describes the histogram of predicted classes, int [n].
+
+  Returns:
+    "class_share_min": the rarest class's share, at best 1 / num_classes; "class_entropy" in nats, at
+    best log(num_classes).
+  """
+  shares = np.bincount(classes, minlength=num_classes) / len(classes)
+  seen = shares[shares > 0]
+  return {
+    "class_share_min": float(shares.min()),
+    "class_entropy": float(-np.sum(seen * np.log(seen)) + 0.0),
+  }
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluator:
+  """Generates images and compares them with the training split's real images.
+
+  Numbers, with S the name of the feature space:
+    `frechet_S`: Frechet distance of generated images; it falls with their number as well as with
+      their quality, so compare equal numbers only.
+    `frechet_S_floor`: the evaluation split's distance, for scale.
+    `frechet_S_uniform_codes`: the distance of as many images decoded from uniformly drawn codes, where
+      the objective has the prediction function `generate_uniform`.
+    With a classifier: `<classifier>_top1` on the evaluation split, and `class_share_min` and
+    `class_entropy` (nats) of the classes it sees in the generated images.
+  Picture `generated`: the first samples.
+
+  Attributes:
+    num_images: how many images are generated.
+    features: a name from `feature_spaces.SPACES`.
+    classifier: a name from `CLASSIFIERS`, for small labelled data, or None.
+    num_pictures: how many samples the picture shows.
+    seed: image i depends on this and i alone, at every step of the training.
+    steps: decoding steps; None here and below for the objective's own default.
+    schedule: a name from `sampling.SCHEDULES`.
+    temperature: of the choice of tokens to keep.
+  """
+
+  requires: ClassVar[tuple[str, ...]] = ("generate",)
+
+  context: Context
+  num_images: int = 1000
+  features: str = "pixels"
+  classifier: str | None = None
+  num_pictures: int = 64
+  seed: int = 0
+  steps: int | None = None
+  schedule: str | None = None
+  temperature: float | None = None
+
+  def __post_init__(self):
+    if self.features not in SPACES:
+      raise UserError(f"feature space '{self.features}' does not exist{nearest(self.features, SPACES)}")
+    if self.classifier is not None and self.classifier not in CLASSIFIERS:
+      raise UserError(f"classifier '{self.classifier}' does not exist{nearest(self.classifier, CLASSIFIERS)}")
+    if self.classifier is not None and self.context.class_names is None:
+      raise UserError(f"the data has no labels for the classifier '{self.classifier}': set classifier=None")
+    if self.schedule is not None and self.schedule not in sampling.SCHEDULES:
+      raise UserError(
+        f"schedule '{self.schedule}' does not exist{nearest(self.schedule, sampling.SCHEDULES)}"
+      )
+    if self.num_images < 2 or self.num_pictures < 1:
+      raise UserError(
+        f"num_images is {self.num_images} and num_pictures is {self.num_pictures}: give at least 2 and 1"
+      )
+
+  @one_blas_thread
+  def run(self, variables: Any, rng: jax.Array) -> Report:
+    """Evaluates; `rng` is a typed key."""
+    predict, name = self.context.predict, f"frechet_{self.features}"
+    shown: list[np.ndarray] = []
+    classes: list[np.ndarray] = []
+
+    def generated_features():
+      options = {"steps": self.steps, "schedule": self.schedule, "temperature": self.temperature}
+      given = {key: value for key, value in options.items() if value is not None}
+      for images, count in self._draws(predict["generate"], variables, rng, **given):
+        num_shown = sum(map(len, shown))
+        if num_shown < self.num_pictures:
+          shown.append(gather(images)[: min(count, self.num_pictures - num_shown)])
+        if self.classifier is not None:
+          classes.append(self._real_classes[0].predict(_flat(gather(images)[:count])))
+        yield gather(self._space(images))[:count]
+
+    def uniform_features():
+      for images, count in self._draws(predict["generate_uniform"], variables, rng):
+        yield gather(self._space(images))[:count]
+
+    numbers = {
+      name: frechet.distance(frechet.fit(generated_features()), self._real),
+      f"{name}_floor": self._floor,
+    }
+    if "generate_uniform" in predict:
+      uniform = frechet.fit(uniform_features())
+      numbers[f"{name}_uniform_codes"] = frechet.distance(uniform, self._real)
+    if self.classifier is not None:
+      numbers[f"{self.classifier}_top1"] = self._real_classes[1]
+      numbers |= class_balance(np.concatenate(classes), len(self.context.class_names or ()))
+    return Report(numbers, {"generated": images_lib.grid(np.concatenate(shown))})
+
+  def _draws(self, fn, variables, rng, **static):
+    return generate(
+      fn,
+      variables,
+      rng,
+      like=self._like,
+      seed=self.seed,
+      num_images=self.num_images,
+      **static,
+    )
+
+  # What follows does not depend on the variables: computed at the first evaluation, then kept.
+
+  @functools.cached_property
+  def _space(self) -> Callable[[jax.Array], jax.Array]:
+    return jax.jit(lambda images: SPACES[self.features](images_lib.to_float(images)))
+
+  @functools.cached_property
+  def _like(self) -> Batch:
+    return {"valid": first_batch(self.context)["valid"]}  # does not hold on to the images
+
+  def _fit_split(self, split: str) -> frechet.Gaussian:
+    parts = stream(self.context, split, lambda batch: {"features": self._space(batch["image"])})
+    return frechet.fit(part["features"] for part in parts)
+
+  @functools.cached_property
+  def _real(self) -> frechet.Gaussian:
+    return self._fit_split("train")
+
+  @functools.cached_property
+  def _floor(self) -> float:
+    return frechet.distance(self._fit_split("eval"), self._real)
+
+  @functools.cached_property
+  def _real_classes(self) -> tuple[Any, float]:
+    """The classifier, trained, and its accuracy on the evaluation split."""
+    assert self.classifier is not None
+    train, test = (
+      collect(self.context, split, lambda batch: {key: batch[key] for key in ("image", "label")})
+      for split in ("train", "eval")
+    )
+    model = CLASSIFIERS[self.classifier]().fit(_flat(train["image"]), train["label"])
+    return model, float(model.score(_flat(test["image"]), test["label"]))
+
+
+def _flat(images: np.ndarray) -> np.ndarray:
+  return images_lib.to_uint8(images).reshape(len(images), -1) / 255.0

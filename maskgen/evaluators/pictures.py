@@ -1,0 +1,72 @@
+"""Grids of images for people."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from maskgen import images as images_lib
+from maskgen.evaluators.batches import first_batch, make_keys, place, valid_rows
+from maskgen.evaluators.context import Context
+
+_COLUMNS = 16
+_HOLE_COLOUR = (255, 0, 255)  # magenta: rare in images
+
+# What an inpainting mask hides, of an image of height h and width w: (rows, columns).
+MASKS: dict[str, Callable[[int, int], tuple[slice, slice]]] = {
+  "center": lambda h, w: (slice(h // 4, h - h // 4), slice(w // 4, w - w // 4)),
+  "right": lambda h, w: (slice(None), slice(w // 2, None)),
+  "lower": lambda h, w: (slice(h // 2, None), slice(None)),
+}
+
+
+def stacked(rows: Sequence[np.ndarray], columns: int = _COLUMNS) -> np.ndarray:
+  """A picture in which image i of each row stands below image i of the row before it.
+
+  Args:
+    rows: images [n, h, w, c] each, uint8 or float in [0, 1].
+    columns: the stack wraps after so many images.
+
+  Returns:
+    uint8 [H, W, 3].
+  """
+  count = len(rows[0])
+  columns = min(columns, count)
+  blank = np.full((-count % columns, *rows[0].shape[1:]), 255, np.uint8)
+  full = [np.concatenate([images_lib.to_uint8(row), blank]) for row in rows]
+  chunks = [row[i : i + columns] for i in range(0, count, columns) for row in full]
+  return images_lib.grid(np.concatenate(chunks), columns)
+
+
+def reconstructions(context: Context, variables: Any, rng: jax.Array, count: int) -> np.ndarray:
+  """The first `count` evaluation images (at most one batch) over their reconstructions."""
+  batch = first_batch(context)
+  results = context.predict["reconstruct"](variables, batch, rng)
+  return stacked([valid_rows(batch, images)[:count] for images in (batch["image"], results)])
+
+
+def inpainted(
+  context: Context, variables: Any, rng: jax.Array, count: int, seed: int, masks: Sequence[str]
+) -> np.ndarray:
+  """For each of the named masks three rows: the image, the image with its hole, the filled image."""
+  batch = first_batch(context)
+  shape = batch["image"].shape[:3]
+  originals = images_lib.to_uint8(valid_rows(batch, batch["image"])[:count])
+  if originals.shape[-1] == 1:
+    originals = np.repeat(originals, 3, axis=-1)  # so that the hole shows in colour
+  stacks = []
+  for name in masks:
+    hole = np.zeros(shape, bool)
+    hole[:, *MASKS[name](*shape[1:])] = True
+    inputs = {
+      "image": batch["image"],
+      "mask": place(batch, hole),
+      "key": make_keys(batch, seed),
+    }
+    results = context.predict["inpaint"](variables, inputs, rng)
+    filled = images_lib.to_uint8(valid_rows(batch, results)[:count])
+    filled = np.broadcast_to(filled, originals.shape)
+    holed = np.where(hole[0, ..., None], np.array(_HOLE_COLOUR, np.uint8), originals)
+    stacks.append(stacked([originals, holed, filled]))
+  return np.concatenate(stacks)

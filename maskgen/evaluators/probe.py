@@ -1,0 +1,186 @@
+"""How much the features of a frozen encoder say about the class, beside three baselines."""
+
+import dataclasses
+from typing import Any, ClassVar
+
+import jax
+import numpy as np
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
+from sklearn.preprocessing import StandardScaler
+
+from maskgen import images as images_lib
+from maskgen.errors import UserError
+from maskgen.evaluators.batches import collect, one_blas_thread
+from maskgen.evaluators.context import Context, Report
+
+_NEIGHBOURS = 5
+
+
+def ridge(features: np.ndarray, targets: np.ndarray, penalty: float) -> tuple[np.ndarray, np.ndarray]:
+  """Least squares with an L2 penalty on the weights and none on the bias, in closed form.
+
+  Args:
+    features: [n, d].
+    targets: [n, k].
+    penalty: the factor of the squared weights, > 0.
+
+  Returns:
+    (weights float64 [d, k], bias float64 [k]), for `features @ weights + bias`.
+  """
+  x, y = features.astype(np.float64), targets.astype(np.float64)
+  x_mean, y_mean = x.mean(axis=0), y.mean(axis=0)
+  x, y = x - x_mean, y - y_mean
+  if len(x) < x.shape[1]:  # the same weights, from the smaller of the two systems
+    weights = x.T @ np.linalg.solve(x @ x.T + penalty * np.eye(len(x)), y)
+  else:
+    weights = np.linalg.solve(x.T @ x + penalty * np.eye(x.shape[1]), x.T @ y)
+  return weights, y_mean - x_mean @ weights
+
+
+def balanced_draw(labels: np.ndarray, shots: int, classes: int, seed: int) -> np.ndarray:
+  """Draws `shots` examples of each class without replacement: indices int [classes * shots].
+
+  Raises:
+    UserError: if a class has too few examples.
+  """
+  generator = np.random.default_rng((seed, shots))
+  draws = []
+  for label in range(classes):
+    members = np.flatnonzero(labels == label)
+    if len(members) < shots:
+      raise UserError(
+        f"class {label} has {len(members)} training images, too few for {shots} shots: lower `shots` "
+        "of the probe"
+      )
+    draws.append(generator.choice(members, shots, replace=False))
+  return np.concatenate(draws)
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+  """One representation of the data: features [n, d] and labels [n] of both splits."""
+
+  train: np.ndarray
+  train_labels: np.ndarray
+  test: np.ndarray
+  test_labels: np.ndarray
+
+  def standardized(self) -> "Split":
+    """Centres and scales each feature with the training split's statistics."""
+    scaler = StandardScaler().fit(self.train)
+    return dataclasses.replace(self, train=scaler.transform(self.train), test=scaler.transform(self.test))
+
+  def accuracy(self, predicted: np.ndarray) -> float:
+    return float(np.mean(predicted == self.test_labels))
+
+  def logistic(self) -> float:
+    """Accuracy of logistic regression (L2, C = 1) on all training labels."""
+    model = LogisticRegression(max_iter=1000).fit(self.train, self.train_labels)
+    return self.accuracy(model.predict(self.test))
+
+  def neighbours(self) -> float:
+    """Accuracy of the 5 nearest neighbours by cosine."""
+    model = KNeighborsClassifier(_NEIGHBOURS, metric="cosine").fit(self.train, self.train_labels)
+    return self.accuracy(model.predict(self.test))
+
+  def ridge(self, classes: int, subset: np.ndarray | slice = slice(None)) -> float:
+    """Accuracy of ridge regression to one-hot labels, on some of the training examples.
+
+    Standardized features have a squared norm near d, so a penalty of d suits every width.
+    """
+    features, labels = self.train[subset], self.train_labels[subset]
+    weights, bias = ridge(features, np.eye(classes)[labels], penalty=features.shape[1])
+    return self.accuracy(np.argmax(self.test @ weights + bias, axis=1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluator:
+  """Fits simple classifiers to frozen features of the training split, tests on the evaluation split.
+
+  Every representation is standardized with the training split's statistics first. Features of the
+  whole split must fit in memory.
+
+  Numbers (shares in [0, 1]): `top1` (logistic regression), `top1_ridge`, `top1_knn` (5 neighbours,
+  cosine), `top1_<k>shot` and `top1_<k>shot_std` (ridge on k labels per class, over several balanced
+  draws), and logistic regression on the baselines: `top1_random_encoder` (an untrained encoder, mean
+  over seeds), `top1_pixels` and, where the objective encodes to a codebook, `top1_token_onehot`. The
+  baselines are measured at the first evaluation and then kept: the tokenizer is taken to be frozen.
+
+  Attributes:
+    shots: labels per class for the few-shot numbers.
+    draws: how many draws each few-shot number averages.
+    random_encoders: how many untrained encoders the baseline averages.
+    baselines: False leaves the baselines out, which are too large for logistic regression on large
+      images.
+    seed: of the draws and the untrained encoders.
+  """
+
+  requires: ClassVar[tuple[str, ...]] = ("features",)
+
+  context: Context
+  shots: tuple[int, ...] = (1, 5, 10)
+  draws: int = 5
+  random_encoders: int = 3
+  baselines: bool = True
+  seed: int = 0
+  _baselines: dict[str, float] = dataclasses.field(default_factory=dict, init=False, repr=False)
+
+  def __post_init__(self):
+    if self.context.class_names is None:
+      raise UserError("the data has no labels to probe for: remove this evaluation")
+    if min(self.draws, self.random_encoders, *self.shots, 1) < 1:
+      raise UserError("shots, draws and random_encoders must be at least 1")
+
+  @one_blas_thread
+  def run(self, variables: Any, rng: jax.Array) -> Report:
+    """Evaluates; `rng` is a typed key."""
+    split, classes = self._features(variables, rng), len(self.context.class_names or ())
+    numbers = {
+      "top1": split.logistic(),
+      "top1_ridge": split.ridge(classes),
+      "top1_knn": split.neighbours(),
+    }
+    for shots in self.shots:
+      scores = [
+        split.ridge(classes, balanced_draw(split.train_labels, shots, classes, self.seed + draw))
+        for draw in range(self.draws)
+      ]
+      numbers[f"top1_{shots}shot"] = float(np.mean(scores))
+      numbers[f"top1_{shots}shot_std"] = float(np.std(scores))
+    if self.baselines and not self._baselines:
+      self._baselines.update(self._measure_baselines(variables, rng))
+    return Report(numbers | self._baselines)
+
+  def _split(self, represent) -> Split:
+    """Collects `represent(batch)` [b, d] of both splits, standardized."""
+    train, test = (
+      collect(self.context, split, lambda batch: {"x": represent(batch), "label": batch["label"]})
+      for split in ("train", "eval")
+    )
+    return Split(train["x"], train["label"], test["x"], test["label"]).standardized()
+
+  def _features(self, variables, rng) -> Split:
+    return self._split(lambda batch: self.context.predict["features"](variables, batch, rng))
+
+  def _measure_baselines(self, variables, rng) -> dict[str, float]:
+    context = self.context
+    fresh = (context.fresh_variables(self.seed + i, variables["frozen"]) for i in range(self.random_encoders))
+    pixels = self._split(lambda batch: _flat(images_lib.to_float(batch["image"])))
+    numbers = {
+      "top1_random_encoder": float(np.mean([self._features(v, rng).logistic() for v in fresh])),
+      "top1_pixels": pixels.logistic(),
+    }
+    codes = context.codebook_size
+    if "encode" in context.predict and codes is not None:
+
+      def onehot(batch):
+        tokens = context.predict["encode"](variables, batch, rng)
+        return _flat(jax.nn.one_hot(tokens, codes))
+
+      numbers["top1_token_onehot"] = self._split(onehot).logistic()
+    return numbers
+
+
+def _flat(array: jax.Array) -> jax.Array:
+  return array.reshape(len(array), -1)

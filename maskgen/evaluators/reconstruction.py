@@ -1,0 +1,90 @@
+"""How well a tokenizer reconstructs held-out images, and how much of its codebook it uses."""
+
+import dataclasses
+from typing import Any, ClassVar
+
+import dm_pix
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from maskgen import images as images_lib
+from maskgen.errors import UserError
+from maskgen.evaluators import pictures
+from maskgen.evaluators.batches import collect
+from maskgen.evaluators.context import Context, Report
+
+_MAX_PSNR = 100.0  # of a perfect reconstruction, whose PSNR is infinite
+
+
+@jax.jit
+def compare(originals: jax.Array, reconstructions: jax.Array) -> dict[str, jax.Array]:
+  """Compares images [b, h, w, c] (uint8, or float32 in [0, 1]) one by one.
+
+  Returns:
+    "psnr" in dB (at most 100), "ssim" and "l1" (mean absolute error), float32 [b] each. SSIM has
+    the usual Gaussian window of 11 pixels (Wang et al. 2004), or the image's size if that is smaller.
+  """
+  a, b = images_lib.to_float(originals), images_lib.to_float(reconstructions)
+  window = min(11, *a.shape[1:3])
+  return {
+    "psnr": jnp.minimum(dm_pix.psnr(a, b), _MAX_PSNR),
+    "ssim": dm_pix.ssim(a, b, filter_size=window),
+    "l1": dm_pix.mae(a, b),
+  }
+
+
+def codebook_statistics(tokens: np.ndarray, codebook_size: int) -> dict[str, float]:
+  """Describes the histogram of codes, int32 of any shape.
+
+  Returns:
+    "codebook_usage": the share of codes that occur, in [0, 1]; "perplexity": exp of the
+    histogram's entropy, from 1 to the codebook's size.
+  """
+  counts = np.bincount(tokens.ravel(), minlength=codebook_size)
+  shares = counts[counts > 0] / counts.sum()
+  return {
+    "codebook_usage": float(np.count_nonzero(counts) / codebook_size),
+    "perplexity": float(np.exp(-np.sum(shares * np.log(shares)))),
+  }
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluator:
+  """Reconstructs the evaluation split.
+
+  Numbers: `psnr` (dB), `ssim`, `l1`: means over images. Where the objective encodes to a codebook:
+  `codebook_usage` (share of codes used at least once over the split) and `perplexity`.
+  Picture `reconstructions`: originals over their reconstructions.
+
+  Attributes:
+    num_pictures: how many images the picture shows, at most one batch.
+  """
+
+  requires: ClassVar[tuple[str, ...]] = ("reconstruct",)
+
+  context: Context
+  num_pictures: int = 32
+
+  def __post_init__(self):
+    if self.num_pictures < 1:
+      raise UserError(f"num_pictures is {self.num_pictures}: give at least 1")
+
+  def run(self, variables: Any, rng: jax.Array) -> Report:
+    """Evaluates; `rng` is a typed key."""
+    predict, codebook_size = self.context.predict, self.context.codebook_size
+    has_codes = "encode" in predict and codebook_size is not None
+
+    def evaluate(batch):
+      results = compare(batch["image"], predict["reconstruct"](variables, batch, rng))
+      if has_codes:
+        results["tokens"] = predict["encode"](variables, batch, rng)
+      return results
+
+    results = collect(self.context, "eval", evaluate)
+    tokens = results.pop("tokens", None)
+    numbers = {name: float(values.mean(dtype="float64")) for name, values in results.items()}
+    if tokens is not None and codebook_size is not None:
+      numbers |= codebook_statistics(tokens, codebook_size)
+    picture = pictures.reconstructions(self.context, variables, rng, self.num_pictures)
+    return Report(numbers, {"reconstructions": picture})

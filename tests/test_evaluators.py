@@ -1,0 +1,324 @@
+"""Evaluators on small prediction functions whose right answers are known."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from sklearn.datasets import load_digits
+from sklearn.linear_model import Ridge
+
+from maskgen import evaluators
+from maskgen.errors import UserError
+from maskgen.evaluators import batches, probe, reconstruction
+from maskgen.images import to_float
+
+BATCH = 16
+CLASSES = tuple("0123456789")
+
+
+def make_context(predict, train, test, codebook_size=None, class_names=CLASSES, fresh=None):
+  """A context that serves (images, labels) pairs in padded batches, sharded over all devices."""
+  mesh = jax.make_mesh((len(jax.devices()),), ("data",), axis_types=(AxisType.Auto,))
+  sharding = NamedSharding(mesh, PartitionSpec("data"))
+
+  def serve(split):
+    arrays = dict(zip(("image", "label"), {"train": train, "eval": test}[split], strict=True))
+    size = len(arrays["image"])
+    arrays["valid"] = np.ones(size, bool)
+    for start in range(0, size, BATCH):
+      part = {key: value[start : start + BATCH] for key, value in arrays.items()}
+      missing = BATCH - len(part["valid"])
+      # The padding repeats garbage, so that an evaluator that counts it gets a wrong number.
+      yield {
+        key: jax.device_put(
+          np.concatenate([value, np.full((missing, *value.shape[1:]), key != "valid", value.dtype)]),
+          sharding,
+        )
+        for key, value in part.items()
+      }
+
+  compiled = {name: jax.jit(fn) for name, fn in predict.items()}
+  return evaluators.Context(compiled, serve, fresh or (lambda seed: None), codebook_size, class_names)
+
+
+def run(kind, context, variables=None, **options):
+  evaluator = evaluators.build("it", {"type": kind, "every_steps": 1, **options}, context)
+  return evaluator.run(variables, jax.random.key(0))
+
+
+@pytest.fixture(scope="module")
+def noise():
+  """40 + 21 random images with labels: neither is a multiple of the batch."""
+  rng = np.random.default_rng(0)
+  make = lambda n: (
+    rng.integers(0, 256, (n, 12, 12, 3), np.uint8),
+    np.arange(n, dtype=np.int32) % 10,
+  )
+  return make(40), make(21)
+
+
+@pytest.fixture(scope="module")
+def digits():
+  """Real digits, 8 x 8 pixels: 600 for training, 200 for the test."""
+  data = load_digits()
+  images = np.repeat((data.images[..., None] * 15).astype(np.uint8), 3, axis=-1)
+  labels = data.target.astype(np.int32)
+  return (images[:600], labels[:600]), (images[600:800], labels[600:800])
+
+
+# Building
+
+
+@pytest.mark.parametrize(
+  ("section", "message"),
+  [
+    ({}, "needs the key 'type'"),
+    ({"type": "prob"}, "did you mean 'probe'"),
+    ({"type": "loss"}, "needs the prediction function 'loss'"),
+    ({"type": "generation", "num_image": 5}, "did you mean 'num_images'"),
+    ({"type": "generation", "features": "pixel"}, "did you mean 'pixels'"),
+    ({"type": "generation", "classifier": "svm"}, "did you mean 'svc'"),
+    ({"type": "generation", "classifier": "svc"}, "no labels"),
+    ({"type": "generation", "schedule": "cosin"}, "did you mean 'cosine'"),
+    ({"type": "generation", "num_images": 1}, "at least 2"),
+    ({"type": "probe"}, "no labels"),
+    ({"type": "samples", "masks": ("centre",)}, "did you mean 'center'"),
+    ({"type": "samples", "num_examples": 0}, "at least 1"),
+    ({"type": "reconstruction", "num_pictures": 0}, "at least 1"),
+  ],
+)
+def test_wrong_options_are_user_errors_that_name_the_section(noise, section, message):
+  predict = dict.fromkeys(("generate", "features", "reconstruct"), lambda v, b, r: b["image"])
+  context = make_context(predict, *noise, class_names=None)
+  with pytest.raises(UserError, match=message) as error:
+    evaluators.build("it", section, context)
+  assert "config.evals.it" in str(error.value)
+
+
+def test_samples_need_something_to_show(noise):
+  with pytest.raises(UserError, match="no pictures"):
+    run("samples", make_context({"loss": lambda v, b, r: {}}, *noise))
+
+
+# Losses and reconstruction
+
+
+def test_loss_is_the_mean_over_valid_examples(noise):
+  predict = {"loss": lambda v, b, r: {"main": v * b["label"].astype(jnp.float32)}}
+  report = run("loss", make_context(predict, *noise), jnp.float32(2.0))
+  np.testing.assert_allclose(report.numbers["main"], 2.0 * noise[1][1].mean(), rtol=1e-6)
+  assert type(report.numbers["main"]) is float
+
+
+def test_loss_gives_each_batch_its_own_key(noise):
+  predict = {"loss": lambda v, b, r: {"draw": jnp.full(b["label"].shape, jax.random.uniform(r))}}
+  keys = [jax.random.fold_in(jax.random.key(0), i) for i in range(2)]
+  draws = [float(jax.random.uniform(key)) for key in keys]
+  report = run("loss", make_context(predict, *noise))
+  np.testing.assert_allclose(report.numbers["draw"], (16 * draws[0] + 5 * draws[1]) / 21, rtol=1e-5)
+
+
+def test_perfect_reconstruction(noise):
+  predict = {"reconstruct": lambda v, b, r: to_float(b["image"])}
+  report = run("reconstruction", make_context(predict, *noise), num_pictures=20)
+  assert report.numbers == {
+    "psnr": 100.0,
+    "ssim": pytest.approx(1.0),
+    "l1": pytest.approx(0.0, abs=1e-6),
+  }
+  picture = report.pictures["reconstructions"]
+  assert picture.dtype == np.uint8 and picture.shape == (2 * 14 + 2, 16 * 14 + 2, 3)
+  np.testing.assert_array_equal(picture[2:14], picture[16:28])  # originals over reconstructions
+
+
+def test_reconstruction_numbers_are_means_over_images(noise):
+  predict = {"reconstruct": lambda v, b, r: to_float(b["image"]) + v}
+  numbers = run("reconstruction", make_context(predict, *noise), jnp.float32(0.1)).numbers
+  np.testing.assert_allclose(numbers["psnr"], 20.0, rtol=1e-4)
+  np.testing.assert_allclose(numbers["l1"], 0.1, rtol=1e-4)
+  assert 0.0 < numbers["ssim"] < 1.0
+
+
+def test_codebook_numbers_count_only_valid_images(noise):
+  predict = {
+    "reconstruct": lambda v, b, r: to_float(b["image"]),
+    # Code 7 occurs in the padding alone.
+    "encode": lambda v, b, r: jnp.where(b["valid"][:, None], jnp.int32([[0, 1, 2, 3]]), 7),
+  }
+  numbers = run("reconstruction", make_context(predict, *noise, codebook_size=8)).numbers
+  assert numbers["codebook_usage"] == 0.5
+  assert numbers["perplexity"] == pytest.approx(4.0)
+
+
+def test_perplexity_of_one_code_is_one():
+  assert reconstruction.codebook_statistics(np.full((3, 4), 2), 8) == {
+    "codebook_usage": 0.125,
+    "perplexity": 1.0,
+  }
+
+
+# Generation
+
+
+def replay(images):
+  """A generator that draws real images, by key."""
+
+  def generate(variables, batch, rng, steps=1):
+    pick = jax.vmap(lambda key: jax.random.randint(key, (), 0, len(images)))(batch["key"])
+    return to_float(jnp.asarray(images))[pick]
+
+  return generate
+
+
+def uniform(variables, batch, rng):
+  return jax.vmap(lambda key: jax.random.uniform(key, (8, 8, 3)))(batch["key"])
+
+
+def test_generation_ranks_real_images_before_noise(digits):
+  predict = {"generate": replay(digits[0][0]), "generate_uniform": uniform}
+  context = make_context(predict, *digits)
+  report = run("generation", context, num_images=200, classifier="svc", num_pictures=36)
+  numbers = report.numbers
+  assert numbers["frechet_pixels"] < 0.3 * numbers["frechet_pixels_uniform_codes"]
+  assert 0.0 < numbers["frechet_pixels_floor"] < 0.3 * numbers["frechet_pixels_uniform_codes"]
+  assert numbers["svc_top1"] > 0.9
+  assert 0.03 < numbers["class_share_min"] < 0.1
+  assert 2.1 < numbers["class_entropy"] < np.log(10)
+  assert report.pictures["generated"].shape == (62, 62, 3)
+  assert all(type(value) is float for value in numbers.values())
+
+
+def test_generating_the_training_set_gives_distance_zero(digits):
+  images = digits[0][0]
+  keys = jax.vmap(lambda i: jax.random.fold_in(jax.random.key(5), i))(jnp.arange(600))
+  known = jax.random.key_data(keys)
+
+  def generate(variables, batch, rng):
+    data = jax.random.key_data(batch["key"])
+    index = jnp.argmax(jnp.all(data[:, None] == known[None], axis=-1), axis=1)
+    return to_float(jnp.asarray(images))[index]
+
+  context = make_context({"generate": generate}, *digits)
+  numbers = run("generation", context, num_images=600, seed=5).numbers
+  assert numbers["frechet_pixels"] < 1e-6
+  assert "frechet_pixels_uniform_codes" not in numbers
+
+
+def test_collapsed_generation_shows_in_the_class_numbers(digits):
+  context = make_context({"generate": replay(digits[0][0][:1])}, *digits)
+  numbers = run("generation", context, num_images=20, classifier="svc").numbers
+  assert numbers["class_share_min"] == 0.0 and numbers["class_entropy"] == 0.0
+
+
+def test_what_does_not_depend_on_the_variables_is_computed_once(digits):
+  plain = make_context({"generate": replay(digits[0][0])}, *digits)
+  passes = []
+  counted = lambda split: passes.append(split) or plain.batches(split)
+  context = dataclasses.replace(plain, batches=counted)
+  evaluator = evaluators.build(
+    "it", {"type": "generation", "num_images": 20, "classifier": "svc", "steps": 2}, context
+  )
+  first = evaluator.run(None, jax.random.key(0))
+  count = len(passes)
+  assert evaluator.run(None, jax.random.key(1)).numbers == first.numbers
+  assert len(passes) == count
+
+
+def test_keys_depend_on_the_seed_and_the_image_alone(noise):
+  like = batches.first_batch(make_context({}, *noise))
+  keys = jax.random.key_data(batches.make_keys(like, seed=3))
+  later = jax.random.key_data(batches.make_keys(like, seed=3, start=10))
+  np.testing.assert_array_equal(keys[10:], later[:6])
+  assert not np.array_equal(keys, jax.random.key_data(batches.make_keys(like, seed=4)))
+  assert batches.make_keys(like, seed=3).sharding.is_equivalent_to(like["valid"].sharding, 1)
+
+
+# Probe
+
+
+def test_ridge_equals_scikit_learn():
+  rng = np.random.default_rng(0)
+  for shape in ((30, 5), (5, 30)):  # both of its systems
+    features, targets = rng.normal(2.0, 1.0, shape), rng.normal(size=(shape[0], 3))
+    weights, bias = probe.ridge(features, targets, penalty=0.7)
+    reference = Ridge(alpha=0.7).fit(features, targets)
+    np.testing.assert_allclose(weights, reference.coef_.T, atol=1e-9)
+    np.testing.assert_allclose(bias, reference.intercept_, atol=1e-9)
+
+
+def test_draws_are_balanced_and_differ_by_seed():
+  labels = np.random.default_rng(0).permutation(np.repeat(np.arange(4), (5, 6, 20, 30)))
+  draw = probe.balanced_draw(labels, shots=5, classes=4, seed=0)
+  assert len(set(draw)) == 20
+  np.testing.assert_array_equal(np.bincount(labels[draw]), [5, 5, 5, 5])
+  assert set(draw) != set(probe.balanced_draw(labels, shots=5, classes=4, seed=1))
+  with pytest.raises(UserError, match="class 0 has 5 training images"):
+    probe.balanced_draw(labels, shots=6, classes=4, seed=0)
+
+
+def test_separable_features_are_perfect_and_noise_is_chance(digits):
+  def features(variables, batch, rng):
+    signal = jax.nn.one_hot(batch["label"], 10) * variables
+    pixel_noise = jax.random.normal(jax.random.key(1), (BATCH, 2))
+    return jnp.concatenate([signal, pixel_noise], axis=1)
+
+  context = make_context({"features": features}, *digits, fresh=lambda seed: jnp.float32(0.0))
+  numbers = run("probe", context, jnp.float32(20.0)).numbers
+  for name in ("top1", "top1_ridge", "top1_knn", "top1_5shot", "top1_10shot"):
+    assert numbers[name] == 1.0, name
+  assert numbers["top1_10shot_std"] == 0.0
+  assert numbers["top1_random_encoder"] < 0.25
+  assert 0.85 < numbers["top1_pixels"] < 1.0
+  assert "top1_token_onehot" not in numbers
+
+
+def test_probe_baselines_run_once_and_can_be_left_out(digits):
+  fresh_seeds = []
+  predict = {
+    "features": lambda v, b, r: to_float(b["image"]).reshape(BATCH, -1) * v,
+    "encode": lambda v, b, r: (b["image"][:, ::2, ::2, 0] // 64).reshape(BATCH, -1).astype(jnp.int32),
+  }
+  fresh = lambda seed: fresh_seeds.append(seed) or jnp.float32(1.0)
+  context = make_context(predict, *digits, codebook_size=4, fresh=fresh)
+  section = {"type": "probe", "shots": (1,), "draws": 2, "random_encoders": 2}
+  evaluator = evaluators.build("it", section, context)
+  first = evaluator.run(jnp.float32(1.0), jax.random.key(0)).numbers
+  assert evaluator.run(jnp.float32(1.0), jax.random.key(0)).numbers == first
+  assert fresh_seeds == [0, 1]
+  assert first["top1"] == first["top1_pixels"] == first["top1_random_encoder"]
+  assert 0.5 < first["top1_token_onehot"] < 1.0
+  assert all(type(value) is float for value in first.values())
+  numbers = run("probe", context, jnp.float32(1.0), shots=(1,), baselines=False).numbers
+  assert set(numbers) == {"top1", "top1_ridge", "top1_knn", "top1_1shot", "top1_1shot_std"}
+
+
+# Pictures
+
+
+def fill_with_grey(variables, batch, rng):
+  return jnp.where(batch["mask"][..., None], 0.5, to_float(batch["image"]))
+
+
+def test_samples_show_what_the_objective_can_do(noise):
+  predict = {"inpaint": fill_with_grey, "generate": uniform}
+  report = run("samples", make_context(predict, *noise), num_generated=20, num_examples=4)
+  assert set(report.pictures) == {"generated", "inpainted"} and not report.numbers
+  assert report.pictures["generated"].shape == (4 * 10 + 2, 5 * 10 + 2, 3)
+  picture = report.pictures["inpainted"]
+  assert picture.shape == (3 * (3 * 14 + 2), 4 * 14 + 2, 3)
+  original, holed, filled = (picture[top : top + 12, 2:14] for top in (2, 16, 30))
+  hole = np.all(holed == (255, 0, 255), axis=-1)
+  assert hole[3:9, 3:9].all() and hole.sum() == 36
+  np.testing.assert_array_equal(original, noise[1][0][0])
+  np.testing.assert_array_equal(original[~hole], filled[~hole])
+  assert (filled[hole] == 128).all()
+
+
+def test_one_channel_images_show_the_hole_in_colour(noise):
+  grey = tuple((images[..., :1], labels) for images, labels in noise)
+  context = make_context({"inpaint": fill_with_grey}, *grey)
+  picture = run("samples", context, masks=("right",)).pictures["inpainted"]
+  assert np.all(picture == (255, 0, 255), axis=-1).sum() == 16 * 12 * 6
