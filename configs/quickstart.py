@@ -1,0 +1,121 @@
+"""Tokenizer, then MAGE, on scikit-learn's 1,797 handwritten digits; no download.
+
+python -m maskgen.main --config=configs/quickstart.py --workdir=runs/quickstart
+"""
+
+import ml_collections
+
+from maskgen.config import parse_arg
+
+
+def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
+  args = parse_arg(arg, debug=False, tiny=False, seed=0)
+  config = ml_collections.ConfigDict()
+  config.stages = ("tokenizer", "mage")
+  config.tokenizer = tokenizer(args)
+  config.mage = mage(args)
+  return config
+
+
+def digits(debug: bool) -> dict:
+  """16x16 pixels; whole-pixel shifts are all the augmentation that digits this small bear."""
+  if debug:
+    preprocess = "decode(3)|resize(16)"
+    return dict(source="synthetic", preprocess=preprocess, eval_preprocess=preprocess)
+  return dict(
+    source="digits",
+    preprocess="decode(3)|resize(16)|pad(1)|random_crop(16)",
+    eval_preprocess="decode(3)|resize(16)",
+  )
+
+
+def network() -> dict:
+  """A VQGAN that makes 4 x 4 tokens of 16 x 16 pixels."""
+  return dict(
+    channels=16,
+    multipliers=(1, 2, 2),
+    strides=(2, 2),
+    blocks=1,
+    norm_groups=8,
+    codebook_size=128,
+    code_width=16,
+    normalize_codes=True,
+  )
+
+
+def tokenizer(args) -> dict:
+  steps = 2 if args.debug else 100 if args.tiny else 900
+  return dict(
+    seed=args.seed,
+    batch_size=8 if args.debug else 64,
+    total_steps=steps,
+    log_every_steps=min(50, steps),
+    checkpoint=dict(save_steps=300, save_minutes=5.0, keep=2),
+    data=digits(args.debug),
+    objective=dict(
+      name="tokenizer",
+      image_size=(16, 16),
+      tokenizer=network(),
+      discriminator=dict(channels=8, max_channels=32, blocks=2),
+      l2_weight=10.0,
+      entropy_weight=0.0,
+      revive_weight=1.0,
+      adversarial_weight=0.1,
+      adversarial_start=300,
+    ),
+    optimizer=dict(
+      generator=dict(learning_rate=3e-3, warmup_steps=0 if args.debug else 20),
+      discriminator=dict(learning_rate=1e-3, schedule="constant", b1=0.0, b2=0.99),
+    ),
+    ema=dict(generator=0.99),
+    evals=dict(
+      reconstruction=dict(type="reconstruction", every_steps=300),
+    ),
+  )
+
+
+def mage(args) -> dict:
+  steps = 2 if args.debug else 300 if args.tiny else 5000
+  every = 1000
+  return dict(
+    seed=args.seed,
+    batch_size=8 if args.debug else 64,
+    total_steps=steps,
+    log_every_steps=min(100, steps),
+    checkpoint=dict(save_steps=1000, save_minutes=5.0, keep=2),
+    data=digits(args.debug),
+    pretrained=dict(tokenizer="stage:tokenizer"),
+    objective=dict(
+      name="mage",
+      image_size=(16, 16),
+      tokenizer=network(),
+      width=96,
+      depth=4,
+      heads=4,
+      decoder_width=96,
+      decoder_depth=2,
+      decoder_heads=4,
+      dropout=0.1,
+      label_smoothing=0.1,
+      mask_ratio=dict(mean=0.55, std=0.25, low=0.5, high=1.0),
+      sampling=dict(steps=8, schedule="cosine", temperature=4.5),
+    ),
+    optimizer=dict(
+      main=dict(
+        learning_rate=1.5e-3,
+        warmup_steps=0 if args.debug else 100,
+        b2=0.95,
+        weight_decay=0.05,
+        clip_norm=3.0,
+      ),
+    ),
+    ema=dict(main=0.999),
+    evals=dict(
+      loss=dict(type="loss", every_steps=every),
+      probe=dict(type="probe", every_steps=every, baselines=not args.debug),
+      generation=dict(
+        type="generation", every_steps=every, num_images=16 if args.debug else 500, classifier="svc"
+      ),
+      samples=dict(type="samples", every_steps=every),
+    ),
+  )

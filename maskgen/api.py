@@ -1,0 +1,174 @@
+"""The front door: `maskgen.load(path)` gives a model that a user can call."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from maskgen import checkpoint, images, objectives
+from maskgen.errors import UserError, nearest
+
+
+def load(path: epath.PathLike) -> "Model":
+  """Loads a trained model, from the workdir of a run, an export or converted weights.
+
+  Args:
+    path: a folder, local or on any store that `etils.epath` reaches.
+
+  Raises:
+    UserError: if the folder is no model, or its weights are damaged or do not fit its config.
+  """
+  config = checkpoint.load_config(path)
+  if "objective" not in config:
+    raise UserError(f"{path} holds a network without an objective: give a model that maskgen trained")
+  objective = objectives.build(config["objective"])
+  shapes = jax.eval_shape(objective.init, jax.random.key(0), objective.pretrained_shapes())
+  return Model(config, objective, checkpoint.load_variables(path, shapes))
+
+
+class Model:
+  """A trained model. Which methods work depends on what was trained; the others say so.
+
+  Images go in as uint8 in 0..255 or floats in [0, 1], [b, h, w, c].
+
+  Attributes:
+    config: the plain config the model was trained with; `config["objective"]` builds it.
+    objective: the objective built from it.
+    variables: `{"params": {group: tree}, "frozen": tree, "extra": tree}`, averages in place.
+  """
+
+  def __init__(self, config: Mapping[str, Any], objective: objectives.Objective, variables: Any):
+    self.config = config
+    self.objective = objective
+    self.variables = variables
+    self._fns = objectives.compile_predict_fns(objective)
+
+  def encode(self, images: np.ndarray) -> np.ndarray:
+    """The codes of images, int32 [b, n], row by row of the token grid."""
+    return self._call("encode", {"image": self._images(images)})
+
+  def decode(self, tokens: np.ndarray) -> np.ndarray:
+    """The images of codes int32 [b, n]; float32 [b, h, w, c] in [0, 1]."""
+    return self._call("decode", {"tokens": self._tokens(tokens)})
+
+  def reconstruct(self, images: np.ndarray) -> np.ndarray:
+    """Images through the tokenizer and back, in the dtype they came in."""
+    checked = self._images(images)
+    return _like(checked, self._call("reconstruct", {"image": checked}))
+
+  def features(self, images: np.ndarray) -> np.ndarray:
+    """Representations, float32 [b, d]: the mean of the last encoder block's tokens, normalised."""
+    return self._call("features", {"image": self._images(images)})
+
+  def logits(self, tokens: np.ndarray, token_mask: np.ndarray) -> np.ndarray:
+    """What the model predicts at every position.
+
+    Args:
+      tokens: int [b, n].
+      token_mask: bool [b, n]; True hides the token from the model.
+
+    Returns:
+      float32 [b, n, codebook].
+    """
+    tokens = self._tokens(tokens)
+    token_mask = _mask(token_mask, tokens.shape, "token_mask")
+    return self._call("logits", {"tokens": tokens, "token_mask": token_mask})
+
+  def generate(self, seed: int = 0, batch: int = 16, **options: Any) -> np.ndarray:
+    """New images, float32 [batch, h, w, c] in [0, 1]; image i depends on the seed and i alone.
+
+    Args:
+      seed: of the randomness.
+      batch: how many.
+      **options: `steps`, `schedule` and `temperature` of `maskgen.sampling.Sampling`; by default those of the
+        config.
+    """
+    return self._call("generate", {"key": _keys(seed, batch)}, **self._options(options))
+
+  def inpaint(self, images: np.ndarray, pixel_mask: np.ndarray, seed: int = 0, **options: Any) -> np.ndarray:
+    """Makes the masked pixels anew; all others keep their values.
+
+    Args:
+      images: [b, h, w, c], or one image [h, w, c].
+      pixel_mask: bool [b, h, w] or [h, w], True where pixels are to be made anew.
+      seed: of the randomness.
+      **options: as for `generate`.
+
+    Returns:
+      Images of the shape and dtype that came in.
+    """
+    single = np.ndim(images) == 3
+    checked = self._images(np.asarray(images)[None] if single else images)
+    shape = checked.shape[:3]
+    pixel_mask = np.asarray(pixel_mask)
+    if pixel_mask.ndim == 2 and pixel_mask.shape == shape[1:]:
+      pixel_mask = np.broadcast_to(pixel_mask, shape)
+    pixel_mask = _mask(pixel_mask, shape, "pixel_mask")
+    batch = {"image": checked, "mask": pixel_mask, "key": _keys(seed, len(checked))}
+    filled = self._call("inpaint", batch, **self._options(options))
+    result = np.where(pixel_mask[..., None], _like(checked, filled), checked)
+    return result[0] if single else result
+
+  def _call(self, name: str, batch: Mapping[str, Any], **options: Any) -> np.ndarray:
+    if name not in self._fns:
+      raise UserError(
+        f"a model of objective '{self.config['objective']['name']}' cannot {name}; it can "
+        f"{', '.join(sorted(self._fns))}"
+      )
+    return np.asarray(self._fns[name](self.variables, batch, jax.random.key(0), **options))
+
+  def _images(self, given: np.ndarray) -> np.ndarray:
+    shape = self.objective.image_shape
+    checked = images.check_images(given, channels=shape[-1])
+    if checked.shape[1:] != shape:
+      raise UserError(
+        f"images are {checked.shape[1]}x{checked.shape[2]} pixels: this model takes "
+        f"{shape[0]}x{shape[1]}, resize them"
+      )
+    return checked
+
+  def _tokens(self, tokens: np.ndarray) -> np.ndarray:
+    tokens = np.asarray(tokens)
+    count, codes = self._num_tokens, self.objective.codebook_size
+    if tokens.ndim != 2 or tokens.shape[1] != count or not np.issubdtype(tokens.dtype, np.integer):
+      raise UserError(f"tokens are {tokens.dtype}{list(tokens.shape)}: give integers of shape [b, {count}]")
+    if tokens.size and (tokens.min() < 0 or tokens.max() >= codes):
+      raise UserError(
+        f"tokens range over {tokens.min()}..{tokens.max()}: this model's codes are 0..{codes - 1}"
+      )
+    return tokens.astype(np.int32)
+
+  @functools.cached_property
+  def _num_tokens(self) -> int:
+    images = jax.ShapeDtypeStruct((1, *self.objective.image_shape), jnp.uint8)
+    tokens = jax.eval_shape(self._fns["encode"], self.variables, {"image": images}, None)
+    return tokens.shape[1]
+
+  def _options(self, options: dict[str, Any]) -> dict[str, Any]:
+    for name in options:
+      if name not in ("steps", "schedule", "temperature"):
+        known = ("steps", "schedule", "temperature")
+        raise UserError(f"sampling has no option '{name}'{nearest(name, known)}")
+    return options
+
+
+def _keys(seed: int, batch: int) -> jax.Array:
+  """One key per image, whatever the batch."""
+  return jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.arange(batch))
+
+
+def _mask(mask: np.ndarray, shape: tuple[int, ...], name: str) -> np.ndarray:
+  mask = np.asarray(mask)
+  if mask.shape != shape:
+    raise UserError(f"{name} has shape {mask.shape}: it must be {shape}, the size of what it masks")
+  if mask.dtype != bool:
+    raise UserError(f"{name} is {mask.dtype}: give booleans, True where masked")
+  return mask
+
+
+def _like(given: np.ndarray, made: np.ndarray) -> np.ndarray:
+  return images.to_uint8(made) if given.dtype == np.uint8 else made

@@ -1,0 +1,42 @@
+"""What all entry points share: arguments, logging, and errors that a user can act on."""
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from maskgen.errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+  """An argument parser that shows its example as written and takes no abbreviations."""
+
+  def __init__(self, description: str, example: str):
+    super().__init__(
+      description=description,
+      epilog=f"example:\n  {example}",
+      formatter_class=argparse.RawDescriptionHelpFormatter,
+      allow_abbrev=False,
+    )
+
+  def error(self, message: str):
+    raise UserError(f"{message} (see --help)")
+
+
+def run(main: Callable[[Sequence[str]], None]) -> None:
+  """Runs an entry point: a `UserError` becomes one line on stderr and exit code 2."""
+  # Quiet libraries that are not ours, before they are imported.
+  os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+  os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+  logging.basicConfig(
+    level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr
+  )
+  logging.getLogger("maskgen").setLevel(logging.INFO)
+  try:
+    main(sys.argv[1:])
+  except UserError as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+  except KeyboardInterrupt:
+    sys.exit(130)

@@ -1,0 +1,200 @@
+"""The entry point: trains, evaluates or checks what a config describes.
+
+python -m maskgen.main --config=configs/quickstart.py --workdir=runs/quickstart
+"""
+
+import json
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from etils import epath
+
+from maskgen import cli
+from maskgen import config as config_lib
+from maskgen.errors import UserError
+
+log = logging.getLogger("maskgen")
+
+
+def main(argv: Sequence[str]) -> None:
+  """Parses the command line and runs it.
+
+  Raises:
+    UserError: for anything from outside that is wrong.
+  """
+  parser = cli.Parser(
+    "Trains, evaluates or checks what a config describes. Any key of the config can be set with "
+    "--config.KEY=VALUE. A run that was killed continues with the same command.",
+    "python -m maskgen.main --config=configs/quickstart.py --workdir=runs/quickstart",
+  )
+  parser.add_argument("--config", required=True, help="config file, FILE[:key=value,...]")
+  parser.add_argument("--workdir", required=True, help="folder of the run, local or remote")
+  parser.add_argument(
+    "--mode",
+    default="train",
+    choices=("train", "eval", "check"),
+    help="eval: evaluate the newest checkpoint; check: try everything that can fail early, train nothing",
+  )
+  args, rest = parser.parse_known_args(argv)
+  config = config_lib.to_dict(config_lib.load(args.config, parse_overrides(rest)))
+  root = epath.Path(args.workdir)
+  prepare_workdir(root, config, claim=args.mode == "train")
+  stages = split_stages(config, root)
+
+  # Importing these takes seconds: wrong flags, configs and workdirs are reported before.
+  from maskgen import train
+  from maskgen.experiment import Experiment
+
+  experiments = {}
+  for workdir, stage in stages.items():
+    if len(stages) > 1:
+      log.info("checking %s", workdir.name)
+    experiments[workdir] = Experiment(stage)
+    check_pretrained(experiments[workdir], workdir, stages)
+  if args.mode == "check":
+    for workdir, experiment in experiments.items():
+      check(experiment, workdir)
+    log.info("check passed: nothing was trained")
+    return
+  results: dict[str, Any] = {}
+  for workdir, experiment in experiments.items():
+    if args.mode == "eval":
+      results[workdir.name] = train.evaluate_newest(experiment, workdir)
+      continue
+    if not (workdir / train.RESULTS).exists():
+      write_config(workdir, stages[workdir])
+      train.write_results(workdir, train.train(experiment, workdir))
+    results[workdir.name] = json.loads((workdir / train.RESULTS).read_text())
+    log.info("%s: finished, results in %s", workdir.name, workdir / train.RESULTS)
+  if args.mode == "train" and "stages" in config:
+    train.write_results(root, results | {"run": describe_run(stages)})
+    log.info("all stages finished, results in %s", root / train.RESULTS)
+
+
+def parse_overrides(arguments: Sequence[str]) -> dict[str, str]:
+  """Reads `--config.KEY=VALUE` arguments.
+
+  Raises:
+    UserError: for any other argument.
+  """
+  overrides = {}
+  for argument in arguments:
+    key, separator, value = argument.partition("=")
+    if not key.startswith("--config.") or not separator:
+      raise UserError(f"argument '{argument}' is not understood; to set a config key: --config.KEY=VALUE")
+    overrides[key.removeprefix("--config.")] = value
+  return overrides
+
+
+def split_stages(config: Mapping[str, Any], root: epath.Path) -> dict[epath.Path, dict[str, Any]]:
+  """The stages' workdirs and configs in order; a config without stages is one stage in the root."""
+  if "stages" not in config:
+    return {root: dict(config)}
+  for stage in config["stages"]:
+    if stage not in config:
+      raise UserError(f"config.stages names '{stage}', which has no section in the config")
+  for key in config:
+    if key != "stages" and key not in config["stages"]:
+      raise UserError(f"config has no key '{key}': with stages, each stage has a section of its own")
+  return {root / stage: dict(config[stage]) for stage in config["stages"]}
+
+
+def prepare_workdir(root: epath.Path, config: Mapping[str, Any], *, claim: bool) -> None:
+  """Checks that the workdir is writable and holds no other config's run; `claim` writes the config.
+
+  Raises:
+    UserError: if not.
+  """
+  previous = root / "config.json"
+  if previous.exists():
+    changes = config_lib.difference(json.loads(previous.read_text()), config)
+    if changes:
+      more = f" and {len(changes) - 3} more" if len(changes) > 3 else ""
+      raise UserError(
+        f"workdir {root} holds another config's run ({'; '.join(changes[:3])}{more}): give another "
+        "--workdir, or delete this one, or go back to its config"
+      )
+  elif root.exists() and any((root / name).exists() for name in ("checkpoints", "metrics.jsonl")):
+    raise UserError(f"workdir {root} holds a run without config.json: give another --workdir")
+  if not claim:
+    return
+  try:
+    root.mkdir(parents=True, exist_ok=True)
+    write_config(root, config)
+  except OSError as error:
+    raise UserError(
+      f"workdir {root} is not writable ({error.strerror or error}): give another --workdir"
+    ) from None
+
+
+def write_config(workdir: epath.Path, config: Mapping[str, Any]) -> None:
+  """Writes `config.json`, complete or not at all."""
+  import jax
+
+  from maskgen import __version__
+
+  if jax.process_index() == 0:
+    workdir.mkdir(parents=True, exist_ok=True)
+    temporary = workdir / "config.json.tmp"
+    temporary.write_text(json.dumps({**config, "version": __version__}, indent=2))
+    temporary.rename(workdir / "config.json")
+
+
+def check_pretrained(experiment: Any, workdir: epath.Path, stages: Mapping[epath.Path, Any]) -> None:
+  """Checks that what `config.pretrained` names is there, or an earlier stage that will make it.
+
+  Raises:
+    UserError: if it is neither.
+  """
+  from maskgen import checkpoint, train
+
+  if (workdir / "checkpoints").exists():
+    return  # frozen parts are in the workdir
+  for name, given in experiment.config.pretrained.items():
+    path = epath.Path(train.resolve(given, workdir))
+    if path in stages and not (path / train.RESULTS).exists():
+      continue
+    checkpoint.load_variables(path, experiment.targets["pretrained"][name])
+
+
+def check(experiment: Any, workdir: epath.Path) -> None:
+  """Tries everything that can fail early: one batch, the compilation of the step."""
+  from maskgen import train
+
+  log.info("%s: %s", workdir.name, train.describe(experiment))
+  batch = next(experiment.train_batches(0))
+  shapes = {key: f"{value.dtype}{list(value.shape)}" for key, value in batch.items()}
+  log.info("%s: one batch %s", workdir.name, shapes)
+  began = time.monotonic()
+  memory = experiment.compile().memory_analysis()
+  log.info(
+    "%s: the step compiles in %.0f s; per device %.0f MB of state and batch, %.0f MB of temporaries",
+    workdir.name,
+    time.monotonic() - began,
+    memory.argument_size_in_bytes / 1e6,
+    memory.temp_size_in_bytes / 1e6,
+  )
+  log.info("%s: evaluations %s", workdir.name, ", ".join(experiment.evaluators) or "none")
+
+
+def describe_run(stages: Mapping[epath.Path, Any]) -> dict[str, Any]:
+  """The `run` entry of the top-level `results.json`."""
+  import jax
+
+  from maskgen import __version__, metrics
+
+  ages = [
+    max((line.get("timing/seconds", 0.0) for line in metrics.read(workdir)), default=0.0)
+    for workdir in stages
+  ]
+  return {
+    "wall_seconds": sum(ages),
+    "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+    "version": __version__,
+  }
+
+
+if __name__ == "__main__":
+  cli.run(main)

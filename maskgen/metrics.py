@@ -1,0 +1,121 @@
+"""What a run tells: `metrics.jsonl`, TensorBoard, pictures, and progress for people."""
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from tqdm import tqdm
+
+from maskgen import images
+
+METRICS = "metrics.jsonl"
+log = logging.getLogger("maskgen")
+
+
+def read(workdir: epath.Path) -> list[dict[str, Any]]:
+  """Reads `metrics.jsonl`; a last line that was cut off by a kill is left out."""
+  path = workdir / METRICS
+  if not path.exists():
+    return []
+  lines = path.read_text().split("\n")[:-1]
+  return [json.loads(line) for line in lines]
+
+
+class Writer:
+  """Writes numbers and pictures; only process 0 touches files.
+
+  `metrics.jsonl` is cut back to the step that the run continues from, so that a run that was killed and
+  restarted tells the same story as one that was not.
+  """
+
+  def __init__(self, workdir: epath.Path, step: int):
+    self._workdir = workdir
+    self._active = jax.process_index() == 0
+    kept = [line for line in read(workdir) if line["step"] <= step] if step else []
+    self.seconds_before = max((line.get("timing/seconds", 0.0) for line in kept), default=0.0)
+    if not self._active:
+      return
+    from clu import metric_writers  # imports TensorFlow
+
+    self._tensorboard = metric_writers.SummaryWriter(str(workdir))
+    temporary = workdir / f"{METRICS}.tmp"
+    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    temporary.rename(workdir / METRICS)
+    self._file = (workdir / METRICS).open("a")
+
+  def numbers(self, step: int, values: Mapping[str, float]) -> None:
+    """Appends one line `{"step": step, name: value, ...}`."""
+    if self._active:
+      self._file.write(json.dumps({"step": step, **values}) + "\n")
+      self._file.flush()
+      self._tensorboard.write_scalars(step, values)
+
+  def pictures(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
+    """Writes `samples/NAME_STEP.png` and the same to TensorBoard; uint8 [h, w, 3] each."""
+    if self._active:
+      write_pictures(self._workdir, f"{step:07d}", pictures)
+      self._tensorboard.write_images(step, {name: p[None] for name, p in pictures.items()})
+
+  def close(self) -> None:
+    """Flushes everything."""
+    if self._active:
+      self._tensorboard.close()
+      self._file.close()
+
+
+def write_pictures(workdir: epath.Path, label: str, pictures: Mapping[str, np.ndarray]) -> None:
+  """Writes `samples/NAME_LABEL.png`, `/` in names as `_`, enlarged for people."""
+  if jax.process_index() == 0:
+    (workdir / "samples").mkdir(parents=True, exist_ok=True)
+    for name, picture in pictures.items():
+      file = workdir / "samples" / f"{name.replace('/', '_')}_{label}.png"
+      images.write_png(file, images.enlarge(picture))
+
+
+class Progress:
+  """A bar on a terminal, plain lines elsewhere: step, loss, throughput, time left."""
+
+  def __init__(self, name: str, first_step: int, total_steps: int, batch_size: int):
+    self._total, self._batch_size = total_steps, batch_size
+    self._name = name
+    self._bar = None
+    if sys.stderr.isatty() and jax.process_index() == 0:
+      self._bar = tqdm(desc=name, initial=first_step, total=total_steps, unit="step", dynamic_ncols=True)
+    self._mark, self._time, self._paused = first_step, time.monotonic(), 0.0
+
+  def step(self) -> None:
+    """Counts one step."""
+    if self._bar is not None:
+      self._bar.update()
+
+  def pause(self, seconds: float) -> None:
+    """Takes time spent on evaluation and saving out of the throughput."""
+    self._paused += seconds
+
+  def report(self, step: int, values: Mapping[str, float]) -> dict[str, float]:
+    """Shows the losses and returns the throughput since the last report."""
+    now = time.monotonic()
+    rate = (step - self._mark) / max(now - self._time - self._paused, 1e-9)
+    self._mark, self._time, self._paused = step, now, 0.0
+    losses = ", ".join(f"{k} {v:.4g}" for k, v in values.items() if k.startswith("loss/"))
+    if self._bar is not None:
+      self._bar.set_postfix_str(losses)
+    elif jax.process_index() == 0:
+      left = (self._total - step) / max(rate, 1e-9)
+      log.info(
+        "%s step %d/%d | %s | %.1f images/s | %d:%02d left",
+        *(self._name, step, self._total, losses, rate * self._batch_size),
+        *divmod(round(left), 60),
+      )
+    return {"timing/steps_per_second": rate, "timing/images_per_second": rate * self._batch_size}
+
+  def close(self) -> None:
+    """Leaves the terminal tidy."""
+    if self._bar is not None:
+      self._bar.close()

@@ -1,0 +1,1 @@
+"""Command-line tools; each has `--help` with an example."""

@@ -1,0 +1,26 @@
+"""Eight virtual CPU devices, strict numerics, a compile cache, no network."""
+
+import os
+import pathlib
+import tempfile
+
+# Before JAX or TensorFlow is imported.
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+
+import jax
+import pytest
+
+_CACHE = pathlib.Path(tempfile.gettempdir()) / "maskgen_test_compile_cache"
+
+jax.config.update("jax_numpy_rank_promotion", "allow")
+jax.config.update("jax_compilation_cache_dir", str(_CACHE))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+@pytest.fixture(scope="session")
+def repository() -> pathlib.Path:
+  return pathlib.Path(__file__).parents[1]
