@@ -61,7 +61,7 @@ def r1_penalty(discriminate: Callable[[jax.Array], jax.Array], real: jax.Array) 
 
 
 def code_entropy_loss(distances: jax.Array, temperature: float = 0.01) -> jax.Array:
-  """Entropy term that keeps codes in use (MaskGIT's tokenizer; Yu et al. 2023, equation 8).
+  """Entropy term that keeps codes in use (of MaskGIT's published tokenizer code).
 
   Mean entropy of each vector's soft assignment minus the entropy of the mean assignment: low when every
   vector is sure of its code and all codes are used alike. It couples the whole batch.

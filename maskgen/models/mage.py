@@ -72,7 +72,7 @@ class Mage(nn.Module):
     """
     ids = jnp.where(mask, self.vocab.mask_id, tokens)
     ids = jnp.pad(ids, ((0, 0), (1, 0)), constant_values=self.vocab.null_class_id)
-    x = (self.embedding[ids] + self.position).astype(self.dtype)
+    x = (self.embedding[ids] + self.position[None]).astype(self.dtype)
     x = self.embedding_dropout(self.embedding_norm(x), deterministic=not train)
     if kept is not None:
       x = jnp.take_along_axis(x, jnp.pad(kept + 1, ((0, 0), (1, 0)))[..., None], axis=1)
@@ -99,13 +99,13 @@ class Mage(nn.Module):
       index = jnp.maximum(jnp.cumsum(is_kept, axis=1), 1)
       x = jnp.concatenate([class_feature, jnp.take_along_axis(x, index[..., None], axis=1)], axis=1)
     hidden = jnp.pad(mask, ((0, 0), (1, 0)))[..., None]
-    x = jnp.where(hidden, class_feature, x) + self.decoder_position.astype(x.dtype)
+    x = jnp.where(hidden, class_feature, x) + self.decoder_position[None].astype(x.dtype)
     x = self.decoder_norm(self.decoder(x, train=train))
     x = self.head_norm(nn.gelu(self.head(x), approximate=False))
     # The head is tied to the embedding table, which learns from its use as input alone.
     table = jax.lax.stop_gradient(self.embedding).astype(x.dtype)
     logits = jnp.einsum("bnd,vd->bnv", x, table, preferred_element_type=jnp.float32)
-    return logits + self.head_bias
+    return logits + self.head_bias[None, None]
 
   def code_logits(
     self, tokens: jax.Array, mask: jax.Array, kept: jax.Array | None = None, *, train: bool = False

@@ -62,7 +62,6 @@ class Block(nn.Module):
   """x + attention(norm(x)), then x + mlp(norm(x))."""
 
   heads: int
-  mlp_ratio: int = 4
   dropout: float = 0.0
   dtype: str = "float32"
 
@@ -72,8 +71,7 @@ class Block(nn.Module):
     y = Attention(self.heads, self.dropout, self.dtype, name="attention")(y, train=train)
     x = x + nn.Dropout(self.dropout)(y, deterministic=not train)
     y = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="mlp_norm")(x)
-    hidden = self.mlp_ratio * x.shape[-1]
-    return x + Mlp(hidden, self.dropout, self.dtype, name="mlp")(y, train=train)
+    return x + Mlp(4 * x.shape[-1], self.dropout, self.dtype, name="mlp")(y, train=train)
 
 
 class Transformer(nn.Module):
@@ -81,13 +79,12 @@ class Transformer(nn.Module):
 
   depth: int
   heads: int
-  mlp_ratio: int = 4
   dropout: float = 0.0
   dtype: str = "float32"
 
   @nn.compact
   def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:  # [b, n, d] -> [b, n, d]
     for i in range(self.depth):
-      block = Block(self.heads, self.mlp_ratio, self.dropout, self.dtype, name=f"block_{i}")
+      block = Block(self.heads, self.dropout, self.dtype, name=f"block_{i}")
       x = block(x, train=train)
     return x

@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from maskgen.config import check_at_least, check_dtype
 from maskgen.errors import UserError
 
 SHORTCUTS = ("input", "reference")
@@ -74,7 +75,7 @@ class Encoder(nn.Module):
     for i in range(2):
       x = self.block(self.multipliers[-1], f"middle_block_{i}")(x)
     x = nn.swish(norm(self.norm_groups, self.dtype, "norm_out")(x))
-    return conv(self.code_width, 1, self.dtype, "conv_out")(x)
+    return conv(self.code_width, 1, "float32", "conv_out")(x)
 
   def block(self, multiplier: int, name: str) -> nn.Module:
     channels = self.channels * multiplier
@@ -106,7 +107,7 @@ class Decoder(nn.Module):
         x = jnp.repeat(jnp.repeat(x, stride, axis=1), stride, axis=2)
         x = conv(x.shape[-1], 3, self.dtype, f"level_{level}_upsample")(x)
     x = nn.swish(norm(self.norm_groups, self.dtype, "norm_out")(x))
-    return conv(self.image_channels, 3, self.dtype, "conv_out")(x).astype(jnp.float32)
+    return conv(self.image_channels, 3, "float32", "conv_out")(x)
 
   def block(self, multiplier: int, name: str) -> nn.Module:
     channels = self.channels * multiplier
@@ -143,6 +144,9 @@ class VQGAN(nn.Module):
   dtype: str = "float32"
 
   def __post_init__(self):
+    positive = ("channels", "multipliers", "strides", "blocks", "codebook_size", "code_width")
+    check_at_least(self, 1, *positive, "norm_groups", "image_channels")
+    check_dtype(self.dtype)
     if len(self.strides) != len(self.multipliers) - 1:
       raise UserError(
         f"{len(self.multipliers)} multipliers need {len(self.multipliers) - 1} strides "
@@ -195,17 +199,16 @@ class VQGAN(nn.Module):
     if images.dtype != jnp.float32:
       raise TypeError(f"the tokenizer takes float32 images in [0, 1], not {images.dtype}")
     self.token_grid(images.shape[1:])
-    latents = self.encoder(images).astype(jnp.float32)
+    latents = self.encoder(images)
     return unit(latents) if self.normalize_codes else latents
 
   def quantize(self, latents: jax.Array) -> Quantized:
     """Finds the nearest code of each latent [b, h', w', d]."""
     codebook = self.codes()
-    distances = (
-      jnp.square(latents).sum(axis=-1, keepdims=True)
-      - 2.0 * latents @ codebook.T
-      + jnp.square(codebook).sum(axis=-1)
-    )
+    # Nearly equal distances decide: without full precision each kind of device would choose other codes.
+    products = jnp.matmul(latents, codebook.T, precision="highest")
+    code_norms = jnp.square(codebook).sum(axis=-1)[None, None, None]
+    distances = jnp.square(latents).sum(axis=-1, keepdims=True) - 2.0 * products + code_norms
     tokens = jnp.argmin(distances, axis=-1).astype(jnp.int32)
     return Quantized(tokens, codebook[tokens], distances)
 
