@@ -53,15 +53,20 @@ def make_update(
       lambda x: jnp.moveaxis(x.reshape(-1, accumulation, *x.shape[1:]), 1, 0), batch
     )
 
-    def one(extra, inputs):
+    def one(carry, inputs):
+      sums, extra = carry
       index, micro_batch = inputs
       grads, metrics, extra = gradients(
         params, frozen, extra, micro_batch, jax.random.fold_in(rng, index), step
       )
-      return extra, (grads, metrics)
+      return (jax.tree.map(jnp.add, sums, (grads, metrics)), extra), None
 
-    extra, stacked = jax.lax.scan(one, extra, (jnp.arange(accumulation), micro_batches))
-    grads, metrics = jax.tree.map(lambda x: x.mean(axis=0), stacked)
+    first = jax.tree.map(lambda x: x[0], micro_batches)
+    shapes = jax.eval_shape(gradients, params, frozen, extra, first, rng, step)[:2]
+    zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    inputs = (jnp.arange(accumulation), micro_batches)
+    (sums, extra), _ = jax.lax.scan(one, (zeros, extra), inputs)
+    grads, metrics = jax.tree.map(lambda x: x / accumulation, sums)
     return grads, metrics, extra
 
   def update(state: TrainState, frozen: Any, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
