@@ -4,6 +4,7 @@ Letters: b batch, n tokens, k kept tokens.
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -41,9 +42,13 @@ class MaskRatio:
     return jnp.clip(self.mean + self.std * normal, self.low, self.high)
 
 
+# In tokens: 100 * 0.55 is 55, whatever its rounding in float32 or float64.
+_ROUNDING = 1e-3
+
+
 def num_dropped(num_tokens: int, ratio: MaskRatio) -> int:
   """How many masked tokens the encoder never sees: ceil(n * low), the same for every example."""
-  return int(-(-num_tokens * ratio.low // 1))
+  return math.ceil(num_tokens * ratio.low - _ROUNDING)
 
 
 def random_mask(keys: jax.Array, num_tokens: int, ratio: MaskRatio) -> tuple[jax.Array, jax.Array]:
@@ -63,7 +68,7 @@ def random_mask(keys: jax.Array, num_tokens: int, ratio: MaskRatio) -> tuple[jax
     kept: int32 [b, k], the positions that are not dropped, ascending.
   """
   ratio_keys, order_keys = jnp.moveaxis(jax.vmap(jax.random.split)(keys), 1, 0)
-  num_masked = jnp.ceil(num_tokens * ratio.sample(ratio_keys)).astype(jnp.int32)  # [b]
+  num_masked = jnp.ceil(num_tokens * ratio.sample(ratio_keys) - _ROUNDING).astype(jnp.int32)  # [b]
   order = jax.vmap(lambda key: jax.random.permutation(key, num_tokens))(order_keys)  # [b, n]
   rank = jnp.argsort(order, axis=-1)
   mask = rank < num_masked[:, None]

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from maskgen import config as config_lib
 from maskgen.errors import UserError, nearest
 
 # The share of the initially unknown tokens that is still masked when the share t of the steps is done:
@@ -31,7 +32,7 @@ class Sampling:
   Attributes:
     steps: number of steps.
     schedule: a name in `SCHEDULES`.
-    temperature: scale of the Gumbel noise on the confidence at the first step, annealed to 0; 0 unmasks the
+    temperature: scale of the Gumbel noise on the confidence, annealed to 0 at the last step; 0 unmasks the
       most confident tokens first. Quality and variety depend on it strongly.
   """
 
@@ -41,6 +42,7 @@ class Sampling:
 
   def __post_init__(self):
     remaining_table(self.schedule, self.steps, 0)
+    config_lib.check_at_least(self, 0, "temperature")
 
 
 def remaining_table(schedule: str, steps: int, num_tokens: int) -> np.ndarray:
@@ -52,14 +54,15 @@ def remaining_table(schedule: str, steps: int, num_tokens: int) -> np.ndarray:
     int32 [steps, n + 1]; the last row is 0.
 
   Raises:
-    UserError: for an unknown schedule or less than one step.
+    UserError: for an unknown schedule, or steps that are not a whole number of at least 1.
   """
   if schedule not in SCHEDULES:
     raise UserError(f"schedule '{schedule}' does not exist{nearest(schedule, SCHEDULES)}")
-  if steps < 1:
-    raise UserError(f"sampling needs at least 1 step (got {steps})")
+  if not isinstance(steps, int) or steps < 1:
+    raise UserError(f"sampling needs a whole number of steps, at least 1 (got {steps!r})")
   shares = [SCHEDULES[schedule]((step + 1) / steps) for step in range(steps)]
-  table = np.floor(np.outer(shares, np.arange(num_tokens + 1))).astype(np.int32)
+  # The billionth: (1 - 10 / 12) * 12 is 2, not 1.999....
+  table = np.floor(np.outer(shares, np.arange(num_tokens + 1)) + 1e-9).astype(np.int32)
   table[-1] = 0
   return table
 

@@ -99,15 +99,19 @@ def _spec(
     return PartitionSpec()
   if len(axes) != len(shape):
     raise UserError(f"sharding rule {axes} has {len(axes)} entries, {name} has shape {shape}")
-  for size, entry in zip(shape, axes, strict=True):
-    for axis in (entry,) if isinstance(entry, str) else entry or ():
-      if axis not in AXES:
-        raise UserError(f"sharding rule {axes} names the axis '{axis}'; known: {', '.join(AXES)}")
-      if size % mesh.shape[axis]:
-        raise UserError(
-          f"sharding rule {axes} does not fit {name} of shape {shape}: {size} is not divisible by "
-          f"{axis}={mesh.shape[axis]}"
-        )
+  names = [(entry,) if isinstance(entry, str) else tuple(entry or ()) for entry in axes]
+  used = [axis for entry in names for axis in entry]
+  for axis in used:
+    if axis not in AXES:
+      raise UserError(f"sharding rule {axes} names the axis '{axis}'; known: {', '.join(AXES)}")
+    if used.count(axis) > 1:
+      raise UserError(f"sharding rule {axes} names the axis '{axis}' twice: a dimension needs its own")
+  for size, entry in zip(shape, names, strict=True):
+    if size % math.prod(mesh.shape[axis] for axis in entry):
+      ways = " x ".join(f"{axis}={mesh.shape[axis]}" for axis in entry)
+      raise UserError(
+        f"sharding rule {axes} does not fit {name} of shape {shape}: {size} is not divisible by {ways}"
+      )
   return PartitionSpec(*axes)
 
 
