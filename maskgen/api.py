@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from maskgen import checkpoint, images, objectives
+from maskgen import checkpoint, images, objectives, sampling
 from maskgen.errors import UserError, nearest
 
 
 def load(path: epath.PathLike) -> "Model":
-  """Loads a trained model, from the workdir of a run, an export or converted weights.
+  """Loads a trained model, from the workdir of a run or an export.
 
   Args:
     path: a folder, local or on any store that `etils.epath` reaches.
@@ -87,6 +87,8 @@ class Model:
       **options: `steps`, `schedule` and `temperature` of `maskgen.sampling.Sampling`; by default those of the
         config.
     """
+    if batch < 1:
+      raise UserError(f"batch is {batch}: give at least 1")
     return self._call("generate", {"key": _keys(seed, batch)}, **self._options(options))
 
   def inpaint(self, images: np.ndarray, pixel_mask: np.ndarray, seed: int = 0, **options: Any) -> np.ndarray:
@@ -153,6 +155,7 @@ class Model:
       if name not in ("steps", "schedule", "temperature"):
         known = ("steps", "schedule", "temperature")
         raise UserError(f"sampling has no option '{name}'{nearest(name, known)}")
+    sampling.Sampling(**options)  # which checks them
     return options
 
 

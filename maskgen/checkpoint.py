@@ -8,6 +8,7 @@ path names (`params/main/encoder/...`), so that a part of a model can be read wi
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from typing import Any
 
 import jax
@@ -28,13 +29,18 @@ WEIGHTS = "weights.safetensors"
 class Checkpoints:
   """The checkpoints of one workdir: written in the background, complete or absent."""
 
-  def __init__(self, workdir: epath.Path, section: config_lib.Checkpointing):
+  def __init__(self, workdir: epath.Path, section: config_lib.Checkpointing | None = None):
+    """Opens the checkpoints of a run, or, without a section, those of another run to read them only."""
+    if section is None:
+      options = ocp.CheckpointManagerOptions(read_only=True)
+    else:
+      options = ocp.CheckpointManagerOptions(
+        max_to_keep=section.keep, cleanup_tmp_directories=True, create=True
+      )
     self._manager = ocp.CheckpointManager(
       (workdir / "checkpoints").absolute(),
-      options=ocp.CheckpointManagerOptions(
-        max_to_keep=section.keep, cleanup_tmp_directories=True, create=True
-      ),
-      item_handlers=_handlers(),
+      options=options,
+      item_handlers={"state": ocp.PyTreeCheckpointHandler()},
     )
 
   def latest(self) -> int | None:
@@ -46,17 +52,32 @@ class Checkpoints:
     flat = tree.flatten(state)
     self._manager.save(step, args=ocp.args.Composite(state=ocp.args.PyTreeSave(flat)), force=True)
 
+  def stored(self) -> dict[str, Any]:
+    """Names of the newest checkpoint's arrays, with their shapes and dtypes."""
+    return dict(self._manager.item_metadata(self.latest())["state"].tree)
+
+  def read(self, wanted: Mapping[str, Any]) -> dict[str, Any]:
+    """Reads the named arrays of the newest checkpoint, in the order of `wanted`."""
+    if not wanted:
+      return {}  # which Orbax refuses to read
+    target = dict(wanted)
+    arguments = ocp.args.PyTreeRestore(
+      item=target,
+      restore_args=ocp.checkpoint_utils.construct_restore_args(target),
+      partial_restore=True,
+    )
+    restored = self._manager.restore(self.latest(), args=ocp.args.Composite(state=arguments))["state"]
+    return {name: restored[name] for name in wanted}
+
   def restore(self, target: Any) -> Any:
     """Restores the newest checkpoint as a tree like `target`, a tree of shapes with shardings.
 
     Raises:
       UserError: with a table of differences if names, shapes or dtypes are not the target's.
     """
-    step = self._manager.latest_step()
     flat = tree.flatten(target)
-    found = dict(self._manager.item_metadata(step)["state"].tree)
-    tree.check_same(found, flat, f"checkpoint {self._manager.directory / str(step)}")
-    return jax.tree.unflatten(jax.tree.structure(target), _restore(self._manager, step, flat).values())
+    tree.check_same(self.stored(), flat, f"checkpoint {self._manager.directory / str(self.latest())}")
+    return jax.tree.unflatten(jax.tree.structure(target), self.read(flat).values())
 
   def close(self) -> None:
     """Waits until everything is written."""
@@ -64,20 +85,10 @@ class Checkpoints:
     self._manager.close()
 
 
-def _handlers() -> dict[str, Any]:
-  return {"state": ocp.PyTreeCheckpointHandler()}
-
-
-def _restore(manager: ocp.CheckpointManager, step: int, flat: Mapping[str, Any]) -> dict[str, Any]:
-  """Reads the named arrays of a checkpoint, in the order of `flat`."""
-  target = dict(flat)
-  arguments = ocp.args.PyTreeRestore(
-    item=target,
-    restore_args=ocp.checkpoint_utils.construct_restore_args(target),
-    partial_restore=True,
-  )
-  restored = manager.restore(step, args=ocp.args.Composite(state=arguments))["state"]
-  return {name: restored[name] for name in flat}
+def resolve(path: str, workdir: epath.Path) -> epath.Path:
+  """Resolves `stage:NAME` in `config.pretrained` to the stage's folder beside a run's workdir."""
+  kind, _, name = path.partition(":")
+  return workdir.parent / name if kind == "stage" else epath.Path(path)
 
 
 def start(
@@ -85,51 +96,55 @@ def start(
   checkpoints: Checkpoints,
   *,
   resume: str | None,
-  pretrained: Mapping[str, str],
   targets: Mapping[str, Any],
-  init: Callable[[Any], tuple[Any, Any]],
+  init: Callable[[], tuple[Any, Any]],
 ) -> tuple[Any, Any, str]:
   """Gives a run its first state. The order of precedence:
 
   1. the newest checkpoint of the run's own workdir: it continues;
   2. `resume`: the newest checkpoint of another workdir, optimizer state and step included;
-  3. fresh parameters, into which the objective has put what it takes from `pretrained`.
+  3. fresh parameters, into which the objective has put what it takes from `config.pretrained`.
 
-  Frozen parts come from the same place, and are written into the workdir once, so that it is self-contained.
+  Frozen parts come from the same place, and are written into the workdir once: it is self-contained.
 
   Args:
     workdir: of the run.
     checkpoints: of the run.
     resume: a workdir, or None.
-    pretrained: name -> path of a workdir or export.
-    targets: trees of shapes with shardings: `state`, `frozen` and `pretrained`.
-    init: pretrained trees -> (state, frozen).
+    targets: trees of shapes with shardings: `state` and `frozen`.
+    init: makes (state, frozen) for the third case.
 
   Returns:
     state, frozen, and where the state came from, for the log.
   """
   if checkpoints.latest() is not None:
     frozen = _read_frozen(workdir, targets["frozen"])
-    return (
-      checkpoints.restore(targets["state"]),
-      frozen,
-      f"step {checkpoints.latest()} of {workdir}",
-    )
+    return checkpoints.restore(targets["state"]), frozen, f"step {checkpoints.latest()} of {workdir}"
   if resume:
     other = epath.Path(resume)
-    if not list(other.glob("checkpoints/*")):
-      raise UserError(f"config.resume={resume} holds no checkpoints: give a workdir of a run")
-    state = Checkpoints(other, config_lib.Checkpointing()).restore(targets["state"])
+    with closing(open_to_read(other)) as others:
+      state = others.restore(targets["state"])
     frozen, origin = _read_frozen(other, targets["frozen"]), f"the newest checkpoint of {resume}"
   else:
-    loaded = {
-      name: load_variables(pretrained[name], target) for name, target in targets["pretrained"].items()
-    }
-    state, frozen = init(loaded)
-    origin = "fresh parameters" + "".join(f", {name}={pretrained[name]}" for name in loaded)
+    state, frozen = init()
+    origin = "fresh parameters"
   if jax.tree.leaves(frozen):
     _write_frozen(workdir, frozen)
   return state, frozen, origin
+
+
+def open_to_read(workdir: epath.Path) -> Checkpoints:
+  """Opens the checkpoints of another run, to read them only.
+
+  Raises:
+    UserError: if there is none.
+  """
+  if not list(workdir.glob("checkpoints/*")):
+    raise UserError(f"{workdir} holds no checkpoint yet: train it first, or give another path")
+  checkpoints = Checkpoints(workdir)
+  if checkpoints.latest() is None:
+    raise UserError(f"{workdir} holds no complete checkpoint yet: train it first, or give another path")
+  return checkpoints
 
 
 def _write_frozen(workdir: epath.Path, frozen: Any) -> None:
@@ -224,26 +239,21 @@ def _beside(name: str, flat: Mapping[str, Any]) -> bool:
 
 def _checkpoint_arrays(folder: epath.Path, flat: Mapping[str, Any]) -> dict[str, Any]:
   """The wanted arrays of a workdir's newest checkpoint, averages substituted; shapes alone of the others."""
-  if not list(folder.glob("checkpoints/*")):
-    raise UserError(f"model {folder} has no checkpoint yet: train it first")
-  manager = ocp.CheckpointManager(folder / "checkpoints", item_handlers=_handlers())
-  step = manager.latest_step()
-  if step is None:
-    raise UserError(f"model {folder} has no complete checkpoint yet: train it first")
-  found = dict(manager.item_metadata(step)["state"].tree)
-  averages = {name.replace("ema/", "params/", 1): name for name in found if name.startswith("ema/")}
-  arrays = {name: leaf for name, leaf in found.items() if name.startswith(("params/", "extra/"))}
-  stored = {averages.get(name, name): leaf for name, leaf in flat.items() if name in found}
-  fits = {name for name, leaf in stored.items() if found[name].shape == leaf.shape}
-  default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-  wanted = {
-    name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or default)
-    for name, leaf in stored.items()
-    if name in fits
-  }
-  restored = _restore(manager, step, wanted)
-  back = {average: name for name, average in averages.items()}
-  return arrays | {back.get(name, name): array for name, array in restored.items()}
+  with closing(open_to_read(folder)) as checkpoints:
+    stored = checkpoints.stored()
+    arrays = {name: leaf for name, leaf in stored.items() if name.startswith(("params/", "extra/"))}
+    averages = {name.replace("ema/", "params/", 1): name for name in stored if name.startswith("ema/")}
+    default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    wanted = {
+      averages.get(name, name): jax.ShapeDtypeStruct(
+        leaf.shape, leaf.dtype, sharding=leaf.sharding or default
+      )
+      for name, leaf in flat.items()
+      if name in stored and stored[name].shape == leaf.shape
+    }
+    restored = checkpoints.read(wanted)
+  names = {average: name for name, average in averages.items()}
+  return arrays | {names.get(name, name): array for name, array in restored.items()}
 
 
 def _place(array: Any, leaf: Any) -> jax.Array:
@@ -265,11 +275,15 @@ def write_export(path: epath.PathLike, config: Mapping[str, Any], variables: Any
   """Writes a model as `config.json` and `weights.safetensors`.
 
   Raises:
-    UserError: if the path exists and is not an empty folder.
+    UserError: if the path exists and is not an empty folder, or cannot be written.
   """
   folder = epath.Path(path)
-  if folder.exists() and any(folder.iterdir()):
-    raise UserError(f"{path} is not empty: give a new folder for the export")
-  folder.mkdir(parents=True, exist_ok=True)
-  (folder / WEIGHTS).write_bytes(safetensors.numpy.save(to_host(tree.flatten(variables))))
-  (folder / CONFIG).write_text(json.dumps(config, indent=2))
+  data = safetensors.numpy.save(to_host(tree.flatten(variables)))
+  try:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+      raise UserError(f"{path} is not an empty folder: give a new one for the export")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / WEIGHTS).write_bytes(data)
+    (folder / CONFIG).write_text(json.dumps(config, indent=2))
+  except OSError as error:
+    raise UserError(f"{path} is not writable ({error.strerror or error}): give another folder") from None

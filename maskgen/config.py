@@ -18,6 +18,29 @@ import ml_collections
 from maskgen.errors import UserError, nearest
 
 
+def check_at_least(section: Any, least: float, *names: str) -> None:
+  """Checks fields that are numbers, or tuples of numbers.
+
+  Raises:
+    UserError: naming the field that is no number or less than `least`.
+  """
+  for name in names:
+    value = getattr(section, name)
+    for number in value if isinstance(value, tuple) else (value,):
+      if isinstance(number, bool) or not isinstance(number, int | float) or not number >= least:
+        raise UserError(f"{name} is {value!r}: it takes numbers of at least {least}")
+
+
+def check_dtype(dtype: str) -> None:
+  """Checks the type of a computation.
+
+  Raises:
+    UserError: for another name.
+  """
+  if dtype not in DTYPES:
+    raise UserError(f"dtype '{dtype}' does not exist{nearest(dtype, DTYPES)}")
+
+
 @dataclasses.dataclass(frozen=True)
 class Mesh:
   """The shape of the device mesh; one axis may be -1, for all devices that are left.
@@ -47,6 +70,10 @@ class Checkpointing:
   save_minutes: float = 10.0
   keep: int = 2
 
+  def __post_init__(self):
+    check_at_least(self, 1, "save_steps", "keep")
+    check_at_least(self, 0, "save_minutes")
+
 
 @dataclasses.dataclass(frozen=True)
 class Profile:
@@ -59,6 +86,9 @@ class Profile:
 
   start_step: int = 10
   steps: int = 0
+
+  def __post_init__(self):
+    check_at_least(self, 0, "start_step", "steps")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,9 +133,21 @@ class RunConfig:
   checkpoint: Checkpointing = Checkpointing()
   profile: Profile = Profile()
 
+  def __post_init__(self):
+    check_at_least(self, 1, "batch_size", "accumulation", "log_every_steps")
+    check_at_least(self, 0, "seed")
+    for length in ("total_steps", "total_epochs"):
+      if getattr(self, length) is not None:
+        check_at_least(self, 1, length)
+    for group, decay in self.ema.items():
+      if not 0.0 <= decay < 1.0:
+        raise UserError(f"ema.{group} is {decay}: a decay is at least 0 and less than 1")
+
 
 # Keys that say how a run is carried out, not what it computes: they may change when it is resumed.
-OPERATIONAL = ("version", "mesh", "sharding", "log_every_steps", "checkpoint", "profile")
+OPERATIONAL = ("version", "evals", "mesh", "sharding", "log_every_steps", "checkpoint", "profile")
+
+DTYPES = ("float32", "bfloat16", "float16")
 
 _CONFIG_FOLDERS = (
   pathlib.Path(__file__).parent / "configs",  # in an installed package
@@ -144,7 +186,7 @@ def _parse(name: str, text: str, like: Any) -> Any:
     value = float(value)
   if isinstance(like, tuple) and isinstance(value, list):
     value = tuple(value)
-  if like is not None and type(value) is not type(like):
+  if like is not None and value is not None and type(value) is not type(like):
     raise UserError(f"{name} is {text!r}: it takes a {type(like).__name__}, such as {like!r}")
   return value
 
@@ -180,10 +222,27 @@ def load(spec: str, overrides: Mapping[str, str] | None = None) -> ml_collection
     raise UserError(f"config file {path} is not valid Python: {error}") from error
   if not hasattr(module, "get_config"):
     raise UserError(f"config file {path} has no function get_config(arg)")
-  config = module.get_config(arg or None).lock()
+  config = module.get_config(arg or None)
+  with config.unlocked():
+    for run in (
+      [config[stage] for stage in config.stages if stage in config] if "stages" in config else [config]
+    ):
+      _fill_in(run, RunConfig)
+  config.lock()
   for key, text in (overrides or {}).items():
     _override(config, key, text)
   return config
+
+
+def _fill_in(section: ml_collections.ConfigDict, cls: type) -> None:
+  """Adds the defaults of a dataclass, so that every key can be seen and overridden."""
+  for field in dataclasses.fields(cls):
+    if dataclasses.is_dataclass(field.default) and not isinstance(field.default, type):
+      if field.name not in section:
+        section[field.name] = ml_collections.ConfigDict()
+      _fill_in(section[field.name], type(field.default))
+    elif field.default is not dataclasses.MISSING and field.name not in section:
+      section[field.name] = field.default
 
 
 def _override(config: ml_collections.ConfigDict, key: str, text: str) -> None:

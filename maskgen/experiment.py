@@ -1,17 +1,21 @@
 """Everything a run is made of, built from its config and checked before anything is trained."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from etils import epath
 
+from maskgen import checkpoint, evaluators, objectives, optim, sharding
 from maskgen import config as config_lib
-from maskgen import evaluators, objectives, optim, sharding
 from maskgen.data import pipeline
 from maskgen.errors import UserError, nearest
 from maskgen.state import TrainState
 from maskgen.step import make_update
+
+# Larger batches make evaluation no faster.
+EVAL_BATCH_SIZE = 256
 
 
 class Experiment:
@@ -25,6 +29,7 @@ class Experiment:
     data: the input pipeline.
     objective: what is trained.
     total_steps: the length of the run.
+    eval_batch_size: examples per batch of evaluations.
     targets: trees of shapes with shardings for `state`, `frozen` and `pretrained`.
     update: compiled (state, frozen, batch) -> (state, metrics); the state is donated.
     predict: compiled prediction functions by name.
@@ -42,13 +47,22 @@ class Experiment:
     sharding.check_batch(cfg.batch_size, cfg.accumulation, self.mesh)
     self.objective = objectives.build(cfg.objective)
     self.data = config_lib.build_dataclass(
-      pipeline.Data, cfg.data, "config.data", batch_size=cfg.batch_size, seed=cfg.seed
+      pipeline.Data,
+      cfg.data,
+      "config.data",
+      batch_size=cfg.batch_size,
+      seed=cfg.seed,
+      process_index=jax.process_index(),
+      process_count=jax.process_count(),
     )
     if self.data.image_shape != self.objective.image_shape:
       raise UserError(
         f"config.data gives images of shape {self.data.image_shape}, config.objective takes "
         f"{self.objective.image_shape}: change config.data.preprocess or config.objective.image_size"
       )
+    ways = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+    # A micro-batch fits in memory when training, so it does when only predicting.
+    self.eval_batch_size = max(min(cfg.batch_size // cfg.accumulation, EVAL_BATCH_SIZE) // ways, 1) * ways
     self.total_steps = config_lib.duration(cfg, "total", cfg.batch_size, self.data.num_train)
     self._build_state()
     self.predict = objectives.compile_predict_fns(self.objective)
@@ -115,10 +129,36 @@ class Experiment:
     )
     return state, parts["frozen"]
 
-  def init(self, pretrained: Any) -> tuple[TrainState, Any]:
-    """Makes (state, frozen), every parameter born where it belongs."""
+  def init(self, workdir: epath.Path) -> tuple[TrainState, Any]:
+    """Makes (state, frozen) from fresh and pretrained parameters, each born where it belongs."""
+    self.check_pretrained(workdir)
+    loaded = {
+      name: checkpoint.load_variables(checkpoint.resolve(self.config.pretrained[name], workdir), target)
+      for name, target in self.targets["pretrained"].items()
+    }
     shardings = (self._shardings["state"], self._shardings["frozen"])
-    return jax.jit(self._init, out_shardings=shardings)(pretrained)
+    return jax.jit(self._init, out_shardings=shardings)(loaded)
+
+  def check_pretrained(self, workdir: epath.Path, pending: Collection[epath.Path] = ()) -> None:
+    """Checks that what `config.resume` and `config.pretrained` name is there and of the right kind.
+
+    Args:
+      workdir: of the run.
+      pending: workdirs of earlier stages, which may not have been trained yet.
+
+    Raises:
+      UserError: if it is not.
+    """
+    if self.config.resume:
+      checkpoint.open_to_read(epath.Path(self.config.resume)).close()
+    for name, given in self.config.pretrained.items():
+      path = checkpoint.resolve(given, workdir)
+      if path in pending:
+        continue
+      try:
+        self.objective.check_pretrained(name, checkpoint.load_config(path))
+      except UserError as error:
+        raise UserError(f"config.pretrained.{name}={given}: {error}") from None
 
   def train_batches(self, step: int) -> Iterator[Mapping[str, jax.Array]]:
     """The training batches from a step on, on the devices."""
@@ -128,6 +168,14 @@ class Experiment:
     """Compiles the training step ahead of time; nothing is allocated."""
     target = self.targets
     return self.update.lower(target["state"], target["frozen"], self.data.spec).compile()
+
+  def check_predict_fns(self) -> None:
+    """Traces the prediction functions that take images, at the batch size of evaluations."""
+    variables = self.targets["state"].variables(self.targets["frozen"])
+    image = jax.ShapeDtypeStruct((self.eval_batch_size, *self.data.image_shape), jnp.uint8)
+    for name in ("loss", "encode", "reconstruct", "features"):
+      if name in self.predict:
+        jax.eval_shape(self.predict[name], variables, {"image": image}, jax.random.key(0))
 
   def _build_evaluators(self) -> None:
     context = evaluators.Context(
@@ -139,24 +187,26 @@ class Experiment:
     )
     self.evaluators: dict[str, tuple[int, evaluators.Evaluator]] = {}
     for name, section in self.config.evals.items():
-      if "every_steps" not in section:
-        raise UserError(f"config.evals.{name} needs the key 'every_steps'")
+      if section.get("every_steps", 0) < 1:
+        raise UserError(f"config.evals.{name} needs the key 'every_steps', at least 1")
+      if name in ("train", "timing"):
+        raise UserError(f"config.evals.{name}: this name is taken by the metrics of training, give another")
       evaluator = evaluators.build(name, section, context)
       self.evaluators[name] = (section["every_steps"], evaluator)
 
   def _eval_batches(self, split: str) -> Iterator[Mapping[str, jax.Array]]:
-    batches = self.data.eval_batches(split, self.config.batch_size)
+    batches = self.data.eval_batches(split, self.eval_batch_size)
     return pipeline.to_device(batches, sharding.batch_sharding(self.mesh))
 
   def _fresh_variables(self, seed: int, frozen: Any) -> dict[str, Any]:
     """Untrained parameters beside given frozen parts, for baselines."""
 
-    def init(frozen: Any) -> dict[str, Any]:
+    def init(seed: int, frozen: Any) -> dict[str, Any]:
       shapes = self.objective.pretrained_shapes()
       pretrained = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
       return self._init(pretrained, seed)[0].variables(frozen)
 
-    return jax.jit(init)(frozen)
+    return jax.jit(init)(seed, frozen)
 
 
 def _attach(shapes: Any, shardings: Any) -> Any:

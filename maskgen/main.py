@@ -5,6 +5,7 @@ python -m maskgen.main --config=configs/quickstart.py --workdir=runs/quickstart
 
 import json
 import logging
+import os
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -24,6 +25,7 @@ def main(argv: Sequence[str]) -> None:
   Raises:
     UserError: for anything from outside that is wrong.
   """
+  began = time.monotonic()
   parser = cli.Parser(
     "Trains, evaluates or checks what a config describes. Any key of the config can be set with "
     "--config.KEY=VALUE. A run that was killed continues with the same command.",
@@ -39,6 +41,8 @@ def main(argv: Sequence[str]) -> None:
   )
   args, rest = parser.parse_known_args(argv)
   config = config_lib.to_dict(config_lib.load(args.config, parse_overrides(rest)))
+  if not args.workdir:
+    raise UserError("--workdir is empty: give the folder of the run")
   root = epath.Path(args.workdir)
   prepare_workdir(root, config, claim=args.mode == "train")
   stages = split_stages(config, root)
@@ -47,29 +51,34 @@ def main(argv: Sequence[str]) -> None:
   from maskgen import train
   from maskgen.experiment import Experiment
 
-  experiments = {}
+  experiments: dict[epath.Path, Experiment] = {}
   for workdir, stage in stages.items():
-    if len(stages) > 1:
-      log.info("checking %s", workdir.name)
-    experiments[workdir] = Experiment(stage)
-    check_pretrained(experiments[workdir], workdir, stages)
+    log.info("checking %s", workdir.name)
+    experiment = Experiment(stage)
+    if not (workdir / "checkpoints").exists():  # else all it needs is in the workdir
+      experiment.check_pretrained(workdir, pending=experiments)
+    experiments[workdir] = experiment
   if args.mode == "check":
     for workdir, experiment in experiments.items():
       check(experiment, workdir)
     log.info("check passed: nothing was trained")
     return
+  if args.mode == "eval":
+    for workdir, experiment in experiments.items():
+      train.evaluate_newest(experiment, workdir)
+    return
   results: dict[str, Any] = {}
   for workdir, experiment in experiments.items():
-    if args.mode == "eval":
-      results[workdir.name] = train.evaluate_newest(experiment, workdir)
-      continue
-    if not (workdir / train.RESULTS).exists():
+    if (workdir / train.RESULTS).exists():
+      results[workdir.name] = json.loads((workdir / train.RESULTS).read_text())
+    else:
       write_config(workdir, stages[workdir])
-      train.write_results(workdir, train.train(experiment, workdir))
-    results[workdir.name] = json.loads((workdir / train.RESULTS).read_text())
+      results[workdir.name] = train.train(experiment, workdir)
+      train.write_results(workdir, results[workdir.name])
     log.info("%s: finished, results in %s", workdir.name, workdir / train.RESULTS)
-  if args.mode == "train" and "stages" in config:
-    train.write_results(root, results | {"run": describe_run(stages)})
+  if "stages" in config:
+    results["run"] = describe_run(stages, time.monotonic() - began)
+    train.write_results(root, results)
     log.info("all stages finished, results in %s", root / train.RESULTS)
 
 
@@ -107,9 +116,30 @@ def prepare_workdir(root: epath.Path, config: Mapping[str, Any], *, claim: bool)
   Raises:
     UserError: if not.
   """
+  try:
+    check_same_run(root, config)
+    if claim:
+      write_config(root, config)
+    elif not writable(root):
+      raise PermissionError("permission denied")
+  except OSError as error:
+    raise UserError(
+      f"workdir {root} is not writable ({error.strerror or error}): give another --workdir"
+    ) from None
+
+
+def check_same_run(root: epath.Path, config: Mapping[str, Any]) -> None:
+  """Checks that a workdir is new, or belongs to a run of this config.
+
+  Raises:
+    UserError: if not.
+  """
   previous = root / "config.json"
   if previous.exists():
-    changes = config_lib.difference(json.loads(previous.read_text()), config)
+    try:
+      changes = config_lib.difference(json.loads(previous.read_text()), config)
+    except json.JSONDecodeError as error:
+      raise UserError(f"{previous} is damaged ({error}): restore it, or give another --workdir") from None
     if changes:
       more = f" and {len(changes) - 3} more" if len(changes) > 3 else ""
       raise UserError(
@@ -118,15 +148,15 @@ def prepare_workdir(root: epath.Path, config: Mapping[str, Any], *, claim: bool)
       )
   elif root.exists() and any((root / name).exists() for name in ("checkpoints", "metrics.jsonl")):
     raise UserError(f"workdir {root} holds a run without config.json: give another --workdir")
-  if not claim:
-    return
-  try:
-    root.mkdir(parents=True, exist_ok=True)
-    write_config(root, config)
-  except OSError as error:
-    raise UserError(
-      f"workdir {root} is not writable ({error.strerror or error}): give another --workdir"
-    ) from None
+
+
+def writable(folder: epath.Path) -> bool:
+  """Whether a local folder can be made or written; a store is taken at its word."""
+  if "://" in str(folder):
+    return True
+  while not folder.exists():
+    folder = folder.parent
+  return folder.is_dir() and os.access(folder, os.W_OK)
 
 
 def write_config(workdir: epath.Path, config: Mapping[str, Any]) -> None:
@@ -139,28 +169,11 @@ def write_config(workdir: epath.Path, config: Mapping[str, Any]) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
     temporary = workdir / "config.json.tmp"
     temporary.write_text(json.dumps({**config, "version": __version__}, indent=2))
-    temporary.rename(workdir / "config.json")
-
-
-def check_pretrained(experiment: Any, workdir: epath.Path, stages: Mapping[epath.Path, Any]) -> None:
-  """Checks that what `config.pretrained` names is there, or an earlier stage that will make it.
-
-  Raises:
-    UserError: if it is neither.
-  """
-  from maskgen import checkpoint, train
-
-  if (workdir / "checkpoints").exists():
-    return  # frozen parts are in the workdir
-  for name, given in experiment.config.pretrained.items():
-    path = epath.Path(train.resolve(given, workdir))
-    if path in stages and not (path / train.RESULTS).exists():
-      continue
-    checkpoint.load_variables(path, experiment.targets["pretrained"][name])
+    temporary.replace(workdir / "config.json")
 
 
 def check(experiment: Any, workdir: epath.Path) -> None:
-  """Tries everything that can fail early: one batch, the compilation of the step."""
+  """Tries what can fail early: one batch, the compilation of the step, the prediction functions."""
   from maskgen import train
 
   log.info("%s: %s", workdir.name, train.describe(experiment))
@@ -176,11 +189,12 @@ def check(experiment: Any, workdir: epath.Path) -> None:
     memory.argument_size_in_bytes / 1e6,
     memory.temp_size_in_bytes / 1e6,
   )
+  experiment.check_predict_fns()
   log.info("%s: evaluations %s", workdir.name, ", ".join(experiment.evaluators) or "none")
 
 
-def describe_run(stages: Mapping[epath.Path, Any]) -> dict[str, Any]:
-  """The `run` entry of the top-level `results.json`."""
+def describe_run(stages: Mapping[epath.Path, Any], elapsed: float) -> dict[str, Any]:
+  """The `run` entry of the top-level `results.json`; `elapsed` is this process's age in seconds."""
   import jax
 
   from maskgen import __version__, metrics
@@ -190,7 +204,7 @@ def describe_run(stages: Mapping[epath.Path, Any]) -> dict[str, Any]:
     for workdir in stages
   ]
   return {
-    "wall_seconds": sum(ages),
+    "wall_seconds": max(elapsed, sum(ages)),  # the ages count what earlier processes did
     "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
     "version": __version__,
   }

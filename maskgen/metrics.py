@@ -13,6 +13,7 @@ from etils import epath
 from tqdm import tqdm
 
 from maskgen import images
+from maskgen.errors import UserError
 
 METRICS = "metrics.jsonl"
 log = logging.getLogger("maskgen")
@@ -46,7 +47,7 @@ class Writer:
     self._tensorboard = metric_writers.SummaryWriter(str(workdir))
     temporary = workdir / f"{METRICS}.tmp"
     temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-    temporary.rename(workdir / METRICS)
+    temporary.replace(workdir / METRICS)
     self._file = (workdir / METRICS).open("a")
 
   def numbers(self, step: int, values: Mapping[str, float]) -> None:
@@ -87,10 +88,14 @@ class Progress:
     self._bar = None
     if sys.stderr.isatty() and jax.process_index() == 0:
       self._bar = tqdm(desc=name, initial=first_step, total=total_steps, unit="step", dynamic_ncols=True)
+    self._first: int | None = first_step
     self._mark, self._time, self._paused = first_step, time.monotonic(), 0.0
 
   def step(self) -> None:
     """Counts one step."""
+    if self._first is not None:  # the first one compiles, and says nothing of those to come
+      self._mark, self._time, self._paused = self._first + 1, time.monotonic(), 0.0
+      self._first = None
     if self._bar is not None:
       self._bar.update()
 
@@ -103,7 +108,11 @@ class Progress:
     now = time.monotonic()
     rate = (step - self._mark) / max(now - self._time - self._paused, 1e-9)
     self._mark, self._time, self._paused = step, now, 0.0
-    losses = ", ".join(f"{k} {v:.4g}" for k, v in values.items() if k.startswith("loss/"))
+    losses = ", ".join(
+      f"{name.removeprefix('train/')} {value:.4g}"
+      for name, value in values.items()
+      if name.startswith("train/loss/")
+    )
     if self._bar is not None:
       self._bar.set_postfix_str(losses)
     elif jax.process_index() == 0:
@@ -119,3 +128,47 @@ class Progress:
     """Leaves the terminal tidy."""
     if self._bar is not None:
       self._bar.close()
+
+
+class Window:
+  """Averages metrics between two log lines, one step behind the device, which so never waits."""
+
+  def __init__(self):
+    self.waited = 0.0
+    self._pending: tuple[int, Any] | None = None
+    self._sums: dict[str, float] = {}
+    self._count = 0
+    self._began = time.monotonic()
+
+  def add(self, step: int, values: Mapping[str, jax.Array]) -> None:
+    """Takes the metrics of a step that may still be running, and looks at those of the step before."""
+    self.check()
+    self._pending = (step, values)
+
+  def check(self) -> None:
+    """Waits for the newest metrics.
+
+    Raises:
+      UserError: if one is not finite, naming it and its step.
+    """
+    if self._pending is None:
+      return
+    step, values = self._pending
+    for name, value in jax.device_get(values).items():
+      if not np.isfinite(value):
+        raise UserError(
+          f"step {step}: {name} is {float(value)}; the newest checkpoint is from before it: lower the "
+          "learning rate or clip the gradient (optimizer.*.clip_norm) in a new workdir with config.resume"
+        )
+      self._sums[f"train/{name}"] = self._sums.get(f"train/{name}", 0.0) + float(value)
+    self._pending = None
+    self._count += 1
+
+  def close(self) -> dict[str, float]:
+    """Returns the averages, with the share of time spent waiting for data, and starts anew."""
+    self.check()
+    averages = {name: total / self._count for name, total in sorted(self._sums.items())}
+    now = time.monotonic()
+    averages["input_wait"] = self.waited / max(now - self._began, 1e-9)
+    self.waited, self._sums, self._count, self._began = 0.0, {}, 0, now
+    return averages

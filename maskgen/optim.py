@@ -47,6 +47,10 @@ class Optimizer:
   def __post_init__(self):
     if (self.learning_rate is None) == (self.base_learning_rate is None):
       raise UserError("give learning_rate, or base_learning_rate (for a batch of 256), and not both")
+    for name in ("learning_rate", "base_learning_rate", "warmup_steps", "warmup_epochs", "clip_norm"):
+      if getattr(self, name) is not None:
+        config_lib.check_at_least(self, 0, name)
+    config_lib.check_at_least(self, 0, "end_learning_rate", "weight_decay", "b1", "b2")
     if self.schedule not in SCHEDULES:
       raise UserError(f"schedule '{self.schedule}' does not exist{nearest(self.schedule, SCHEDULES)}")
 

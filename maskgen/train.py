@@ -4,17 +4,17 @@ import json
 import logging
 import time
 from collections.abc import Mapping
+from contextlib import closing
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 
 from maskgen import checkpoint as checkpoint_lib
-from maskgen import config as config_lib
 from maskgen import metrics as metrics_lib
 from maskgen import tree
+from maskgen.clock import Clock, Profiler
 from maskgen.errors import UserError
 from maskgen.experiment import Experiment
 
@@ -29,7 +29,8 @@ def train(experiment: Experiment, workdir: epath.Path) -> dict[str, float]:
   parameters and metrics as one that is not.
 
   Raises:
-    UserError: if a loss or another metric is not finite, naming the step and the metric.
+    UserError: if a loss or another metric is not finite, naming the step and the metric, or if the run
+      starts from beyond its end.
   """
   cfg, total = experiment.config, experiment.total_steps
   checkpoints = checkpoint_lib.Checkpoints(workdir, cfg.checkpoint)
@@ -37,58 +38,57 @@ def train(experiment: Experiment, workdir: epath.Path) -> dict[str, float]:
     workdir,
     checkpoints,
     resume=cfg.resume,
-    pretrained={name: resolve(path, workdir) for name, path in cfg.pretrained.items()},
     targets=experiment.targets,
-    init=experiment.init,
+    init=lambda: experiment.init(workdir),
   )
   step = restored = int(state.step)
+  if step > total:
+    raise UserError(f"the run starts from {origin}, at step {step} of {total}: raise config.total_steps")
   own = checkpoints.latest() is not None
   log.info("%s: %s", workdir.name, describe(experiment))
   log.info("%s: starts from %s", workdir.name, origin)
-  writer = metrics_lib.Writer(workdir, step)
+  writer = metrics_lib.Writer(workdir, step if own else 0)
   progress = metrics_lib.Progress(workdir.name, step, total, cfg.batch_size)
-  window = Window()
+  window = metrics_lib.Window()
   clock = Clock(writer.seconds_before, cfg.checkpoint.save_minutes)
   batches = experiment.train_batches(step)
   profiler = Profiler(workdir, cfg.profile)
 
   # The order is fixed: evaluate, save, next batch, step, log. So a checkpoint and an evaluation at step i see
   # the same weights, the data has not moved, and what was logged up to step i is older than the checkpoint.
-  while True:
-    # A checkpoint of our own at this step was saved after its evaluation.
-    if step > 0 and not (own and step == restored):
+  with closing(checkpoints), closing(writer), closing(progress):
+    while True:
+      # A checkpoint of our own at this step was saved after its evaluation.
+      if step > 0 and not (own and step == restored):
+        window.check()
+        began = time.monotonic()
+        numbers, pictures = evaluate(experiment, state.variables(frozen), step)
+        if numbers or pictures:
+          writer.pictures(step, pictures)
+          writer.numbers(step, numbers | {"timing/seconds": clock.seconds()})
+          show(workdir.name, step, numbers)
+        if step == total or step % cfg.checkpoint.save_steps == 0 or clock.save_is_due(step, cfg):
+          checkpoints.save(step, state)
+          clock.saved()
+        progress.pause(time.monotonic() - began)
+      if step == total:
+        break
+
       began = time.monotonic()
-      numbers, pictures = evaluate(experiment, state.variables(frozen), step)
-      if numbers or pictures:
-        writer.pictures(step, pictures)
-        writer.numbers(step, numbers)
-        show(workdir.name, step, numbers)
-      if step == total or step % cfg.checkpoint.save_steps == 0 or clock.save_is_due(step, cfg):
-        checkpoints.save(step, state)
-        clock.saved()
-      progress.pause(time.monotonic() - began)
-    if step == total:
-      break
+      batch = next(batches)
+      window.waited += time.monotonic() - began
 
-    began = time.monotonic()
-    batch = next(batches)
-    window.waited += time.monotonic() - began
+      profiler.before(step)
+      state, values = experiment.update(state, frozen, batch)
+      step += 1
+      profiler.after(step, values, last=step == total)
 
-    profiler.before(step)
-    state, values = experiment.update(state, frozen, batch)
-    step += 1
-    profiler.after(step, values)
-
-    window.add(step, values)
-    progress.step()
-    if step % cfg.log_every_steps == 0 or step % cfg.checkpoint.save_steps == 0 or step == total:
-      averages = window.close()
-      averages |= progress.report(step, averages)
-      writer.numbers(step, averages | {"timing/seconds": clock.seconds()})
-
-  progress.close()
-  checkpoints.close()
-  writer.close()
+      window.add(step, values)
+      progress.step()
+      if step % cfg.log_every_steps == 0 or step % cfg.checkpoint.save_steps == 0 or step == total:
+        averages = window.close()
+        averages |= progress.report(step, averages)
+        writer.numbers(step, averages | {"timing/seconds": clock.seconds()})
   return final_results(workdir, list(cfg.evals))
 
 
@@ -128,12 +128,6 @@ def final_results(workdir: epath.Path, evals: list[str]) -> dict[str, float]:
   return results
 
 
-def resolve(path: str, workdir: epath.Path) -> str:
-  """Resolves `stage:NAME` in `config.pretrained` to the stage's folder beside a run's workdir."""
-  kind, _, name = path.partition(":")
-  return str(workdir.parent / name) if kind == "stage" and name else path
-
-
 def describe(experiment: Experiment) -> str:
   """One line on the size of a run."""
   groups = experiment.targets["state"].params
@@ -157,87 +151,4 @@ def write_results(workdir: epath.Path, results: Mapping[str, Any]) -> None:
   if jax.process_index() == 0:
     temporary = workdir / f"{RESULTS}.tmp"
     temporary.write_text(json.dumps(results, indent=2, sort_keys=True))
-    temporary.rename(workdir / RESULTS)
-
-
-class Window:
-  """Averages metrics between two log lines, one step behind the device, which so never waits."""
-
-  def __init__(self):
-    self.waited = 0.0
-    self._pending: tuple[int, Any] | None = None
-    self._sums: dict[str, float] = {}
-    self._count = 0
-    self._began = time.monotonic()
-
-  def add(self, step: int, values: Mapping[str, jax.Array]) -> None:
-    """Takes the metrics of a step that may still be running, and looks at those of the step before."""
-    self._collect()
-    self._pending = (step, values)
-
-  def _collect(self) -> None:
-    if self._pending is None:
-      return
-    step, values = self._pending
-    for name, value in jax.device_get(values).items():
-      if not np.isfinite(value):
-        raise UserError(
-          f"step {step}: {name} is {float(value)}; the newest checkpoint is from before it: lower the "
-          "learning rate or clip the gradient (optimizer.*.clip_norm) in a new workdir with config.resume"
-        )
-      self._sums[name] = self._sums.get(name, 0.0) + float(value)
-    self._pending = None
-    self._count += 1
-
-  def close(self) -> dict[str, float]:
-    """Returns the averages, with the share of time spent waiting for data, and starts anew."""
-    self._collect()
-    averages = {name: total / self._count for name, total in sorted(self._sums.items())}
-    now = time.monotonic()
-    averages["input_wait"] = self.waited / max(now - self._began, 1e-9)
-    self.waited, self._sums, self._count, self._began = 0.0, {}, 0, now
-    return averages
-
-
-class Clock:
-  """The run's age over all restarts, and when to save by the minute."""
-
-  def __init__(self, seconds_before: float, save_minutes: float):
-    self._began = self._saved = time.monotonic()
-    self._before = seconds_before
-    self._interval = 60.0 * save_minutes
-
-  def seconds(self) -> float:
-    """Seconds of wall time that the run has taken so far."""
-    return self._before + time.monotonic() - self._began
-
-  def save_is_due(self, step: int, cfg: config_lib.RunConfig) -> bool:
-    """Whether to save by the minute; only where a log line closed, so that averages survive a restart."""
-    if step % cfg.log_every_steps:
-      return False
-    due = time.monotonic() - self._saved > self._interval
-    if jax.process_count() > 1:  # one clock decides for all
-      due = bool(multihost_utils.broadcast_one_to_all(np.asarray(due)))
-    return due
-
-  def saved(self) -> None:
-    """Starts the minutes anew."""
-    self._saved = time.monotonic()
-
-
-class Profiler:
-  """Records a window of steps for TensorBoard's profile page."""
-
-  def __init__(self, workdir: epath.Path, section: config_lib.Profile):
-    self._workdir, self._section = workdir, section
-
-  def before(self, step: int) -> None:
-    """Starts at the window's first step."""
-    if self._section.steps and step == self._section.start_step:
-      jax.profiler.start_trace(str(self._workdir))
-
-  def after(self, step: int, values: Any) -> None:
-    """Stops when the window's last step is done."""
-    if self._section.steps and step == self._section.start_step + self._section.steps:
-      jax.block_until_ready(values)
-      jax.profiler.stop_trace()
+    temporary.replace(workdir / RESULTS)

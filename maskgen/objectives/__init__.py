@@ -36,6 +36,13 @@ class Objective(Protocol):
   def pretrained_shapes(self) -> dict[str, Tree]:
     """For each name that `config.pretrained` must give: the part of that model's variables it needs."""
 
+  def check_pretrained(self, name: str, config: Mapping[str, Any]) -> None:
+    """Checks by its config that a pretrained model is of the kind that this objective was told of.
+
+    Raises:
+      UserError: if it is not; shapes alone would not always tell.
+    """
+
   def init(self, rng: jax.Array, pretrained: Mapping[str, Tree]) -> dict[str, Tree]:
     """Makes `{"params": {group: tree}, "frozen": tree, "extra": tree}`; one parameter group per loss."""
 
@@ -88,6 +95,16 @@ def build(section: Mapping[str, Any]) -> Objective:
     raise UserError(f"config.objective.name '{name}' does not exist{nearest(str(name), known)}")
   module = importlib.import_module(f"{__name__}.{name}")
   return config_lib.build_dataclass(module.Objective, options, "config.objective")
+
+
+def check_image_size(size: Any) -> None:
+  """Checks an objective's `image_size`.
+
+  Raises:
+    UserError: unless it is (height, width).
+  """
+  if not (isinstance(size, tuple) and len(size) == 2 and all(isinstance(n, int) and n > 0 for n in size)):
+    raise UserError(f"image_size is {size!r}: give (height, width) in pixels")
 
 
 def compile_predict_fns(objective: Objective) -> dict[str, PredictFn]:

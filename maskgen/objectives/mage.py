@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from maskgen import config as config_lib
 from maskgen import images as images_lib
 from maskgen import losses as losses_lib
 from maskgen import masking
@@ -14,7 +15,7 @@ from maskgen import sampling as sampling_lib
 from maskgen.errors import UserError
 from maskgen.models.mage import Mage
 from maskgen.models.vqgan import VQGAN
-from maskgen.objectives import Batch, Metrics, PredictFn, Tree
+from maskgen.objectives import Batch, Metrics, PredictFn, Tree, check_image_size
 from maskgen.vocab import Vocab
 
 
@@ -46,6 +47,13 @@ class Objective:
   sampling: sampling_lib.Sampling = sampling_lib.Sampling()
 
   def __post_init__(self):
+    check_image_size(self.image_size)
+    sizes = ("width", "depth", "heads", "decoder_width", "decoder_depth", "decoder_heads")
+    config_lib.check_at_least(self, 1, *sizes)
+    config_lib.check_dtype(self.dtype)
+    for name, below in (("dropout", self.dropout), ("label_smoothing", self.label_smoothing)):
+      if not 0.0 <= below < 1.0:
+        raise UserError(f"{name} is {below}: it is at least 0 and less than 1")
     for width, heads in ((self.width, self.heads), (self.decoder_width, self.decoder_heads)):
       if width % heads:
         raise UserError(f"a width of {width} does not divide into {heads} heads")
@@ -75,22 +83,35 @@ class Objective:
   def model(self) -> Mage:
     """The network."""
     return Mage(
-      Vocab(self.codebook_size),
-      self.num_tokens,
-      self.width,
-      self.depth,
-      self.heads,
-      self.decoder_width,
-      self.decoder_depth,
-      self.decoder_heads,
-      self.dropout,
-      self.dtype,
+      vocab=Vocab(self.codebook_size),
+      num_tokens=self.num_tokens,
+      width=self.width,
+      depth=self.depth,
+      heads=self.heads,
+      decoder_width=self.decoder_width,
+      decoder_depth=self.decoder_depth,
+      decoder_heads=self.decoder_heads,
+      dropout=self.dropout,
+      dtype=self.dtype,
     )
 
   def pretrained_shapes(self) -> dict[str, Tree]:
     images = jax.ShapeDtypeStruct((1, *self.image_shape), jnp.float32)
     variables = jax.eval_shape(self.tokenizer.init, jax.random.key(0), images)
     return {"tokenizer": {"params": {"generator": variables["params"]}}}
+
+  def check_pretrained(self, name: str, config: Mapping[str, Any]) -> None:
+    section = config.get("objective", {})
+    if section.get("name") != "tokenizer":
+      raise UserError("it is no tokenizer: give a model trained by the tokenizer objective")
+    found = config_lib.build_dataclass(VQGAN, section.get("tokenizer", {}), "its tokenizer")
+    for field in dataclasses.fields(VQGAN):
+      theirs, ours = getattr(found, field.name), getattr(self.tokenizer, field.name)
+      # The type of the computation may differ: parameters are float32.
+      if theirs != ours and field.name not in ("dtype", "parent", "name"):
+        raise UserError(
+          f"its tokenizer has {field.name}={theirs}, config.objective.tokenizer has {ours}: make them equal"
+        )
 
   def init(self, rng: jax.Array, pretrained: Mapping[str, Tree]) -> dict[str, Tree]:
     tokens = jnp.zeros((1, self.num_tokens), jnp.int32)

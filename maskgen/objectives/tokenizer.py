@@ -7,12 +7,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from maskgen import config as config_lib
 from maskgen import images as images_lib
 from maskgen import losses as losses_lib
+from maskgen.errors import UserError
 from maskgen.models import perceptual
 from maskgen.models.discriminator import Discriminator
 from maskgen.models.vqgan import VQGAN, Quantized
-from maskgen.objectives import Batch, Metrics, PredictFn, Tree
+from maskgen.objectives import Batch, Metrics, PredictFn, Tree, check_image_size
 
 # How slowly the running count of each code's use forgets.
 USAGE_DECAY = 0.97
@@ -60,6 +62,9 @@ class Objective:
   r1_weight: float = 10.0
 
   def __post_init__(self):
+    check_image_size(self.image_size)
+    weights = [field.name for field in dataclasses.fields(self) if field.name.endswith("_weight")]
+    config_lib.check_at_least(self, 0, *weights, "adversarial_start")
     self.tokenizer.token_grid(self.image_shape)
 
   @property
@@ -77,6 +82,11 @@ class Objective:
     images = jax.ShapeDtypeStruct((1, *self.image_size, 3), jnp.float32)
     variables = jax.eval_shape(network.init, jax.random.key(0), images)
     return {"perceptual": {"params": {"main": variables["params"]}}}
+
+  def check_pretrained(self, name: str, config: Mapping[str, Any]) -> None:
+    found = config.get("network", "a model that maskgen trained")
+    if found != self.perceptual_network:
+      raise UserError(f"the {name} network is {found}, the objective asks for {self.perceptual_network}")
 
   def init(self, rng: jax.Array, pretrained: Mapping[str, Tree]) -> dict[str, Tree]:
     generator_rng, discriminator_rng = jax.random.split(rng)

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from etils import epath
+
 from maskgen import cli
 from maskgen.errors import UserError
 
@@ -21,6 +23,10 @@ def main(argv: Sequence[str]) -> None:
   args = parser.parse_args(argv)
   if not args.out.endswith(".png"):
     raise UserError(f"--out={args.out}: give the name of a .png file")
+  if not epath.Path(args.out).parent.is_dir():
+    raise UserError(
+      f"--out={args.out}: the folder {epath.Path(args.out).parent} does not exist, make it first"
+    )
   if args.count < 1:
     raise UserError(f"--count={args.count}: give at least 1")
 
