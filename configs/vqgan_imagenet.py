@@ -1,0 +1,109 @@
+"""MaskGIT's tokenizer on ImageNet at 256 pixels: 16 x 16 tokens of 1,024 codes.
+
+  python -m maskgen.main --config=configs/vqgan_imagenet.py:path=/data/imagenet --workdir=runs/vqgan
+
+`path` is a folder with `train` and `val`, each with one sub-folder per class. Its perceptual loss needs a
+network: convert one first (see `maskgen.tools.convert --help`) and name it with `perceptual=DIR`; without it
+the weight of that loss is 0.
+
+Hardware: a TPU slice or 8 GPUs for the published batch of 256; 1 M steps. Expect, from the literature, a
+reconstruction FID of about 3 (Chang et al. 2022). This full recipe has not been run by the authors of this
+file; `:tiny` has.
+
+Arguments:
+  :tiny         this recipe on the embedded digits, minutes on 2 cores: expect @@TINY@@
+  :debug        2 steps on synthetic pictures
+  :strong=True  random resized crops of 20-100% of the area (better linear probe) instead of 80-100%
+                (better FID)
+  :batch_size   examples per step
+"""
+
+import pathlib
+
+import ml_collections
+
+from maskgen import config as config_lib
+
+
+def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
+  args = config_lib.parse_arg(
+    arg, path="imagenet", perceptual="", strong=False, debug=False, tiny=False, batch_size=256
+  )
+  crop = f"random_resized_crop(256, ({0.2 if args.strong else 0.8}, 1.0))"
+  config = ml_collections.ConfigDict(
+    dict(
+      seed=0,
+      batch_size=args.batch_size,
+      total_steps=1_000_000,
+      log_every_steps=100,
+      checkpoint=dict(save_steps=5000, save_minutes=15.0, keep=2),
+      data=dict(
+        source=f"folder:{args.path}",
+        split="train",
+        eval_split="val",
+        preprocess=f"decode(3)|{crop}|flip_lr",
+        eval_preprocess="decode(3)|resize_small(256)|center_crop(256)",
+      ),
+      pretrained=dict(perceptual=args.perceptual) if args.perceptual else dict(),
+      objective=dict(
+        name="tokenizer",
+        image_size=(256, 256),
+        tokenizer=dict(
+          channels=128,
+          multipliers=(1, 1, 2, 2, 4),
+          strides=(2, 2, 2, 2),
+          blocks=2,
+          codebook_size=1024,
+          code_width=256,
+          dtype="bfloat16",
+        ),
+        discriminator=dict(channels=128, max_channels=512, blocks=5, dtype="bfloat16"),
+        l2_weight=1.0,
+        perceptual_weight=0.1 if args.perceptual else 0.0,
+        perceptual_network="mobilenet_v2",
+        codebook_weight=1.0,
+        commitment_weight=0.25,
+        entropy_weight=0.1,
+        entropy_temperature=0.01,
+        adversarial_weight=0.1,
+        adversarial_start=10_000,
+        r1_weight=10.0,
+      ),
+      optimizer=dict(
+        generator=dict(learning_rate=1e-4, schedule="constant", b1=0.0, b2=0.99),
+        discriminator=dict(learning_rate=1e-4, schedule="constant", b1=0.0, b2=0.99),
+      ),
+      ema=dict(generator=0.999),
+      evals=dict(reconstruction=dict(type="reconstruction", every_steps=10_000)),
+      mesh=dict(data=-1, fsdp=1, tensor=1),
+      accumulation=1,
+    )
+  )
+  if args.tiny:
+    shrink(config)
+  if args.debug:
+    shrink_further(config)
+  return config
+
+
+def shrink(config: ml_collections.ConfigDict) -> None:
+  """Keeps the recipe and takes digits, network sizes and lengths from the quickstart."""
+  small = config_lib.load(str(pathlib.Path(__file__).with_name("quickstart.py"))).tokenizer
+  for key in ("batch_size", "log_every_steps", "checkpoint", "data", "evals"):
+    config[key] = small[key]
+  for key in ("image_size", "tokenizer", "discriminator", "adversarial_start"):
+    config.objective[key] = small.objective[key]
+  config.objective.tokenizer.normalize_codes = False
+  config.total_steps = 1000
+  config.optimizer.generator.learning_rate = config.optimizer.discriminator.learning_rate = 2e-3
+
+
+def shrink_further(config: ml_collections.ConfigDict) -> None:
+  """Two steps of a tiny network on synthetic pictures."""
+  config.batch_size, config.total_steps = 8, 2
+  config.data.source, config.data.eval_split = "synthetic", "test"
+  config.data.preprocess = config.data.eval_preprocess = "decode(3)|resize(32)"
+  config.objective.image_size = (32, 32)
+  config.objective.tokenizer.update(channels=8, multipliers=(1, 1, 2, 2, 2), blocks=1, dtype="float32")
+  config.objective.tokenizer.update(codebook_size=32, code_width=8, norm_groups=4)
+  config.objective.discriminator.update(channels=4, max_channels=8, dtype="float32")
