@@ -178,7 +178,7 @@ def test_a_picture_too_small_for_a_crop_is_named(tmp_path):
   for i in range(30):
     Image.new("RGB", (12, 12) if i == 7 else (20, 20)).save(tmp_path / f"{i}.png")
   data = _data(f"folder:{tmp_path}", "decode|center_crop(16)")
-  with pytest.raises(UserError, match="/7.png of folder .* cannot be used"):
+  with pytest.raises(UserError, match=r"/7\.png of folder .* cannot be used"):
     _take(itertools.chain(data.train_batches(), data.eval_batches("eval", 8)), 8)
 
 

@@ -41,7 +41,7 @@ def make_context(predict, train, test, codebook_size=None, class_names=CLASSES, 
       }
 
   compiled = {name: jax.jit(fn) for name, fn in predict.items()}
-  return evaluators.Context(compiled, serve, fresh or (lambda seed: None), codebook_size, class_names)
+  return evaluators.Context(compiled, serve, fresh or (lambda seed, frozen: None), codebook_size, class_names)
 
 
 def run(kind, context, variables=None, **options):
@@ -53,10 +53,10 @@ def run(kind, context, variables=None, **options):
 def noise():
   """40 + 21 random images with labels: neither is a multiple of the batch."""
   rng = np.random.default_rng(0)
-  make = lambda n: (
-    rng.integers(0, 256, (n, 12, 12, 3), np.uint8),
-    np.arange(n, dtype=np.int32) % 10,
-  )
+
+  def make(n):
+    return rng.integers(0, 256, (n, 12, 12, 3), np.uint8), np.arange(n, dtype=np.int32) % 10
+
   return make(40), make(21)
 
 
@@ -216,7 +216,11 @@ def test_collapsed_generation_shows_in_the_class_numbers(digits):
 def test_what_does_not_depend_on_the_variables_is_computed_once(digits):
   plain = make_context({"generate": replay(digits[0][0])}, *digits)
   passes = []
-  counted = lambda split: passes.append(split) or plain.batches(split)
+
+  def counted(split):
+    passes.append(split)
+    return plain.batches(split)
+
   context = dataclasses.replace(plain, batches=counted)
   evaluator = evaluators.build(
     "it", {"type": "generation", "num_images": 20, "classifier": "svc", "steps": 2}, context
@@ -237,6 +241,11 @@ def test_keys_depend_on_the_seed_and_the_image_alone(noise):
 
 
 # Probe
+
+
+def scale(factor):
+  """Variables whose parameters are one number."""
+  return {"params": jnp.float32(factor), "frozen": {}, "extra": {}}
 
 
 def test_ridge_equals_scikit_learn():
@@ -261,12 +270,12 @@ def test_draws_are_balanced_and_differ_by_seed():
 
 def test_separable_features_are_perfect_and_noise_is_chance(digits):
   def features(variables, batch, rng):
-    signal = jax.nn.one_hot(batch["label"], 10) * variables
+    signal = jax.nn.one_hot(batch["label"], 10) * variables["params"]
     pixel_noise = jax.random.normal(jax.random.key(1), (BATCH, 2))
     return jnp.concatenate([signal, pixel_noise], axis=1)
 
-  context = make_context({"features": features}, *digits, fresh=lambda seed: jnp.float32(0.0))
-  numbers = run("probe", context, jnp.float32(20.0)).numbers
+  context = make_context({"features": features}, *digits, fresh=lambda seed, frozen: scale(0.0))
+  numbers = run("probe", context, scale(20.0)).numbers
   for name in ("top1", "top1_ridge", "top1_knn", "top1_5shot", "top1_10shot"):
     assert numbers[name] == 1.0, name
   assert numbers["top1_10shot_std"] == 0.0
@@ -278,20 +287,24 @@ def test_separable_features_are_perfect_and_noise_is_chance(digits):
 def test_probe_baselines_run_once_and_can_be_left_out(digits):
   fresh_seeds = []
   predict = {
-    "features": lambda v, b, r: to_float(b["image"]).reshape(BATCH, -1) * v,
+    "features": lambda v, b, r: to_float(b["image"]).reshape(BATCH, -1) * v["params"],
     "encode": lambda v, b, r: (b["image"][:, ::2, ::2, 0] // 64).reshape(BATCH, -1).astype(jnp.int32),
   }
-  fresh = lambda seed: fresh_seeds.append(seed) or jnp.float32(1.0)
+
+  def fresh(seed, frozen):
+    fresh_seeds.append(seed)
+    return scale(1.0)
+
   context = make_context(predict, *digits, codebook_size=4, fresh=fresh)
   section = {"type": "probe", "shots": (1,), "draws": 2, "random_encoders": 2}
   evaluator = evaluators.build("it", section, context)
-  first = evaluator.run(jnp.float32(1.0), jax.random.key(0)).numbers
-  assert evaluator.run(jnp.float32(1.0), jax.random.key(0)).numbers == first
+  first = evaluator.run(scale(1.0), jax.random.key(0)).numbers
+  assert evaluator.run(scale(1.0), jax.random.key(0)).numbers == first
   assert fresh_seeds == [0, 1]
   assert first["top1"] == first["top1_pixels"] == first["top1_random_encoder"]
   assert 0.5 < first["top1_token_onehot"] < 1.0
   assert all(type(value) is float for value in first.values())
-  numbers = run("probe", context, jnp.float32(1.0), shots=(1,), baselines=False).numbers
+  numbers = run("probe", context, scale(1.0), shots=(1,), baselines=False).numbers
   assert set(numbers) == {"top1", "top1_ridge", "top1_knn", "top1_1shot", "top1_1shot_std"}
 
 

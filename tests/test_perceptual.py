@@ -130,7 +130,7 @@ def reference_logits(tensors, x):
       dimension_numbers=("NHWC", "HWIO", "NHWC"),
       feature_group_count=groups,
     )
-    return y + tensors[f"{i:02}.b"]
+    return y + tensors[f"{i:02}.b"][None, None, None]
 
   def relu6(x):
     return jnp.clip(x, 0, 6)

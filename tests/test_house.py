@@ -1,0 +1,181 @@
+"""Rules of the whole package: who imports whom, no dead keys, small files."""
+
+import ast
+import dataclasses
+import graphlib
+import importlib
+import inspect
+import pathlib
+import pkgutil
+import subprocess
+import sys
+
+import pytest
+
+import maskgen
+from maskgen import config, evaluators, masking, objectives, optim, sampling
+from maskgen.data.pipeline import Data
+from maskgen.models.discriminator import Discriminator
+from maskgen.models.vqgan import VQGAN
+
+PACKAGE = pathlib.Path(maskgen.__file__).parent
+# A file imports from rows above its own, or from its own row without a cycle.
+ROWS = (
+  "errors tree images vocab masking sampling losses config cli",
+  "sharding optim checkpoint metrics",
+  "data",
+  "models",
+  "importers",
+  "objectives",
+  "evaluators",
+  "state step experiment clock train",
+  "api __init__",
+  "main tools",
+)
+ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names.split()}
+
+
+def module_name(path: pathlib.Path) -> str:
+  """`data.ops` for data/ops.py, `data` for data/__init__.py, `__init__` for the package itself."""
+  parts = path.relative_to(PACKAGE).with_suffix("").parts
+  return ".".join(parts[:-1] if len(parts) > 1 and parts[-1] == "__init__" else parts)
+
+
+FILES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py")) if "configs" not in path.parts}
+TREES = {name: ast.parse(path.read_text()) for name, path in FILES.items()}
+
+
+def imported(node: ast.AST) -> set[str]:
+  """The modules of this package that an import statement names."""
+  if isinstance(node, ast.Import):
+    found = {alias.name for alias in node.names}
+  elif isinstance(node, ast.ImportFrom):
+    assert not node.level, "relative imports hide where a name comes from"
+    inner = {f"{node.module}.{alias.name}" for alias in node.names}
+    modules = {name for name in inner if name.removeprefix("maskgen.") in FILES}
+    found = modules or {node.module}
+  else:
+    return set()
+  return {
+    name.removeprefix("maskgen").lstrip(".") or "__init__"
+    for name in found
+    if name.split(".")[0] == "maskgen"
+  }
+
+
+GRAPH = {
+  name: {target for node in ast.walk(tree) for target in imported(node)} for name, tree in TREES.items()
+}
+
+
+def test_every_file_has_its_row():
+  assert {name.split(".")[0] for name in FILES} == set(ROW_OF)
+
+
+def test_imports_go_up():
+  for name, targets in GRAPH.items():
+    for target in targets:
+      assert target in FILES, f"{name} imports {target}, which does not exist"
+      assert ROW_OF[target.split(".")[0]] <= ROW_OF[name.split(".")[0]], f"{name} must not import {target}"
+
+
+def test_imports_have_no_cycle():
+  tuple(graphlib.TopologicalSorter(GRAPH).static_order())
+
+
+def test_tensorflow_lives_in_data():
+  for name, tree in TREES.items():
+    for node in ast.walk(tree):
+      modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+      modules += [node.module] if isinstance(node, ast.ImportFrom) else []
+      for module in modules:
+        if module.split(".")[0] in ("tensorflow", "tensorflow_datasets"):
+          assert name.startswith("data."), f"{name} imports {module}"
+
+
+@pytest.mark.parametrize("name", ["maskgen", "maskgen.api"])
+def test_inference_is_without_tensorflow(name):
+  code = f"import sys, {name}; print(sorted({{'tensorflow', 'jax'}} & set(sys.modules)))"
+  done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+  # `import maskgen` alone is cheap.
+  assert done.stdout.strip() == ("[]" if name == "maskgen" else "['jax']")
+
+
+def test_every_module_can_be_imported():
+  for module in pkgutil.walk_packages(maskgen.__path__, "maskgen."):
+    importlib.import_module(module.name)
+
+
+# Keys of configs
+
+
+def fields(cls: type) -> set[str]:
+  return {field.name for field in dataclasses.fields(cls)} - {"parent", "name"}  # flax adds these two
+
+
+def read_attributes(node: ast.AST) -> set[str]:
+  """The attributes that code reads, `duration(section, "total")` included."""
+  read = set()
+  for child in ast.walk(node):
+    if isinstance(child, ast.Attribute) and isinstance(child.ctx, ast.Load):
+      read.add(child.attr)
+    if isinstance(child, ast.Call) and ast.unparse(child.func).split(".")[-1] == "duration":
+      assert isinstance(child.args[1], ast.Constant)
+      read |= {f"{child.args[1].value}_steps", f"{child.args[1].value}_epochs"}
+  return read
+
+
+def modules_of(package) -> list:
+  return [
+    importlib.import_module(f"{package.__name__}.{info.name}")
+    for info in pkgutil.iter_modules(package.__path__)
+  ]
+
+
+OWN = [optim.Optimizer, masking.MaskRatio, VQGAN, Discriminator, Data]
+OWN += [module.Objective for module in modules_of(objectives)]
+OWN += [
+  module.Evaluator
+  for module in modules_of(evaluators)
+  if module.__name__ != "maskgen.evaluators.context" and hasattr(module, "Evaluator")
+]
+
+
+@pytest.mark.parametrize("cls", OWN, ids=lambda cls: f"{cls.__module__}.{cls.__name__}")
+def test_every_key_is_read_by_its_own_class(cls):
+  (body,) = ast.parse(inspect.getsource(cls)).body
+  read = set()
+  for node in ast.walk(body):
+    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "self":
+      read.add(node.attr)
+    elif isinstance(node, ast.Call) and "duration" in ast.unparse(node.func):
+      read |= read_attributes(node)
+  assert fields(cls) <= read
+
+
+@pytest.mark.parametrize("cls", [config.RunConfig, config.Mesh, config.Checkpointing, config.Profile])
+def test_every_key_is_read_somewhere(cls):
+  read = set().union(*(read_attributes(tree) for tree in TREES.values()))
+  assert fields(cls) <= read
+
+
+def test_the_keys_of_sampling_are_what_decode_takes():
+  parameters = inspect.signature(sampling.decode).parameters.values()
+  assert fields(sampling.Sampling) == {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+# Sizes
+
+
+def test_files_are_small():
+  limits = {"train": 250, "objectives": 300}
+  for name, path in FILES.items():
+    limit = limits.get(name.split(".")[0], 400)
+    assert len(path.read_text().splitlines()) <= limit, f"{name} has more than {limit} lines"
+
+
+def test_configs_are_small(repository):
+  paths = list((repository / "configs").glob("*.py"))
+  assert paths
+  for path in paths:
+    assert len(path.read_text().splitlines()) <= 150, path.name
