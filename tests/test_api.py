@@ -1,0 +1,214 @@
+"""The front door: shapes, dtypes, ranges, and what must not change."""
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from PIL import Image
+
+import maskgen
+from maskgen.tools import export, generate
+
+trained = tiny.trained
+
+IMAGE = (*tiny.SIZE, 3)
+OPTIONS = dict(steps=2, temperature=1.0)
+
+
+@pytest.fixture(scope="module")
+def mage(trained):
+  return maskgen.load(trained / "mage")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(trained):
+  return maskgen.load(trained / "tokenizer")
+
+
+@pytest.fixture(scope="module", params=tiny.STAGES)
+def model(request):
+  return request.getfixturevalue(request.param)
+
+
+def pictures(count, seed=0):
+  return np.random.default_rng(seed).integers(0, 256, (count, *IMAGE), np.uint8)
+
+
+def assert_pixels(images, count):
+  assert images.shape == (count, *IMAGE) and images.dtype == np.float32
+  assert images.min() >= 0.0 and images.max() <= 1.0
+
+
+def test_encode_gives_codes(model):
+  tokens = model.encode(pictures(3))
+  assert tokens.shape == (3, tiny.TOKENS) and tokens.dtype == np.int32
+  assert tokens.min() >= 0 and tokens.max() < tiny.CODES
+
+
+def test_decode_gives_pixels(model):
+  tokens = np.random.default_rng(0).integers(0, tiny.CODES, (3, tiny.TOKENS))
+  assert_pixels(model.decode(tokens), 3)
+
+
+def test_reconstruct_is_decode_after_encode(model):
+  images = pictures(2).astype(np.float32) / 255
+  reconstructed = model.reconstruct(images)
+  assert_pixels(reconstructed, 2)
+  np.testing.assert_allclose(reconstructed, model.decode(model.encode(images)), atol=1e-5)
+
+
+def test_mage_speaks_the_codes_of_its_tokenizer(mage, tokenizer):
+  images = pictures(4)
+  np.testing.assert_array_equal(mage.encode(images), tokenizer.encode(images))
+
+
+def test_bytes_and_floats_are_the_same_images(model):
+  images = pictures(3)
+  floats = images / 255.0  # float64, as users have it
+  np.testing.assert_array_equal(model.encode(images), model.encode(floats))
+  reconstructed = model.reconstruct(images)
+  assert reconstructed.dtype == np.uint8
+  np.testing.assert_array_equal(reconstructed, np.rint(model.reconstruct(floats) * 255).astype(np.uint8))
+
+
+def test_examples_do_not_see_each_other(mage):
+  images = pictures(5)
+  np.testing.assert_array_equal(mage.encode(images)[2:4], mage.encode(images[2:4]))
+  np.testing.assert_allclose(mage.features(images)[2:4], mage.features(images[2:4]), atol=1e-5)
+
+
+def test_features_are_one_vector_per_image(mage):
+  features = mage.features(pictures(3))
+  assert features.ndim == 2 and len(features) == 3 and features.dtype == np.float32
+  assert np.isfinite(features).all()
+  assert np.abs(features[0] - features[1]).max() > 1e-4
+
+
+def test_logits_are_over_the_codes_and_hide_masked_tokens(mage):
+  rng = np.random.default_rng(0)
+  tokens = rng.integers(0, tiny.CODES, (2, tiny.TOKENS))
+  hidden = rng.uniform(size=tokens.shape) < 0.6
+  logits = mage.logits(tokens, hidden)
+  assert logits.shape == (2, tiny.TOKENS, tiny.CODES) and logits.dtype == np.float32
+  other = np.where(hidden, (tokens + 1) % tiny.CODES, tokens)
+  np.testing.assert_array_equal(mage.logits(other, hidden), logits)
+  shown = np.where(hidden, tokens, (tokens + 1) % tiny.CODES)
+  assert np.abs(mage.logits(shown, hidden) - logits).max() > 1e-6
+
+
+def test_generate_gives_pixels_that_vary_with_the_seed(mage):
+  images = mage.generate(seed=0, batch=4)
+  assert_pixels(images, 4)
+  np.testing.assert_array_equal(images, mage.generate(seed=0, batch=4))
+  assert np.abs(images - mage.generate(seed=1, batch=4)).max() > 1e-3
+  assert np.abs(images[0] - images[1]).max() > 1e-3
+
+
+def test_generated_image_i_depends_on_seed_and_i_alone(mage):
+  few, many = mage.generate(seed=3, batch=2), mage.generate(seed=3, batch=4)
+  np.testing.assert_allclose(few, many[:2], atol=1e-5)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "arccos"])
+def test_sampling_options_are_taken(mage, schedule):
+  assert_pixels(mage.generate(batch=2, schedule=schedule, **OPTIONS), 2)
+
+
+def test_defaults_of_sampling_are_the_configs(mage):
+  sampling = mage.config["objective"]["sampling"]
+  np.testing.assert_array_equal(mage.generate(batch=2), mage.generate(batch=2, **sampling))
+
+
+def hole():
+  mask = np.zeros((2, *tiny.SIZE), bool)
+  mask[0, 3:7, 5:12] = True  # not aligned with tokens
+  mask[1, :, 8:] = True
+  return mask
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float32])
+def test_inpaint_leaves_known_pixels_alone(mage, dtype):
+  images = pictures(2) if dtype == np.uint8 else pictures(2).astype(np.float32) / 255
+  original = images.copy()
+  filled = mage.inpaint(images, hole(), seed=1)
+  assert filled.shape == images.shape and filled.dtype == dtype
+  np.testing.assert_array_equal(filled[~hole()], images[~hole()])
+  assert (filled[hole()] != images[hole()]).mean() > 0.5
+  np.testing.assert_array_equal(images, original)  # and what came in
+  if dtype == np.float32:
+    assert_pixels(filled, 2)
+
+
+def test_inpaint_does_not_look_into_the_hole(mage):
+  images = pictures(2)
+  changed = np.where(hole()[..., None], 255 - images, images)
+  np.testing.assert_array_equal(mage.inpaint(images, hole()), mage.inpaint(changed, hole()))
+
+
+def test_inpaint_of_nothing_is_the_image(mage):
+  images = pictures(2)
+  np.testing.assert_array_equal(mage.inpaint(images, np.zeros((2, *tiny.SIZE), bool)), images)
+
+
+def test_one_image_needs_no_batch(mage):
+  images = pictures(2)
+  one = mage.inpaint(images[0], hole()[0], seed=5)
+  assert one.shape == IMAGE and one.dtype == np.uint8
+  np.testing.assert_array_equal(one, mage.inpaint(images[:1], hole()[:1], seed=5)[0])
+
+
+def test_one_mask_serves_all_images(mage):
+  images, mask = pictures(2), hole()[0]
+  np.testing.assert_array_equal(
+    mage.inpaint(images, mask), mage.inpaint(images, np.broadcast_to(mask, (2, *mask.shape)))
+  )
+
+
+def test_a_loaded_model_keeps_config_and_objective(mage):
+  assert mage.config["objective"]["name"] == "mage"
+  assert mage.objective.image_shape == IMAGE
+  assert set(mage.variables) == {"params", "frozen", "extra"}
+
+
+def test_loading_and_generating_needs_no_tensorflow(trained):
+  """A user of a trained model should not wait for what only training needs."""
+  program = (
+    "import sys, maskgen; assert 'jax' not in sys.modules;"
+    f"model = maskgen.load({str(trained / 'mage')!r});"
+    "model.reconstruct(model.generate(batch=1));"
+    "assert 'tensorflow' not in sys.modules and 'sklearn' not in sys.modules"
+  )
+  process = tiny.python("-c", program)
+  _, errors = process.communicate(timeout=300)
+  assert process.returncode == 0, errors
+
+
+# Tools
+
+
+def test_the_generate_tool_writes_a_grid(trained, tmp_path, capsys):
+  file = tmp_path / "grid.png"
+  generate.main([f"--model={trained / 'mage'}", f"--out={file}", "--count=5", "--seed=3", "--steps=2"])
+  assert str(file) in capsys.readouterr().out
+  with Image.open(file) as picture:
+    assert picture.mode == "RGB" and max(picture.size) >= 512
+    assert len(np.unique(np.asarray(picture))) > 2
+
+
+def test_the_generate_tool_takes_an_export(trained, tmp_path):
+  export.main([f"--model={trained / 'mage'}", f"--out={tmp_path / 'export'}"])
+  for model, file in ((trained / "mage", "a.png"), (tmp_path / "export", "b.png")):
+    generate.main([f"--model={model}", f"--out={tmp_path / file}", "--count=2", "--temperature=2.0"])
+  assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+@pytest.mark.parametrize("tool", [generate, export])
+def test_tools_explain_themselves(tool, capsys):
+  with pytest.raises(SystemExit) as stop:
+    tool.main(["--help"])
+  assert stop.value.code == 0
+  assert f"python -m {tool.__name__} --model=" in capsys.readouterr().out
+
+
+def test_variables_are_on_the_device_once(mage):
+  assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(mage.variables))

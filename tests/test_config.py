@@ -1,0 +1,299 @@
+"""Configs: wrong names never pass, right ones arrive typed."""
+
+import dataclasses
+import json
+import pathlib
+
+import ml_collections
+import pytest
+
+from maskgen import config as config_lib
+from maskgen.errors import UserError, nearest
+
+CONFIGS = sorted(p.name for p in (pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
+
+FILE = """
+import ml_collections
+from maskgen.config import parse_arg
+
+def get_config(arg=None):
+  args = parse_arg(arg, debug=False, size=4, rate=0.5, name="a")
+  config = ml_collections.ConfigDict()
+  config.debug, config.size, config.rate, config.name = args.debug, args.size, args.rate, args.name
+  config.shape = (1, 2)
+  config.limit = ml_collections.config_dict.placeholder(float)
+  config.data = dict(source="digits", split="train")
+  return config
+"""
+
+
+@pytest.fixture
+def file(tmp_path):
+  path = tmp_path / "some_config.py"
+  path.write_text(FILE)
+  return str(path)
+
+
+# Arguments after the colon
+
+
+def test_arguments_have_the_types_of_their_defaults():
+  args = config_lib.parse_arg("debug,size=3,rate=1,name=7", debug=False, size=1, rate=0.1, name="a", kept=5)
+  assert vars(args) == dict(debug=True, size=3, rate=1.0, name="7", kept=5)
+  assert isinstance(args.rate, float)
+
+
+@pytest.mark.parametrize("arg", [None, ""])
+def test_no_argument_leaves_the_defaults(arg):
+  assert vars(config_lib.parse_arg(arg, debug=False, size=1)) == dict(debug=False, size=1)
+
+
+@pytest.mark.parametrize(
+  ("arg", "message"),
+  [
+    ("debgu", r"':debgu' does not exist; did you mean 'debug'\?"),
+    ("zzzz=1", r"':zzzz' does not exist; known: debug, rate, size"),
+    ("size=1.5", r"':size' is '1.5': it takes a int, such as 4"),
+    ("size=big", r"':size' is 'big'"),
+    ("size", r"':size' is 'True'"),
+    ("rate=True", r"':rate' is 'True'"),
+    ("debug=1", r"':debug' is '1': it takes a bool"),
+  ],
+)
+def test_wrong_arguments_are_named(arg, message):
+  with pytest.raises(UserError, match=message):
+    config_lib.parse_arg(arg, debug=False, size=4, rate=0.5)
+
+
+# Files
+
+
+def test_load_gives_a_locked_config(file):
+  config = config_lib.load(f"{file}:size=8,debug")
+  assert config.size == 8 and config.debug is True and config.name == "a"
+  with pytest.raises((AttributeError, KeyError)):
+    config.data.splt = "test"
+
+
+def test_load_twice_gives_independent_configs(file):
+  config_lib.load(file).size = 99
+  assert config_lib.load(file).size == 4
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("form", ["{name}", "configs/{name}"])
+def test_shipped_configs_are_found_from_any_folder(form, name, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  assert config_lib.find_file(form.format(name=name)).is_file()
+
+
+def test_a_file_elsewhere_is_not_replaced_by_a_shipped_one_of_its_name(tmp_path):
+  with pytest.raises(UserError, match="does not exist"):
+    config_lib.find_file(str(tmp_path / "quickstart.py"))
+
+
+def test_a_missing_file_offers_the_nearest():
+  with pytest.raises(UserError, match=r"quickstrat\.py does not exist; did you mean 'quickstart\.py'\?"):
+    config_lib.load("configs/quickstrat.py")
+
+
+@pytest.mark.parametrize(
+  ("name", "text", "message"),
+  [
+    ("a.py", "x = 1", r"has no function get_config\(arg\)"),
+    ("a.py", "def get_config(:", "is not valid Python"),
+    ("a.txt", "x = 1", "is not a Python file"),
+  ],
+)
+def test_files_that_are_no_config(name, text, message, tmp_path):
+  (tmp_path / name).write_text(text)
+  with pytest.raises(UserError, match=message):
+    config_lib.load(str(tmp_path / name))
+
+
+# Overrides
+
+
+def test_overrides_take_the_type_of_what_they_replace(file):
+  config = config_lib.load(
+    file, {"size": "16", "rate": "2", "name": "5", "shape": "[3, 4]", "data.split": "test", "debug": "True"}
+  )
+  assert config.size == 16 and config.name == "5" and config.shape == (3, 4) and config.debug is True
+  assert config.rate == 2.0 and isinstance(config.rate, float)
+  assert config.data.split == "test" and config.data.source == "digits"
+
+
+@pytest.mark.parametrize(("text", "value"), [("3.5", 3.5), ("None", None)])
+def test_overrides_of_nothing_take_anything(file, text, value):
+  assert config_lib.load(file, {"limit": text}).limit == value
+
+
+@pytest.mark.parametrize(
+  ("key", "text", "message"),
+  [
+    ("siez", "1", r"config has no key 'siez'; did you mean 'size'\?"),
+    ("data.sorce", "x", r"config\.data has no key 'sorce'; did you mean 'source'\?"),
+    ("dat.source", "x", r"config has no key 'dat'; did you mean 'data'\?"),
+    ("size.a", "1", r"config\.size has no key 'a'"),
+    ("data", "x", r"config\.data is a group of keys: set one of data\.source, data\.split"),
+    ("size", "1.5", r"config\.size is '1\.5': it takes a int, such as 4"),
+    ("size", "", r"config\.size is ''"),
+    ("shape", "3", r"config\.shape is '3': it takes a tuple"),
+    ("debug", "yes", r"config\.debug is 'yes': it takes a bool"),
+    ("", "1", "has no key ''"),
+  ],
+)
+def test_wrong_overrides_are_named(file, key, text, message):
+  with pytest.raises(UserError, match=message):
+    config_lib.load(file, {key: text})
+
+
+# Plain configs
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("arg", ["", ":debug", ":tiny"])
+def test_shipped_configs_survive_json(name, arg):
+  config = config_lib.to_dict(config_lib.load(f"configs/{name}{arg}"))
+  assert json.loads(json.dumps(config)) == config
+  assert not config_lib.difference(config, json.loads(json.dumps(config)))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("arg", ["", ":debug", ":tiny"])
+def test_shipped_configs_have_only_keys_that_are_read(name, arg):
+  config = config_lib.to_dict(config_lib.load(f"configs/{name}{arg}"))
+  for stage in config.get("stages", [None]):
+    section = config if stage is None else config[stage]
+    run = config_lib.build_dataclass(config_lib.RunConfig, section, "config")
+    assert run.batch_size == section["batch_size"]
+
+
+def test_to_dict_is_plain():
+  nested = ml_collections.ConfigDict(dict(a=dict(b=(1, [2, dict(c=3)]))))
+  plain = config_lib.to_dict(nested)
+  assert plain == {"a": {"b": [1, [2, {"c": 3}]]}}
+  assert type(plain["a"]) is dict and type(plain["a"]["b"][1][1]) is dict
+
+
+# Dataclasses from sections
+
+
+@dataclasses.dataclass(frozen=True)
+class Inner:
+  depth: int = 1
+
+  def __post_init__(self):
+    if self.depth < 1:
+      raise UserError("the depth is too small")
+
+
+@dataclasses.dataclass(frozen=True)
+class Outer:
+  width: int
+  inner: Inner = Inner()
+  shape: tuple = ()
+  free: dict = dataclasses.field(default_factory=dict)
+  made: int = dataclasses.field(default=0, init=False)
+
+
+def test_build_dataclass_nests_and_makes_tuples():
+  section = {"width": 3, "inner": {"depth": 2}, "shape": [[1, [2]], 3], "free": {"x": 1}}
+  built = config_lib.build_dataclass(Outer, section, "config.outer")
+  assert built == Outer(3, Inner(2), ((1, (2,)), 3), {"x": 1})
+
+
+@pytest.mark.parametrize(
+  ("section", "message"),
+  [
+    ({"width": 1, "shap": 1}, r"^config\.outer has no key 'shap'; did you mean 'shape'\?$"),
+    ({"width": 1, "inner": {"dept": 1}}, r"^config\.outer\.inner has no key 'dept'; did you mean 'depth'\?$"),
+    ({"width": 1, "inner": {"depth": 0}}, r"config\.outer\.inner: the depth is too small$"),
+    ({"inner": {}}, r"^config\.outer needs the key 'width'$"),
+    ({"width": 1, "made": 2}, "has no key 'made'"),
+  ],
+)
+def test_build_dataclass_is_strict(section, message):
+  with pytest.raises(UserError, match=message):
+    config_lib.build_dataclass(Outer, section, "config.outer")
+
+
+def test_what_the_caller_gives_cannot_be_set_in_the_section():
+  assert config_lib.build_dataclass(Outer, {}, "config.outer", width=5).width == 5
+  with pytest.raises(UserError, match="has no key 'width'"):
+    config_lib.build_dataclass(Outer, {"width": 1}, "config.outer", width=5)
+
+
+def test_nearest_offers_one_close_name_or_all():
+  assert nearest("digts", ["digits", "folder"]) == "; did you mean 'digits'?"
+  assert nearest("qqq", ["b", "a"]) == "; known: a, b"
+  assert nearest("qqq", []) == ""
+
+
+# Durations
+
+
+@dataclasses.dataclass
+class Lengths:
+  total_steps: int | None = None
+  total_epochs: float | None = None
+
+
+@pytest.mark.parametrize(
+  ("lengths", "default", "expected"),
+  [
+    (Lengths(total_steps=7), None, 7),
+    (Lengths(total_epochs=3), None, 75),
+    (Lengths(total_epochs=0.5), None, 12),
+    (Lengths(total_epochs=0), 9, 0),
+    (Lengths(), 9, 9),
+    (Lengths(total_steps=0), 9, 0),
+  ],
+)
+def test_durations_become_steps(lengths, default, expected):
+  # 100 examples in batches of 4 are 25 steps an epoch.
+  assert config_lib.duration(lengths, "total", 4, 100, default=default) == expected
+
+
+@pytest.mark.parametrize(
+  ("lengths", "message"),
+  [(Lengths(1, 1.0), "not both"), (Lengths(), "needs the key 'total_steps' or 'total_epochs'")],
+)
+def test_a_duration_is_given_once(lengths, message):
+  with pytest.raises(UserError, match=message):
+    config_lib.duration(lengths, "total", 4, 100)
+
+
+# Differences
+
+
+OLD = {"seed": 1, "data": {"source": "digits"}, "mesh": {"data": -1}, "version": "1", "log_every_steps": 5}
+
+
+@pytest.mark.parametrize(
+  ("changes", "expected"),
+  [
+    ({}, []),
+    ({"seed": 2}, ["seed: 1 -> 2"]),
+    ({"data": {"source": "synthetic"}}, ["data.source: digits -> synthetic"]),
+    ({"new": 3}, ["new: (absent) -> 3"]),
+    ({"mesh": {"data": 2}, "version": "2", "log_every_steps": 9}, []),
+    ({"checkpoint": {"keep": 9}, "profile": {"steps": 3}, "sharding": [["a", []]]}, []),
+    ({"evals": {"loss": {"type": "loss"}}}, []),
+    # A key elsewhere that is only called like an operational one counts.
+    ({"data": {"source": "digits", "inner": {"mesh": 1}}}, ["data.inner.mesh: (absent) -> 1"]),
+  ],
+)
+@pytest.mark.parametrize("staged", [False, True])
+def test_difference_names_what_changes_numbers(changes, expected, staged):
+  new = OLD | changes
+  if staged:
+    expected = [f"first.{line}" for line in expected]
+    assert config_lib.difference({"first": OLD, "version": "1"}, {"first": new, "version": "2"}) == expected
+  else:
+    assert config_lib.difference(OLD, new) == expected
+
+
+def test_difference_sees_removed_keys_and_empty_groups():
+  assert config_lib.difference({"a": 1, "b": 2}, {"a": 1}) == ["b: 2 -> (absent)"]
+  assert config_lib.difference({"ema": {}}, {"ema": {"main": 0.9}})

@@ -1,0 +1,102 @@
+"""What the README tells people to type works."""
+
+import contextlib
+import importlib
+import io
+import json
+import pathlib
+import re
+import shlex
+
+import pytest
+import tiny
+
+from maskgen import config as config_lib
+from maskgen import main
+
+trained = tiny.trained
+
+README = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
+MAIN = "python -m maskgen.main --config=configs/quickstart.py --workdir=runs/quickstart"
+
+
+def blocks(language: str) -> list[str]:
+  return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+
+
+def commands() -> list[str]:
+  """Every shell command, one by one."""
+  lines = "\n".join(blocks("bash")).replace("\\\n", " ").splitlines()
+  return [part.strip() for line in lines for part in line.split("&&") if part.strip()]
+
+
+MODULES = [command for command in commands() if command.startswith("python -m maskgen.")]
+
+
+def arguments_of(command: str) -> tuple[str, list[str]]:
+  _, _, module, *arguments = shlex.split(command, comments=True)
+  return module, arguments
+
+
+def test_the_main_commands_are_there():
+  assert MAIN in commands()
+  assert any(command.split()[0] == "pytest" for command in commands())
+  assert blocks("python")
+
+
+def test_all_blocks_have_a_language():
+  assert README.count("```") == 2 * len(re.findall(r"^```\w+$", README, flags=re.MULTILINE))
+
+
+@pytest.mark.parametrize("command", MODULES)
+def test_commands_have_arguments_that_exist(command, tmp_path):
+  module_name, arguments = arguments_of(command)
+  module = importlib.import_module(module_name)
+  text = io.StringIO()
+  with contextlib.redirect_stdout(text), pytest.raises(SystemExit):
+    module.main(["--help"])
+  known = {*re.findall(r"--\w+", text.getvalue())}
+  plain = [a for a in arguments if a.startswith("--") and not a.startswith("--config.")]
+  assert {argument.partition("=")[0] for argument in plain} <= known
+  if module is main:
+    config = next(a.partition("=")[2] for a in arguments if a.startswith("--config="))
+    overrides = [a for a in arguments if a.startswith("--config.")]
+    config_lib.load(config, main.parse_overrides(overrides))
+
+
+def test_every_config_it_names_exists():
+  configs = set(re.findall(r"configs/\w+\.py", README))
+  assert configs
+  for config in configs:
+    config_lib.load(config)
+
+
+def test_every_file_it_points_to_exists():
+  paths = set(re.findall(r"(?:docs|maskgen|tests|configs|launch)/[\w/]+\.\w+", README))
+  assert paths
+  missing = [p for p in paths if not (pathlib.Path(__file__).parents[1] / p).is_file()]
+  assert not missing
+
+
+@pytest.mark.parametrize("code", blocks("python"))
+def test_python_runs(code, trained, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  assert "runs/quickstart" in code
+  exec(compile(code.replace("runs/quickstart", str(trained)), "README.md", "exec"), {})
+
+
+def test_the_main_command_trains_and_its_tools_work(tmp_path):
+  """As typed, but for `:debug` and the folder; in a process of its own, as a user would."""
+  command = MAIN.replace("quickstart.py", "quickstart.py:debug").replace("runs", str(tmp_path / "runs"))
+  process = tiny.python(*shlex.split(command)[1:])
+  _, errors = process.communicate(timeout=600)
+  assert process.returncode == 0, errors
+  assert "Traceback" not in errors
+  results = json.loads((tmp_path / "runs" / "quickstart" / "results.json").read_text())
+  assert set(results) == {"tokenizer", "mage", "run"}
+  tools = [command for command in MODULES if ".tools." in command]
+  assert tools
+  for tool in tools:
+    module, arguments = arguments_of(tool)
+    given = [re.sub(r"=(?=runs|[\w/]+\.png|exports)", f"={tmp_path}/", a) for a in arguments]
+    importlib.import_module(module).main(given)
