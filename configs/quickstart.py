@@ -1,6 +1,16 @@
 """Tokenizer, then MAGE, on scikit-learn's 1,797 handwritten digits; no download.
 
 python -m maskgen.main --config=configs/quickstart.py --workdir=runs/quickstart
+
+Hardware: two CPU cores and 2 GB of memory; less than 10 minutes.
+Expect: about 25 dB on held-out digits with all 128 codes in use; a probe of about 95% (raw pixels 96%, random
+encoders 61%); generated digits at about 0.4 of the Frechet distance of random codes. README.md has all
+numbers, and says which losses, usage and pictures are healthy when.
+
+Arguments:
+  :seed   of everything
+  :tiny   a minute of training, to see everything at work
+  :debug  2 steps of each stage on synthetic pictures
 """
 
 import ml_collections
@@ -91,10 +101,11 @@ def mage(args) -> dict:
       decoder_width=96,
       decoder_depth=2,
       decoder_heads=4,
-      dropout=0.0,  # masking is enough for a network this small
-      label_smoothing=0.1,
+      # Masking regularises enough here, and smoothing puts a tenth of all samples on random codes.
+      dropout=0.0,
+      label_smoothing=0.0,
       mask_ratio=dict(mean=0.55, std=0.25, low=0.5, high=1.0),
-      sampling=dict(steps=8, schedule="cosine", temperature=3.0),
+      sampling=dict(steps=16, schedule="cosine", temperature=2.5),
     ),
     optimizer=dict(
       main=dict(
@@ -113,6 +124,7 @@ def mage(args) -> dict:
       generation=dict(
         type="generation", every_steps=every, num_images=16 if args.debug else 500, classifier="svc"
       ),
-      samples=dict(type="samples", every_steps=every),
+      # A hole in the centre of 4 x 4 tokens, with the ring around it, would leave nothing known.
+      samples=dict(type="samples", every_steps=every, masks=("corner", "right", "lower")),
     ),
   )

@@ -18,6 +18,7 @@ MASKS: dict[str, Callable[[int, int], tuple[slice, slice]]] = {
   "center": lambda h, w: (slice(h // 4, h - h // 4), slice(w // 4, w - w // 4)),
   "right": lambda h, w: (slice(None), slice(w // 2, None)),
   "lower": lambda h, w: (slice(h // 2, None), slice(None)),
+  "corner": lambda h, w: (slice(h // 2, None), slice(w // 2, None)),
 }
 
 
