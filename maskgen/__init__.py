@@ -1,4 +1,4 @@
-"""maskgen: image tokenizers, masked generative encoders and visual lexicons in JAX."""
+"""Image tokenizers and masked generative encoders in JAX."""
 
 from typing import TYPE_CHECKING, Any
 

@@ -134,7 +134,8 @@ def describe(experiment: Experiment) -> str:
   sizes = ", ".join(f"{name} {tree.count(group):,}" for name, group in groups.items())
   mesh = " x ".join(f"{axis}={size}" for axis, size in experiment.mesh.shape.items())
   return (
-    f"parameters {sizes}; {experiment.data.num_train:,} training examples; "
+    f"parameters {sizes}; {experiment.data.num_train:,} examples for training, "
+    f"{experiment.data.num_eval:,} for evaluation; "
     f"{experiment.total_steps:,} steps of {experiment.config.batch_size}; mesh {mesh}"
   )
 

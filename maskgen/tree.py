@@ -1,7 +1,7 @@
 """Trees of arrays by path: names, regular expressions, two-column differences."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -23,18 +23,6 @@ def names(tree: Any) -> Any:
 def flatten(tree: Any) -> dict[str, Any]:
   """Flattens a tree to `{path name: leaf}`."""
   return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-
-
-def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
-  """Inverts `flatten` for trees made of dictionaries."""
-  tree: dict[str, Any] = {}
-  for name, leaf in flat.items():
-    *parents, last = name.split("/")
-    node = tree
-    for part in parents:
-      node = node.setdefault(part, {})
-    node[last] = leaf
-  return tree
 
 
 def first_match(tree: Any, rules: Sequence[tuple[str, Any]], default: Any) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import traverse_util
 from safetensors.numpy import load_file
 
 from maskgen import losses, tree
@@ -355,7 +356,7 @@ class Reference:
     for level in range(1, levels):
       self.take(f"decoder/level_{level}_upsample", f"vqgan.decoder.up.{level}.upsample.conv", "conv")
     self.params["codebook"] = self.weights["vqgan.quantize.embedding.weight"]
-    return jax.tree.map(jnp.asarray, tree.unflatten(self.params))
+    return jax.tree.map(jnp.asarray, traverse_util.unflatten_dict(self.params, sep="/"))
 
   def mage(self, num_tokens: int, depth: int):
     for part, theirs in (("encoder", "blocks"), ("decoder", "decoder_blocks")):
@@ -380,7 +381,7 @@ class Reference:
     self.params["position"] = self.weights["token_emb.position_embeddings.weight"][: 1 + num_tokens]
     self.params["decoder_position"] = self.weights["decoder_pos_embed_learned"][0]
     self.params["head_bias"] = self.weights["mlm_layer.bias"][0, 0]
-    return jax.tree.map(jnp.asarray, tree.unflatten(self.params))
+    return jax.tree.map(jnp.asarray, traverse_util.unflatten_dict(self.params, sep="/"))
 
 
 @pytest.fixture(scope="module")
