@@ -32,7 +32,7 @@ class Checkpoints:
   def __init__(self, workdir: epath.Path, section: config_lib.Checkpointing | None = None):
     """Opens the checkpoints of a run, or, without a section, those of another run to read them only."""
     if section is None:
-      options = ocp.CheckpointManagerOptions(read_only=True, create=False, save_interval_steps=0)
+      options = ocp.CheckpointManagerOptions(create=False)  # never saves: nothing is cleaned up
     else:
       options = ocp.CheckpointManagerOptions(
         max_to_keep=section.keep, cleanup_tmp_directories=True, create=True

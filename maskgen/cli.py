@@ -33,6 +33,9 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr
   )
   logging.getLogger("maskgen").setLevel(logging.INFO)
+  # Orbax warns of what it was told to do, such as to read only.
+  for handler in logging.getLogger().handlers:
+    handler.addFilter(lambda record: record.name != "absl" or record.levelno >= logging.ERROR)
   try:
     main(sys.argv[1:])
   except UserError as error:

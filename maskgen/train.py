@@ -32,8 +32,15 @@ def train(experiment: Experiment, workdir: epath.Path) -> dict[str, float]:
     UserError: if a loss or another metric is not finite, naming the step and the metric, or if the run
       starts from beyond its end.
   """
+  # Closed also when the run fails: saves that have begun are completed.
+  with closing(checkpoint_lib.Checkpoints(workdir, experiment.config.checkpoint)) as checkpoints:
+    loop(experiment, workdir, checkpoints)
+  return final_results(workdir, list(experiment.config.evals))
+
+
+def loop(experiment: Experiment, workdir: epath.Path, checkpoints: checkpoint_lib.Checkpoints) -> None:
+  """Trains from wherever the workdir stands to the end; for errors see `train`."""
   cfg, total = experiment.config, experiment.total_steps
-  checkpoints = checkpoint_lib.Checkpoints(workdir, cfg.checkpoint)
   state, frozen, origin = checkpoint_lib.start(
     workdir,
     checkpoints,
@@ -56,7 +63,7 @@ def train(experiment: Experiment, workdir: epath.Path) -> dict[str, float]:
 
   # The order is fixed: evaluate, save, next batch, step, log. So a checkpoint and an evaluation at step i see
   # the same weights, the data has not moved, and what was logged up to step i is older than the checkpoint.
-  with closing(checkpoints), closing(writer), closing(progress):
+  with closing(writer), closing(progress):
     while True:
       # A checkpoint of our own at this step was saved after its evaluation.
       if step > 0 and not (own and step == restored):
@@ -89,7 +96,6 @@ def train(experiment: Experiment, workdir: epath.Path) -> dict[str, float]:
         averages = window.close()
         averages |= progress.report(step, averages)
         writer.numbers(step, averages | {"timing/seconds": clock.seconds()})
-  return final_results(workdir, list(cfg.evals))
 
 
 def evaluate(

@@ -218,11 +218,12 @@ def test_kill_9_at_any_moment(tmp_path):
     ]
   arguments += [
     "--config.tokenizer.evals.reconstruction.every_steps=10",
-    "--config.mage.evals.loss.every_steps=10",
+    "--config.mage.evals.validation.every_steps=10",
     "--config.mage.evals.probe.every_steps=1000",
     "--config.mage.evals.generation.every_steps=1000",
     "--config.mage.evals.generation.num_images=64",
     "--config.mage.optimizer.main.warmup_steps=10",
+    "--config.tokenizer.optimizer.generator.warmup_steps=10",
   ]
 
   def start(workdir):
@@ -435,7 +436,6 @@ def test_tensorboard_gets_scalars_and_pictures(trained):
 @pytest.mark.parametrize(
   ("window", "kill"),
   [
-    (Profile(start_step=2, steps=2), None),
     (Profile(start_step=7, steps=100), None),  # longer than the run
     (Profile(start_step=2, steps=4), ("saved", 4)),  # killed inside
   ],
