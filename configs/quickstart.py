@@ -10,7 +10,7 @@ numbers, and says which losses, usage and pictures are healthy when.
 Arguments:
   :seed   of everything
   :tiny   a minute of training, to see everything at work
-  :debug  2 steps of each stage on synthetic pictures
+  :debug  2 steps of each stage, tiny networks, synthetic pictures
 """
 
 import ml_collections
@@ -34,10 +34,10 @@ def pictures(args, augment: str = "") -> dict:
   return dict(source=source, preprocess=plain + augment, eval_preprocess=plain)
 
 
-def network() -> dict:
+def network(args) -> dict:
   """A VQGAN that makes 4 x 4 tokens of 16 x 16 pixels."""
   return dict(
-    channels=16,
+    channels=8 if args.debug else 16,
     multipliers=(1, 2, 4),
     strides=(2, 2),
     blocks=1,
@@ -60,7 +60,7 @@ def tokenizer(args) -> dict:
     objective=dict(
       name="tokenizer",
       image_size=(16, 16),
-      tokenizer=network(),
+      tokenizer=network(args),
       discriminator=dict(channels=8, max_channels=32, blocks=2),
       l2_weight=10.0,
       entropy_weight=0.0,
@@ -94,12 +94,12 @@ def mage(args) -> dict:
     objective=dict(
       name="mage",
       image_size=(16, 16),
-      tokenizer=network(),
-      width=96,
-      depth=4,
+      tokenizer=network(args),
+      width=16 if args.debug else 96,
+      depth=1 if args.debug else 4,
       heads=4,
-      decoder_width=96,
-      decoder_depth=2,
+      decoder_width=16 if args.debug else 96,
+      decoder_depth=1 if args.debug else 2,
       decoder_heads=4,
       # Masking regularises enough here, and smoothing puts a tenth of all samples on random codes.
       dropout=0.0,

@@ -8,6 +8,7 @@ import ast
 import dataclasses
 import importlib.util
 import pathlib
+import types
 import typing
 from collections.abc import Mapping
 from types import SimpleNamespace
@@ -187,7 +188,7 @@ def _parse(name: str, text: str, like: Any) -> Any:
   if isinstance(like, tuple) and isinstance(value, list):
     value = tuple(value)
   if like is not None and value is not None and type(value) is not type(like):
-    raise UserError(f"{name} is {text!r}: it takes a {type(like).__name__}, such as {like!r}")
+    raise UserError(f"{name} is {text!r}: it takes values of type {type(like).__name__}, such as {like!r}")
   return value
 
 
@@ -276,13 +277,15 @@ def build_dataclass(cls: type, options: Mapping[str, Any], where: str, **given: 
     UserError: on a key that is no field, a missing field, or a value the dataclass refuses.
   """
   fields = {f.name: f for f in dataclasses.fields(cls) if f.init and f.name not in given}
-  types = typing.get_type_hints(cls)
+  hints = typing.get_type_hints(cls)
   values = dict(given)
   for key, value in options.items():
     if key not in fields:
       raise UserError(f"{where} has no key '{key}'{nearest(key, fields)}")
-    if isinstance(value, Mapping) and dataclasses.is_dataclass(types[key]):
-      value = build_dataclass(types[key], value, f"{where}.{key}")
+    if isinstance(value, Mapping) and dataclasses.is_dataclass(hints[key]):
+      value = build_dataclass(hints[key], value, f"{where}.{key}")
+    elif not _fits(value, hints[key]):
+      raise UserError(f"{where}.{key} is {value!r}: it takes values of type {_type_name(hints[key])}")
     values[key] = _tuples(value)
   required = [
     name
@@ -318,6 +321,27 @@ def duration(section: Any, name: str, batch_size: int, num_examples: int, defaul
 def to_dict(config: ml_collections.ConfigDict) -> dict[str, Any]:
   """Converts a config to plain JSON-able dictionaries and lists."""
   return {key: _plain(value) for key, value in config.items()}
+
+
+def _fits(value: Any, annotation: Any) -> bool:
+  """Whether a value has the type of a scalar or tuple field; other fields check themselves."""
+  if typing.get_origin(annotation) is tuple:
+    return isinstance(value, list | tuple)
+  kinds = _kinds(annotation)
+  if not set(kinds) <= {int, float, str, bool, type(None)}:
+    return True
+  return type(value) in kinds or (type(value) is int and float in kinds)
+
+
+def _kinds(annotation: Any) -> tuple[Any, ...]:
+  """The members of a union such as `int | None`, or the annotation alone."""
+  return typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+
+
+def _type_name(annotation: Any) -> str:
+  if typing.get_origin(annotation) is tuple:
+    return "tuple"
+  return " or ".join("None" if kind is type(None) else kind.__name__ for kind in _kinds(annotation))
 
 
 def _tuples(value: Any) -> Any:

@@ -9,6 +9,7 @@ import pytest
 
 from maskgen import config as config_lib
 from maskgen.errors import UserError, nearest
+from maskgen.models.vqgan import VQGAN
 
 CONFIGS = sorted(p.name for p in (pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
 
@@ -53,11 +54,11 @@ def test_no_argument_leaves_the_defaults(arg):
   [
     ("debgu", r"':debgu' does not exist; did you mean 'debug'\?"),
     ("zzzz=1", r"':zzzz' does not exist; known: debug, rate, size"),
-    ("size=1.5", r"':size' is '1.5': it takes a int, such as 4"),
+    ("size=1.5", r"':size' is '1.5': it takes values of type int, such as 4"),
     ("size=big", r"':size' is 'big'"),
     ("size", r"':size' is 'True'"),
     ("rate=True", r"':rate' is 'True'"),
-    ("debug=1", r"':debug' is '1': it takes a bool"),
+    ("debug=1", r"':debug' is '1': it takes values of type bool"),
   ],
 )
 def test_wrong_arguments_are_named(arg, message):
@@ -136,10 +137,10 @@ def test_overrides_of_nothing_take_anything(file, text, value):
     ("dat.source", "x", r"config has no key 'dat'; did you mean 'data'\?"),
     ("size.a", "1", r"config\.size has no key 'a'"),
     ("data", "x", r"config\.data is a group of keys: set one of data\.source, data\.split"),
-    ("size", "1.5", r"config\.size is '1\.5': it takes a int, such as 4"),
+    ("size", "1.5", r"config\.size is '1\.5': it takes values of type int, such as 4"),
     ("size", "", r"config\.size is ''"),
-    ("shape", "3", r"config\.shape is '3': it takes a tuple"),
-    ("debug", "yes", r"config\.debug is 'yes': it takes a bool"),
+    ("shape", "3", r"config\.shape is '3': it takes values of type tuple"),
+    ("debug", "yes", r"config\.debug is 'yes': it takes values of type bool"),
     ("", "1", "has no key ''"),
   ],
 )
@@ -297,3 +298,15 @@ def test_difference_names_what_changes_numbers(changes, expected, staged):
 def test_difference_sees_removed_keys_and_empty_groups():
   assert config_lib.difference({"a": 1, "b": 2}, {"a": 1}) == ["b: 2 -> (absent)"]
   assert config_lib.difference({"ema": {}}, {"ema": {"main": 0.9}})
+
+
+def test_values_of_a_wrong_type_in_a_section_are_named():
+  for key, value, kind in (
+    ("channels", "a", "int"),
+    ("channels", 16.0, "int"),
+    ("normalize_codes", 1, "bool"),
+    ("multipliers", 3, "tuple"),
+    ("dtype", 3, "str"),
+  ):
+    with pytest.raises(UserError, match=rf"net\.{key} is {value!r}: it takes values of type {kind}"):
+      config_lib.build_dataclass(VQGAN, {key: value}, "net")
