@@ -44,7 +44,7 @@ def main(argv: Sequence[str]) -> None:
   if not args.workdir:
     raise UserError("--workdir is empty: give the folder of the run")
   root = epath.Path(args.workdir)
-  prepare_workdir(root, config, claim=args.mode == "train")
+  check_workdir(root, config, create=args.mode == "train")
   stages = split_stages(config, root)
 
   # Importing these takes seconds: wrong flags, configs and workdirs are reported before.
@@ -67,6 +67,8 @@ def main(argv: Sequence[str]) -> None:
     for workdir, experiment in experiments.items():
       train.evaluate_newest(experiment, workdir)
     return
+  # Only now: a config that was wrong must not claim the workdir.
+  write_config(root, config)
   results: dict[str, Any] = {}
   for workdir, experiment in experiments.items():
     if (workdir / train.RESULTS).exists():
@@ -110,16 +112,19 @@ def split_stages(config: Mapping[str, Any], root: epath.Path) -> dict[epath.Path
   return {root / stage: dict(config[stage]) for stage in config["stages"]}
 
 
-def prepare_workdir(root: epath.Path, config: Mapping[str, Any], *, claim: bool) -> None:
-  """Checks that the workdir is writable and holds no other config's run; `claim` writes the config.
+def check_workdir(root: epath.Path, config: Mapping[str, Any], *, create: bool) -> None:
+  """Checks that the workdir is writable, by writing where it may, and holds no other config's run.
 
   Raises:
     UserError: if not.
   """
   try:
     check_same_run(root, config)
-    if claim:
-      write_config(root, config)
+    if create:
+      root.mkdir(parents=True, exist_ok=True)
+      probe = root / ".writable"
+      probe.write_text("")
+      probe.unlink()
     elif not writable(root):
       raise PermissionError("permission denied")
   except OSError as error:
