@@ -200,7 +200,7 @@ def test_samples_follow_the_probabilities_of_the_model():
   "options,message",
   [
     (dict(schedule="cosin"), "cosin.*did you mean 'cosine'"),
-    (dict(steps=0), "at least 1 step"),
+    (dict(steps=0), "steps, at least 1"),
   ],
 )
 def test_wrong_options_are_refused(options, message):
