@@ -11,8 +11,8 @@ steps. Expect, from the paper, FID 11.1 and 74.7% linear-probe accuracy, and a t
 5.76. This full recipe has not been run by the authors of this file; `:tiny` has.
 
 Arguments:
-  :tiny          a tokenizer, then this objective on the embedded digits, minutes on 2 cores: expect what
-                 `quickstart.py` says
+  :tiny          a tokenizer, then this recipe on the embedded digits, 10 minutes on 2 cores: expect a
+                 probe of 91% and a Frechet distance of 0.44 of that of random codes
   :debug         2 steps of each on synthetic pictures
   :accumulation  micro-batches per step, for fewer devices
   :batch_size    examples per step; the learning rate follows it
