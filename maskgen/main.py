@@ -37,7 +37,7 @@ def main(argv: Sequence[str]) -> None:
     "--mode",
     default="train",
     choices=("train", "eval", "check"),
-    help="eval: evaluate the newest checkpoint; check: try everything that can fail early, train nothing",
+    help="eval: evaluate the newest checkpoint; check: build all, compile the step, train nothing",
   )
   args, rest = parser.parse_known_args(argv)
   config = config_lib.to_dict(config_lib.load(args.config, parse_overrides(rest)))
