@@ -26,7 +26,9 @@ def numbered(monkeypatch):
   def _(argument, split):
     size = int(argument) if split == "train" else 10
     image = tf.zeros((2, 2, 1), tf.uint8)
-    return sources.Source("numbers", size, None, lambda index: {"image": image, "label": tf.identity(index)})
+    return sources.Source(
+      "numbers", size, None, lambda index: {"image": image, "label": tf.identity(index)}, split
+    )
 
 
 def _data(source="synthetic", preprocess=RANDOM, eval_preprocess=PLAIN, batch_size=8, **kwargs):
@@ -203,7 +205,7 @@ def test_an_empty_split_for_evaluation():
   def _(argument, split):
     image = tf.zeros((2, 2, 1), tf.uint8)
     size = 3 if split == "train" else 0
-    return sources.Source("half", size, None, lambda index: {"image": image})
+    return sources.Source("half", size, None, lambda index: {"image": image}, split)
 
   with pytest.raises(UserError, match="split 'test' of data source 'half' is empty"):
     _data("half", "decode", "decode")

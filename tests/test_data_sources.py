@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from maskgen.data import digits
 from maskgen.data.cpu_tf import tf
-from maskgen.data.folder import list_pictures
-from maskgen.data.sources import SOURCES, Source, open_source, source
+from maskgen.data.sources import SOURCES, Source, digits, open_source, source
+from maskgen.data.sources.folder import list_pictures
 from maskgen.errors import UserError
 
 
@@ -195,7 +194,7 @@ class TestRegistry:
     @source("black:size")
     def black(argument: str, split: str) -> Source:
       image = tf.zeros((8, 8, 3), tf.uint8)
-      return Source(f"black {split}", int(argument), None, lambda index: {"image": image})
+      return Source(f"black {split}", int(argument), None, lambda index: {"image": image}, split)
 
     assert open_source("black:5", "train").size == 5
     with pytest.raises(UserError, match="split 'test' of data source 'black:0' is empty"):

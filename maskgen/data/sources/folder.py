@@ -5,6 +5,8 @@ import os
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from maskgen.data.cpu_tf import tf
+from maskgen.data.sources import Source, source
 from maskgen.errors import UserError, nearest
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp")
@@ -117,3 +119,21 @@ def _tenth(root: str, listing: Listing, held_out: bool) -> Listing:
     None if labels is None else [labels[index] for index in indices],
     class_names,
   )
+
+
+@source("folder:/path")
+def open_folder(root: str, split: str) -> Source:
+  """Opens a split of a folder; files are read when they are fetched."""
+  paths, labels, class_names = list_pictures(os.path.expanduser(root), split)
+  path_table = tf.constant([os.fsencode(path) for path in paths], tf.string)
+  label_table = None if labels is None else tf.constant(labels, tf.int64)
+
+  def fetch(index: tf.Tensor) -> dict[str, tf.Tensor]:
+    record = {"image": tf.io.read_file(tf.gather(path_table, index))}
+    if label_table is not None:
+      record["label"] = tf.gather(label_table, index)
+    return record
+
+  names = "\n".join(os.path.relpath(path, os.path.expanduser(root)) for path in paths)
+  fingerprint = hashlib.blake2b(os.fsencode(names), digest_size=16).hexdigest()
+  return Source(f"folder '{root}'", len(paths), class_names, fetch, fingerprint, lambda index: paths[index])

@@ -11,6 +11,7 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 from maskgen.data.cpu_tf import tf
+from maskgen.data.sources import Source, check_split, source
 from maskgen.errors import UserError
 
 SPLITS = ("train", "test")
@@ -88,3 +89,17 @@ def load(split: str) -> tuple[tf.Tensor, tf.Tensor]:
   records = list(dataset.as_numpy_iterator())
   images = tf.constant([record["image"] for record in records])
   return images, tf.constant([record["label"] for record in records], tf.int64)
+
+
+@source("digits")
+def open_digits(argument: str, split: str) -> Source:
+  """Opens a split, all in memory."""
+  del argument
+  check_split("digits", split, SPLITS)
+  images, labels = load(split)
+
+  def fetch(index: tf.Tensor) -> dict[str, tf.Tensor]:
+    return {"image": tf.gather(images, index), "label": tf.gather(labels, index)}
+
+  class_names = tuple(str(digit) for digit in range(10))
+  return Source("digits", len(images), class_names, fetch, f"{Digits.VERSION} {split}")

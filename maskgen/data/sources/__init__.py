@@ -1,0 +1,92 @@
+"""Where records come from: `digits`, `folder:/path`, `synthetic`.
+
+A source offers random access: the record of an index is the same whatever was fetched before. All else
+(order, epochs, resuming, slices per process, damaged records) is the pipeline's.
+
+To add one, write a function `open(argument, split)` that returns a `Source`, or raises `UserError` on an argument
+or split that does not exist, and decorate it with `@source("name:what")`, or `@source("name")` if it takes no
+argument. It is known once its module is imported, for instance by your config file. The sources of maskgen are
+the modules beside this file, imported when they are asked for.
+"""
+
+import dataclasses
+import importlib
+import pkgutil
+from collections.abc import Callable
+
+from maskgen.data.cpu_tf import tf
+from maskgen.errors import UserError, nearest
+
+
+def _record_number(index: int) -> str:
+  return f"record {index}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """One split of a data set.
+
+  Attributes:
+    name: how error messages call it.
+    size: the number of records.
+    class_names: the name of each label, or None if the records have no labels.
+    fetch: a TensorFlow-traceable function from an int64 scalar in [0, size) to a record, a dict with
+      "image": a scalar string (an encoded picture) or uint8 [h, w, c], c static;
+      "label": int64 scalar, if there are labels;
+      "caption": strings [k], if there are captions, at least one for each record.
+    fingerprint: a text that changes when the records do, so that a continued run notices.
+    describe: the name of one record in messages, such as the path of its file.
+  """
+
+  name: str
+  size: int
+  class_names: tuple[str, ...] | None
+  fetch: Callable[[tf.Tensor], dict[str, tf.Tensor]]
+  fingerprint: str
+  describe: Callable[[int], str] = _record_number
+
+
+Open = Callable[[str, str], Source]
+
+SOURCES: dict[str, tuple[str, Open]] = {}
+
+
+def source(usage: str) -> Callable[[Open], Open]:
+  """Registers the function that opens the sources written as `usage`."""
+
+  def register(function: Open) -> Open:
+    SOURCES[usage.partition(":")[0]] = (usage, function)
+    return function
+
+  return register
+
+
+def open_source(spec: str, split: str) -> Source:
+  """Opens one split of the source that `spec` names, such as "digits" or "folder:/path".
+
+  Raises:
+    UserError: if the source or the split is unknown, malformed or empty.
+  """
+  prefix, _, argument = spec.partition(":")
+  ours = {module.name for module in pkgutil.iter_modules(__path__)}
+  if prefix in ours:
+    importlib.import_module(f"{__name__}.{prefix}")
+  if prefix not in SOURCES:
+    raise UserError(f"data source '{spec}' is unknown{nearest(prefix, ours | SOURCES.keys())}")
+  usage, function = SOURCES[prefix]
+  if bool(argument) != (":" in usage):
+    raise UserError(f"data source '{spec}' is malformed: write it as '{usage}'")
+  opened = function(argument, split)
+  if not opened.size:
+    raise UserError(f"split '{split}' of data source '{spec}' is empty: choose another split")
+  return opened
+
+
+def check_split(name: str, split: str, splits: tuple[str, ...]) -> None:
+  """Checks that a source has a split.
+
+  Raises:
+    UserError: if it has not.
+  """
+  if split not in splits:
+    raise UserError(f"split '{split}' of {name} is unknown{nearest(split, splits)}")
