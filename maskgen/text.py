@@ -1,0 +1,232 @@
+"""Captions as numbers: CLIP's byte pairs, or the words of a list.
+
+A tokenizer gives whole captions as int32 [length]: a start id, the caption, cut so that an end id always
+fits, the end id, and padding. `open_tokenizer` opens the one that a configuration names.
+"""
+
+import abc
+import functools
+import gzip
+import itertools
+import json
+import os
+import re
+import unicodedata
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+from etils import epath
+
+from maskgen.errors import UserError, nearest
+
+# CLIP uses so many of the merges in its file, which has more.
+_CLIP_MERGES = 49_152 - 256 - 2
+_WORD_END = "</w>"
+
+
+class Tokenizer(abc.ABC):
+  """Between a text and its ids in [0, vocabulary_size).
+
+  Attributes:
+    vocabulary_size: the number of ids, special ones included.
+    padding_id: 0.
+    start_id: the id before a caption.
+    end_id: the id after it, which nothing else has.
+  """
+
+  vocabulary_size: int
+  padding_id: int = 0
+  start_id: int
+  end_id: int
+
+  @abc.abstractmethod
+  def encode(self, text: str) -> list[int]:
+    """Returns the ids of a text, without special ones around it."""
+
+  @abc.abstractmethod
+  def decode(self, ids: Iterable[int]) -> str:
+    """Returns the text up to the first end id, in lower case."""
+
+  def pad(self, text: str, length: int) -> np.ndarray:
+    """Returns start, text, end and padding as int32 [length], length being at least 2."""
+    ids = [self.start_id, *self.encode(text)[: length - 2], self.end_id]
+    return np.array(ids + [self.padding_id] * (length - len(ids)), np.int32)
+
+  __call__ = pad
+
+  def _content(self, ids: Iterable[int]) -> Iterator[int]:
+    before_end = itertools.takewhile(lambda i: i != self.end_id, map(int, ids))
+    return (i for i in before_end if i != self.start_id)
+
+
+class WordTokenizer(Tokenizer):
+  """Lower-case words and punctuation marks; ids are padding, start, end, unknown, then the words.
+
+  Args:
+    words: the vocabulary: runs of letters and digits, and single punctuation marks.
+
+  Raises:
+    UserError: if there are none, or one is repeated or cannot occur.
+  """
+
+  padding_id, start_id, end_id, unknown_id = range(4)
+
+  def __init__(self, words: Sequence[str]):
+    if not words:
+      raise UserError("the list of words is empty: put one word on each line")
+    for word in words:
+      if _words(word) != [word]:
+        raise UserError(f"'{word}' in the list of words is not one lower-case word: split or remove it")
+    self._words = ["", "", "", "<unknown>", *words]
+    self._ids = {word: i for i, word in enumerate(self._words) if i > self.unknown_id}
+    if len(self._ids) < len(words):
+      twice = next(word for i, word in enumerate(words) if word in words[:i])
+      raise UserError(f"'{twice}' is twice in the list of words: remove one")
+    self.vocabulary_size = len(self._words)
+
+  def encode(self, text: str) -> list[int]:
+    return [self._ids.get(word, self.unknown_id) for word in _words(text)]
+
+  def decode(self, ids: Iterable[int]) -> str:
+    return " ".join(filter(None, (self._words[i] for i in self._content(ids))))
+
+
+class BytePairTokenizer(Tokenizer):
+  """Byte pairs as in CLIP (Radford et al. 2021, section 2.4; Sennrich et al. 2016).
+
+  Ids are the 256 bytes, the 256 bytes at the end of a word, the merges in their order, start and end; with
+  CLIP's 48,894 merges the last two are 49,406 and 49,407. Text is NFC-normalised, lower-cased and freed of
+  repeated white space, as `transformers.CLIPTokenizer` has it; the original also repairs broken encodings.
+  Padding shares its id with "!", as in the original: what follows the end id is padding.
+
+  Args:
+    merges: pairs of pieces to join, the most frequent first.
+
+  Raises:
+    UserError: if a pair joins a piece that is not made before.
+  """
+
+  def __init__(self, merges: Sequence[tuple[str, str]]):
+    alphabet = _byte_alphabet()
+    self._bytes = {char: byte for byte, char in alphabet.items()}
+    self._pieces = [*alphabet.values(), *(char + _WORD_END for char in alphabet.values())]
+    self._ids = {piece: i for i, piece in enumerate(self._pieces)}
+    for first, second in merges:
+      if first not in self._ids or second not in self._ids or first + second in self._ids:
+        raise UserError(f"the merge '{first} {second}' is repeated or joins unknown pieces: check the file")
+      self._ids[first + second] = len(self._pieces)
+      self._pieces.append(first + second)
+    self._alphabet = alphabet
+    self._ranks = {pair: rank for rank, pair in enumerate(merges)}
+    self.start_id = len(self._pieces)
+    self.end_id = self.start_id + 1
+    self.vocabulary_size = self.start_id + 2
+    self._word_ids = functools.lru_cache(65_536)(self._merge)
+
+  def encode(self, text: str) -> list[int]:
+    text = " ".join(unicodedata.normalize("NFC", text).split()).lower()
+    return [i for word in _clip_words(text) for i in self._word_ids(word)]
+
+  def decode(self, ids: Iterable[int]) -> str:
+    words = "".join(self._pieces[i] for i in self._content(ids)).split(_WORD_END)
+    decoded = (bytes(self._bytes[char] for char in word) for word in words)
+    return b" ".join(decoded).decode(errors="replace").strip()
+
+  @property
+  def vocabulary(self) -> dict[str, int]:
+    """The id of each piece, without the special ones."""
+    return dict(self._ids)
+
+  def _merge(self, word: str) -> tuple[int, ...]:
+    """Joins the pair of lowest rank, wherever it stands, until there is none."""
+    pieces = [self._alphabet[byte] for byte in word.encode()]
+    pieces[-1] += _WORD_END
+    while len(pieces) > 1:
+      best = min(itertools.pairwise(pieces), key=lambda pair: self._ranks.get(pair, len(self._ranks)))
+      if best not in self._ranks:
+        break
+      joined: list[str] = []
+      for piece in pieces:
+        # A piece that was just joined is longer than best[0], so that it joins no second time.
+        if joined and (joined[-1], piece) == best:
+          joined[-1] += piece
+        else:
+          joined.append(piece)
+      pieces = joined
+    return tuple(self._ids[piece] for piece in pieces)
+
+
+def open_tokenizer(spec: str) -> Tokenizer:
+  """Opens a tokenizer.
+
+  Args:
+    spec: "words:/path/words.txt", a file with one word on each line; or "bpe:/path", CLIP's
+      `bpe_simple_vocab_16e6.txt.gz` or a folder with `vocab.json` and `merges.txt`.
+
+  Raises:
+    UserError: if there is no such tokenizer, or its files are missing or malformed.
+  """
+  kind, _, path = spec.partition(":")
+  openers = {"words": _open_words, "bpe": _open_byte_pairs}
+  if kind not in openers:
+    raise UserError(f"tokenizer '{spec}' is unknown{nearest(kind, openers)}")
+  if not path:
+    raise UserError(f"tokenizer '{spec}' is malformed: write it as '{kind}:/path'")
+  try:
+    return openers[kind](epath.Path(os.path.expanduser(path)))
+  except UserError as error:
+    raise UserError(f"tokenizer '{spec}': {error}") from error
+  except (EOFError, ValueError, gzip.BadGzipFile, zlib.error) as error:
+    raise UserError(f"tokenizer '{spec}' is damaged ({error}): copy it again") from error
+  except OSError as error:
+    raise UserError(f"tokenizer '{spec}' cannot be read ({error}): check the path") from error
+
+
+def _open_words(path: epath.Path) -> WordTokenizer:
+  return WordTokenizer(path.read_text(encoding="utf-8").split())
+
+
+def _open_byte_pairs(path: epath.Path) -> BytePairTokenizer:
+  if not path.is_dir():
+    return BytePairTokenizer(_read_merges(path))
+  tokenizer = BytePairTokenizer(_read_merges(path / "merges.txt"))
+  specials = {"<|startoftext|>": tokenizer.start_id, "<|endoftext|>": tokenizer.end_id}
+  if json.loads((path / "vocab.json").read_text(encoding="utf-8")) != tokenizer.vocabulary | specials:
+    raise UserError("the ids in vocab.json are not those of CLIP: give the folder of a CLIP tokenizer")
+  return tokenizer
+
+
+def _read_merges(path: epath.Path) -> list[tuple[str, str]]:
+  data = path.read_bytes()
+  lines = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode().split("\n")
+  if "#version" in lines[0]:
+    lines = lines[1:]
+  merges = []
+  for line in filter(None, lines[:_CLIP_MERGES]):
+    if line.count(" ") != 1:
+      raise UserError(f"'{line}' in the merges is not two pieces: check the file")
+    first, _, second = line.partition(" ")
+    merges.append((first, second))
+  return merges
+
+
+def _words(text: str) -> list[str]:
+  return re.findall(r"[^\W_]+|[^\w\s]|_", text.lower())
+
+
+def _clip_words(text: str) -> Iterator[str]:
+  r"""Yields contractions, runs of \p{L}, single \p{N}, and runs of the rest, as CLIP splits a text."""
+  for run in re.findall(r"'s|'t|'re|'ve|'m|'ll|'d|[^\W_]+|(?:[^\w\s]|_)+", text):
+    for is_number, characters in itertools.groupby(run, lambda c: unicodedata.category(c)[0] == "N"):
+      if is_number:
+        yield from characters
+      else:
+        yield "".join(characters)
+
+
+def _byte_alphabet() -> dict[int, str]:
+  """A visible character for each byte, the printable ones of Latin-1 first and as themselves."""
+  printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+  others = [byte for byte in range(256) if byte not in printable]
+  return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}

@@ -1,0 +1,159 @@
+"""Tokenizers: ids known from CLIP, round trips, and what files may be wrong with."""
+
+import gzip
+import json
+import pathlib
+
+import numpy as np
+import pytest
+
+from maskgen.errors import UserError
+from maskgen.text import BytePairTokenizer, WordTokenizer, open_tokenizer
+
+# Makes "cat", "the" and "'s" at the end of a word, and "ca" and "th" elsewhere.
+MERGES = [("c", "a"), ("ca", "t</w>"), ("t", "h"), ("th", "e</w>"), ("'", "s</w>"), ("a", "t</w>")]
+CLIP = pathlib.Path(__file__).parents[2] / "shared" / "weights" / "bpe_simple_vocab_16e6.txt.gz"
+
+
+@pytest.fixture(scope="module")
+def clip():
+  if not CLIP.exists():
+    pytest.skip(f"{CLIP} is not there")
+  return open_tokenizer(f"bpe:{CLIP}")
+
+
+def pieces(tokenizer: BytePairTokenizer, text: str) -> list[str]:
+  names = {i: piece for piece, i in tokenizer.vocabulary.items()}
+  return [names[i] for i in tokenizer.encode(text)]
+
+
+def test_merges_are_made_by_rank():
+  tokenizer = BytePairTokenizer(MERGES)
+  assert tokenizer.vocabulary_size == 2 * 256 + 6 + 2
+  assert (tokenizer.start_id, tokenizer.end_id) == (518, 519)
+  assert pieces(tokenizer, "cat") == ["cat</w>"]  # not "c" and "at", whose merge comes later
+  assert pieces(tokenizer, "bat") == ["b", "at</w>"]
+  assert pieces(tokenizer, "caca the") == ["ca", "c", "a</w>", "the</w>"]
+  assert BytePairTokenizer([("a", "a")]).encode("aaaaa") == [512, 512, 256 + ord("a") - ord("!")]
+
+
+def test_text_is_split_as_in_clip():
+  tokenizer = BytePairTokenizer(MERGES)
+
+  def words(text: str) -> list[str]:
+    return "".join(pieces(tokenizer, text)).split("</w>")[:-1]
+
+  assert words("The cat's  CAT") == ["the", "cat", "'s", "cat"]
+  assert words("'sun !'s don't") == ["'s", "un", "!'", "s", "don", "'t"]
+  assert words("a1b23_c, d...") == ["a", "1", "b", "2", "3", "_", "c", ",", "d", "..."]
+  assert len(words("x²½Ⅷ一二")) == 5  # numbers stand alone, of whatever script; ideographs are letters
+  assert tokenizer.encode("e\u0301") == tokenizer.encode("\u00c9")  # é and É
+
+
+@pytest.mark.parametrize("text", ["a photo of a cat", "naïve ☃ 😀👍🏽", "日本語 中文", "x = 3 \x00 \x7f"])
+def test_byte_pairs_decode_what_they_encode(text):
+  tokenizer = BytePairTokenizer(MERGES)
+  decoded = tokenizer.decode(tokenizer.encode(text))
+  assert decoded.replace(" ", "") == text.replace(" ", "")
+
+
+def test_decode_stops_at_the_end_and_bears_cut_characters():
+  tokenizer = BytePairTokenizer(MERGES)
+  assert tokenizer.decode(tokenizer.pad("the cat", 9)) == "the cat"  # padding would be exclamation marks
+  assert tokenizer.decode(tokenizer.encode("é")[:1]) == "\N{REPLACEMENT CHARACTER}"
+
+
+@pytest.mark.parametrize("length", [2, 3, 5, 9])
+@pytest.mark.parametrize("tokenizer", [BytePairTokenizer(MERGES), WordTokenizer(["the", "cat"])])
+def test_the_end_always_fits(tokenizer, length):
+  for text in ("", "cat", "the cat the cat the cat"):
+    ids = tokenizer.pad(text, length)
+    assert ids.dtype == np.int32 and ids.shape == (length,)
+    assert ids[0] == tokenizer.start_id
+    end = list(ids).index(tokenizer.end_id)
+    assert list(ids[1:end]) == tokenizer.encode(text)[: length - 2]
+    assert (ids[end + 1 :] == tokenizer.padding_id).all()
+    np.testing.assert_array_equal(tokenizer(text, length), ids)
+
+
+def test_words():
+  tokenizer = WordTokenizer(["a", "dog", ".", "s", "'", "éclair"])
+  assert tokenizer.vocabulary_size == 10
+  assert tokenizer.encode("A dog's Éclair, a.") == [4, 5, 8, 7, 9, tokenizer.unknown_id, 4, 6]
+  assert list(tokenizer.pad("a dog", 6)) == [1, 4, 5, 2, 0, 0]
+  assert tokenizer.decode([1, 4, 5, 3, 2, 0, 4]) == "a dog <unknown>"
+
+
+def test_ids_of_clip(clip):
+  assert (clip.vocabulary_size, clip.start_id, clip.end_id) == (49408, 49406, 49407)
+  assert clip.encode("a photo of a cat") == [320, 1125, 539, 320, 2368]
+  assert clip.encode("A  Photo of\ta DOG.") == [320, 1125, 539, 320, 1929, 269]
+  # As transformers.CLIPTokenizer has them.
+  assert clip.encode("don't 3.14 naïve 😀") == [847, 713, 274, 269, 272, 275, 1097, 35689, 563, 7334]
+  assert list(clip.pad("a photo of a cat", 77)[5:9]) == [2368, 49407, 0, 0]
+
+
+def test_files_of_hugging_face(tmp_path):
+  tokenizer = BytePairTokenizer(MERGES)
+  lines = "\n".join(" ".join(pair) for pair in MERGES)
+  (tmp_path / "merges.txt").write_text(f"#version: 0.2\n{lines}\n")
+  vocabulary = tokenizer.vocabulary | {"<|startoftext|>": 518, "<|endoftext|>": 519}
+  (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
+  text = "The cat's bat"
+  assert open_tokenizer(f"bpe:{tmp_path}").encode(text) == tokenizer.encode(text)
+  packed = tmp_path / "merges.txt.gz"
+  packed.write_bytes(gzip.compress(f'"merges.txt#version: 0.2\n{lines}\n'.encode()))
+  assert open_tokenizer(f"bpe:{packed}").encode(text) == tokenizer.encode(text)
+
+  (tmp_path / "vocab.json").write_text(json.dumps(vocabulary | {"the</w>": 3}))
+  with pytest.raises(UserError, match=r"vocab.json are not those of CLIP"):
+    open_tokenizer(f"bpe:{tmp_path}")
+  (tmp_path / "vocab.json").write_text("{")
+  with pytest.raises(UserError, match="is damaged"):
+    open_tokenizer(f"bpe:{tmp_path}")
+  packed.write_bytes(packed.read_bytes()[:-9])
+  with pytest.raises(UserError, match="is damaged"):
+    open_tokenizer(f"bpe:{packed}")
+
+
+@pytest.mark.parametrize(
+  ("content", "message"),
+  [
+    ("c a\nca t</w>\nca t</w>\n", "'ca t</w>' is repeated or joins unknown pieces"),
+    ("ca t</w>\n", "'ca t</w>' is repeated or joins unknown pieces"),
+    ("c a t\n", "'c a t' in the merges is not two pieces"),
+  ],
+)
+def test_wrong_merges(tmp_path, content, message):
+  (tmp_path / "merges.txt").write_text(content)
+  with pytest.raises(UserError, match=message):
+    open_tokenizer(f"bpe:{tmp_path / 'merges.txt'}")
+
+
+def test_word_files(tmp_path):
+  path = tmp_path / "words.txt"
+  path.write_text("a\ndog\n\n.\n")
+  assert open_tokenizer(f"words:{path}").encode("a cat.") == [4, 3, 6]
+  for content, message in (
+    ("", "is empty"),
+    ("a\nDog\n", "'Dog' in the list of words is not one lower-case word"),
+    ("t-shirt\n", "'t-shirt' in the list of words is not one"),
+    ("a\nb\na\n", "'a' is twice"),
+  ):
+    path.write_text(content)
+    with pytest.raises(UserError, match=message):
+      open_tokenizer(f"words:{path}")
+
+
+@pytest.mark.parametrize(
+  ("spec", "message"),
+  [
+    ("word:/tmp/words.txt", "'word:/tmp/words.txt' is unknown; did you mean 'words'"),
+    ("bpe", "write it as 'bpe:/path'"),
+    ("bpe:/does/not/exist", "'bpe:/does/not/exist' cannot be read .*check the path"),
+    ("words:/does/not/exist", "cannot be read"),
+  ],
+)
+def test_wrong_specification(spec, message):
+  with pytest.raises(UserError, match=message):
+    open_tokenizer(spec)
