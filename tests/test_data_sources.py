@@ -1,26 +1,18 @@
-"""Sources: digits, folders of pictures, synthetic."""
+"""Sources: digits, synthetic, the registry."""
 
-import os
 import subprocess
 import sys
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from maskgen.data.cpu_tf import tf
 from maskgen.data.sources import SOURCES, Source, digits, open_source, source
-from maskgen.data.sources.folder import list_pictures
 from maskgen.errors import UserError
 
 
 def _fetch(opened: Source, index: int) -> dict[str, np.ndarray]:
   return {key: value.numpy() for key, value in opened.fetch(tf.constant(index, tf.int64)).items()}
-
-
-def _picture(path, colour=(255, 0, 0)):
-  path.parent.mkdir(parents=True, exist_ok=True)
-  Image.new("RGB", (6, 5), colour).save(path)
 
 
 def test_importing_the_package_leaves_tensorflow_alone():
@@ -73,81 +65,6 @@ class TestDigits:
   def test_unknown_split(self):
     with pytest.raises(UserError, match="split 'tset' of digits is unknown; did you mean 'test'"):
       open_source("digits", "tset")
-
-
-class TestFolder:
-  def test_classes_and_splits(self, tmp_path):
-    for split, count in (("train", 3), ("val", 2)):
-      for name in ("zebra", "ärger 猫"):
-        for i in range(count):
-          _picture(tmp_path / split / name / f"{i}.PNG", (10 * i, 0, len(split)))
-    train = open_source(f"folder:{tmp_path}", "train")
-    assert train.size == 6 and train.class_names == ("zebra", "ärger 猫")
-    assert [int(_fetch(train, i)["label"]) for i in range(6)] == [0, 0, 0, 1, 1, 1]
-    assert tf.io.decode_image(_fetch(train, 4)["image"])[0, 0].numpy().tolist() == [10, 0, 5]
-    assert train.describe(4) == str(tmp_path / "train" / "ärger 猫" / "1.PNG")
-    for split in ("val", "test", "validation"):
-      assert open_source(f"folder:{tmp_path}", split).size == 4
-
-  def test_flat_folder_has_no_labels_and_holds_a_tenth_out(self, tmp_path):
-    for i in range(41):
-      _picture(tmp_path / f"{i}.jpg")
-    (tmp_path / "notes.txt").touch()
-    (tmp_path / ".hidden.png").touch()
-    train, test = (list_pictures(str(tmp_path), split) for split in ("train", "test"))
-    assert train.labels is None and train.class_names is None
-    assert len(test.paths) == 5 and len(train.paths) == 36
-    assert not set(train.paths) & set(test.paths)
-    assert train.paths == sorted(train.paths)
-    assert "label" not in _fetch(open_source(f"folder:{tmp_path}", "train"), 0)
-
-  def test_the_tenth_depends_on_relative_paths_alone(self, tmp_path):
-    for root in ("one", "two"):
-      for i in range(20):
-        _picture(tmp_path / root / "class" / f"{i}.png")
-    held_out = [list_pictures(str(tmp_path / root), "test").paths for root in ("one", "two")]
-    names = [[os.path.basename(path) for path in paths] for paths in held_out]
-    assert names[0] == names[1] and len(names[0]) == 2
-
-  def test_symlink_loops_are_harmless(self, tmp_path):
-    for name in ("a", "b"):
-      _picture(tmp_path / name / "deep" / "x.png")
-      (tmp_path / name / "up").symlink_to(tmp_path)
-      (tmp_path / name / "self").symlink_to("self")
-    (tmp_path / "loop").symlink_to(tmp_path)
-    listings = [list_pictures(str(tmp_path), split) for split in ("train", "test")]
-    assert listings[0].class_names == ("a", "b")
-    assert sorted(path for listing in listings for path in listing.paths) == [
-      str(tmp_path / name / "deep" / "x.png") for name in ("a", "b")
-    ]
-
-  def test_names_that_are_not_unicode(self, tmp_path):
-    _picture(tmp_path / "fine.png")
-    os.link(os.fsencode(tmp_path / "fine.png"), os.fsencode(tmp_path) + b"/\xff\xfe.png")
-    sizes = [open_source(f"folder:{tmp_path}", split).size for split in ("train", "test")]
-    assert sizes == [1, 1]
-    assert all(_fetch(open_source(f"folder:{tmp_path}", s), 0)["image"] for s in ("train", "test"))
-
-  @pytest.mark.parametrize(
-    ("files", "split", "message"),
-    [
-      ([], "train", "has no pictures: put .jpg"),
-      (["train/a/1.png", "test/b/1.png"], "test", "'train' and 'test'.*differ in 'a'"),
-      (["train/a/1.png", "test/1.png"], "test", "'train' and 'test'.*differ in 'a'"),
-      (["a/1.png", "loose.png"], "train", "'loose.png' lies beside the class folders"),
-      (["1.png"], "train", "split 'train' of data source .* is empty"),
-      (["1.png"], "trian", "split 'trian' .* is unknown; did you mean 'train'"),
-    ],
-  )
-  def test_errors(self, tmp_path, files, split, message):
-    for name in files:
-      _picture(tmp_path / name)
-    with pytest.raises(UserError, match=message):
-      open_source(f"folder:{tmp_path}", split)
-
-  def test_missing(self, tmp_path):
-    with pytest.raises(UserError, match="/nothing' is not a folder"):
-      open_source(f"folder:{tmp_path}/nothing", "train")
 
 
 class TestSynthetic:

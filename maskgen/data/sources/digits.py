@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import os
 from collections.abc import Iterator
 
 import numpy as np
@@ -10,6 +9,7 @@ import tensorflow_datasets as tfds
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
+from maskgen.data import tfds_folder
 from maskgen.data.cpu_tf import tf
 from maskgen.data.sources import Source, check_split, source
 from maskgen.errors import UserError
@@ -64,7 +64,7 @@ def prepare() -> Digits:
   Raises:
     UserError: if the data folder cannot be written.
   """
-  data_dir = os.path.expanduser(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets"))
+  data_dir = tfds_folder.data_dir()
   builder = Digits(data_dir=data_dir)
   if builder.data_path.exists():
     return builder
@@ -85,8 +85,11 @@ def prepare() -> Digits:
 
 def load(split: str) -> tuple[tf.Tensor, tf.Tensor]:
   """Returns a whole split: PNG files as strings [n], and labels as int64 [n]."""
-  dataset = prepare().as_dataset(split=split, decoders={"image": tfds.decode.SkipDecoding()})
-  records = list(dataset.as_numpy_iterator())
+  builder, decoders = prepare(), {"image": tfds.decode.SkipDecoding()}
+  if builder.info.file_format is tfds.core.FileFormat.ARRAY_RECORD:
+    records = list(builder.as_data_source(split=split, decoders=decoders))
+  else:
+    records = list(builder.as_dataset(split=split, decoders=decoders).as_numpy_iterator())
   images = tf.constant([record["image"] for record in records])
   return images, tf.constant([record["label"] for record in records], tf.int64)
 

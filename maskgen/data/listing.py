@@ -1,0 +1,218 @@
+"""Lists the pictures of a folder, with their labels, captions and splits."""
+
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from maskgen.data.cpu_tf import tf
+from maskgen.data.sources import check_split
+from maskgen.data.tables import Table, read_table
+from maskgen.errors import UserError
+
+SUFFIXES = (
+  ".jpg",
+  ".jpeg",
+  ".jfif",
+  ".png",
+  ".bmp",
+  ".gif",
+  ".webp",
+  ".tif",
+  ".tiff",
+  ".avif",
+  ".ppm",
+  ".pgm",
+)
+HELD_OUT = ("test", "val", "validation")
+SPLITS = ("train", *HELD_OUT)
+
+
+class Listing(NamedTuple):
+  """Pictures of one split.
+
+  Attributes:
+    root: the folder that the names are relative to.
+    names: of the pictures [n], with `/` between folders.
+    labels: int [n], or None.
+    class_names: the name of each label, or None without labels.
+    captions: of each picture, "beside" if they are text files with the names of the pictures, or None.
+  """
+
+  root: str
+  names: list[str]
+  labels: list[int] | None
+  class_names: tuple[str, ...] | None
+  captions: list[list[str]] | Literal["beside"] | None
+
+  @property
+  def paths(self) -> list[str]:
+    return [os.path.join(self.root, name) for name in self.names]
+
+
+def list_pictures(root: str, split: str) -> Listing:
+  """Lists one split of the folder `root`, in an order that depends on the names alone.
+
+  The layouts are those of `sources/folder.py`. If `root` has a sub-folder `train` and one of `test`,
+  `val` and `validation`, these are the splits, and a held-out name without a folder of its own means the
+  first of those that has one. Otherwise the tenth of the pictures whose relative names have the smallest
+  hashes is held out.
+
+  Raises:
+    UserError: if the folder is missing, unreadable or without pictures, the split is unknown, a table is
+      wrong, some pictures alone have captions, or the classes differ between the splits.
+  """
+  check_split(f"folder '{root}'", split, SPLITS)
+  if not _is_folder(root):
+    raise UserError(f"'{root}' is not a folder: give the path of a folder of pictures")
+  try:
+    held_out = [name for name in HELD_OUT if _is_folder(os.path.join(root, name))]
+    if held_out and _is_folder(os.path.join(root, "train")):
+      return _list_folder_of_split(root, split if split in ("train", *held_out) else held_out[0], held_out)
+    class_names, labels = _classes(root)
+    return _tenth(_listing(root, class_names, labels, _table(root, "caption")), split != "train")
+  except OSError as error:
+    raise UserError(
+      f"folder '{error.filename}' cannot be read ({error.strerror}): check its permissions"
+    ) from error
+  except tf.errors.OpError as error:
+    raise UserError(f"folder '{root}' cannot be read: {error.message or type(error).__name__}") from error
+
+
+def is_picture(name: str) -> bool:
+  """Whether a file's name, given without its folder, is that of a picture."""
+  return name.lower().endswith(SUFFIXES) and not name.startswith(".")
+
+
+def smallest_tenth(names: Sequence[bytes]) -> np.ndarray:
+  """Returns a mask, bool [n], of the tenth of the names (at least one) whose hashes are smallest."""
+  hashes = [hashlib.blake2b(name).digest() for name in names]
+  mask = np.zeros(len(names), bool)
+  mask[sorted(range(len(names)), key=hashes.__getitem__)[: -(-len(names) // 10)]] = True
+  return mask
+
+
+def _list_folder_of_split(root: str, split: str, held_out: Sequence[str]) -> Listing:
+  """Lists root/split; tables lie in `root`, and are then those of all splits, or in root/split."""
+  folder = os.path.join(root, split)
+  captions = _table(root, "caption")
+  captions = captions.below(split, ("train", *held_out)) if captions else _table(folder, "caption")
+  if labels := _table(root, "label"):
+    return _listing(folder, labels.texts(), labels.below(split, ("train", *held_out)), captions)
+  class_names, labels = _classes(folder)
+  classes_of_train = class_names if split == "train" else _classes(os.path.join(root, "train"))[0]
+  if different := set(class_names) ^ set(classes_of_train):
+    raise UserError(
+      f"the classes of 'train' and '{split}' in '{root}' differ in '{min(different)}': give both splits "
+      f"the same class folders, or write one labels.csv in '{root}' for both"
+    )
+  return _listing(folder, class_names, labels, captions)
+
+
+def _table(folder: str, column: str) -> Table | None:
+  path = os.path.join(folder, f"{column}s.csv")
+  return read_table(path, column) if tf.io.gfile.exists(os.fsencode(path)) else None
+
+
+def _classes(root: str) -> tuple[list[str], Table | None]:
+  """Returns the names of the classes, and the table of labels if they come from one."""
+  if table := _table(root, "label"):
+    return table.texts(), table
+  real = _real(root)
+  return [
+    name
+    for name in _entries(root)
+    if not _is_file(name) and any(not file.endswith(".txt") for file in _below(root, name, {real}))
+  ], None
+
+
+def _listing(
+  root: str, class_names: Sequence[str], labels_table: Table | None, captions_table: Table | None
+) -> Listing:
+  """Lists all pictures below `root` with their labels and captions."""
+  real = _real(root)
+  files = [file for name in _entries(root) for file in _below(root, name, {real})]
+  names = [name for name in files if not name.endswith(".txt")]
+  if not names:
+    raise UserError(f"folder '{root}' has no pictures: put {', '.join(SUFFIXES)} files there")
+  labels: list[int] | None = None
+  captions: list[list[str]] | Literal["beside"] | None = None
+  if class_names:
+    if labels_table:
+      classes = labels_table.one_for_each(names)
+    else:
+      classes = [name.partition("/")[0] for name in names]
+      loose = [name for name in names if "/" not in name]
+      if loose:
+        raise UserError(f"'{loose[0]}' lies beside the class folders of '{root}': move it into one")
+    number = {name: label for label, name in enumerate(class_names)}
+    labels = [number[name] for name in classes]
+  if captions_table:
+    captions = captions_table.all_for_each(names)
+  elif _has_caption_files(root, names, set(files)):
+    captions = "beside"
+  return Listing(root, names, labels, tuple(class_names) or None, captions)
+
+
+def _has_caption_files(root: str, names: Sequence[str], files: set[str]) -> bool:
+  without = [name for name in names if f"{os.path.splitext(name)[0]}.txt" not in files]
+  if 0 < len(without) < len(names):
+    raise UserError(
+      f"{len(without)} of the {len(names)} pictures of '{root}' have no .txt file with captions beside "
+      f"them, the first of which is '{without[0]}': give all of them captions, or none"
+    )
+  return not without
+
+
+def _tenth(listing: Listing, held_out: bool) -> Listing:
+  """Returns the held-out tenth (at least one picture), or the rest."""
+  tenth = smallest_tenth([os.fsencode(name) for name in listing.names])
+  chosen = np.flatnonzero(tenth == held_out)
+
+  def take(values):
+    return [values[index] for index in chosen] if isinstance(values, list) else values
+
+  return listing._replace(
+    names=take(listing.names), labels=take(listing.labels), captions=take(listing.captions)
+  )
+
+
+def _below(folder: str, name: str, seen: set[str]) -> Iterator[str]:
+  """Yields a picture or text file, or all of those below a sub-folder that was not seen before."""
+  if _is_file(name):
+    yield name
+    return
+  path = os.path.join(folder, name)
+  if not _is_folder(path) or (real := _real(path)) in seen:
+    return
+  seen.add(real)
+  for child in _entries(path):
+    for file in _below(path, child, seen):
+      yield f"{name}/{file}"
+
+
+def _is_file(name: str) -> bool:
+  """Whether the name alone says that this is a picture or text file, as asking a remote store is slow."""
+  return is_picture(name) or name.endswith(".txt")
+
+
+def _entries(folder: str) -> list[str]:
+  """Returns the sorted names of files and folders, without the hidden ones."""
+  names = (
+    [name.rstrip("/") for name in tf.io.gfile.listdir(folder)] if _remote(folder) else os.listdir(folder)
+  )
+  return sorted(name for name in names if name and not name.startswith(".") and name != "__MACOSX")
+
+
+def _is_folder(path: str) -> bool:
+  return tf.io.gfile.isdir(path) if _remote(path) else os.path.isdir(path)
+
+
+def _real(path: str) -> str:
+  return path if _remote(path) else os.path.realpath(path)
+
+
+def _remote(path: str) -> bool:
+  return "://" in path

@@ -1,0 +1,144 @@
+"""Pictures kept in tar archives, in the layout of WebDataset.
+
+`tar:/path/{000..099}.tar` names the archives, also as `{a,b}.tar`, `*.tar` or one plain path, in any store
+that TensorFlow can read. They are read at random, so they must not be compressed.
+
+In each archive the members `KEY.EXT` with the same KEY, which is all up to the first dot of the file's name,
+make a record:
+- a picture (`KEY.jpg`, `KEY.png` and so on);
+- `KEY.cls`, if there are labels: the label as a number, from 0;
+- `KEY.txt`, if there are captions: one a line;
+- `KEY.json`, in place of the two above or besides them: an object with the number "cls" or "label" and the
+  text or list of texts "caption"; all else in it is ignored.
+Records without a picture are left out, and so are hidden files, links and folders. Labels are named by the
+lines of `classes.txt` in the folder of the first archive, or else by the numbers up to the largest.
+
+Splits: `{split}` in the path stands for the name of the split, as in `tar:/path/{split}-{000..009}.tar`.
+Without it a tenth of the records, chosen by hashes of their keys, is held out.
+
+The first use scans the headers of each archive and leaves the index `<archive>.index.npz` beside it.
+"""
+
+import hashlib
+import logging
+import os
+from collections.abc import Callable
+
+import numpy as np
+
+from maskgen.data.cpu_tf import tf
+from maskgen.data.listing import SPLITS, smallest_tenth
+from maskgen.data.ranges import Ranges, cached_indices
+from maskgen.data.shards import shard_paths
+from maskgen.data.sources import Source, check_split, source
+from maskgen.data.tables import text_lines
+from maskgen.data.tar_index import LAYOUT, json_captions, scan
+from maskgen.errors import UserError
+
+
+@source("tar:/path/{000..099}.tar")
+def open_tar(pattern: str, split: str) -> Source:
+  """Opens a split of the archives that a pattern names; members are read when they are fetched.
+
+  Raises:
+    UserError: if archives are missing, damaged or compressed, a member is malformed, two pictures of an
+      archive have the same key, some records alone have labels or captions, or none has a picture.
+  """
+  name = f"tar '{pattern}'"
+  if "{split}" not in pattern:
+    check_split(name, split, SPLITS)
+  paths = shard_paths(pattern, split)
+  shards = cached_indices(paths, scan, LAYOUT)
+  index = {key: np.concatenate([shard[key] for shard in shards]) for key in shards[0]}
+  images, texts = (
+    Ranges.of_shards(
+      paths, [shard[f"{kind}_offset"] for shard in shards], [shard[f"{kind}_length"] for shard in shards]
+    )
+    for kind in ("image", "caption")
+  )
+  keys, labels, ignored = index["key"], index["label"], index["ignored"]
+
+  def describe(number: int) -> str:
+    return f"{os.fsdecode(keys[number])} in {os.path.basename(images.path(number))}"
+
+  if len(ignored):
+    logging.getLogger("maskgen").info(
+      "%s: %d records without a picture are ignored, such as %s", name, len(ignored), os.fsdecode(ignored[0])
+    )
+  if not len(keys):
+    raise UserError(f"{name} has no pictures: give archives with members such as 0001.jpg")
+  class_names = None
+  if _all_or_none(name, "labels", labels >= 0, describe):
+    largest = _largest_label(pattern, split, int(labels.max()))
+    class_names = _class_names(os.path.dirname(paths[0]), largest)
+  has_captions = _all_or_none(name, "captions", texts.length > 0, describe)
+  numbers = np.arange(len(keys))
+  if "{split}" not in pattern:
+    numbers = numbers[smallest_tenth(list(keys)) == (split != "train")]
+
+  number_table, label_table = tf.constant(numbers, tf.int64), tf.constant(labels, tf.int64)
+
+  @tf.autograph.experimental.do_not_convert
+  def read_text(number: np.ndarray) -> np.ndarray:
+    content = texts.read_bytes(int(number))
+    if index["caption_json"][number]:
+      content = "\n".join(json_captions(content)).encode()
+    return np.array(content, object)
+
+  def fetch(position: tf.Tensor) -> dict[str, tf.Tensor]:
+    number = tf.gather(number_table, position)
+    record = {"image": images.read(number)}
+    if class_names:
+      record["label"] = tf.gather(label_table, number)
+    if has_captions:
+      text = tf.numpy_function(read_text, [number], tf.string, stateful=False)
+      record["caption"] = text_lines(tf.ensure_shape(text, ()))
+    return record
+
+  digest = hashlib.blake2b(repr(class_names).encode() + numbers.tobytes(), digest_size=16)
+  for key, value in sorted(index.items()):
+    digest.update(f"{key} {value.dtype} ".encode() + value.tobytes())
+  return Source(
+    name, len(numbers), class_names, fetch, digest.hexdigest(), lambda index: describe(numbers[index])
+  )
+
+
+def _all_or_none(name: str, what: str, given: np.ndarray, describe: Callable[[int], str]) -> bool:
+  """Whether the records have labels, or captions, as a mask [n] says.
+
+  Raises:
+    UserError: if some have and some have not.
+  """
+  if given.any() and not given.all():
+    raise UserError(
+      f"{np.count_nonzero(~given)} of the {len(given)} records of {name} have no {what}, the first of which "
+      f"is {describe(int(np.argmin(given)))}: give all of them {what}, or none"
+    )
+  return bool(given.all())
+
+
+def _largest_label(pattern: str, split: str, largest: int) -> int:
+  """Returns the largest label of a split or the training split, so that both have the same classes."""
+  if split == "train" or "{split}" not in pattern:
+    return largest
+  try:
+    paths = shard_paths(pattern, "train")
+  except UserError:  # there is this split alone
+    return largest
+  shards = cached_indices(paths, scan, LAYOUT)
+  return max(largest, *(int(shard["label"].max(initial=-1)) for shard in shards))
+
+
+def _class_names(folder: str, largest: int) -> tuple[str, ...]:
+  """Returns the lines of `classes.txt` in a folder, or else the numbers of the labels."""
+  path = os.path.join(folder, "classes.txt")
+  try:
+    with tf.io.gfile.GFile(path, "rb") as file:
+      names = tuple(file.read().decode("utf-8-sig").rstrip().splitlines())
+  except tf.errors.NotFoundError:
+    return tuple(map(str, range(largest + 1)))
+  except (tf.errors.OpError, UnicodeDecodeError) as error:
+    raise UserError(f"'{path}' cannot be read as UTF-8 text: repair or remove it") from error
+  if len(names) <= largest:
+    raise UserError(f"'{path}' names {len(names)} classes, but there is label {largest}: add a line for each")
+  return tuple(name.strip() for name in names)

@@ -1,0 +1,123 @@
+"""Tables with a row for each picture, kept as .csv files beside the pictures."""
+
+import csv
+import dataclasses
+import io
+import os
+import posixpath
+from collections.abc import Sequence
+
+from maskgen.data.cpu_tf import tf
+from maskgen.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+  """What a table says of each picture.
+
+  Attributes:
+    path: the .csv file.
+    rows: for each name of a picture, the number of the line and the text of each of its rows.
+    prefix: the folder that the names are relative to, as the file has it.
+  """
+
+  path: str
+  rows: dict[str, list[tuple[int, str]]]
+  prefix: str = ""
+
+  def texts(self) -> list[str]:
+    """Returns the different texts of all rows, sorted."""
+    return sorted({text for found in self.rows.values() for _, text in found})
+
+  def below(self, folder: str, siblings: Sequence[str]) -> "Table":
+    """Returns the rows of pictures in `folder`, named relative to it.
+
+    Raises:
+      UserError: if a row's picture is neither there nor in one of the sibling folders.
+    """
+    rows = {}
+    for name, found in self.rows.items():
+      first, _, rest = name.partition("/")
+      if first == folder:
+        rows[rest] = found
+      elif first not in siblings:
+        raise self._error(found[0][0], f"'{name}' is in none of the folders {', '.join(siblings)}")
+    return Table(self.path, rows, f"{folder}/")
+
+  def one_for_each(self, names: Sequence[str]) -> list[str]:
+    """Returns the text for each of these pictures, which must be those of the table, one row for each."""
+    for name, found in self.rows.items():
+      if len(found) > 1:
+        raise self._error(
+          found[1][0], f"'{self.prefix}{name}' was listed before, in line {found[0][0]}: remove one"
+        )
+    return [texts[0] for texts in self.all_for_each(names)]
+
+  def all_for_each(self, names: Sequence[str]) -> list[list[str]]:
+    """Returns the texts for each of these pictures, which must be those of the table."""
+    known = set(names)
+    for name, found in self.rows.items():
+      if name not in known:
+        raise self._error(
+          found[0][0], f"there is no picture '{self.prefix}{name}': remove the row or add the picture"
+        )
+    missing = [name for name in names if name not in self.rows]
+    if missing:
+      raise UserError(
+        f"'{self.path}' has no row for {len(missing)} of {len(names)} pictures, the first of which is "
+        f"'{self.prefix}{missing[0]}': add rows for them"
+      )
+    return [[text for _, text in self.rows[name]] for name in names]
+
+  def _error(self, line: int, problem: str) -> UserError:
+    return UserError(f"'{self.path}', line {line}: {problem}")
+
+
+def read_table(path: str, column: str) -> Table:
+  """Reads a table with the columns `file` and `column`, in UTF-8 (with a byte order mark or without).
+
+  Raises:
+    UserError: if the file cannot be read, is empty, or has a wrong header, row or character.
+  """
+  table = Table(path, {})
+  try:
+    with tf.io.gfile.GFile(os.fsencode(path), "rb") as file:
+      content = file.read()
+  except (OSError, tf.errors.OpError) as error:
+    raise UserError(f"'{path}' cannot be read: check that it is a file, and its permissions") from error
+  try:
+    text = content.decode("utf-8-sig")
+  except UnicodeDecodeError as error:
+    line = content[: error.start].count(b"\n") + 1
+    raise table._error(line, "this is not UTF-8: save the table in that encoding") from error
+  reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+  try:
+    header = [cell.strip() for cell in next(reader, [])]
+    if header != ["file", column]:
+      raise table._error(1, f"the header is '{','.join(header)}': write 'file,{column}'")
+    for row in filter(None, reader):
+      if len(row) != 2 or not row[0] or not row[1].strip():
+        problem = f"{len(row)} columns" if len(row) != 2 else "an empty column"
+        raise table._error(
+          reader.line_num, f"there is {problem} in place of 'file,{column}': quote texts that have commas"
+        )
+      # The row itself may have several lines: the last is named.
+      table.rows.setdefault(posixpath.normpath(row[0]), []).append((reader.line_num, row[1].strip()))
+  except csv.Error as error:
+    raise table._error(reader.line_num, f"this is not a row of a .csv file ({error})") from error
+  if not table.rows:
+    raise table._error(1, "the table is empty: add a row for each picture")
+  return table
+
+
+def text_lines(text: tf.Tensor) -> tf.Tensor:
+  """Returns the lines of a UTF-8 text, strings [k], without blank ones and surrounding spaces.
+
+  Bad UTF-8 and k = 0 are errors of `tf.errors`, as for a damaged record.
+  """
+  text = tf.strings.unicode_transcode(text, "UTF-8", "UTF-8", errors="strict")
+  text = tf.strings.regex_replace(text, "^\ufeff", "")
+  lines = tf.strings.strip(tf.strings.split(text, "\n"))
+  lines = tf.boolean_mask(lines, lines != "")
+  with tf.control_dependencies([tf.debugging.assert_positive(tf.size(lines), "its caption is empty")]):
+    return tf.identity(lines)
