@@ -12,7 +12,7 @@ import numpy as np
 from etils import epath
 from tqdm import tqdm
 
-from maskgen import images
+from maskgen import files, images
 from maskgen.errors import UserError
 
 METRICS = "metrics.jsonl"
@@ -45,9 +45,7 @@ class Writer:
     from clu import metric_writers  # imports TensorFlow
 
     self._tensorboard = metric_writers.SummaryWriter(str(workdir))
-    temporary = workdir / f"{METRICS}.tmp"
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-    temporary.replace(workdir / METRICS)
+    files.replace(workdir / METRICS, "".join(json.dumps(line) + "\n" for line in kept))
     self._file = (workdir / METRICS).open("a")
 
   def numbers(self, step: int, values: Mapping[str, float]) -> None:
