@@ -135,7 +135,7 @@ class Model:
 
   def _tokens(self, tokens: np.ndarray) -> np.ndarray:
     tokens = np.asarray(tokens)
-    count, codes = self._num_tokens, self.objective.codebook_size
+    count, codes = self.num_tokens, self.objective.codebook_size
     if tokens.ndim != 2 or tokens.shape[1] != count or not np.issubdtype(tokens.dtype, np.integer):
       raise UserError(f"tokens are {tokens.dtype}{list(tokens.shape)}: give integers of shape [b, {count}]")
     if tokens.size and (tokens.min() < 0 or tokens.max() >= codes):
@@ -145,7 +145,8 @@ class Model:
     return tokens.astype(np.int32)
 
   @functools.cached_property
-  def _num_tokens(self) -> int:
+  def num_tokens(self) -> int:
+    """The number of codes of an image."""
     images = jax.ShapeDtypeStruct((1, *self.objective.image_shape), jnp.uint8)
     tokens = jax.eval_shape(self._fns["encode"], self.variables, {"image": images}, None)
     return tokens.shape[1]

@@ -148,6 +148,9 @@ class RunConfig:
 # Keys that say how a run is carried out, not what it computes: they may change when it is resumed.
 OPERATIONAL = ("version", "evals", "mesh", "sharding", "log_every_steps", "checkpoint", "profile")
 
+# Sections of a config whose keys belong to what the config names, not to `RunConfig`.
+OPEN = ("objective", "data", "optimizer", "evals")
+
 DTYPES = ("float32", "bfloat16", "float16")
 
 _CONFIG_FOLDERS = (
@@ -250,8 +253,12 @@ def _override(config: ml_collections.ConfigDict, key: str, text: str) -> None:
   node = config
   *parents, leaf = key.split(".")
   for i, part in enumerate((*parents, leaf)):
-    if not isinstance(node, ml_collections.ConfigDict) or part not in node:
-      choices = node.keys() if isinstance(node, ml_collections.ConfigDict) else ()
+    is_section = isinstance(node, ml_collections.ConfigDict)
+    if is_section and part not in node and i == len(parents) and set(parents[:2]) & set(OPEN):
+      with config.unlocked():
+        node[leaf] = None  # whether it exists is known when the section is used
+    if not is_section or part not in node:
+      choices = node.keys() if is_section else ()
       where = ".".join(("config", *parents[:i]))
       raise UserError(f"{where} has no key '{part}'{nearest(part, choices)}")
     if i < len(parents):

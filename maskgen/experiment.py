@@ -1,5 +1,6 @@
 """Everything a run is made of, built from its config and checked before anything is trained."""
 
+import json
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
@@ -7,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
-from maskgen import checkpoint, evaluators, objectives, optim, sharding
+from maskgen import checkpoint, evaluators, files, objectives, optim, sharding, tree
 from maskgen import config as config_lib
 from maskgen.data import pipeline
 from maskgen.errors import UserError, nearest
@@ -16,6 +17,7 @@ from maskgen.step import make_update
 
 # Larger batches make evaluation no faster.
 EVAL_BATCH_SIZE = 256
+DATA = "data.json"
 
 
 class Experiment:
@@ -55,6 +57,11 @@ class Experiment:
       process_index=jax.process_index(),
       process_count=jax.process_count(),
     )
+    if self.data.spec.keys().isdisjoint(self.objective.inputs):
+      raise UserError(
+        f"config.data gives {', '.join(sorted(self.data.spec))}, and objective '{cfg.objective['name']}' "
+        f"needs {' or '.join(self.objective.inputs)}: change config.data.source"
+      )
     if self.data.image_shape != self.objective.image_shape:
       raise UserError(
         f"config.data gives images of shape {self.data.image_shape}, config.objective takes "
@@ -159,6 +166,36 @@ class Experiment:
         self.objective.check_pretrained(name, checkpoint.load_config(path))
       except UserError as error:
         raise UserError(f"config.pretrained.{name}={given}: {error}") from None
+      if name == "tokenizer" and self.data.codes is not None:
+        found = tree.fingerprint(checkpoint.load_variables(path, self.targets["pretrained"][name]))
+        if found != self.data.codes.tokenizer:
+          raise UserError(
+            f"config.data.source={self.config.data['source']} was made with another tokenizer than "
+            f"config.pretrained.tokenizer={given}: give that tokenizer, or make the cache anew with "
+            "maskgen.tools.tokenize"
+          )
+
+  def check_data(self, workdir: epath.Path) -> None:
+    """Checks that the records are those that a run in this workdir began with.
+
+    Raises:
+      UserError: if they are not.
+    """
+    if not (workdir / DATA).exists():
+      return
+    before = json.loads((workdir / DATA).read_text())
+    for use, now in self.data.fingerprints.items():
+      if use in before and before[use] != now:
+        raise UserError(
+          f"the data for {use} has changed since this run began ({before[use]['source']} had "
+          f"{before[use]['size']} records, {now['source']} has {now['size']}): restore it, or start a new "
+          f"workdir, or delete {workdir / DATA} to go on with what is there now"
+        )
+
+  def write_data(self, workdir: epath.Path) -> None:
+    """Notes in `data.json` what the records are."""
+    if jax.process_index() == 0:
+      files.replace(workdir / DATA, json.dumps(self.data.fingerprints, indent=2))
 
   def train_batches(self, step: int) -> Iterator[Mapping[str, jax.Array]]:
     """The training batches from a step on, on the devices."""

@@ -12,7 +12,7 @@ from typing import Any
 
 from etils import epath
 
-from maskgen import cli
+from maskgen import cli, files
 from maskgen import config as config_lib
 from maskgen.errors import UserError
 
@@ -57,6 +57,8 @@ def main(argv: Sequence[str]) -> None:
     experiment = Experiment(stage)
     if not (workdir / "checkpoints").exists():  # else all it needs is in the workdir
       experiment.check_pretrained(workdir, pending=experiments)
+    if args.mode == "train" and not (workdir / train.RESULTS).exists():
+      experiment.check_data(workdir)
     experiments[workdir] = experiment
   if args.mode == "check":
     for workdir, experiment in experiments.items():
@@ -75,6 +77,7 @@ def main(argv: Sequence[str]) -> None:
       results[workdir.name] = json.loads((workdir / train.RESULTS).read_text())
     else:
       write_config(workdir, stages[workdir])
+      experiment.write_data(workdir)
       results[workdir.name] = train.train(experiment, workdir)
       train.write_results(workdir, results[workdir.name])
     log.info("%s: finished, results in %s", workdir.name, workdir / train.RESULTS)
@@ -121,10 +124,13 @@ def check_workdir(root: epath.Path, config: Mapping[str, Any], *, create: bool) 
   try:
     check_same_run(root, config)
     if create:
+      new = not root.exists()
       root.mkdir(parents=True, exist_ok=True)
       probe = root / ".writable"
       probe.write_text("")
       probe.unlink()
+      if new:
+        root.rmdir()  # the config may still turn out to be wrong
     elif not writable(root):
       raise PermissionError("permission denied")
   except OSError as error:
@@ -172,9 +178,7 @@ def write_config(workdir: epath.Path, config: Mapping[str, Any]) -> None:
 
   if jax.process_index() == 0:
     workdir.mkdir(parents=True, exist_ok=True)
-    temporary = workdir / "config.json.tmp"
-    temporary.write_text(json.dumps({**config, "version": __version__}, indent=2))
-    temporary.replace(workdir / "config.json")
+    files.replace(workdir / "config.json", json.dumps({**config, "version": __version__}, indent=2))
 
 
 def check(experiment: Any, workdir: epath.Path) -> None:

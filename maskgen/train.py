@@ -12,8 +12,8 @@ import numpy as np
 from etils import epath
 
 from maskgen import checkpoint as checkpoint_lib
+from maskgen import files, tree
 from maskgen import metrics as metrics_lib
-from maskgen import tree
 from maskgen.clock import Clock, Profiler
 from maskgen.errors import UserError
 from maskgen.experiment import Experiment
@@ -58,6 +58,8 @@ def loop(experiment: Experiment, workdir: epath.Path, checkpoints: checkpoint_li
   progress = metrics_lib.Progress(workdir.name, step, total, cfg.batch_size)
   window = metrics_lib.Window()
   clock = Clock(writer.seconds_before, cfg.checkpoint.save_minutes)
+  skipped = experiment.data.skipped
+  skipped.attach(workdir, step if own else 0)
   batches = experiment.train_batches(step)
   profiler = Profiler(workdir, cfg.profile)
 
@@ -74,6 +76,7 @@ def loop(experiment: Experiment, workdir: epath.Path, checkpoints: checkpoint_li
           writer.pictures(step, pictures)
           writer.numbers(step, numbers | {"timing/seconds": clock.seconds()})
           show(workdir.name, step, numbers)
+          skipped.flush(step)
         if step == total or step % cfg.checkpoint.save_steps == 0 or clock.save_is_due(step, cfg):
           checkpoints.save(step, state)
           clock.saved()
@@ -94,7 +97,7 @@ def loop(experiment: Experiment, workdir: epath.Path, checkpoints: checkpoint_li
       progress.step()
       if step % cfg.log_every_steps == 0 or step % cfg.checkpoint.save_steps == 0 or step == total:
         averages = window.close()
-        averages |= progress.report(step, averages)
+        averages |= progress.report(step, averages) | {"data/skipped": skipped.flush(step)}
         writer.numbers(step, averages | {"timing/seconds": clock.seconds()})
 
 
@@ -156,6 +159,4 @@ def show(name: str, step: int | str, numbers: Mapping[str, float]) -> None:
 def write_results(workdir: epath.Path, results: Mapping[str, Any]) -> None:
   """Writes `results.json`, which also marks a run as finished."""
   if jax.process_index() == 0:
-    temporary = workdir / f"{RESULTS}.tmp"
-    temporary.write_text(json.dumps(results, indent=2, sort_keys=True))
-    temporary.replace(workdir / RESULTS)
+    files.replace(workdir / RESULTS, json.dumps(results, indent=2, sort_keys=True))

@@ -1,5 +1,6 @@
 """Trees of arrays by path: names, regular expressions, two-column differences."""
 
+import hashlib
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -66,6 +67,15 @@ def check_same(found: Any, expected: Any, what: str) -> None:
   table = "\n".join(f"  {a:<{widths[0]}}  {b:<{widths[1]}}  {c}" for a, b, c in shown)
   more = f"\n  ... and {len(rows) - 20} more" if len(rows) > 20 else ""
   raise UserError(f"{what} does not fit this config in {len(rows)} places:\n{table}{more}")
+
+
+def fingerprint(tree: Any) -> str:
+  """A hexadecimal digest of a tree's names, dtypes, shapes and values."""
+  digest = hashlib.sha256()
+  for name, leaf in sorted(flatten(tree).items()):
+    digest.update(f"{name} {_describe(leaf)}\n".encode())
+    digest.update(np.ascontiguousarray(leaf).tobytes())
+  return digest.hexdigest()
 
 
 def _describe(leaf: Any) -> str:

@@ -1,15 +1,19 @@
-"""Preprocessing ops: plain functions from an image to an image, eager or inside tf.data.
+"""Preprocessing ops: plain functions of one part of a record, eager or inside tf.data.
 
-To add an op, decorate `def name(image, *args)` with `@op`; a random op also takes `seed`, an int
-tensor [2] as TensorFlow's stateless random ops have it. Images are uint8 [h, w, c] before and
-after, c static (`decode` also takes the bytes of a picture file). A size is an int for a square, or
-(height, width). Bad arguments raise ValueError.
+To add an op, decorate `def name(image, *args)` with `@op`. The name of the first parameter, such as
+`image`, is the key of the record that the op takes and replaces. Keyword-only parameters are given by
+the pipeline: `seed`, an int64 tensor [2] as TensorFlow's stateless random ops have it, and `draw`, an
+int64 scalar that counts how often the record was drawn before. Images are uint8 [h, w, c] before and
+after, c static; crops also take a `Picture`, of which they decode their rectangle only. A size is an
+int for a square, or (height, width). Bad arguments raise ValueError.
 """
 
+import functools
 import math
 from collections.abc import Callable
 
 from maskgen.data.cpu_tf import tf
+from maskgen.data.picture import Picture
 
 Op = Callable[..., tf.Tensor]
 Size = int | tuple[int, int]
@@ -20,28 +24,55 @@ _PAD_MODES = ("constant", "reflect", "symmetric")
 
 
 def op(function: Op) -> Op:
-  """Registers a preprocessing op under its function's name."""
+  """Registers a preprocessing op under its function's name; it is given all pixels of a picture."""
+
+  @functools.wraps(function)
+  def with_pixels(value: tf.Tensor | Picture, *args, **kwargs) -> tf.Tensor:
+    return function(value.pixels() if isinstance(value, Picture) else value, *args, **kwargs)
+
+  OPS[function.__name__] = with_pixels
+  return with_pixels
+
+
+def picture_op(function: Op) -> Op:
+  """Registers an op that takes a picture as it is, to decode no more than it needs."""
   OPS[function.__name__] = function
   return function
 
 
-@op
-def decode(image: tf.Tensor, channels: int = 3) -> tf.Tensor:
-  """Decodes a picture file and converts it to 3 or 1 (luma, ITU-R BT.601) channels.
+@picture_op
+def decode(image: tf.Tensor, channels: int = 3) -> tf.Tensor | Picture:
+  """Opens a picture file, to be shown in 3 or 1 (luma, ITU-R BT.601) channels; see `Picture`.
 
-  Transparency is dropped, and of an animation all frames but the first.
+  Images that are arrays already are converted; those with exactly `channels` channels, whatever these
+  are, stay as they are.
   """
+  if not _is_count(channels):
+    raise ValueError(f"channels is {channels!r}, not a number of channels")
+  if image.dtype != tf.string and image.shape[-1] == channels:
+    return image
   if channels not in (1, 3):
-    raise ValueError(f"channels is {channels}, not 1 or 3")
+    raise ValueError(f"channels is {channels}: pictures are decoded to 3 or 1")
   if image.dtype == tf.string:
-    image = tf.io.decode_image(image, channels=3, expand_animations=False)
-    image.set_shape([None, None, 3])
+    return Picture(image, channels)
   if image.shape[-1] < 3:  # grey, perhaps with transparency
     return tf.repeat(image[..., :1], channels, axis=-1)
   image = image[..., :3]
   if channels == 3:
     return image
   return _to_uint8(tf.tensordot(tf.cast(image, tf.float32), [[0.299], [0.587], [0.114]], axes=1))
+
+
+@op
+def take_crop(tokens: tf.Tensor, *, draw: tf.Tensor) -> tf.Tensor:
+  """Takes one of the crops [crops, n] of a token cache, another one each time: codes [n]."""
+  return tokens[draw % tokens.shape[0]]
+
+
+@op
+def value_range(image: tf.Tensor, low: float = 0.0, high: float = 1.0) -> tf.Tensor:
+  """Maps 0..255 to float32 from `low` to `high`; what maskgen trains takes bytes as well."""
+  return low + tf.cast(image, tf.float32) * ((high - low) / 255.0)
 
 
 @op
@@ -59,25 +90,25 @@ def resize_small(image: tf.Tensor, size: int, method: str = "bilinear", antialia
   return _resize(image, tf.cast(tf.round(tf.cast(sides, tf.float32) * scale), tf.int32), method, antialias)
 
 
-@op
-def center_crop(image: tf.Tensor, size: Size) -> tf.Tensor:
+@picture_op
+def center_crop(image: tf.Tensor | Picture, size: Size) -> tf.Tensor:
   """Cuts `size` out of the middle; smaller images are an error."""
-  height, width = _fitting(image, size)
-  sides = tf.shape(image)
-  top, left = (sides[0] - height) // 2, (sides[1] - width) // 2
-  return tf.slice(image, [top, left, 0], [height, width, image.shape[-1]])
+  height_width = _fitting(image, size)
+  return _crop(image, (_sides(image) - height_width) // 2, height_width)
 
 
-@op
-def random_crop(image: tf.Tensor, size: Size, *, seed: tf.Tensor) -> tf.Tensor:
+@picture_op
+def random_crop(image: tf.Tensor | Picture, size: Size, *, seed: tf.Tensor) -> tf.Tensor:
   """Cuts `size` out at a uniformly random place; smaller images are an error."""
-  height, width = _fitting(image, size)
-  return tf.image.stateless_random_crop(image, (height, width, image.shape[-1]), seed)
+  height_width = _fitting(image, size)
+  places = tf.cast(_sides(image) - height_width + 1, tf.float32)
+  begin = tf.random.stateless_uniform([2], seed) * places
+  return _crop(image, tf.minimum(tf.cast(begin, tf.int32), _sides(image) - height_width), height_width)
 
 
-@op
+@picture_op
 def random_resized_crop(
-  image: tf.Tensor,
+  image: tf.Tensor | Picture,
   size: Size,
   scale: tuple[float, float] = (0.2, 1.0),
   method: str = "bilinear",
@@ -95,7 +126,7 @@ def random_resized_crop(
   if not (isinstance(scale, tuple) and len(scale) == 2 and 0.0 < scale[0] <= scale[1] <= 1.0):
     raise ValueError(f"scale is {scale!r}, not (low, high) with 0 < low <= high <= 1")
   narrow, wide = 3 / 4, 4 / 3
-  sides = tf.cast(tf.shape(image)[:2], tf.float32)
+  sides = tf.cast(_sides(image), tf.float32)
   height, width = sides[0], sides[1]
   area_seed, ratio_seed, place_seed = tf.unstack(tf.random.experimental.stateless_split(seed, 3))
 
@@ -111,9 +142,8 @@ def random_resized_crop(
 
   random_place = tf.floor(tf.random.stateless_uniform([2], place_seed) * (sides - crop + 1.0))
   place = tf.where(first < 10, tf.minimum(random_place, sides - crop), (sides - crop) // 2)
-  begin = tf.concat([tf.cast(place, tf.int32), [0]], axis=0)
-  extent = tf.concat([tf.cast(crop, tf.int32), [image.shape[-1]]], axis=0)
-  return _resize(tf.slice(image, begin, extent), target, method, antialias)
+  pixels = _crop(image, tf.cast(place, tf.int32), tf.cast(crop, tf.int32))
+  return _resize(pixels, target, method, antialias)
 
 
 @op
@@ -143,12 +173,29 @@ def _height_width(size: Size) -> tuple[int, int]:
   return height, width
 
 
-def _fitting(image: tf.Tensor, size: Size) -> tuple[int, int]:
+def _sides(image: tf.Tensor | Picture) -> tf.Tensor:
+  """Height and width, int32 [2]."""
+  return image.sides if isinstance(image, Picture) else tf.shape(image)[:2]
+
+
+def _crop(image: tf.Tensor | Picture, begin: tf.Tensor, extent: tf.Tensor | tuple[int, int]) -> tf.Tensor:
+  """Cuts out a rectangle, given as int32 [2] each; the static shape follows where it is known."""
+  if isinstance(image, Picture):
+    pixels = image.crop(begin, tf.convert_to_tensor(extent))
+  else:
+    pixels = tf.slice(image, tf.concat([begin, [0]], 0), tf.concat([extent, image.shape[-1:]], 0))
+  if isinstance(extent, tuple):
+    pixels.set_shape([*extent, None])
+  return pixels
+
+
+def _fitting(image: tf.Tensor | Picture, size: Size) -> tuple[int, int]:
   """Returns the height and width of a crop after comparing them with the image, where known."""
   height, width = _height_width(size)
-  have_height, have_width = image.shape[0] or height, image.shape[1] or width
-  if height > have_height or width > have_width:
-    raise ValueError(f"{height}x{width} pixels don't fit into {have_height}x{have_width}")
+  if not isinstance(image, Picture):
+    have_height, have_width = image.shape[0] or height, image.shape[1] or width
+    if height > have_height or width > have_width:
+      raise ValueError(f"{height}x{width} pixels don't fit into {have_height}x{have_width}")
   return height, width
 
 

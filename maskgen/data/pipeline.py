@@ -8,27 +8,23 @@ constant time, and a process reads its own rows of the global batch alone.
 import collections
 import dataclasses
 import functools
-import itertools
-import os
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from maskgen.config import check_at_least
 from maskgen.data.cpu_tf import tf
-from maskgen.data.sources import Source, open_source
-from maskgen.data.spec import Record, parse_spec
+from maskgen.data.reader import Batch, Reader
+from maskgen.data.skipped import Skipped
+from maskgen.data.sources import Codes, Source, open_source
+from maskgen.data.spec import parse_spec
 from maskgen.errors import UserError
-
-Batch = dict[str, np.ndarray]
 
 # The streams of random numbers that a seed is split into.
 _SHUFFLE, _AUGMENT = 0, 1
-# Enough that a step rarely waits, few enough that large images fit into memory.
-_BATCHES_AHEAD = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,22 +32,30 @@ class Data:
   """Training and evaluation batches of one data set.
 
   Batches are dicts of arrays with a leading axis b, the rows of this process in the global batch:
-  "image" uint8 [b, h, w, c] and, where the source has labels, "label" int32 [b]. Evaluation batches
-  also have "valid" bool [b], which is False on the rows that fill up the last batch.
+  "image" uint8 [b, h, w, c] ("image2", too, with two views), or "tokens" int [b, n] from a token cache;
+  "label" int32 [b] and "caption" int32 [b, length] where the data has them; "record" int32 [b], the index of
+  the record. Evaluation batches also have "valid" bool [b], which is False on the rows that fill up the last
+  batch, and where another record takes the place of a damaged one.
+
+  A record's augmentation depends on the seed, the record and how often it was drawn before, so that cached
+  crops are the same as live ones.
 
   Attributes:
-    source: where records come from, see `sources.py`.
+    source: where records come from, see `sources`.
     preprocess: the preprocessing for training, see `spec.py`.
     eval_preprocess: the preprocessing for evaluation, which gives images of the same shape.
     batch_size: the global batch size of training.
     seed: the seed of shuffling and augmentation.
     split: the split to train on.
     eval_split: the split to evaluate on.
+    eval_source: where evaluations read both splits, such as the pictures behind cached tokens; by default
+      `source`.
+    num_classes: how many classes the data must have, if that matters.
     process_index: which rows of a global batch to read; by default those of this JAX process.
     process_count: how many processes share a global batch; by default all JAX processes.
 
   Raises:
-    UserError: if one of these is wrong, on construction; if a record is damaged, on reading it.
+    UserError: if one of these is wrong, on construction; if too many records are damaged, on reading.
   """
 
   source: str
@@ -61,59 +65,145 @@ class Data:
   seed: int = 0
   split: str = "train"
   eval_split: str = "test"
+  eval_source: str | None = None
+  num_classes: int | None = None
   process_index: int | None = None
   process_count: int | None = None
 
   def __post_init__(self):
     self._rows(self.batch_size)
-    eval_shape = _record_spec(self._eval_source, self.eval_preprocess)["image"].shape
-    if self.image_shape != tuple(eval_shape):
+    for spec, reader in ((self.preprocess, self._train), (self.eval_preprocess, self._eval)):
+      if reader.spec.keys().isdisjoint({"image", "tokens"}):
+        raise UserError(f"preprocessing '{spec}' of {reader.source.name} gives neither images nor tokens")
+      for stage in reader.preprocess.stages:
+        if stage.name == "value_range" and (stage.arguments["low"], stage.arguments["high"]) != (0, 1):
+          raise UserError(
+            f"preprocessing '{spec}' leaves [0, 1], where objectives take pixels: remove value_range"
+          )
+    if "image" not in self._eval.spec:
       raise UserError(
-        f"preprocess '{self.preprocess}' gives images of shape {self.image_shape}, but "
-        f"eval_preprocess '{self.eval_preprocess}' of shape {tuple(eval_shape)}: make them equal"
+        f"{self._eval.source.name} has no images to evaluate on: give data.eval_source pictures"
       )
+    shapes = {
+      name: tuple(reader.spec["image"].shape)
+      for name, reader in (("preprocess", self._train), ("eval_preprocess", self._eval))
+      if "image" in reader.spec
+    }
+    if self.codes is not None:
+      shapes["preprocess"] = self.codes.image_shape
+    if len(set(shapes.values())) > 1:
+      raise UserError(
+        f"preprocess '{self.preprocess}' gives images of shape {shapes['preprocess']}, but eval_preprocess "
+        f"'{self.eval_preprocess}' of shape {shapes['eval_preprocess']}: make them equal"
+      )
+    self._check_classes()
+
+  def _check_classes(self) -> None:
+    names, others = self.class_names, self._eval.source.class_names
+    if names is not None and others is not None and names != others:
+      odd = next(iter(set(names) ^ set(others)), names[0])
+      raise UserError(
+        f"the classes of {self._train.source.name} and {self._eval.source.name} differ in '{odd}': make them "
+        "the same"
+      )
+    if self.num_classes is not None:
+      check_at_least(self, 1, "num_classes")
+      found = 0 if names is None else len(names)
+      if found != self.num_classes:
+        raise UserError(
+          f"{self._train.source.name} has {found} classes, and data.num_classes is {self.num_classes}: "
+          "change one of them"
+        )
 
   @functools.cached_property
-  def _train_source(self) -> Source:
-    return open_source(self.source, self.split)
+  def skipped(self) -> Skipped:
+    """The damaged records that were met."""
+    return Skipped()
 
   @functools.cached_property
-  def _eval_source(self) -> Source:
-    return open_source(self.source, self.eval_split)
+  def _train(self) -> Reader:
+    return self._reader("training", self.source, self.split, self.preprocess)
+
+  @functools.cached_property
+  def _eval(self) -> Reader:
+    return self._reader("evaluation", self.eval_source or self.source, self.eval_split, self.eval_preprocess)
+
+  @functools.cached_property
+  def _eval_on_train(self) -> Reader:
+    source = self.eval_source or self.source
+    return self._reader("evaluation of training data", source, self.split, self.eval_preprocess)
+
+  @functools.cached_property
+  def _sources(self) -> dict[tuple[str, str], Source]:
+    return {}
+
+  def _reader(self, use: str, source: str, split: str, preprocess: str) -> Reader:
+    if (source, split) not in self._sources:
+      self._sources[source, split] = open_source(source, split)
+    return Reader(
+      self._sources[source, split],
+      parse_spec(preprocess),
+      seed=augmentation_seed(self.seed),
+      skipped=self.skipped,
+      use=use,
+      split=split,
+    )
 
   @functools.cached_property
   def spec(self) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes and dtypes of a global training batch."""
     return {
       key: jax.ShapeDtypeStruct((self.batch_size, *value.shape), jnp.dtype(value.dtype.name))
-      for key, value in _record_spec(self._train_source, self.preprocess).items()
+      for key, value in self._train.spec.items()
+      if key != "sound"
     }
 
   @property
   def image_shape(self) -> tuple[int, int, int]:
     """(height, width, channels) of the images in a batch."""
-    return self.spec["image"].shape[1:]
+    return tuple(self._eval.spec["image"].shape)
 
   @property
   def class_names(self) -> tuple[str, ...] | None:
-    return self._train_source.class_names
+    return self._train.source.class_names
+
+  @property
+  def codes(self) -> Codes | None:
+    """What the codes are, where training reads a token cache."""
+    return self._train.source.codes
 
   @property
   def num_train(self) -> int:
-    return self._train_source.size
+    return self._train.source.size
 
   @property
   def num_eval(self) -> int:
-    return self._eval_source.size
+    return self._eval.source.size
+
+  @property
+  def fingerprints(self) -> dict[str, dict[str, str | int]]:
+    """What the records of training and evaluation are, to notice when they change."""
+    readers = {"training": self._train, "evaluation": self._eval}
+    return {
+      use: {
+        "source": reader.source.name,
+        "size": reader.source.size,
+        "fingerprint": reader.source.fingerprint,
+      }
+      for use, reader in readers.items()
+    }
 
   def train_batches(self, start_step: int = 0) -> Iterator[Batch]:
     """Yields this process's rows of the batches of step start_step and all that follow."""
-    size = self.num_train
+    size, rows = self.num_train, self._rows(self.batch_size)
 
-    def index_of(position: tf.Tensor) -> tf.Tensor:
-      return _shuffle(position % size, size, _fold_in(self.seed, _SHUFFLE, position // size))
+    def locate(number: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+      position = number // len(rows) * self.batch_size + rows.start + number % len(rows)
+      epoch = position // size
+      return _shuffle(position % size, size, _fold_in(self.seed, _SHUFFLE, epoch)), epoch
 
-    return self._batches(self._train_source, self.preprocess, index_of, self.batch_size, start=start_step)
+    for batch in self._train.batches(locate, len(rows), start=start_step):
+      yield {key: value for key, value in batch.items() if key != "sound"}
 
   def eval_batches(self, split: Literal["train", "eval"], batch_size: int) -> Iterator[Batch]:
     """Yields each record of a split once, under evaluation preprocessing.
@@ -125,17 +215,17 @@ class Data:
       split: "train" or "eval", the two splits that the configuration names.
       batch_size: the global batch size.
     """
-    source = {"train": self._train_source, "eval": self._eval_source}[split]
-    rows = self._rows(batch_size)
+    reader = self._eval if split == "eval" else self._eval_on_train
+    size, rows = reader.source.size, self._rows(batch_size)
 
-    def index_of(position: tf.Tensor) -> tf.Tensor:
-      position = tf.minimum(position, source.size - 1)
-      return _shuffle(position, source.size, _fold_in(0, _SHUFFLE, 0))
+    def locate(number: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+      position = number // len(rows) * batch_size + rows.start + number % len(rows)
+      index = _shuffle(tf.minimum(position, size - 1), size, _fold_in(0, _SHUFFLE, 0))
+      return index, tf.zeros_like(index)
 
-    steps = -(-source.size // batch_size)
-    batches = self._batches(source, self.eval_preprocess, index_of, batch_size, stop=steps)
-    for step, batch in enumerate(batches):
-      yield batch | {"valid": step * batch_size + np.array(rows) < source.size}
+    steps = -(-size // batch_size)
+    for step, batch in enumerate(reader.batches(locate, len(rows), stop=steps)):
+      yield batch | {"valid": batch.pop("sound") & (step * batch_size + np.array(rows) < size)}
 
   def _rows(self, batch_size: int) -> range:
     """The rows of a global batch that belong to this process."""
@@ -145,47 +235,6 @@ class Data:
       raise UserError(f"batch size {batch_size} cannot be shared by {count} processes: make it a multiple")
     local = batch_size // count
     return range(index * local, (index + 1) * local)
-
-  def _batches(
-    self,
-    source: Source,
-    preprocess: str,
-    index_of: Callable[[tf.Tensor], tf.Tensor],
-    batch_size: int,
-    *,
-    start: int = 0,
-    stop: int | None = None,
-  ) -> Iterator[Batch]:
-    rows = self._rows(batch_size)
-    transform = parse_spec(preprocess)
-
-    def locate(number: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-      """Position and record of the number-th row that this process reads."""
-      position = number // len(rows) * batch_size + rows.start + number % len(rows)
-      return position, index_of(position)
-
-    @tf.autograph.experimental.do_not_convert
-    def load(number: tf.Tensor) -> Record:
-      position, index = locate(number)
-      return _narrow(transform(source.fetch(index), _fold_in(self.seed, _AUGMENT, position)))
-
-    end = tf.int64.max if stop is None else stop * len(rows)
-    dataset = tf.data.Dataset.range(start * len(rows), end)
-    dataset = dataset.map(load, tf.data.AUTOTUNE, deterministic=True)
-    dataset = dataset.batch(len(rows), drop_remainder=True).prefetch(_BATCHES_AHEAD)
-    options = tf.data.Options()
-    options.threading.private_threadpool_size = os.cpu_count()
-    options.threading.max_intra_op_parallelism = 1  # records are the parallelism
-    batches = dataset.with_options(options).as_numpy_iterator()
-    for step in itertools.count(start):
-      try:
-        batch = next(batches)
-      except StopIteration:
-        return
-      except tf.errors.OpError:
-        _blame(source, locate, load, range(step * len(rows), (step + 1) * len(rows)))
-        raise
-      yield batch
 
 
 def to_device(
@@ -208,6 +257,11 @@ def to_device(
   yield from queue
 
 
+def augmentation_seed(seed: int) -> tf.Tensor:
+  """The seed of all augmentation in a run, int64 [2]."""
+  return tf.constant([seed, _AUGMENT], tf.int64)
+
+
 def _fold_in(seed: int, stream: int, number: tf.Tensor | int) -> tf.Tensor:
   """Returns the stateless seed, int64 [2], of one number in one stream."""
   base = tf.constant([seed, stream], tf.int64)
@@ -222,44 +276,3 @@ def _shuffle(position: tf.Tensor, size: int, seed: tf.Tensor) -> tf.Tensor:
   return tf.raw_ops.RandomIndexShuffle(
     index=position, seed=bits, max_index=tf.constant(size - 1, tf.int64), rounds=8
   )
-
-
-def _narrow(record: Record) -> Record:
-  """int64 to int32, as JAX has it."""
-  return {k: tf.cast(v, tf.int32) if v.dtype == tf.int64 else v for k, v in record.items()}
-
-
-def _record_spec(source: Source, preprocess: str) -> dict[str, tf.TensorSpec]:
-  """Returns shapes and dtypes after preprocessing, which must not depend on the record."""
-  transform = parse_spec(preprocess)
-
-  @tf.autograph.experimental.do_not_convert
-  def load(index: tf.Tensor) -> Record:
-    return _narrow(transform(source.fetch(index), _fold_in(0, _AUGMENT, index)))
-
-  spec = tf.data.Dataset.range(1).map(load).element_spec
-  shape = spec["image"].shape
-  if not shape.is_fully_defined():
-    raise UserError(
-      f"preprocessing '{preprocess}' gives images of varying shape {tuple(shape)}: end it with an "
-      "op of fixed size such as resize(256) or center_crop(256)"
-    )
-  return spec
-
-
-def _blame(
-  source: Source,
-  locate: Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor]],
-  load: Callable[[tf.Tensor], Record],
-  numbers: range,
-) -> None:
-  """Raises a UserError that names the record which fails, if one of these does so again."""
-  for number in map(tf.constant, numbers):
-    try:
-      load(tf.cast(number, tf.int64))
-    except (tf.errors.OpError, UserError) as error:
-      index = int(locate(tf.cast(number, tf.int64))[1])
-      reason = re.sub(r"\{\{.*?\}\}|\[Op:.*", "", str(error).splitlines()[0]).strip()
-      raise UserError(
-        f"{source.describe(index)} of {source.name} cannot be used ({reason}): repair or remove it"
-      ) from error

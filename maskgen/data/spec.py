@@ -1,54 +1,106 @@
 """Preprocessing as a string: `decode(3)|resize(16)|pad(1)|random_crop(16)`."""
 
 import ast
+import dataclasses
 import difflib
 import inspect
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
+from maskgen.data import augment, captions, rand_augment  # noqa: F401  (they register their ops)
 from maskgen.data.cpu_tf import tf
 from maskgen.data.ops import OPS
+from maskgen.data.picture import Picture
 from maskgen.errors import UserError
 
 Record = dict[str, tf.Tensor]
-Preprocess = Callable[[Record, tf.Tensor], Record]
+
+TWO_VIEWS = "two_views"
 
 
-class _Stage(NamedTuple):
+class Stage(NamedTuple):
+  """One op with its arguments."""
+
   name: str
-  args: list
-  kwargs: dict
+  args: list[Any]
+  kwargs: dict[str, Any]
+
+  @property
+  def key(self) -> str:
+    """The part of a record that the op works on."""
+    return next(iter(inspect.signature(OPS[self.name]).parameters))
+
+  @property
+  def arguments(self) -> dict[str, Any]:
+    """Every argument by name, defaults included."""
+    bound = _signature(self.name).bind(*self.args, **self.kwargs)
+    bound.apply_defaults()
+    return bound.arguments
+
+
+@dataclasses.dataclass(frozen=True)
+class Preprocess:
+  """A parsed specification.
+
+  Attributes:
+    spec: the text.
+    stages: the ops.
+    views: how many times a record is to be preprocessed, as "image", "image2" and so on.
+  """
+
+  spec: str
+  stages: tuple[Stage, ...]
+  views: int
+
+  def __call__(self, record: Record, seed: tf.Tensor, draw: tf.Tensor) -> Record:
+    """Preprocesses one view.
+
+    Args:
+      record: as a source gives it.
+      seed: int64 [2]; each random op gets one of its own from it.
+      draw: int64 scalar, how many times this record was drawn before.
+
+    Raises:
+      UserError: when traced, if the record lacks what an op needs, or an op refuses its arguments.
+    """
+    record = dict(record)
+    for number, stage in enumerate(self.stages):
+      name, args, kwargs = stage
+      if stage.key not in record:
+        raise UserError(
+          f"{name} in preprocessing '{self.spec}' needs '{stage.key}', and the data has only "
+          f"{', '.join(sorted(record))}: remove the op, or give data with {stage.key}s"
+        )
+      given = {"seed": tf.random.experimental.stateless_fold_in(seed, number), "draw": draw}
+      parameters = inspect.signature(OPS[name]).parameters
+      kwargs = kwargs | {key: value for key, value in given.items() if key in parameters}
+      try:
+        record[stage.key] = OPS[name](record[stage.key], *args, **kwargs)
+      except (TypeError, ValueError) as error:
+        raise UserError(f"{name} in preprocessing '{self.spec}': {error}; {_form(name)}") from error
+    return {k: v.pixels() if isinstance(v, Picture) else v for k, v in record.items()}
 
 
 def parse_spec(spec: str) -> Preprocess:
-  """Turns a specification into a function of a record and a seed (int64 [2]).
+  """Parses a specification: ops of `OPS`, joined by `|` and applied from left to right.
 
-  The ops, those of `ops.py`, are joined by `|` and applied to record["image"] from left to right,
-  each random one with a seed of its own; `decode` comes first. Arguments are Python literals.
+  `decode` comes before all other ops on images. `two_views|` in front makes two views of each record.
+  Arguments are Python literals.
 
   Raises:
-    UserError: on a wrong form, op or argument; when traced, on arguments that an op refuses.
+    UserError: on a wrong form, op or argument.
   """
   try:
     expression = ast.parse(spec.strip(), mode="eval").body
   except SyntaxError as error:
     raise _malformed(spec, error.msg) from error
-  stages = [_parse_stage(node, spec) for node in _split(expression)]
-  if stages[0].name != "decode":
-    raise UserError(f"preprocessing '{spec}' starts with {stages[0].name}: put 'decode|' before it")
-
-  def preprocess(record: Record, seed: tf.Tensor) -> Record:
-    image = record["image"]
-    for number, (name, args, kwargs) in enumerate(stages):
-      if "seed" in inspect.signature(OPS[name]).parameters:
-        kwargs = {**kwargs, "seed": tf.random.experimental.stateless_fold_in(seed, number)}
-      try:
-        image = OPS[name](image, *args, **kwargs)
-      except (TypeError, ValueError) as error:
-        raise UserError(f"{name} in preprocessing '{spec}': {error}; {_form(name)}") from error
-    return {**record, "image": image}
-
-  return preprocess
+  nodes = list(_split(expression))
+  two_views = ast.unparse(nodes[0]) == TWO_VIEWS
+  stages = tuple(_parse_stage(node, spec) for node in nodes[two_views:])
+  on_images = [stage.name for stage in stages if stage.key == "image"]
+  if on_images and on_images[0] != "decode":
+    raise UserError(f"preprocessing '{spec}' starts with {on_images[0]}: put 'decode|' before it")
+  return Preprocess(spec, stages, 2 if two_views else 1)
 
 
 def _split(node: ast.expr) -> Iterator[ast.expr]:
@@ -60,11 +112,13 @@ def _split(node: ast.expr) -> Iterator[ast.expr]:
     yield node
 
 
-def _parse_stage(node: ast.expr, spec: str) -> _Stage:
+def _parse_stage(node: ast.expr, spec: str) -> Stage:
   call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
   if not isinstance(call.func, ast.Name):
     raise _malformed(spec, f"not an op: '{ast.unparse(node)}'")
   name = call.func.id
+  if name == TWO_VIEWS:
+    raise UserError(f"{TWO_VIEWS} in preprocessing '{spec}' takes no arguments and comes first")
   if name not in OPS:
     close = difflib.get_close_matches(name, OPS, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]}{_signature(close[0])}?" if close else f"known: {', '.join(sorted(OPS))}"
@@ -75,7 +129,7 @@ def _parse_stage(node: ast.expr, spec: str) -> _Stage:
     _signature(name).bind(*args, **kwargs)
   except (TypeError, ValueError) as error:
     raise UserError(f"{name} in preprocessing '{spec}': {error}; {_form(name)}") from error
-  return _Stage(name, args, kwargs)
+  return Stage(name, args, kwargs)
 
 
 def _literal(node: ast.expr) -> object:
@@ -86,9 +140,9 @@ def _literal(node: ast.expr) -> object:
 
 
 def _signature(name: str) -> inspect.Signature:
-  """The signature as a specification uses it, without image and seed."""
-  signature = inspect.signature(OPS[name])
-  kept = [p for p in signature.parameters.values() if p.name not in ("image", "seed")]
+  """The signature as a specification uses it, without what the pipeline gives."""
+  _, *parameters = inspect.signature(OPS[name]).parameters.values()
+  kept = [p for p in parameters if p.name not in ("seed", "draw")]
   return inspect.Signature([p.replace(annotation=p.empty) for p in kept])
 
 

@@ -8,7 +8,7 @@ import importlib
 import inspect
 import pkgutil
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import jax
 
@@ -23,7 +23,13 @@ PredictFn = Callable[..., Any]
 
 
 class Objective(Protocol):
-  """A frozen dataclass whose fields are the keys of `config.objective`."""
+  """A frozen dataclass whose fields are the keys of `config.objective`.
+
+  Attributes:
+    inputs: keys of a batch of which its losses need one: "image", or "tokens" for cached codes.
+  """
+
+  inputs: ClassVar[tuple[str, ...]]
 
   @property
   def codebook_size(self) -> int:
@@ -63,8 +69,9 @@ class Objective(Protocol):
       params: as made by `init`.
       frozen: as made by `init`.
       extra: as made by `init`, or by the step before.
-      batch: leading axis b; `image` uint8 or float32 [b, h, w, c]; `key` one PRNG key per example, for
-        randomness that must not depend on how the batch is split.
+      batch: leading axis b; one of `inputs`: `image` uint8 or float32 [b, h, w, c], or `tokens` [b, n] of
+        any integer type; `key` one PRNG key per example, for randomness that must not depend on how the
+        batch is split.
       rng: for randomness of the model, such as dropout.
       step: completed updates, int32 scalar.
       train: whether dropout and the like are on.
@@ -78,7 +85,9 @@ class Objective(Protocol):
 
     loss -> {name: [b]}; features -> [b, d]; encode -> int32 [b, n]; decode (batch: tokens), reconstruct,
     generate and generate_uniform (batch: key [b]), inpaint (batch: image, mask [b, h, w], key) ->
-    float32 [b, h, w, c] in [0, 1]; logits (batch: tokens, token_mask [b, n]) -> float32 [b, n, codebook].
+    float32 [b, h, w, c] in [0, 1]; logits (batch: tokens, token_mask [b, n]) -> float32 [b, n, codebook];
+    mask (batch: key [b], the keys of `losses`; needs no variables) -> bool [b, h', w'], True for each token
+    that `losses` masks.
     """
 
 

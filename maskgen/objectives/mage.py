@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,8 @@ class Objective:
     label_smoothing: of the cross-entropy over the codes.
     sampling: defaults for generation and inpainting.
   """
+
+  inputs: ClassVar[tuple[str, ...]] = ("image", "tokens")
 
   image_size: tuple[int, int]
   tokenizer: VQGAN = VQGAN()
@@ -138,7 +140,10 @@ class Objective:
     self, params: Tree, frozen: Tree, batch: Batch, rng: jax.Array, *, train: bool
   ) -> Metrics:
     """Loss, accuracy on masked tokens and mask ratio, each [b]."""
-    tokens = jax.lax.stop_gradient(self._tokenize(frozen, batch["image"]))
+    if "tokens" in batch:
+      tokens = batch["tokens"].astype(jnp.int32)
+    else:
+      tokens = jax.lax.stop_gradient(self._tokenize(frozen, batch["image"]))
     mask, kept = masking.random_mask(batch["key"], self.num_tokens, self.mask_ratio)
     logits: Any = self.model.apply(
       {"params": params},
@@ -163,9 +168,13 @@ class Objective:
 
   def predict_fns(self) -> dict[str, PredictFn]:
     def loss(variables, batch, rng):
-      batch = {**batch, "key": jax.random.split(rng, batch["image"].shape[0])}
+      batch = {**batch, "key": jax.random.split(rng, jax.tree.leaves(batch)[0].shape[0])}
       params = variables["params"]["main"]
       return self._masked_prediction(params, variables["frozen"], batch, rng, train=False)
+
+    def mask(variables, batch, rng):
+      drawn, _ = masking.random_mask(batch["key"], self.num_tokens, self.mask_ratio)
+      return drawn.reshape(-1, *self.grid)
 
     def encode(variables, batch, rng):
       return self._tokenize(variables["frozen"], batch["image"])
@@ -213,6 +222,7 @@ class Objective:
 
     return {
       "loss": loss,
+      "mask": mask,
       "encode": encode,
       "decode": decode,
       "reconstruct": reconstruct,

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +44,8 @@ class Objective:
       one that started late under Adam would begin with updates many times its learning rate.
     r1_weight: of the squared gradient norm at real images.
   """
+
+  inputs: ClassVar[tuple[str, ...]] = ("image",)
 
   image_size: tuple[int, int]
   tokenizer: VQGAN = VQGAN()

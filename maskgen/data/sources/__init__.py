@@ -1,12 +1,12 @@
-"""Where records come from: `digits`, `folder:/path`, `synthetic`.
+"""Where records come from: `digits`, `folder:`, `synthetic`, `tar:`, `tfds:`, `tokens:`.
 
 A source offers random access: the record of an index is the same whatever was fetched before. All else
 (order, epochs, resuming, slices per process, damaged records) is the pipeline's.
 
-To add one, write a function `open(argument, split)` that returns a `Source`, or raises `UserError` on an argument
-or split that does not exist, and decorate it with `@source("name:what")`, or `@source("name")` if it takes no
-argument. It is known once its module is imported, for instance by your config file. The sources of maskgen are
-the modules beside this file, imported when they are asked for.
+To add one, write a function `open(argument, split)` that returns a `Source`, or raises `UserError` on an
+argument or split that does not exist, and decorate it with `@source("name:what")`, or `@source("name")` if
+it takes no argument. It is known once its module is imported, for instance by your config file. The sources
+of maskgen are the modules beside this file, imported when they are asked for.
 """
 
 import dataclasses
@@ -23,6 +23,19 @@ def _record_number(index: int) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
+class Codes:
+  """What cached codes are codes of.
+
+  Attributes:
+    tokenizer: the fingerprint of the tokenizer's parameters.
+    image_shape: (h, w, c) of the images.
+  """
+
+  tokenizer: str
+  image_shape: tuple[int, int, int]
+
+
+@dataclasses.dataclass(frozen=True)
 class Source:
   """One split of a data set.
 
@@ -33,9 +46,11 @@ class Source:
     fetch: a TensorFlow-traceable function from an int64 scalar in [0, size) to a record, a dict with
       "image": a scalar string (an encoded picture) or uint8 [h, w, c], c static;
       "label": int64 scalar, if there are labels;
-      "caption": strings [k], if there are captions, at least one for each record.
+      "caption": strings [k], if there are captions, at least one for each record;
+      "tokens": instead of an image its codes, any integer type [crops, n], in a token cache.
     fingerprint: a text that changes when the records do, so that a continued run notices.
     describe: the name of one record in messages, such as the path of its file.
+    codes: what the codes of a token cache are.
   """
 
   name: str
@@ -44,6 +59,7 @@ class Source:
   fetch: Callable[[tf.Tensor], dict[str, tf.Tensor]]
   fingerprint: str
   describe: Callable[[int], str] = _record_number
+  codes: Codes | None = None
 
 
 Open = Callable[[str, str], Source]

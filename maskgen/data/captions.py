@@ -1,0 +1,32 @@
+"""Preprocessing ops on captions, strings [k] with k >= 1."""
+
+import functools
+
+import numpy as np
+
+from maskgen.data.cpu_tf import tf
+from maskgen.data.ops import op
+from maskgen.text import open_tokenizer
+
+_open = functools.cache(open_tokenizer)
+
+
+@op
+def tokenize(caption: tf.Tensor, tokenizer: str, length: int, *, draw: tf.Tensor) -> tf.Tensor:
+  """Turns one caption into int32 [length]; each time a record is drawn the next of its k is taken.
+
+  `tokenizer` is "words:/path/words.txt" or "bpe:/path", see `maskgen.text.open_tokenizer`.
+  """
+  if not isinstance(tokenizer, str):
+    raise ValueError(f"tokenizer is {tokenizer!r}, not a string such as 'bpe:/path'")
+  if not isinstance(length, int) or isinstance(length, bool) or length < 2:
+    raise ValueError(f"length is {length!r}, not a number of ids from 2 on")
+  opened = _open(tokenizer)
+
+  def encode(text: bytes | np.ndarray) -> np.ndarray:
+    content = np.asarray(text, object).item()  # an array when eager
+    return opened.pad(content.decode(errors="replace"), length)
+
+  chosen = caption[draw % tf.size(caption, tf.int64)]
+  ids = tf.numpy_function(encode, [chosen], tf.int32, stateful=False)
+  return tf.ensure_shape(ids, [length])

@@ -1,0 +1,81 @@
+"""Reads records in order, several crops each, as training would see them."""
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+from maskgen.data.cpu_tf import tf
+from maskgen.data.pipeline import augmentation_seed
+from maskgen.data.reader import Batch, Reader
+from maskgen.data.skipped import Skipped
+from maskgen.data.sources import open_source
+from maskgen.data.spec import parse_spec
+from maskgen.errors import UserError
+
+
+def open_reader(
+  source: str, split: str, preprocess: str, seed: int, image_shape: tuple[int, int, int]
+) -> Reader:
+  """Opens a split whose draws are those of a training run with this seed.
+
+  Raises:
+    UserError: if there is no such data, or the preprocessing does not give one image of this shape.
+  """
+  parsed = parse_spec(preprocess)
+  if parsed.views > 1:
+    raise UserError(f"preprocessing '{preprocess}' makes two views: remove two_views, each crop is a view")
+  reader = Reader(
+    open_source(source, split),
+    parsed,
+    seed=augmentation_seed(seed),
+    skipped=Skipped(),
+    use="tokenizing",
+    split=split,
+  )
+  shape = reader.spec.get("image", tf.TensorSpec(())).shape
+  if tuple(shape) != image_shape:
+    raise UserError(
+      f"preprocessing '{preprocess}' gives images of shape {tuple(shape)}, the tokenizer takes "
+      f"{image_shape}: change it"
+    )
+  return reader
+
+
+def encode(
+  reader: Reader,
+  records: range,
+  crops: int,
+  batch_size: int,
+  encode: Callable[[np.ndarray], np.ndarray],
+) -> tuple[np.ndarray, np.ndarray | None]:
+  """Encodes the first draws of some records.
+
+  Args:
+    reader: of the data.
+    records: which ones.
+    crops: draws of each.
+    batch_size: images at once; the last batch is filled up, so that all have this size.
+    encode: from images uint8 [b, h, w, c] to codes [b, n].
+
+  Returns:
+    Codes [records, crops, n], and labels [records] if there are any.
+  """
+  codes, labels = [], []
+  for batch in read(reader, records, crops, batch_size):
+    codes.append(encode(batch["image"]))
+    if "label" in batch:
+      labels.append(batch["label"])
+  rows = len(records) * crops
+  all_codes = np.concatenate(codes)[:rows].reshape(len(records), crops, -1)
+  return all_codes, np.concatenate(labels)[:rows:crops] if labels else None
+
+
+def read(reader: Reader, records: range, crops: int, batch_size: int) -> Iterator[Batch]:
+  """Yields the first draws of some records, those of one record together; the last batch is filled up."""
+  rows = len(records) * crops
+
+  def locate(number: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    number = tf.minimum(number, rows - 1)
+    return records.start + number // crops, number % crops
+
+  return reader.batches(locate, batch_size, stop=-(-rows // batch_size))

@@ -1,0 +1,180 @@
+"""Picture files as tensors: as a viewer shows them, and no more of them decoded than is used."""
+
+import functools
+import io
+import warnings
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from maskgen.data.cpu_tf import tf
+
+# Larger pictures are refused: threads decode many at once. Pillow's own limit, which guards against bombs.
+MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+
+_ORIENTATION = 0x0112  # the EXIF tag
+# The metadata that matters comes first in a file.
+_HEAD = 4096
+
+
+class Picture:
+  """An encoded picture: traceable by TensorFlow, and lazy.
+
+  TensorFlow decodes ordinary JPEG and PNG files. Pillow takes what needs more thought: other formats, EXIF
+  orientation (applied), transparency (shown on white), palettes, CMYK, 16 bits (scaled to 8), and files
+  with a wrong end, as truncation shows only when all of a file is decoded. Of an animation the first frame
+  counts. Colour profiles are not applied.
+
+  To use pixels of a file that cannot be decoded, or has more than `MAX_PIXELS`, is a `tf.errors.OpError`.
+
+  Attributes:
+    channels: 3 (RGB) or 1 (luma, ITU-R BT.601).
+    sides: int32 [2], height and width as shown.
+  """
+
+  def __init__(self, data: tf.Tensor, channels: int):
+    """Opens the content of a file, a scalar string."""
+    self.channels = channels
+    self._data = data
+    self._plain_jpeg = _is_plain_jpeg(data)
+    # What is not a plain JPEG cannot be decoded in part: decode it once, for its sides and for all crops.
+    self._whole = tf.cond(self._plain_jpeg, lambda: tf.zeros([0, 0, channels], tf.uint8), self._decode_whole)
+    self.sides = tf.cond(
+      self._plain_jpeg, lambda: tf.image.extract_jpeg_shape(data)[:2], lambda: tf.shape(self._whole)[:2]
+    )
+
+  def pixels(self) -> tf.Tensor:
+    """The whole picture, uint8 [h, w, channels]."""
+
+    def decode() -> tf.Tensor:
+      return tf.image.decode_jpeg(self._data, self.channels)
+
+    return self._with_channels(tf.cond(self._plain_jpeg, decode, lambda: self._whole))
+
+  def crop(self, begin: tf.Tensor, extent: tf.Tensor) -> tf.Tensor:
+    """A rectangle, uint8 [h, w, channels], decoded alone where the file is a plain JPEG.
+
+    Args:
+      begin: int32 [2], top and left.
+      extent: int32 [2], height and width.
+    """
+
+    def decode() -> tf.Tensor:
+      return tf.image.decode_and_crop_jpeg(self._data, tf.concat([begin, extent], 0), self.channels)
+
+    def cut() -> tf.Tensor:
+      return tf.slice(self._whole, tf.concat([begin, [0]], 0), tf.concat([extent, [self.channels]], 0))
+
+    return self._with_channels(tf.cond(self._plain_jpeg, decode, cut))
+
+  def _decode_whole(self) -> tf.Tensor:
+    def decode_png() -> tf.Tensor:
+      return tf.image.decode_png(self._data, self.channels)
+
+    def decode_other() -> tf.Tensor:
+      return _decode_with_pillow(self._data, self.channels)
+
+    return self._with_channels(tf.cond(_is_plain_png(self._data), decode_png, decode_other))
+
+  def _with_channels(self, pixels: tf.Tensor) -> tf.Tensor:
+    pixels.set_shape([None, None, self.channels])
+    return pixels
+
+
+def _is_plain_jpeg(data: tf.Tensor) -> tf.Tensor:
+  """Whether a file is a JPEG that TensorFlow decodes as a viewer would."""
+
+  def look_inside() -> tf.Tensor:
+    shape = tf.image.extract_jpeg_shape(data)
+    upright = tf.cond(_has(data, "Exif"), lambda: _ask_upright(data), lambda: tf.constant(True))
+    return upright & _is_small(shape[0], shape[1]) & ((shape[2] == 1) | (shape[2] == 3))
+
+  return tf.cond(_is_framed(data, b"\xff\xd8\xff", b"\xff\xd9"), look_inside, lambda: tf.constant(False))
+
+
+def _is_plain_png(data: tf.Tensor) -> tf.Tensor:
+  """Whether a file is a PNG of 8 bits, grey or RGB, without transparency or orientation."""
+
+  def look_inside() -> tf.Tensor:
+    header = tf.io.decode_raw(tf.strings.substr(data, 16, 8), tf.int32, little_endian=False)
+    bits_and_colour = tf.strings.substr(data, 24, 2)
+    ordinary = (bits_and_colour == b"\x08\x00") | (bits_and_colour == b"\x08\x02")
+    return ordinary & _is_small(header[1], header[0]) & ~_has(data, "tRNS|eXIf|Raw profile")
+
+  framed = _is_framed(data, b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR", b"IEND\xaeB`\x82")
+  return tf.cond(framed, look_inside, lambda: tf.constant(False))
+
+
+def _is_framed(data: tf.Tensor, first: bytes, last: bytes) -> tf.Tensor:
+  """Whether a file begins and ends with these bytes."""
+
+  def look_at_the_ends() -> tf.Tensor:
+    begins = tf.strings.substr(data, 0, len(first)) == first
+    return begins & (tf.strings.substr(data, -len(last), len(last)) == last)
+
+  long = tf.strings.length(data) >= len(first) + len(last)
+  return tf.cond(long, look_at_the_ends, lambda: tf.constant(False))
+
+
+def _has(data: tf.Tensor, words: str) -> tf.Tensor:
+  """Whether one of the `|`-separated words is in the head of a file."""
+  return tf.strings.regex_full_match(tf.strings.substr(data, 0, _HEAD), rf"\C*({words})\C*")
+
+
+def _is_small(height: tf.Tensor, width: tf.Tensor) -> tf.Tensor:
+  return tf.cast(height, tf.int64) * tf.cast(width, tf.int64) <= MAX_PIXELS
+
+
+def _is_upright(data: bytes) -> np.bool_:
+  try:
+    return np.bool_(Image.open(io.BytesIO(data)).getexif().get(_ORIENTATION, 1) == 1)
+  except Exception:  # Metadata that cannot be read does not turn a picture.
+    return np.bool_(True)
+
+
+# A graph even in eager execution, where `tf.numpy_function` would cut strings off at zeros.
+@functools.partial(tf.function, autograph=False)
+def _ask_upright(data: tf.Tensor) -> tf.Tensor:
+  return tf.ensure_shape(tf.numpy_function(_is_upright, [data], tf.bool), ())
+
+
+@functools.partial(tf.function, autograph=False)
+def _decode_with_pillow(data: tf.Tensor, channels: int) -> tf.Tensor:
+  # An exception would be logged with its traceback; an assertion is not.
+  pixels, wrong = tf.numpy_function(_try_to_decode, [data, channels], (tf.uint8, tf.string))
+  with tf.control_dependencies([tf.debugging.Assert(tf.strings.length(wrong) == 0, [wrong])]):
+    return tf.identity(pixels)
+
+
+def _try_to_decode(data: bytes, channels: int) -> tuple[np.ndarray, bytes]:
+  """Returns uint8 [h, w, channels], and what is wrong, or nothing."""
+  try:
+    return _decode_as_shown(data, channels), b""
+  except UnidentifiedImageError:
+    wrong = "the file is no picture, or of an unknown format" if data else "the file is empty"
+  except Image.DecompressionBombError:
+    wrong = f"the file claims more than {MAX_PIXELS:,} pixels"
+  except Exception as error:  # Pillow's plugins raise many kinds.
+    wrong = str(error) or type(error).__name__
+  return np.zeros((0, 0, channels), np.uint8), wrong.encode()
+
+
+def _decode_as_shown(data: bytes, channels: int) -> np.ndarray:
+  """Decodes what Pillow can, to uint8 [h, w, channels]."""
+  image = _to_8_bits(ImageOps.exif_transpose(Image.open(io.BytesIO(data))))
+  if image.has_transparency_data:
+    image = image.convert("RGBA")
+    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+  pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"))
+  return pixels.reshape(*pixels.shape[:2], channels)
+
+
+def _to_8_bits(image: Image.Image) -> Image.Image:
+  """Maps 0..65535 to 0..255; other deep pixels have no range that a viewer could know."""
+  if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
+    return image
+  values = np.asarray(image)
+  if image.mode == "F" or values.min() < 0 or values.max() > 65535:
+    raise ValueError(f"pixels of type {values.dtype} are not 8 or 16 bits deep")
+  return Image.fromarray(((values.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8))

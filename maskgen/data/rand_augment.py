@@ -1,0 +1,236 @@
+"""RandAugment (Cubuk et al. 2020) as an op for preprocessing, and the operations it draws from.
+
+Each takes and gives uint8 [h, w, c], and does what Pillow's function of that name does.
+"""
+
+import math
+from collections.abc import Callable
+
+from maskgen.data.augment import check_image, check_number, mean_level, rounded_luma
+from maskgen.data.cpu_tf import tf
+from maskgen.data.ops import op
+
+_FILL = 128.0
+
+
+@op
+def rand_augment(
+  image: tf.Tensor, layers: int = 2, magnitude: float = 9.0, std: float = 0.5, *, seed: tf.Tensor
+) -> tf.Tensor:
+  """Applies `layers` random operations one after the other (RandAugment, Cubuk et al. 2020).
+
+  The operations, ranges and probabilities are those that the library timm calls
+  `rand-m{magnitude}-n{layers}-mstd{std}`. Each layer draws uniformly from the fifteen below, with
+  replacement, and then applies what it drew with probability 1/2. The level l is a normal draw
+  around `magnitude` for each layer, clipped to [0, 10], over ten; +- is a random sign.
+
+      autocontrast, equalize, invert
+      rotate                                       by +-30 l degrees
+      posterize                                    to floor(4 l) bits
+      solarize                                     from the level floor(256 l) on
+      solarize_add                                 adds floor(110 l) to levels below 128
+      color, contrast, brightness, sharpness       by the factor 0.1 + 1.8 l
+      shear_x, shear_y                             by +-0.3 l pixels per pixel
+      translate_x, translate_y                     by +-0.45 l of the width or height
+
+  Geometric ones interpolate bilinearly, and what comes from outside of the image is grey (128).
+
+  Args:
+    image: uint8 [h, w, c], c 1 or 3, both sides 2 or more.
+    layers: how many operations, at least 1.
+    magnitude: mean of the level, from 0 to 10.
+    std: standard deviation of the level in the same unit, at least 0.
+    seed: int [2].
+
+  Returns:
+    uint8 [h, w, c].
+
+  Raises:
+    ValueError: if an argument is out of range, or the image not as described.
+  """
+  check_image(image)
+  if not isinstance(layers, int) or isinstance(layers, bool) or layers < 1:
+    raise ValueError(f"layers is {layers!r}, not a number of operations (1 or more)")
+  check_number("magnitude", magnitude, most=10)
+  check_number("std", std)
+  for layer_seed in tf.unstack(tf.random.experimental.stateless_split(seed, layers)):
+    image = _layer(image, magnitude, std, layer_seed)
+  return image
+
+
+def _layer(image: tf.Tensor, magnitude: float, std: float, seed: tf.Tensor) -> tf.Tensor:
+  choice_seed, level_seed, sign_seed = tf.unstack(tf.random.experimental.stateless_split(seed, 3))
+  level = tf.clip_by_value(magnitude + std * tf.random.stateless_normal([], level_seed), 0.0, 10.0)
+  sign = tf.where(tf.random.stateless_uniform([], sign_seed) < 0.5, -1.0, 1.0)
+  operations = _operations(image, 0.1 * level, sign)
+  # The upper half of the numbers stands for leaving the image as it is.
+  number = tf.random.stateless_uniform([], choice_seed, 0, 2 * len(operations), tf.int32)
+  choice = tf.minimum(number, len(operations))
+  return tf.ensure_shape(tf.switch_case(choice, [*operations, lambda: image]), image.shape)
+
+
+def _operations(image: tf.Tensor, level: tf.Tensor, sign: tf.Tensor) -> list[Callable[[], tf.Tensor]]:
+  """The fifteen operations, each ready to be called, for a level in [0, 1]."""
+
+  def whole(most: int) -> tf.Tensor:
+    return tf.cast(level * most, tf.int32)
+
+  height, width = (tf.cast(side, tf.float32) for side in tf.unstack(tf.shape(image)[:2]))
+  factor = 0.1 + 1.8 * level
+  return [
+    lambda: autocontrast(image),
+    lambda: equalize(image),
+    lambda: invert(image),
+    lambda: rotate(image, sign * 30.0 * level),
+    lambda: posterize(image, whole(4)),
+    lambda: solarize(image, whole(256)),
+    lambda: solarize_add(image, whole(110)),
+    lambda: color(image, factor),
+    lambda: contrast(image, factor),
+    lambda: brightness(image, factor),
+    lambda: sharpness(image, factor),
+    lambda: shear_x(image, sign * 0.3 * level),
+    lambda: shear_y(image, sign * 0.3 * level),
+    lambda: translate_x(image, sign * 0.45 * level * width),
+    lambda: translate_y(image, sign * 0.45 * level * height),
+  ]
+
+
+# Grey levels
+
+
+def autocontrast(image: tf.Tensor) -> tf.Tensor:
+  """Stretches each channel linearly to 0..255; a channel of one level stays as it is."""
+  # Pillow's arithmetic, in double precision on the 256 levels alone.
+  low = tf.cast(tf.reduce_min(image, axis=(0, 1)), tf.float64)[:, None]
+  high = tf.cast(tf.reduce_max(image, axis=(0, 1)), tf.float64)[:, None]
+  levels = tf.range(256, dtype=tf.float64)[None]
+  scale = 255.0 / tf.maximum(high - low, 1.0)
+  table = tf.where(high > low, levels * scale - low * scale, levels)
+  return _look_up(image, tf.saturate_cast(table, tf.uint8))
+
+
+def equalize(image: tf.Tensor) -> tf.Tensor:
+  """Equalizes the histogram of each channel."""
+  channels = image.shape[-1]
+  histogram = tf.math.bincount(_table_index(image), minlength=256 * channels, maxlength=256 * channels)
+  histogram = tf.reshape(histogram, [channels, 256])
+  below = tf.cumsum(histogram, axis=1, exclusive=True)
+  # Pixels per level of the result, not counting those of the highest level.
+  step = tf.reduce_max(tf.where(histogram > 0, below, 0), axis=1, keepdims=True) // 255
+  table = (step // 2 + below) // tf.maximum(step, 1)
+  return _look_up(image, tf.saturate_cast(tf.where(step > 0, table, tf.range(256)[None]), tf.uint8))
+
+
+def invert(image: tf.Tensor) -> tf.Tensor:
+  """Subtracts from 255."""
+  return 255 - image
+
+
+def posterize(image: tf.Tensor, bits: tf.Tensor) -> tf.Tensor:
+  """Keeps the highest bits, an int32 scalar in 0..8, of each level."""
+  mask = 256 - tf.bitwise.left_shift(1, 8 - bits)
+  return tf.bitwise.bitwise_and(image, tf.cast(mask, tf.uint8))
+
+
+def solarize(image: tf.Tensor, threshold: tf.Tensor) -> tf.Tensor:
+  """Inverts the levels from a threshold (int32 scalar, 0..256) on."""
+  return tf.where(tf.cast(image, tf.int32) < threshold, image, 255 - image)
+
+
+def solarize_add(image: tf.Tensor, amount: tf.Tensor) -> tf.Tensor:
+  """Adds an int32 scalar, 0 or more, to the levels below 128, up to 255."""
+  brighter = tf.saturate_cast(tf.cast(image, tf.int32) + amount, tf.uint8)
+  return tf.where(image < 128, brighter, image)
+
+
+# Blends with a degenerate image: factor 0 gives that, 1 the image, more exaggerates
+
+
+def color(image: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
+  """Blends with the luma."""
+  return _blend(rounded_luma(image), image, factor)
+
+
+def contrast(image: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
+  """Blends with the mean of the luma."""
+  mean = tf.floor(mean_level(rounded_luma(image)) + 0.5)
+  return _blend(tf.cast(mean, tf.float32), image, factor)
+
+
+def brightness(image: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
+  """Blends with black."""
+  return _blend(tf.constant(0.0), image, factor)
+
+
+def sharpness(image: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
+  """Blends with a smoothed image, weights 5 in the middle and 1 around; the border stays."""
+  levels = tf.cast(image, tf.float32)
+  rows = levels[:-2] + levels[1:-1] + levels[2:]
+  box = rows[:, :-2] + rows[:, 1:-1] + rows[:, 2:]
+  inner = levels[1:-1, 1:-1]
+  smooth = tf.round((box + 4.0 * inner) * (1 / 13))
+  return _blend(levels + tf.pad(smooth - inner, [[1, 1], [1, 1], [0, 0]]), image, factor)
+
+
+# Geometry
+
+
+def rotate(image: tf.Tensor, degrees: tf.Tensor) -> tf.Tensor:
+  """Turns anticlockwise about the centre."""
+  radians = degrees * (math.pi / 180)
+  cos, sin = tf.cos(radians), tf.sin(radians)
+  height, width = (tf.cast(side, tf.float32) for side in tf.unstack(tf.shape(image)[:2]))
+  x, y = width / 2.0, height / 2.0
+  return _transform(image, [cos, -sin, x - cos * x + sin * y, sin, cos, y - sin * x - cos * y])
+
+
+def shear_x(image: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
+  """Moves rows to the left by `factor` times their distance from the top."""
+  return _transform(image, [1.0, factor, 0.0, 0.0, 1.0, 0.0])
+
+
+def shear_y(image: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
+  """Moves columns up by `factor` times their distance from the left."""
+  return _transform(image, [1.0, 0.0, 0.0, factor, 1.0, 0.0])
+
+
+def translate_x(image: tf.Tensor, pixels: tf.Tensor) -> tf.Tensor:
+  """Moves to the left."""
+  return _transform(image, [1.0, 0.0, pixels, 0.0, 1.0, 0.0])
+
+
+def translate_y(image: tf.Tensor, pixels: tf.Tensor) -> tf.Tensor:
+  """Moves up."""
+  return _transform(image, [1.0, 0.0, 0.0, 0.0, 1.0, pixels])
+
+
+def _table_index(image: tf.Tensor) -> tf.Tensor:
+  """Numbers (channel, level) as channel * 256 + level; int32 [h, w, c]."""
+  return tf.cast(image, tf.int32) + 256 * tf.range(image.shape[-1])
+
+
+def _look_up(image: tf.Tensor, table: tf.Tensor) -> tf.Tensor:
+  """Replaces levels by those of a table [c, 256]."""
+  return tf.gather(tf.reshape(table, [-1]), _table_index(image))
+
+
+def _blend(degenerate: tf.Tensor, image: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
+  """Cuts off the fraction, as Pillow does."""
+  levels = tf.cast(image, tf.float32)
+  return tf.saturate_cast(degenerate + factor * (levels - degenerate), tf.uint8)
+
+
+def _transform(image: tf.Tensor, coefficients: list) -> tf.Tensor:
+  """Takes (x, y) from (a x + b y + c, d x + e y + f), where pixels have their centres at halves."""
+  a, b, c, d, e, f = coefficients
+  # TensorFlow counts from the centre of the first pixel.
+  row = tf.stack([a, b, c + (a + b - 1.0) / 2.0, d, e, f + (d + e - 1.0) / 2.0, 0.0, 0.0])
+  result = tf.raw_ops.ImageProjectiveTransformV3(
+    images=tf.cast(image, tf.float32)[None],
+    transforms=row[None],
+    output_shape=tf.shape(image)[:2],
+    fill_value=_FILL,
+    interpolation="BILINEAR",
+  )
+  return tf.cast(tf.round(result[0]), tf.uint8)

@@ -1,0 +1,157 @@
+"""Records that cannot be used: who they are, what takes their places, and when there are too many."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
+
+from maskgen import files
+from maskgen.data.cpu_tf import tf
+from maskgen.data.sources import Source
+from maskgen.errors import UserError
+
+FILE = "skipped.jsonl"
+# A run stops when more records of a split are damaged than both of these.
+MAX_RECORDS, MAX_SHARE = 20, 0.01
+
+log = logging.getLogger("maskgen")
+
+
+class Skipped:
+  """The damaged records that a run has met, in all of its processes, and `skipped.jsonl`.
+
+  Until `attach` names a folder, nothing is written.
+  """
+
+  def __init__(self) -> None:
+    self._folder: epath.Path | None = None
+    self._step: int | None = None
+    # By split and index. "step" is None until all processes know of it.
+    self._entries: dict[tuple[str, int], dict[str, Any]] = {}
+    self._substitutes: dict[str, Substitutes] = {}
+
+  def __len__(self) -> int:
+    return len(self._entries)
+
+  def substitutes(self, use: str, split: str, source: Source) -> "Substitutes":
+    """Opens the substitutes for one use of a split, such as training."""
+    self._substitutes[use] = opened = Substitutes(self, use, split, source)
+    return opened
+
+  def attach(self, folder: epath.Path, step: int) -> None:
+    """Keeps `skipped.jsonl` in a folder, cut back to what was known at a step."""
+    self._folder, self._step = folder, step
+    file = folder / FILE
+    lines = file.read_text().split("\n")[:-1] if file.exists() else []
+    self._merge(entry for entry in map(json.loads, lines) if entry["step"] <= step)
+    if lines:
+      self._write()
+
+  def add(self, use: str, split: str, source: Source, index: int, reason: str) -> None:
+    """Adds one record; it is written at the next `flush`."""
+    record = source.describe(index)
+    if (split, index) not in self._entries:
+      log.warning("skipping %s: %s", record, reason)
+    self._merge([dict(step=None, use=use, split=split, index=index, record=record, reason=reason)])
+
+  def flush(self, step: int) -> int:
+    """Writes what is new, as of a step; all processes call this together, and learn of each other's.
+
+    Returns:
+      How many records of all splits are known to be damaged.
+    """
+    self._step = step
+    fresh = [entry for entry in self._entries.values() if entry["step"] is None]
+    for entries in _exchange(fresh):
+      self._merge(entries)
+    if any(entry["step"] is None for entry in self._entries.values()):
+      self._write()
+    return len(self)
+
+  def too_many(self, split: str, source: Source) -> UserError:
+    """The end of a run: writes the list, and says what is in it."""
+    self._write()
+    named = [entry for entry in self._entries.values() if entry["split"] == split]
+    shown = "; ".join(f"{entry['record']} ({entry['reason']})" for entry in named[:MAX_RECORDS])
+    more = f"; and {len(named) - MAX_RECORDS} more" if len(named) > MAX_RECORDS else ""
+    return UserError(
+      f"{len(named)} of the {source.size} records of split '{split}' of {source.name} cannot be used; repair "
+      f"or remove them: {shown}{more}"
+    )
+
+  def _merge(self, entries: Iterable[dict[str, Any]]) -> None:
+    for entry in entries:
+      self._entries.setdefault((entry["split"], entry["index"]), entry)
+      if entry["use"] in self._substitutes:
+        self._substitutes[entry["use"]].learn(entry["index"])
+
+  def _write(self) -> None:
+    for entry in self._entries.values():
+      if entry["step"] is None:
+        entry["step"] = self._step
+    if self._folder is not None and jax.process_index() == 0:
+      lines = [json.dumps(entry) + "\n" for entry in self._entries.values()]
+      files.replace(self._folder / FILE, "".join(lines))
+
+
+class Substitutes:
+  """What takes the places of the damaged records in one use of a split.
+
+  A substitute depends on the index that it stands for and on which records are damaged, not on when they were
+  found: so batches are the same whatever was read before.
+  """
+
+  def __init__(self, skipped: Skipped, use: str, split: str, source: Source):
+    self._skipped, self._use, self._split, self._source = skipped, use, split, source
+    self._damaged: set[int] = set()
+    self._table = tf.lookup.experimental.MutableHashTable(tf.int64, tf.int64, default_value=-1)
+
+  def lookup(self, index: tf.Tensor) -> tf.Tensor:
+    """The record to use for a record, int64; traceable."""
+    found = tf.ensure_shape(self._table.lookup(index), ())
+    return tf.where(found < 0, index, found)
+
+  def add(self, index: int, reason: str) -> None:
+    """Adds a damaged record.
+
+    Raises:
+      UserError: if there are too many.
+    """
+    self._skipped.add(self._use, self._split, self._source, index, reason)
+    size = self._source.size
+    if len(self._damaged) > max(MAX_RECORDS, MAX_SHARE * size) or len(self._damaged) == size:
+      raise self._skipped.too_many(self._split, self._source)
+
+  def learn(self, index: int) -> None:
+    """Takes note of a damaged record, and chooses anew for those that it stood for."""
+    self._damaged.add(index)
+    if len(self._damaged) < self._source.size:
+      for damaged in self._damaged:
+        self._table.insert(tf.constant(damaged, tf.int64), tf.constant(self._substitute(damaged), tf.int64))
+
+  def _substitute(self, index: int) -> int:
+    attempt = 0
+    while True:
+      digest = hashlib.blake2b(f"{index}/{attempt}".encode(), digest_size=8).digest()
+      candidate = int.from_bytes(digest) % self._source.size
+      if candidate not in self._damaged:
+        return candidate
+      attempt += 1
+
+
+def _exchange(entries: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+  """Every process's entries, in every process."""
+  if jax.process_count() == 1:
+    return [entries]
+  data = np.frombuffer(json.dumps(entries).encode(), np.uint8)
+  sizes = multihost_utils.process_allgather(np.asarray(len(data)))
+  padded = np.zeros(int(sizes.max()), np.uint8)
+  padded[: len(data)] = data
+  everyone = multihost_utils.process_allgather(padded)
+  return [json.loads(row[:size].tobytes()) for row, size in zip(everyone, sizes, strict=True)]

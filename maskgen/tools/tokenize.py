@@ -1,0 +1,130 @@
+"""Makes a token cache: python -m maskgen.tools.tokenize --model=DIR --source=... --out=DIR"""
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from maskgen import cli
+from maskgen.errors import UserError
+
+log = logging.getLogger("maskgen")
+
+
+def make_encoder(model: Any, batch_size: int) -> Callable[[np.ndarray], np.ndarray]:
+  """Returns a function from images uint8 [batch size, h, w, c] to codes, on all devices of this process."""
+  import jax
+
+  from maskgen import objectives, sharding
+  from maskgen.config import Mesh
+
+  mesh = sharding.make_mesh(Mesh(), jax.local_devices())
+  sharding.check_batch(batch_size, 1, mesh)
+  variables = jax.device_put(model.variables, sharding.replicated(mesh))
+  encode_on_devices = objectives.compile_predict_fns(model.objective)["encode"]
+
+  def encode(images: np.ndarray) -> np.ndarray:
+    batch = {"image": jax.device_put(images, sharding.batch_sharding(mesh))}
+    return np.asarray(encode_on_devices(variables, batch, jax.random.key(0)))
+
+  return encode
+
+
+def main(argv: Sequence[str]) -> None:
+  """Parses the command line and tokenizes."""
+  parser = cli.Parser(
+    "Writes the codes of several crops of every record, for training without the tokenizer's encoder "
+    "(config.data.source='tokens:DIR'). A run that was killed continues with the same command; several "
+    "processes share the shards.",
+    "python -m maskgen.tools.tokenize --model=runs/vqgan --source=folder:/data/imagenet --out=/data/tokens",
+  )
+  parser.add_argument("--model", required=True, help="workdir or export of a tokenizer")
+  parser.add_argument("--source", required=True, help="data source, as config.data.source has it")
+  parser.add_argument("--out", required=True, help="folder of the cache, local or remote")
+  parser.add_argument("--split", default="train", help="split of the source")
+  parser.add_argument(
+    "--preprocess",
+    help="how crops are made, as config.data.preprocess has it; by default random_resized_crop and flip_lr",
+  )
+  parser.add_argument("--crops", type=int, default=10, help="crops per record")
+  parser.add_argument(
+    "--seed", type=int, default=0, help="as config.seed: live training with it sees these crops"
+  )
+  parser.add_argument("--batch_size", type=int, default=64, help="images at once")
+  parser.add_argument("--shard_records", type=int, default=4096, help="records per shard")
+  parser.add_argument("--process_index", type=int, help="which process this is, from 0; by default JAX's")
+  parser.add_argument("--process_count", type=int, help="how many processes share the work; by default JAX's")
+  args = parser.parse_args(argv)
+  for name in ("crops", "batch_size", "shard_records"):
+    if getattr(args, name) < 1:
+      raise UserError(f"--{name}={getattr(args, name)}: give at least 1")
+
+  import jax
+
+  index = jax.process_index() if args.process_index is None else args.process_index
+  count = jax.process_count() if args.process_count is None else args.process_count
+  if not 0 <= index < count:
+    raise UserError(f"--process_index={index}: give a number from 0 to {count - 1}")
+
+  from maskgen import api, tree
+  from maskgen.data import crops
+  from maskgen.data.cache import Cache, Manifest
+
+  model = api.load(args.model)
+  if model.objective.inputs != ("image",) or "encode" not in model.objective.predict_fns():
+    raise UserError(f"--model={args.model} is no tokenizer: give the workdir or export of one")
+  height, width, channels = model.objective.image_shape
+  preprocess = args.preprocess or (
+    f"decode({channels})|random_resized_crop(({height}, {width}), (0.2, 1.0))|flip_lr"
+  )
+  reader = crops.open_reader(args.source, args.split, preprocess, args.seed, model.objective.image_shape)
+  manifest = Manifest(
+    tokenizer=tree.fingerprint({"params": {"generator": model.variables["params"]["generator"]}}),
+    image_shape=model.objective.image_shape,
+    codebook_size=model.objective.codebook_size,
+    tokens=model.num_tokens,
+    crops=args.crops,
+    source=args.source,
+    split=args.split,
+    fingerprint=reader.source.fingerprint,
+    preprocess=preprocess,
+    seed=args.seed,
+    records=reader.source.size,
+    class_names=reader.source.class_names,
+    shard_records=args.shard_records,
+  )
+  cache = Cache.create(epath.Path(args.out), manifest)
+  mine = [number for number in cache.missing() if number % count == index]
+  log.info(
+    "%d records, %d crops each, in %d shards; %d of them left for this process",
+    *(manifest.records, manifest.crops, manifest.num_shards, len(mine)),
+  )
+  encode = make_encoder(model, args.batch_size)
+  began = time.monotonic()
+  images = 0
+  for done, number in enumerate(mine, 1):
+    codes, labels = crops.encode(reader, manifest.shard(number), args.crops, args.batch_size, encode)
+    cache.write(number, codes, labels)
+    images += codes.shape[0] * codes.shape[1]
+    rate = images / (time.monotonic() - began)
+    left = (len(mine) - done) * args.shard_records * args.crops / rate
+    log.info(
+      "shard %d (%d/%d) | %.1f images/s | %d:%02d left",
+      number,
+      done,
+      len(mine),
+      rate,
+      *divmod(round(left), 60),
+    )
+  missing = cache.missing()
+  if missing:
+    print(f"this process is done; {len(missing)} shards of {args.out} are left for others")
+  else:
+    print(f"wrote {args.out}: use it as config.data.source='tokens:{args.out}' with preprocess='take_crop'")
+
+
+if __name__ == "__main__":
+  cli.run(main)

@@ -1,0 +1,150 @@
+"""Damaged records: who takes their places, when that is too many, and what is written."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+from etils import epath
+from PIL import Image
+
+from maskgen.data.pipeline import Data
+from maskgen.data.skipped import FILE
+from maskgen.errors import UserError
+
+PLAIN = "decode|resize(8)"
+CUT = "decode|random_resized_crop(8)|flip_lr"
+SIZE = 60
+DAMAGED = (3, 4, 17, 40, 41)
+
+
+def pictures(root, size=SIZE, damaged=DAMAGED):
+  """A folder with splits; picture i has the grey level i."""
+  for split, count in (("train", size), ("test", 12)):
+    (root / split).mkdir()
+    for i in range(count):
+      file = root / split / f"{i:03d}.png"
+      Image.new("RGB", (12, 12), (i, i, i)).save(file)
+      if split == "train" and i in damaged:
+        file.write_bytes(file.read_bytes()[:50])
+  (root / "test" / "005.png").write_text("no picture")
+  return root
+
+
+@pytest.fixture
+def folder(tmp_path):
+  return pictures(tmp_path)
+
+
+def data(folder, preprocess=CUT, **options):
+  return Data(f"folder:{folder}", preprocess, PLAIN, 8, **options)
+
+
+def take(batches, count):
+  return list(itertools.islice(batches, count))
+
+
+def assert_equal(one, two):
+  for a, b in zip(one, two, strict=True):
+    assert a.keys() == b.keys()
+    for key in a:
+      np.testing.assert_array_equal(a[key], b[key])
+
+
+def test_batches_are_full_and_hold_no_damaged_record(folder):
+  batches = take(data(folder, PLAIN).train_batches(), 16)  # two epochs and a bit
+  records = np.concatenate([batch["record"] for batch in batches])
+  assert len(records) == 128 and not set(records) & set(DAMAGED)
+  assert set(range(SIZE)) - set(records) == set(DAMAGED)
+  levels = np.concatenate([batch["image"][:, 0, 0, 0] for batch in batches])
+  np.testing.assert_array_equal(levels, records)
+
+
+def test_batches_do_not_depend_on_when_damage_was_found(folder):
+  whole = take(data(folder).train_batches(), 20)
+  for start in (1, 7, 13):
+    assert_equal(take(data(folder).train_batches(start), 20 - start), whole[start:])
+  veteran = data(folder)
+  take(veteran.train_batches(), 20)
+  assert_equal(take(veteran.train_batches(), 20), whole)
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_batches_are_the_same_for_any_number_of_processes(folder, count):
+  whole = take(data(folder, process_index=0, process_count=1).train_batches(), 16)
+  parts = [take(data(folder, process_index=i, process_count=count).train_batches(), 16) for i in range(count)]
+  joined = [
+    {key: np.concatenate([part[key] for part in step]) for key in step[0]}
+    for step in zip(*parts, strict=True)
+  ]
+  assert_equal(joined, whole)
+
+
+def test_evaluation_masks_what_takes_another_place(folder):
+  batches = list(data(folder).eval_batches("eval", 8))
+  valid = np.concatenate([batch["valid"] for batch in batches])
+  records = np.concatenate([batch["record"] for batch in batches])
+  assert len(valid) == 16
+  assert sorted(records[valid]) == [i for i in range(12) if i != 5]
+  train = list(data(folder).eval_batches("train", 8))
+  assert sum(int(batch["valid"].sum()) for batch in train) == SIZE - len(DAMAGED)
+
+
+def test_skipped_records_are_named(folder, tmp_path):
+  opened = data(folder)
+  opened.skipped.attach(epath.Path(tmp_path), 0)
+  take(opened.train_batches(), 8)
+  list(opened.eval_batches("eval", 8))
+  list(opened.eval_batches("train", 8))
+  assert opened.skipped.flush(4) == len(DAMAGED) + 1
+  lines = [json.loads(line) for line in (tmp_path / FILE).read_text().splitlines()]
+  assert len(lines) == len(DAMAGED) + 1
+  assert {line["record"] for line in lines} == {str(folder / "test" / "005.png")} | {
+    str(folder / "train" / f"{i:03d}.png") for i in DAMAGED
+  }
+  assert all(line["step"] == 4 and line["reason"] for line in lines)
+  # Found again by a run that continues from before, and not written twice.
+  again = data(folder)
+  again.skipped.attach(epath.Path(tmp_path), 3)
+  assert len(again.skipped) == 0 and not (tmp_path / FILE).read_text()
+  take(again.train_batches(), 8)
+  assert again.skipped.flush(8) == again.skipped.flush(9) == len(DAMAGED)
+  # Known to one that continues from after.
+  known = data(folder)
+  known.skipped.attach(epath.Path(tmp_path), 8)
+  assert len(known.skipped) == len(DAMAGED)
+  assert_equal(take(known.train_batches(), 8), take(data(folder).train_batches(), 8))
+  assert len((tmp_path / FILE).read_text().splitlines()) == len(DAMAGED)
+
+
+def test_too_many_stop_the_run_with_their_list(tmp_path):
+  folder = pictures(tmp_path, damaged=range(21))
+  opened = data(folder)
+  opened.skipped.attach(epath.Path(tmp_path), 0)
+  with pytest.raises(
+    UserError, match=r"^21 of the 60 records .*folder.* cannot be used; repair or remove them: /"
+  ):
+    take(opened.train_batches(), 8)
+  assert len((tmp_path / FILE).read_text().splitlines()) == 21
+
+
+def test_nothing_left_stops_the_run(tmp_path):
+  folder = pictures(tmp_path, size=3, damaged=range(3))
+  with pytest.raises(UserError, match=r"^3 of the 3 records"):
+    take(data(folder).train_batches(), 1)
+
+
+def test_a_picture_too_small_for_a_crop_is_skipped(tmp_path):
+  folder = pictures(tmp_path, damaged=())
+  Image.new("RGB", (6, 6)).save(folder / "train" / "007.png")
+  opened = data(folder, "decode|random_crop(8)")
+  take(opened.train_batches(), 8)
+  opened.skipped.flush(1)
+  assert len(opened.skipped) == 1
+
+
+def test_a_file_that_vanished_is_skipped(folder):
+  opened = data(folder)
+  (folder / "train" / "020.png").unlink()
+  records = np.concatenate([batch["record"] for batch in take(opened.train_batches(), 8)])
+  assert len(opened.skipped) == len(DAMAGED) + 1 and 20 not in records
