@@ -1,0 +1,114 @@
+"""Contact sheets: sections of pictures with a few words under each, for people."""
+
+import bisect
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+# In pixels. A sheet is wider than this only to hold two cards side by side.
+_WIDTH = 1280
+_MARGIN, _SEAM, _LINE = 16, 4, 18
+# Sizes of the fonts.
+_TITLE, _TEXT = 18, 13
+_BLACK, _GREY, _PAPER = (20, 20, 20), (120, 120, 120), (255, 255, 255)
+
+
+@dataclasses.dataclass(frozen=True)
+class Card:
+  """Pictures of one record side by side, and what is written below them.
+
+  Attributes:
+    pictures: uint8 [h, w, c] with 1 or 3 channels; all cards of a section have as many, of the same size.
+    texts: in black; each takes up to two lines, and what does not fit is cut off.
+    name: in grey, the last line; cut off in front, as paths say most at their ends.
+  """
+
+  pictures: Sequence[np.ndarray]
+  texts: Sequence[str]
+  name: str
+
+
+def draw(sections: Mapping[str, Sequence[Card]]) -> np.ndarray:
+  """Draws sections of cards, each under its title, as one picture uint8 [h, w, 3]."""
+  width = max(_WIDTH, *(2 * (_card_width(cards) + _MARGIN) + _MARGIN for cards in sections.values()))
+  drawn = [_draw_section(title, cards, width) for title, cards in sections.items()]
+  sheet = Image.new("RGB", (max(s.width for s in drawn), sum(s.height for s in drawn)), _PAPER)
+  top = 0
+  for section in drawn:
+    sheet.paste(section, (0, top))
+    top += section.height
+  return np.asarray(sheet)
+
+
+def page(text: str, height: int, width: int) -> np.ndarray:
+  """A picture of a text, for what has no picture: uint8 [height, width, 3], cut off where it is full."""
+  image = Image.new("RGB", (width, height), (235, 235, 235))
+  pen = ImageDraw.Draw(image)
+  for number, line in enumerate(_wrap(text, width - 2 * _SEAM, (height - _SEAM) // _LINE)):
+    pen.text((_SEAM, _SEAM + number * _LINE), line, _BLACK, _font(_TEXT))
+  return np.asarray(image)
+
+
+def _card_width(cards: Sequence[Card]) -> int:
+  return len(cards[0].pictures) * (cards[0].pictures[0].shape[1] + _SEAM) - _SEAM
+
+
+def _draw_section(title: str, cards: Sequence[Card], sheet_width: int) -> Image.Image:
+  height, width = cards[0].pictures[0].shape[:2]
+  card_width = _card_width(cards)
+  rows = -(-len(cards) // ((sheet_width - _MARGIN) // (card_width + _MARGIN)))
+  columns = -(-len(cards) // rows)
+  texts = [[line for text in card.texts for line in _wrap(text, card_width, 2)] for card in cards]
+  card_height = height + _SEAM + _LINE * (1 + max(map(len, texts))) + _MARGIN
+  inner = max(columns * (card_width + _MARGIN) - _MARGIN, _length(title, _TITLE))
+  first = 2 * _MARGIN + _LINE  # the top of the first row
+  image = Image.new("RGB", (inner + 2 * _MARGIN, first + rows * card_height), _PAPER)
+  pen = ImageDraw.Draw(image)
+  pen.text((_MARGIN, _MARGIN), title, _BLACK, _font(_TITLE))
+  for number, (card, lines) in enumerate(zip(cards, texts, strict=True)):
+    row, column = divmod(number, columns)
+    left, top = _MARGIN + column * (card_width + _MARGIN), first + row * card_height
+    for place, picture in enumerate(card.pictures):
+      pixels = np.ascontiguousarray(np.broadcast_to(picture, (height, width, 3)))
+      image.paste(Image.fromarray(pixels), (left + place * (width + _SEAM), top))
+    top += height + _SEAM
+    for line in lines:
+      pen.text((left, top), line, _BLACK, _font(_TEXT))
+      top += _LINE
+    pen.text((left, top), _cut(card.name, card_width, in_front=True), _GREY, _font(_TEXT))
+  return image
+
+
+@functools.cache
+def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+  return ImageFont.load_default(size)
+
+
+def _length(text: str, size: int) -> int:
+  """The width of a line in pixels."""
+  return math.ceil(_font(size).getlength(text))
+
+
+def _wrap(text: str, width: int, most: int) -> list[str]:
+  """Breaks a text between words into at most so many lines."""
+  words, lines = text.split(), list[str]()
+  while words and len(lines) < most - 1:
+    more = bisect.bisect(range(2, len(words) + 1), width, key=lambda n: _length(" ".join(words[:n]), _TEXT))
+    lines.append(_cut(" ".join(words[: more + 1]), width))
+    words = words[more + 1 :]
+  return [*lines, _cut(" ".join(words), width)] if words else lines
+
+
+def _cut(text: str, width: int, *, in_front: bool = False) -> str:
+  """Shortens a line to a width in pixels, with an ellipsis for what is left out."""
+  if _length(text, _TEXT) <= width:
+    return text
+
+  def shortened(count: int) -> str:
+    return "…" + text[len(text) - count :] if in_front else text[:count] + "…"
+
+  return shortened(bisect.bisect(range(1, len(text)), width, key=lambda n: _length(shortened(n), _TEXT)))
