@@ -6,6 +6,8 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
+from etils import epath
+
 from maskgen.errors import UserError
 
 
@@ -22,6 +24,30 @@ class Parser(argparse.ArgumentParser):
 
   def error(self, message: str):
     raise UserError(f"{message} (see --help)")
+
+
+def check_out(path: str) -> None:
+  """Checks that a picture can be written, before long work.
+
+  Raises:
+    UserError: if not.
+  """
+  folder = epath.Path(path).parent
+  if not path.endswith(".png"):
+    raise UserError(f"--out={path}: give the name of a .png file")
+  if not folder.is_dir():
+    raise UserError(f"--out={path}: the folder {folder} does not exist, make it first")
+  if not writable(folder):
+    raise UserError(f"--out={path}: the folder {folder} is not writable, give another")
+
+
+def writable(folder: epath.Path) -> bool:
+  """Whether a local folder can be made or written; a store is taken at its word."""
+  if "://" in str(folder):
+    return True
+  while not folder.exists():
+    folder = folder.parent
+  return folder.is_dir() and os.access(folder, os.W_OK)
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:

@@ -5,7 +5,6 @@ python -m maskgen.main --config=configs/quickstart.py --workdir=runs/quickstart
 
 import json
 import logging
-import os
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -131,7 +130,7 @@ def check_workdir(root: epath.Path, config: Mapping[str, Any], *, create: bool) 
       probe.unlink()
       if new:
         root.rmdir()  # the config may still turn out to be wrong
-    elif not writable(root):
+    elif not cli.writable(root):
       raise PermissionError("permission denied")
   except OSError as error:
     raise UserError(
@@ -159,15 +158,6 @@ def check_same_run(root: epath.Path, config: Mapping[str, Any]) -> None:
       )
   elif root.exists() and any((root / name).exists() for name in ("checkpoints", "metrics.jsonl")):
     raise UserError(f"workdir {root} holds a run without config.json: give another --workdir")
-
-
-def writable(folder: epath.Path) -> bool:
-  """Whether a local folder can be made or written; a store is taken at its word."""
-  if "://" in str(folder):
-    return True
-  while not folder.exists():
-    folder = folder.parent
-  return folder.is_dir() and os.access(folder, os.W_OK)
 
 
 def write_config(workdir: epath.Path, config: Mapping[str, Any]) -> None:

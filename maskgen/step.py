@@ -13,6 +13,12 @@ from maskgen.state import TrainState
 Update = Callable[[TrainState, Any, Any], tuple[TrainState, dict[str, jax.Array]]]
 
 
+def step_keys(seed: int, step: jax.Array | int, batch_size: int) -> tuple[jax.Array, jax.Array]:
+  """The randomness of a step: one key per example [b], and one for the model."""
+  example_rng, model_rng = jax.random.split(jax.random.fold_in(jax.random.key(seed), step))
+  return jax.random.split(example_rng, batch_size), model_rng
+
+
 def make_update(
   objective: Objective,
   transforms: Mapping[str, optax.GradientTransformation],
@@ -70,10 +76,8 @@ def make_update(
     return grads, metrics, extra
 
   def update(state: TrainState, frozen: Any, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
-    rng = jax.random.fold_in(jax.random.key(seed), state.step)
-    example_rng, model_rng = jax.random.split(rng)
-    size = jax.tree.leaves(batch)[0].shape[0]
-    batch = {**batch, "key": jax.random.split(example_rng, size)}
+    keys, model_rng = step_keys(seed, state.step, jax.tree.leaves(batch)[0].shape[0])
+    batch = {**batch, "key": keys}
     compute = gradients if accumulation == 1 else accumulate
     grads, metrics, extra = compute(state.params, frozen, state.extra, batch, model_rng, state.step)
     params, opt_state, averages = {}, {}, {}

@@ -172,6 +172,16 @@ def test_pictures_of_a_folder(tmp_path):
     ({"batch_size": 9, "process_index": 0, "process_count": 2}, "9 cannot be shared by 2"),
     ({"batch_size": 0}, "batch size 0"),
     ({"eval_split": "none"}, "split 'none' of synthetic is unknown"),
+    ({"num_classes": 2}, "synthetic has 10 classes, and data.num_classes is 2: change one"),
+    (
+      {"preprocess": "decode|resize(16)|tokenize('words:w.txt', 8)"},
+      "tokenize .* needs 'caption', and .* captions",
+    ),
+    (
+      {"preprocess": "decode|resize(16)|value_range(-1, 1)"},
+      r"leaves \[0, 1\], where objectives take pixels",
+    ),
+    ({"eval_source": "digits"}, "the classes of synthetic and digits differ in '.*': make them the same"),
     ({"source": "digits", "preprocess": "decode"}, r"varying shape .*such as resize\(256\)"),
     ({"preprocess": "decode|random_crop(65)"}, "65x65 pixels don't fit into 64x64"),
   ],
@@ -179,6 +189,31 @@ def test_pictures_of_a_folder(tmp_path):
 def test_errors(kwargs, message):
   with pytest.raises(UserError, match=message):
     _data(**kwargs)
+
+
+def test_two_views_are_drawn_apart():
+  one = next(_data(preprocess=RANDOM).train_batches())
+  two = next(_data(preprocess=f"two_views|{RANDOM}").train_batches())
+  assert two.keys() == one.keys() | {"image2"}
+  np.testing.assert_array_equal(one["record"], two["record"])
+  np.testing.assert_array_equal(one["image"], two["image"])  # of the first epoch
+  assert (two["image"] != two["image2"]).any(axis=(1, 2, 3)).all()
+
+
+def test_floats_between_0_and_1_are_what_bytes_are():
+  batch = next(_data(preprocess=f"{PLAIN}|value_range").train_batches())
+  plain = next(_data(preprocess=PLAIN).train_batches())
+  assert batch["image"].dtype == np.float32
+  np.testing.assert_allclose(batch["image"], plain["image"] / np.float32(255), atol=1e-6)
+
+
+def test_an_augmentation_belongs_to_the_record_and_the_draw():
+  """However the records are shuffled."""
+  seen = [{}, {}]
+  for data, drawn in zip((_data(seed=3, batch_size=8), _data(seed=3, batch_size=32)), seen, strict=True):
+    for batch in _take(data.train_batches(), 256 // data.batch_size):
+      drawn |= {int(r): image.tobytes() for r, image in zip(batch["record"], batch["image"], strict=True)}
+  assert seen[0] == seen[1] and len(seen[0]) == 256
 
 
 def test_an_empty_split_for_evaluation():

@@ -119,5 +119,5 @@ def text_lines(text: tf.Tensor) -> tf.Tensor:
   text = tf.strings.regex_replace(text, "^\ufeff", "")
   lines = tf.strings.strip(tf.strings.split(text, "\n"))
   lines = tf.boolean_mask(lines, lines != "")
-  with tf.control_dependencies([tf.debugging.assert_positive(tf.size(lines), "its caption is empty")]):
+  with tf.control_dependencies([tf.debugging.Assert(tf.size(lines) > 0, ["its caption is empty"])]):
     return tf.identity(lines)

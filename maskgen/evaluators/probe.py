@@ -39,22 +39,10 @@ def ridge(features: np.ndarray, targets: np.ndarray, penalty: float) -> tuple[np
 
 
 def balanced_draw(labels: np.ndarray, shots: int, classes: int, seed: int) -> np.ndarray:
-  """Draws `shots` examples of each class without replacement: indices int [classes * shots].
-
-  Raises:
-    UserError: if a class has too few examples.
-  """
+  """Draws `shots` examples of each class without replacement: indices int [classes * shots]."""
   generator = np.random.default_rng((seed, shots))
-  draws = []
-  for label in range(classes):
-    members = np.flatnonzero(labels == label)
-    if len(members) < shots:
-      raise UserError(
-        f"class {label} has {len(members)} training images, too few for {shots} shots: lower `shots` "
-        "of the probe"
-      )
-    draws.append(generator.choice(members, shots, replace=False))
-  return np.concatenate(draws)
+  members = [np.flatnonzero(labels == label) for label in range(classes)]
+  return np.concatenate([generator.choice(each, shots, replace=False) for each in members])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +96,7 @@ class Evaluator:
   baselines are measured at the first evaluation and then kept: the tokenizer is taken to be frozen.
 
   Attributes:
-    shots: labels per class for the few-shot numbers.
+    shots: labels per class for the few-shot numbers, measured where every class has as many.
     draws: how many draws each few-shot number averages.
     random_encoders: how many untrained encoders the baseline averages.
     baselines: False leaves the baselines out, which are too large for logistic regression on large
@@ -141,7 +129,10 @@ class Evaluator:
       "top1_ridge": split.ridge(classes),
       "top1_knn": split.neighbours(),
     }
+    smallest = np.bincount(split.train_labels, minlength=classes).min()
     for shots in self.shots:
+      if shots > smallest:
+        continue
       scores = [
         split.ridge(classes, balanced_draw(split.train_labels, shots, classes, self.seed + draw))
         for draw in range(self.draws)

@@ -2,8 +2,6 @@
 
 from collections.abc import Sequence
 
-from etils import epath
-
 from maskgen import cli
 from maskgen.errors import UserError
 
@@ -21,12 +19,7 @@ def main(argv: Sequence[str]) -> None:
   parser.add_argument("--steps", type=int, help="decoding steps, by default the config's")
   parser.add_argument("--temperature", type=float, help="choice temperature, by default the config's")
   args = parser.parse_args(argv)
-  if not args.out.endswith(".png"):
-    raise UserError(f"--out={args.out}: give the name of a .png file")
-  if not epath.Path(args.out).parent.is_dir():
-    raise UserError(
-      f"--out={args.out}: the folder {epath.Path(args.out).parent} does not exist, make it first"
-    )
+  cli.check_out(args.out)
   if args.count < 1:
     raise UserError(f"--count={args.count}: give at least 1")
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from maskgen import cli
 from maskgen import config as config_lib
 from maskgen.errors import UserError, nearest
-from maskgen.main import parse_overrides, split_stages, writable
+from maskgen.main import parse_overrides, split_stages
 
 if TYPE_CHECKING:
   from maskgen.data.pipeline import Data
@@ -53,7 +53,7 @@ def main(argv: Sequence[str]) -> None:
     "--scan", type=int, default=2000, help="how many records of each split to open for the numbers"
   )
   args, rest = parser.parse_known_args(argv)
-  _check_out(args.out)
+  cli.check_out(args.out)
   for name, least in (("count", 1), ("scan", 0)):
     if getattr(args, name) < least:
       raise UserError(f"--{name}={getattr(args, name)}: give at least {least}")
@@ -102,16 +102,6 @@ def main(argv: Sequence[str]) -> None:
     f"wrote {args.out}: {picture.shape[1]} x {picture.shape[0]} pixels, {len(cards)} of the {run.batch_size} "
     f"training images of step 0, {len(enlarged)} evaluation images"
   )
-
-
-def _check_out(out: str) -> None:
-  folder = epath.Path(out).parent
-  if not out.endswith(".png"):
-    raise UserError(f"--out={out}: give the name of a .png file")
-  if not folder.is_dir():
-    raise UserError(f"--out={out}: the folder {folder} does not exist, make it first")
-  if not writable(folder):
-    raise UserError(f"--out={out}: the folder {folder} is not writable, give another")
 
 
 def _choose_stage(config: Mapping[str, Any], name: str | None) -> dict[str, Any]:
@@ -190,14 +180,12 @@ def _describe_classes(counts: Sequence[tuple[str, int]]) -> Iterator[str]:
 
 def _draw_masks(objective: "Objective", seed: int, batch_size: int, count: int) -> np.ndarray | None:
   """The masks of the first `count` examples of step 0, bool [count, h', w'], if the objective masks."""
-  import jax
+  from maskgen.step import step_keys
 
   mask = objective.predict_fns().get("mask")
   if mask is None:
     return None
-  # As `step.make_update` has it.
-  example_rng, _ = jax.random.split(jax.random.fold_in(jax.random.key(seed), 0))
-  keys = jax.random.split(example_rng, batch_size)[:count]
+  keys = step_keys(seed, 0, batch_size)[0][:count]
   return np.asarray(mask({}, {"key": keys}, None))
 
 
