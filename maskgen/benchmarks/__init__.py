@@ -1,0 +1,1 @@
+"""What `maskgen.tools.bench` measures: one module per benchmark, with `main(argv)` that returns numbers."""
