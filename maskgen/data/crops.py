@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from maskgen.data.cpu_tf import tf
-from maskgen.data.pipeline import augmentation_seed
 from maskgen.data.reader import Batch, Reader
 from maskgen.data.skipped import Skipped
 from maskgen.data.sources import open_source
@@ -27,7 +26,7 @@ def open_reader(
   reader = Reader(
     open_source(source, split),
     parsed,
-    seed=augmentation_seed(seed),
+    seed=seed,
     skipped=Skipped(),
     use="tokenizing",
     split=split,

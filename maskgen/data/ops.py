@@ -128,11 +128,10 @@ def random_resized_crop(
   narrow, wide = 3 / 4, 4 / 3
   sides = tf.cast(_sides(image), tf.float32)
   height, width = sides[0], sides[1]
-  area_seed, ratio_seed, place_seed = tf.unstack(tf.random.experimental.stateless_split(seed, 3))
+  areas, ratios, places = tf.split(tf.random.stateless_uniform([22], seed), [10, 10, 2])
 
-  area = height * width * tf.random.stateless_uniform([10], area_seed, *scale)
-  log_ratio = tf.random.stateless_uniform([10], ratio_seed, math.log(narrow), math.log(wide))
-  ratio = tf.exp(log_ratio)
+  area = height * width * (scale[0] + (scale[1] - scale[0]) * areas)
+  ratio = tf.exp(math.log(wide) * (2.0 * ratios - 1.0))
   draws = tf.round(tf.sqrt(tf.stack([area / ratio, area * ratio], axis=1)))  # [10, (h, w)]
   largest = [tf.minimum(height, width / narrow), tf.minimum(width, height * wide)]
   candidates = tf.concat([draws, tf.round([largest])], axis=0)
@@ -140,7 +139,7 @@ def random_resized_crop(
   first = tf.argmax(tf.concat([fits[:-1], [True]], axis=0))  # the first True
   crop = tf.maximum(candidates[first], 1.0)
 
-  random_place = tf.floor(tf.random.stateless_uniform([2], place_seed) * (sides - crop + 1.0))
+  random_place = tf.floor(places * (sides - crop + 1.0))
   place = tf.where(first < 10, tf.minimum(random_place, sides - crop), (sides - crop) // 2)
   pixels = _crop(image, tf.cast(place, tf.int32), tf.cast(crop, tf.int32))
   return _resize(pixels, target, method, antialias)

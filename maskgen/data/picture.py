@@ -14,8 +14,8 @@ MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 _ORIENTATION = 0x0112  # the EXIF tag
-# The metadata that matters comes first in a file.
-_HEAD = 4096
+# The metadata that matters comes first in a file. Each kilobyte costs some microseconds.
+_HEAD = 1024
 
 
 class Picture:
@@ -97,10 +97,12 @@ def _is_plain_png(data: tf.Tensor) -> tf.Tensor:
   """Whether a file is a PNG of 8 bits, grey or RGB, without transparency or orientation."""
 
   def look_inside() -> tf.Tensor:
-    header = tf.io.decode_raw(tf.strings.substr(data, 16, 8), tf.int32, little_endian=False)
+    width, height = tf.unstack(
+      tf.io.decode_raw(tf.strings.substr(data, 16, 8), tf.int32, little_endian=False), 2
+    )
     bits_and_colour = tf.strings.substr(data, 24, 2)
     ordinary = (bits_and_colour == b"\x08\x00") | (bits_and_colour == b"\x08\x02")
-    return ordinary & _is_small(header[1], header[0]) & ~_has(data, "tRNS|eXIf|Raw profile")
+    return ordinary & _is_small(height, width) & ~_has(data, "tRNS|eXIf|Raw profile")
 
   framed = _is_framed(data, b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR", b"IEND\xaeB`\x82")
   return tf.cond(framed, look_inside, lambda: tf.constant(False))
@@ -108,13 +110,8 @@ def _is_plain_png(data: tf.Tensor) -> tf.Tensor:
 
 def _is_framed(data: tf.Tensor, first: bytes, last: bytes) -> tf.Tensor:
   """Whether a file begins and ends with these bytes."""
-
-  def look_at_the_ends() -> tf.Tensor:
-    begins = tf.strings.substr(data, 0, len(first)) == first
-    return begins & (tf.strings.substr(data, -len(last), len(last)) == last)
-
-  long = tf.strings.length(data) >= len(first) + len(last)
-  return tf.cond(long, look_at_the_ends, lambda: tf.constant(False))
+  end = tf.strings.substr(data, tf.maximum(tf.strings.length(data) - len(last), 0), len(last))
+  return (tf.strings.substr(data, 0, len(first)) == first) & (end == last)
 
 
 def _has(data: tf.Tensor, words: str) -> tf.Tensor:

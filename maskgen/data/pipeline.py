@@ -23,9 +23,6 @@ from maskgen.data.sources import Codes, Source, open_source
 from maskgen.data.spec import parse_spec
 from maskgen.errors import UserError
 
-# The streams of random numbers that a seed is split into.
-_SHUFFLE, _AUGMENT = 0, 1
-
 
 @dataclasses.dataclass(frozen=True)
 class Data:
@@ -143,7 +140,7 @@ class Data:
     return Reader(
       self._sources[source, split],
       parse_spec(preprocess),
-      seed=augmentation_seed(self.seed),
+      seed=self.seed,
       skipped=self.skipped,
       use=use,
       split=split,
@@ -193,6 +190,10 @@ class Data:
       for use, reader in readers.items()
     }
 
+  def describe(self, records: np.ndarray) -> list[str]:
+    """The names of training records, given as int [b]."""
+    return [self._train.source.describe(int(record)) for record in records]
+
   def train_batches(self, start_step: int = 0) -> Iterator[Batch]:
     """Yields this process's rows of the batches of step start_step and all that follow."""
     size, rows = self.num_train, self._rows(self.batch_size)
@@ -200,7 +201,7 @@ class Data:
     def locate(number: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
       position = number // len(rows) * self.batch_size + rows.start + number % len(rows)
       epoch = position // size
-      return _shuffle(position % size, size, _fold_in(self.seed, _SHUFFLE, epoch)), epoch
+      return _shuffle(position % size, size, self.seed, epoch), epoch
 
     for batch in self._train.batches(locate, len(rows), start=start_step):
       yield {key: value for key, value in batch.items() if key != "sound"}
@@ -220,7 +221,7 @@ class Data:
 
     def locate(number: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
       position = number // len(rows) * batch_size + rows.start + number % len(rows)
-      index = _shuffle(tf.minimum(position, size - 1), size, _fold_in(0, _SHUFFLE, 0))
+      index = _shuffle(tf.minimum(position, size - 1), size, seed=0, epoch=0)
       return index, tf.zeros_like(index)
 
     steps = -(-size // batch_size)
@@ -257,22 +258,12 @@ def to_device(
   yield from queue
 
 
-def augmentation_seed(seed: int) -> tf.Tensor:
-  """The seed of all augmentation in a run, int64 [2]."""
-  return tf.constant([seed, _AUGMENT], tf.int64)
-
-
-def _fold_in(seed: int, stream: int, number: tf.Tensor | int) -> tf.Tensor:
-  """Returns the stateless seed, int64 [2], of one number in one stream."""
-  base = tf.constant([seed, stream], tf.int64)
-  return tf.random.experimental.stateless_fold_in(base, tf.cast(number, tf.int64))
-
-
-def _shuffle(position: tf.Tensor, size: int, seed: tf.Tensor) -> tf.Tensor:
-  """Returns where a random permutation of `size` numbers takes `position`."""
+def _shuffle(position: tf.Tensor, size: int, seed: int, epoch: tf.Tensor | int) -> tf.Tensor:
+  """Returns where the random permutation of `size` numbers of an epoch takes `position`."""
   # For small sizes the op uses the low bits of its seed alone, so a counter in the seed would soon
   # repeat. With the 4 rounds of tf.random.experimental.index_shuffle neighbours stay correlated.
-  bits = tf.random.stateless_uniform([3], seed, minval=None, maxval=None, dtype=tf.int32)
+  key = tf.stack([tf.constant(seed, tf.int64), tf.cast(epoch, tf.int64)])
+  bits = tf.random.stateless_uniform([3], key, minval=None, maxval=None, dtype=tf.int32)
   return tf.raw_ops.RandomIndexShuffle(
     index=position, seed=bits, max_index=tf.constant(size - 1, tf.int64), rounds=8
   )

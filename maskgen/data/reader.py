@@ -1,6 +1,7 @@
 """Reads one split of a source under one preprocessing, whatever some of its records are like."""
 
 import functools
+import hashlib
 import os
 import re
 import time
@@ -19,7 +20,7 @@ Batch = dict[str, np.ndarray]
 Locate = Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor]]
 
 # Enough that a step rarely waits, few enough that large images fit into memory.
-_BATCHES_AHEAD = 2
+_BATCHES_AHEAD = 4
 _ATTEMPTS = 3
 # A store's bad moments, not a record's fault.
 _PASSING = (
@@ -44,21 +45,22 @@ class Reader:
   """
 
   def __init__(
-    self, source: Source, preprocess: Preprocess, *, seed: tf.Tensor, skipped: Skipped, use: str, split: str
+    self, source: Source, preprocess: Preprocess, *, seed: int, skipped: Skipped, use: str, split: str
   ):
     """Prepares to read.
 
     Args:
       source: the records.
       preprocess: the specification.
-      seed: int64 [2]; a record's augmentation depends on this, its index and the draw.
+      seed: a record's augmentation depends on this, its index and the draw.
       skipped: where damaged records are kept.
       use: the name of this use of the split, for `skipped`.
       split: the name of the split.
     """
     self.source = source
     self.preprocess = preprocess
-    self._seed = seed
+    # Runs of different seeds must not share the streams of other records.
+    self._seed = int.from_bytes(hashlib.blake2b(str(seed).encode(), digest_size=8).digest(), signed=True) >> 1
     self._substitutes = skipped.substitutes(use, split, source)
 
   @functools.cached_property
@@ -87,7 +89,8 @@ class Reader:
       dataset = dataset.map(load, tf.data.AUTOTUNE, deterministic=True)
       dataset = dataset.batch(size, drop_remainder=True).prefetch(_BATCHES_AHEAD)
       options = tf.data.Options()
-      options.threading.private_threadpool_size = os.cpu_count()
+      # More threads than cores, since some wait for files, or to copy a batch.
+      options.threading.private_threadpool_size = 2 * (os.cpu_count() or 1)
       options.threading.max_intra_op_parallelism = 1  # records are the parallelism
       batches = dataset.with_options(options).as_numpy_iterator()
       while True:
@@ -124,9 +127,8 @@ class Reader:
     views = self.preprocess.views
     for view in range(views):
       place = draw * views + view
-      seed = tf.random.experimental.stateless_fold_in(self._seed, index)
-      seed = tf.random.experimental.stateless_fold_in(seed, place)
-      made = self.preprocess(record, seed, place)
+      # TensorFlow's generator hashes its seed: near ones give streams as independent as far ones.
+      made = self.preprocess(record, tf.stack([self._seed + index, place]), place)
       numbers = {key: value for key, value in made.items() if value.dtype != tf.string}
       if view == 0:
         result = numbers

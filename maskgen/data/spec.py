@@ -57,7 +57,7 @@ class Preprocess:
 
     Args:
       record: as a source gives it.
-      seed: int64 [2]; each random op gets one of its own from it.
+      seed: int64 [2], the second below 2^32; each random op gets one of its own from it.
       draw: int64 scalar, how many times this record was drawn before.
 
     Raises:
@@ -71,7 +71,7 @@ class Preprocess:
           f"{name} in preprocessing '{self.spec}' needs '{stage.key}', and the data has only "
           f"{', '.join(sorted(record))}: remove the op, or give data with {stage.key}s"
         )
-      given = {"seed": tf.random.experimental.stateless_fold_in(seed, number), "draw": draw}
+      given = {"seed": seed + tf.constant([0, number << 32], tf.int64), "draw": draw}
       parameters = inspect.signature(OPS[name]).parameters
       kwargs = kwargs | {key: value for key, value in given.items() if key in parameters}
       try:
