@@ -1,0 +1,217 @@
+#!/usr/bin/env bash
+# Trains on a slice of Cloud TPU VMs. Settings: launch/settings.sh.
+#
+# usage: launch/tpu_vm.sh [--dry-run] COMMAND [--worker=N] [-- arguments of maskgen.main]
+#   create  makes the slice now
+#   queue   asks for the slice as a queued resource
+#   setup   installs PACKAGE on all workers
+#   run     starts the training on all workers, in the background
+#   logs    follows the log of worker 0, or of another
+#   watch   does all of this, and again after preemptions and crashes, until the run has finished
+#   stop    lets the run save, and ends it on all workers
+#   delete  deletes the slice
+#
+#   launch/tpu_vm.sh watch -- --config=configs/mage_base.py --workdir=gs://BUCKET/mage_base
+#
+# gcloud asks for `ssh-add ~/.ssh/google_compute_engine` once, if the slice has several workers.
+set -euo pipefail
+# shellcheck source=launch/common.sh
+source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
+
+parse "$@"
+COMMAND=${WORDS[0]:-}
+[[ ${#WORDS[@]} -eq 1 && $COMMAND =~ ^(create|queue|setup|run|logs|watch|stop|delete)$ ]] ||
+  die "give one of create, queue, setup, run, logs, watch, stop, delete"
+[[ $WORKER =~ ^[0-9]+$ ]] || die "--worker=$WORKER: give a number"
+[[ $CREATE_WITH =~ ^(create|queue)$ ]] || die "CREATE_WITH='$CREATE_WITH': give create or queue"
+need PROJECT ZONE ACCELERATOR_TYPE RUNTIME_VERSION
+need_run_name
+PLACE=("--project=$PROJECT" "--zone=$ZONE")
+read -ra MORE_CREATE <<< "$CREATE_FLAGS"
+read -ra MORE_SSH <<< "$SSH_FLAGS"
+TPUS=(gcloud compute tpus)
+
+on_worker() {
+  run "${TPUS[@]}" tpu-vm ssh "$RUN_NAME" "${PLACE[@]}" "${MORE_SSH[@]}" "--worker=$1" "--command=$2"
+}
+
+# What workers do. All of it is in ~/maskgen-run; whoever runs holds run.lock, so that no crash, reboot or
+# second start can leave it in doubt whether somebody does.
+
+# shellcheck disable=SC2016  # workers expand these
+refuse_second='mkdir -p maskgen-run && cd maskgen-run || exit 1
+if ! flock --nonblock run.lock true; then echo "already running on $(hostname)" >&2; exit 3; fi'
+
+install="set -e
+mkdir -p maskgen-run && cd maskgen-run
+command -v ~/.local/bin/uv > /dev/null || curl -LsSf https://astral.sh/uv/install.sh | sh
+~/.local/bin/uv venv --quiet --allow-existing --python=3.12 venv
+~/.local/bin/uv pip install --quiet --python=venv/bin/python --reinstall-package=maskgen"
+
+# The Python is not waited for by the ssh, ignores its end, and leaves its exit status behind.
+start="cd maskgen-run && . venv/bin/activate || exit 1
+rm -f run.status
+(
+  trap '' HUP
+  exec 9> run.lock
+  flock --nonblock 9 || exit 3
+  export $WORKER_ENV
+  $(quote "${MAIN[@]}") &
+  echo \$! > run.pid
+  wait \$!
+  echo \$? > run.status
+) >> run.log 2>&1 < /dev/null &"
+
+# shellcheck disable=SC2016
+tell='cd maskgen-run 2> /dev/null || { echo absent; exit; }
+if ! flock --nonblock run.lock true; then echo running
+elif [ -e run.status ]; then echo "ended $(cat run.status)"
+else echo absent; fi'
+
+end="cd maskgen-run 2> /dev/null || exit 0
+flock --nonblock run.lock true && exit 0
+kill -TERM \"\$(cat run.pid)\"
+flock --wait $SAVE_SECONDS run.lock true && exit 0
+echo \"did not end in $SAVE_SECONDS s on \$(hostname): killed\" >&2
+kill -KILL \"\$(cat run.pid)\"
+flock --wait 10 run.lock true"
+
+# The commands
+
+create() {
+  run "${TPUS[@]}" tpu-vm create "$RUN_NAME" "${PLACE[@]}" "--accelerator-type=$ACCELERATOR_TYPE" \
+    "--version=$RUNTIME_VERSION" "${MORE_CREATE[@]}"
+}
+
+queue() {
+  run "${TPUS[@]}" queued-resources create "$RUN_NAME" "--node-id=$RUN_NAME" "${PLACE[@]}" \
+    "--accelerator-type=$ACCELERATOR_TYPE" "--runtime-version=$RUNTIME_VERSION" "${MORE_CREATE[@]}"
+}
+
+setup() {
+  need PACKAGE
+  local source=$PACKAGE
+  if [[ $PACKAGE == *.whl && $PACKAGE != *://* ]]; then
+    [[ -f $PACKAGE || $DRY_RUN == yes ]] || die "PACKAGE='$PACKAGE' does not exist"
+    run "${TPUS[@]}" tpu-vm scp "$PACKAGE" "$RUN_NAME:" "${PLACE[@]}" "${MORE_SSH[@]}" --worker=all
+    source="file://\$HOME/${PACKAGE##*/}"
+  fi
+  on_worker all "$install \"maskgen[tpu] @ $source\""
+}
+
+# Looks at all workers before it starts any: half a pod that runs would hang.
+run_all() {
+  need_bucket
+  local status=0
+  on_worker all "$refuse_second" || status=$?
+  [[ $status != 3 ]] || die "$RUN_NAME runs already: launch/tpu_vm.sh stop ends it"
+  [[ $status == 0 ]] || exit "$status"
+  on_worker all "$start"
+}
+
+delete() {
+  if [[ $CREATE_WITH == queue ]]; then
+    run "${TPUS[@]}" queued-resources delete "$RUN_NAME" "${PLACE[@]}" --force --quiet
+  else
+    run "${TPUS[@]}" tpu-vm delete "$RUN_NAME" "${PLACE[@]}" --quiet
+  fi
+}
+
+# The state of the slice, or of its request as long as that is not ACTIVE; nothing if there is none. `list`
+# and not `describe`: it tells "there is none" from "the answer did not come", after which nothing is done.
+state() {
+  local named="--filter=name~(^|/)$RUN_NAME\$" request='' node=''
+  if [[ $CREATE_WITH == queue ]]; then
+    request=$("${TPUS[@]}" queued-resources list "${PLACE[@]}" "$named" "--format=value(state.state)") ||
+      return
+  fi
+  if [[ $CREATE_WITH == create || $request == ACTIVE ]]; then
+    node=$("${TPUS[@]}" tpu-vm list "${PLACE[@]}" "$named" "--format=value(state)") || return
+  fi
+  echo "${node:-$request}"
+}
+
+finished() { run gcloud storage ls "$WORKDIR/results.json" > /dev/null 2>&1; }
+
+# Another command of this script, with the same settings; what fails is tried again at the next look.
+step() {
+  say "$RUN_NAME: $1"
+  "$BASH" "$0" "$1" -- "${ARGUMENTS[@]}" || { say "$RUN_NAME: $1 failed with status $?" && return 1; }
+}
+
+crashes=0 began=0
+start_again() {
+  began=$SECONDS
+  step stop && step run || true
+}
+
+# Worker 0 speaks for all: when one dies, the others lose its heartbeat and end within two minutes.
+look_after_run() {
+  local answer
+  answer=$(on_worker 0 "$tell" | tail -n 1) || answer=
+  case $answer in
+    running) ;;
+    absent)
+      began=$SECONDS
+      step setup && step run || true
+      ;;
+    'ended 2') die "status 2 is an error that a restart does not mend: launch/tpu_vm.sh logs" ;;
+    'ended 0') finished || start_again ;; # it was told to stop, as before maintenance
+    'ended '*)
+      ((SECONDS - began < RESET_SECONDS)) || crashes=0
+      crashes=$((crashes + 1))
+      say "$RUN_NAME: the run $answer, crash $crashes in a row"
+      ((crashes <= MAX_RESTARTS)) || die "gave up after $MAX_RESTARTS restarts: launch/tpu_vm.sh logs"
+      start_again
+      ;;
+    *) say "$RUN_NAME: worker 0 does not answer" ;;
+  esac
+}
+
+watch() {
+  need PACKAGE
+  need_bucket
+  local now before=
+  until finished; do
+    if now=$(state); then
+      [[ $now == "$before" ]] || say "$RUN_NAME: ${now:-there is no slice}"
+      before=$now
+      case $now in
+        READY) look_after_run ;;
+        '') step "$CREATE_WITH" || true ;;
+        PREEMPTED | TERMINATED | FAILED | SUSPENDED)
+          crashes=0
+          if step delete; then step "$CREATE_WITH" || true; fi
+          ;;
+      esac
+    else
+      say "$RUN_NAME: the state cannot be read"
+    fi
+    sleep "$POLL_SECONDS"
+  done
+  say "$RUN_NAME: finished, $WORKDIR/results.json is there"
+  if [[ $DELETE_WHEN_FINISHED == yes ]]; then
+    delete
+  else
+    say "$RUN_NAME: the slice is still paid for: launch/tpu_vm.sh delete"
+  fi
+}
+
+# What watch does after a preemption.
+watch_dry() {
+  need PACKAGE
+  need_bucket
+  run gcloud storage ls "$WORKDIR/results.json"
+  delete
+  "$CREATE_WITH"
+  setup
+  run_all
+}
+
+case $COMMAND in
+  create | queue | setup | delete) "$COMMAND" ;;
+  run) run_all ;;
+  logs) on_worker "$WORKER" 'tail -n 100 -F maskgen-run/run.log' ;;
+  stop) on_worker all "$end" ;;
+  watch) if [[ $DRY_RUN == yes ]]; then watch_dry; else watch; fi ;;
+esac
