@@ -17,18 +17,27 @@ Arguments:
   :flip        whether mirrored pictures are as good as the originals
   :labels      whether there are classes; adds a probe of what the features say about them
   :perceptual  export of a feature network for a perceptual loss, which makes reconstructions sharper
+  :tokens      a token cache of the pictures; with `tokenizer`, which made it, MAGE alone is trained on it
 """
 
 import ml_collections
 
 from maskgen.config import parse_arg
-from maskgen.errors import UserError
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
-  args = parse_arg(arg, path="", tiny=False, debug=False, scale=0.5, flip=True, labels=False, perceptual="")
-  if not (args.path or args.debug):
-    raise UserError("give a folder of pictures: --config=configs/folder_256.py:path=/my/pictures")
+  args = parse_arg(
+    arg,
+    path="pictures",
+    tiny=False,
+    debug=False,
+    scale=0.5,
+    flip=True,
+    labels=False,
+    perceptual="",
+    tokens="",
+    tokenizer="",
+  )
   args.size = 32 if args.debug else 64 if args.tiny else 256
   config = ml_collections.ConfigDict(
     dict(stages=("tokenizer", "mage"), tokenizer=tokenizer(args), mage=mage(args))
@@ -38,6 +47,13 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   if args.debug:
     for run in (config.tokenizer, config.mage):
       run.update(batch_size=8, total_steps=2, log_every_steps=1)
+    config.tokenizer.optimizer.generator.warmup_steps = config.mage.optimizer.main.warmup_steps = 0
+  if args.tokens:
+    config.mage.data.update(
+      source=f"tokens:{args.tokens}", preprocess="take_crop", eval_source=f"folder:{args.path}"
+    )
+    config.mage.pretrained.tokenizer = args.tokenizer
+    return config.mage
   return config
 
 
@@ -50,16 +66,9 @@ def pictures(args, scale: float) -> dict:
 
 
 # Makes 16 x 16 tokens of 256 x 256 pixels.
-NETWORK = dict(
-  channels=96,
-  multipliers=(1, 1, 2, 2, 4),
-  strides=(2, 2, 2, 2),
-  blocks=2,
-  codebook_size=1024,
-  code_width=32,
-  normalize_codes=True,
-  dtype="bfloat16",
-)
+NETWORK = dict(channels=96, multipliers=(1, 1, 2, 2, 4), strides=(2, 2, 2, 2), blocks=2)
+NETWORK |= dict(codebook_size=1024, code_width=32, normalize_codes=True, dtype="bfloat16")
+TRANSFORMER = dict(width=512, depth=12, heads=8, decoder_width=512, decoder_depth=6, decoder_heads=8)
 
 
 def tokenizer(args) -> dict:
@@ -67,8 +76,6 @@ def tokenizer(args) -> dict:
     batch_size=32,
     accumulation=4,
     total_steps=150_000,
-    log_every_steps=50,
-    checkpoint=dict(save_steps=2000, save_minutes=10.0, keep=2),
     data=pictures(args, 0.8),
     pretrained=dict(perceptual=args.perceptual) if args.perceptual else dict(),
     objective=dict(
@@ -102,24 +109,14 @@ def mage(args) -> dict:
   return dict(
     batch_size=64,
     total_steps=200_000,
-    log_every_steps=50,
-    checkpoint=dict(save_steps=2000, save_minutes=10.0, keep=2),
     data=pictures(args, args.scale),
     pretrained=dict(tokenizer="stage:tokenizer"),
     objective=dict(
       name="mage",
       image_size=(args.size, args.size),
       tokenizer=dict(NETWORK),
-      width=512,
-      depth=12,
-      heads=8,
-      decoder_width=512,
-      decoder_depth=6,
-      decoder_heads=8,
-      dropout=0.1,
-      label_smoothing=0.1,
+      **TRANSFORMER,
       dtype="bfloat16",
-      mask_ratio=dict(mean=0.55, std=0.25, low=0.5, high=1.0),
       sampling=dict(steps=20, schedule="cosine", temperature=6.0),
     ),
     optimizer=dict(

@@ -3,8 +3,9 @@
   python -m maskgen.tools.prepare_data --name=cifar10
   python -m maskgen.main --config=configs/mage_cifar.py --workdir=runs/cifar
 
-Hardware: one GPU of 8 GB or more; a few hours for each stage. The full length has not been run by the authors of
-this file, `:tiny` has: on 10,000 CIFAR images, in RESULT_TIME on 2 CPU cores, expect RESULT_TEXT.
+Hardware: one GPU of 8 GB or more; a few hours for each stage. The full length has not been run by the authors
+of this file, `:tiny` has, on a folder of 3,600 CIFAR images, in 20 minutes on 2 busy CPU cores: 21.4 dB with
+all codes in use, and a probe of 40.5% (pixels 28%, random encoders 29%, one-hot tokens 35%).
 
 Arguments:
   :source  a data source with classes, by default tfds:cifar10

@@ -65,6 +65,11 @@ def check_batch(batch_size: int, accumulation: int, mesh: jax.sharding.Mesh) -> 
     UserError: if they do not.
   """
   ways = mesh.shape["data"] * mesh.shape["fsdp"]
+  if ways % jax.process_count():
+    raise UserError(
+      f"config.mesh splits a batch {ways} ways (data x fsdp) over {jax.process_count()} processes: use a "
+      "multiple, with tensor no larger than the devices of a process"
+    )
   if accumulation < 1 or batch_size % (ways * accumulation):
     raise UserError(
       f"config.batch_size={batch_size} is not divisible by {ways} (mesh axes data x fsdp) times "

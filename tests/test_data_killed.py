@@ -18,7 +18,8 @@ READER = """
 import sys
 from maskgen.data.pipeline import Data
 folder, index, count, step, file = sys.argv[1], *map(int, sys.argv[2:5]), sys.argv[5]
-data = Data(f"folder:{{folder}}", "{cut}", "{plain}", {batch}, seed=5, process_index=index, process_count=count)
+options = dict(seed=5, process_index=index, process_count=count)
+data = Data(f"folder:{{folder}}", "{cut}", "{plain}", {batch}, **options)
 with open(file, "a") as out:
   for number, batch in enumerate(data.train_batches(step), step):
     print(number, *batch["record"], int(batch["image"].astype(int).sum()), file=out, flush=True)

@@ -1,6 +1,7 @@
 """The pipeline: determinism, resuming, coverage, evaluation, devices."""
 
 import itertools
+import time
 
 import jax
 import numpy as np
@@ -237,14 +238,34 @@ def test_to_device_shards_and_keeps_the_order():
   _assert_equal(on_host, [{k: np.asarray(v) for k, v in batch.items()} for batch in on_device])
 
 
-def test_to_device_runs_ahead():
+def test_to_device_runs_ahead_but_not_away():
   taken = []
 
   def batches():
-    for i in range(10):
+    for i in range(100):
       taken.append(i)
       yield {"label": np.full(8, i, np.int32)}
 
   device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   iterator = to_device(batches(), device, ahead=3)
-  assert int(next(iterator)["label"][0]) == 0 and taken == [0, 1, 2, 3]
+  assert [int(next(iterator)["label"][0]) for _ in range(2)] == [0, 1]
+  deadline = time.monotonic() + 10
+  while len(taken) < 6 and time.monotonic() < deadline:
+    time.sleep(0.01)
+  time.sleep(0.2)
+  assert taken == list(range(6))  # two used, three on the device, one in hand
+  iterator.close()
+  time.sleep(0.2)
+  assert len(taken) == 6
+
+
+def test_errors_of_batches_reach_their_user():
+  def batches():
+    yield {"label": np.zeros(8, np.int32)}
+    raise UserError("no more")
+
+  device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  iterator = to_device(batches(), device)
+  next(iterator)
+  with pytest.raises(UserError, match="no more"):
+    next(iterator)

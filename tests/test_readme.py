@@ -10,6 +10,7 @@ import shlex
 
 import pytest
 import tiny
+from PIL import Image
 
 from maskgen import config as config_lib
 from maskgen import main
@@ -97,7 +98,12 @@ def test_the_main_command_trains_and_its_tools_work(tmp_path):
   assert set(results) == {"tokenizer", "mage", "run"}
   tools = [command for command in MODULES if ".tools." in command]
   assert tools
+  pictures = tmp_path / "pictures"
+  pictures.mkdir()
+  for i in range(20):
+    Image.new("RGB", (300, 280), (10 * i, 0, 0)).save(pictures / f"{i}.jpg")
   for tool in tools:
     module, arguments = arguments_of(tool)
     given = [re.sub(r"=(?=runs|[\w/]+\.png|exports)", f"={tmp_path}/", a) for a in arguments]
+    given = [argument.replace("/my/pictures", str(pictures)) for argument in given]
     importlib.import_module(module).main(given)

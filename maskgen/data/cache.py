@@ -88,7 +88,7 @@ class Cache:
             f"{folder} holds a cache with {field.name}={before}, not {now}: give another folder, or delete it"
           )
       return cache
-    if folder.exists() and any(folder.iterdir()):
+    if folder.exists() and any(file.suffix != ".tmp" for file in folder.iterdir()):
       raise UserError(f"{folder} is not empty: give a new folder for the cache")
     folder.mkdir(parents=True, exist_ok=True)
     files.replace(folder / _MANIFEST, json.dumps(dataclasses.asdict(manifest), indent=2))

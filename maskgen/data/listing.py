@@ -26,7 +26,7 @@ SUFFIXES = (
   ".ppm",
   ".pgm",
 )
-HELD_OUT = ("test", "val", "validation")
+HELD_OUT = ("test", "val", "validation", "valid", "dev")
 SPLITS = ("train", *HELD_OUT)
 
 
@@ -72,6 +72,11 @@ def list_pictures(root: str, split: str) -> Listing:
     if held_out and _is_folder(os.path.join(root, "train")):
       return _list_folder_of_split(root, split if split in ("train", *held_out) else held_out[0], held_out)
     class_names, labels = _classes(root)
+    if "train" in class_names and labels is None and _classes(os.path.join(root, "train"))[0]:
+      raise UserError(
+        f"'{root}' has a folder 'train' with classes of its own, and no split beside it: name the other one "
+        f"of {', '.join(HELD_OUT)}, or give '{os.path.join(root, 'train')}'"
+      )
     return _tenth(_listing(root, class_names, labels, _table(root, "caption")), split != "train")
   except OSError as error:
     raise UserError(

@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable
 
 from maskgen.data.cpu_tf import tf
-from maskgen.data.picture import Picture
+from maskgen.data.picture import MAX_PIXELS, Picture
 
 Op = Callable[..., tf.Tensor]
 Size = int | tuple[int, int]
@@ -87,7 +87,10 @@ def resize_small(image: tf.Tensor, size: int, method: str = "bilinear", antialia
   _height_width((size, size))
   sides = tf.shape(image)[:2]
   scale = tf.cast(size, tf.float32) / tf.cast(tf.reduce_min(sides), tf.float32)
-  return _resize(image, tf.cast(tf.round(tf.cast(sides, tf.float32) * scale), tf.int32), method, antialias)
+  resized = tf.cast(tf.round(tf.cast(sides, tf.float32) * scale), tf.int32)
+  small = tf.reduce_prod(tf.cast(resized, tf.int64)) <= MAX_PIXELS
+  with tf.control_dependencies([tf.debugging.Assert(small, ["it is too narrow to be resized"])]):
+    return _resize(image, resized, method, antialias)
 
 
 @picture_op

@@ -1,5 +1,6 @@
 """Picture files as tensors: as a viewer shows them, and no more of them decoded than is used."""
 
+import contextlib
 import functools
 import io
 import warnings
@@ -10,12 +11,12 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from maskgen.data.cpu_tf import tf
 
 # Larger pictures are refused: threads decode many at once. Pillow's own limit, which guards against bombs.
-MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 1 << 26)
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 _ORIENTATION = 0x0112  # the EXIF tag
-# The metadata that matters comes first in a file. Each kilobyte costs some microseconds.
-_HEAD = 1024
+# The metadata that matters comes first in a file, or behind a colour profile of some kilobytes.
+_HEAD = 4096
 
 
 class Picture:
@@ -159,7 +160,11 @@ def _try_to_decode(data: bytes, channels: int) -> tuple[np.ndarray, bytes]:
 
 def _decode_as_shown(data: bytes, channels: int) -> np.ndarray:
   """Decodes what Pillow can, to uint8 [h, w, channels]."""
-  image = _to_8_bits(ImageOps.exif_transpose(Image.open(io.BytesIO(data))))
+  image: Image.Image = Image.open(io.BytesIO(data))
+  image.load()  # what is damaged here is the picture
+  with contextlib.suppress(Exception):  # Metadata that cannot be read does not turn a picture.
+    image = ImageOps.exif_transpose(image)
+  image = _to_8_bits(image)
   if image.has_transparency_data:
     image = image.convert("RGBA")
     image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

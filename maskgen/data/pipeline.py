@@ -5,10 +5,12 @@ positions from i * batch size on. Nothing else is remembered, so that resuming a
 constant time, and a process reads its own rows of the global batch alone.
 """
 
-import collections
+import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterator
+import queue
+import threading
+from collections.abc import Generator, Iterator
 from typing import Literal
 
 import jax
@@ -18,7 +20,7 @@ import numpy as np
 from maskgen.config import check_at_least
 from maskgen.data.cpu_tf import tf
 from maskgen.data.reader import Batch, Reader
-from maskgen.data.skipped import Skipped
+from maskgen.data.skipped import TRAINING, Skipped
 from maskgen.data.sources import Codes, Source, open_source
 from maskgen.data.spec import parse_spec
 from maskgen.errors import UserError
@@ -119,7 +121,7 @@ class Data:
 
   @functools.cached_property
   def _train(self) -> Reader:
-    return self._reader("training", self.source, self.split, self.preprocess)
+    return self._reader(TRAINING, self.source, self.split, self.preprocess)
 
   @functools.cached_property
   def _eval(self) -> Reader:
@@ -162,7 +164,8 @@ class Data:
 
   @property
   def class_names(self) -> tuple[str, ...] | None:
-    return self._train.source.class_names
+    """The classes, or None where training or evaluation has no labels."""
+    return self._train.source.class_names if self._eval.source.class_names else None
 
   @property
   def codes(self) -> Codes | None:
@@ -226,7 +229,8 @@ class Data:
 
     steps = -(-size // batch_size)
     for step, batch in enumerate(reader.batches(locate, len(rows), stop=steps)):
-      yield batch | {"valid": batch.pop("sound") & (step * batch_size + np.array(rows) < size)}
+      sound = batch.pop("sound")
+      yield batch | {"valid": sound & (step * batch_size + np.array(rows) < size)}
 
   def _rows(self, batch_size: int) -> range:
     """The rows of a global batch that belong to this process."""
@@ -240,22 +244,42 @@ class Data:
 
 def to_device(
   batches: Iterator[Batch], sharding: jax.sharding.Sharding, ahead: int = 2
-) -> Iterator[dict[str, jax.Array]]:
-  """Puts batches of this process's rows on the devices, `ahead` batches before they are used.
+) -> Generator[dict[str, jax.Array]]:
+  """Puts batches of this process's rows on the devices before they are used, in a thread of its own.
 
   Args:
     batches: dicts of arrays [b, ...], b being this process's rows of the global batch.
     sharding: how the leading axis of the global arrays is laid out over all devices.
-    ahead: how many transfers may run while a batch is in use.
+    ahead: how many batches may wait on the devices.
   """
-  queue: collections.deque[dict[str, jax.Array]] = collections.deque()
-  for batch in batches:
-    queue.append(
-      {key: jax.make_array_from_process_local_data(sharding, value) for key, value in batch.items()}
-    )
-    if len(queue) > ahead:
-      yield queue.popleft()
-  yield from queue
+  ready: queue.Queue[dict[str, jax.Array] | Exception | None] = queue.Queue(ahead)
+  closed = threading.Event()
+
+  def put(item: dict[str, jax.Array] | Exception | None) -> None:
+    while not closed.is_set():
+      with contextlib.suppress(queue.Full):
+        return ready.put(item, timeout=0.1)
+
+  def work() -> None:
+    try:
+      for batch in batches:
+        put({key: jax.make_array_from_process_local_data(sharding, value) for key, value in batch.items()})
+        if closed.is_set():
+          return
+      put(None)
+    except Exception as error:
+      put(error)
+
+  thread = threading.Thread(target=work, daemon=True)
+  thread.start()
+  try:
+    while (item := ready.get()) is not None:
+      if isinstance(item, Exception):
+        raise item
+      yield item
+  finally:
+    closed.set()
+    thread.join(timeout=10.0)
 
 
 def _shuffle(position: tf.Tensor, size: int, seed: int, epoch: tf.Tensor | int) -> tf.Tensor:

@@ -73,12 +73,13 @@ class Ranges:
     """Reads one range; any number of threads may do so at once.
 
     Raises:
-      UserError: if the file cannot be read, or ends before the range does.
+      UserError: if the file is gone, or ends before the range does.
+      OSError, tf.errors.OpError: if it cannot be read, which may pass.
     """
     path, offset, length = self.path(index), int(self.offset[index]), int(self.length[index])
     try:
       content = _read(path, offset, length)
-    except (OSError, tf.errors.OpError) as error:
+    except (FileNotFoundError, tf.errors.NotFoundError) as error:
       raise UserError(f"'{path}' cannot be read: {_reason(error)}") from error
     if len(content) < length:
       raise UserError(f"'{path}' ends before byte {offset + length}, where a record does: it was cut short")

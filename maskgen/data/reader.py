@@ -29,6 +29,7 @@ _PASSING = (
   tf.errors.AbortedError,
   tf.errors.CancelledError,
   tf.errors.ResourceExhaustedError,
+  tf.errors.UnknownError,  # what Python's OSError becomes
 )
 
 
@@ -90,7 +91,7 @@ class Reader:
       dataset = dataset.batch(size, drop_remainder=True).prefetch(_BATCHES_AHEAD)
       options = tf.data.Options()
       # More threads than cores, since some wait for files, or to copy a batch.
-      options.threading.private_threadpool_size = 2 * (os.cpu_count() or 1)
+      options.threading.private_threadpool_size = os.cpu_count()
       options.threading.max_intra_op_parallelism = 1  # records are the parallelism
       batches = dataset.with_options(options).as_numpy_iterator()
       while True:
@@ -99,9 +100,9 @@ class Reader:
         except StopIteration:
           return
         except tf.errors.OpError as error:
-          found = self._find_damaged(load, locate, range(step * size, (step + 1) * size))
-          failures += 1
-          if not found and failures == _ATTEMPTS:
+          found = self._find_damaged(load, locate, range(step * size, (step + 1) * size), step)
+          failures = 0 if found else failures + 1
+          if failures == _ATTEMPTS:
             raise UserError(
               f"{self.source.name} cannot be read ({reason_of(error)}): start again when it can, the run "
               "continues"
@@ -137,18 +138,19 @@ class Reader:
     result = {k: tf.cast(v, tf.int32) if v.dtype == tf.int64 else v for k, v in result.items()}
     return result | {"record": tf.cast(used, tf.int32), "sound": used == index}
 
-  def _find_damaged(self, load: Callable, locate: Locate, numbers: range) -> bool:
-    """Notes each record of these rows that fails; whether there was one."""
+  def _find_damaged(self, load: Callable, locate: Locate, numbers: range, step: int) -> bool:
+    """Notes each record of these rows, those of a batch, that fails; whether there was one."""
     found = False
-    rows = iter(tf.data.Dataset.range(numbers.start, numbers.stop).map(load))  # it goes on after an error
+    rows = tf.data.Dataset.range(numbers.start, numbers.stop).map(load, tf.data.AUTOTUNE, deterministic=True)
+    results = iter(rows)  # it goes on after an error
     for number in numbers:
       try:
-        next(rows)
+        next(results)
       except _PASSING:
         continue
       except tf.errors.OpError as error:
         index = self._substitutes.lookup(locate(tf.constant(number, tf.int64))[0])
-        self._substitutes.add(int(index), reason_of(error))
+        self._substitutes.add(int(index), reason_of(error), step)
         found = True
     return found
 
@@ -157,5 +159,5 @@ def reason_of(error: tf.errors.OpError) -> str:
   """What is wrong with a record, without TensorFlow's surroundings."""
   text = re.sub(r"\{\{.*?\}\}|\[Op:.*", "", error.message)
   text = re.sub(r"^.*Iterator::[\w:]*(\[\d+\])?[\w:]*: ", "", text.strip())
-  line = text.splitlines()[0].removeprefix("ValueError: ").strip()
+  line = (text.splitlines() or [""])[0].removeprefix("ValueError: ").strip()
   return re.sub(r"^assertion failed: \[(.*)\]$", r"\1", line) or type(error).__name__

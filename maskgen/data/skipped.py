@@ -20,6 +20,9 @@ FILE = "skipped.jsonl"
 # A run stops when more records of a split are damaged than both of these.
 MAX_RECORDS, MAX_SHARE = 20, 0.01
 
+# The use of a split whose batches are counted by steps.
+TRAINING = "training"
+
 log = logging.getLogger("maskgen")
 
 
@@ -32,6 +35,7 @@ class Skipped:
   def __init__(self) -> None:
     self._folder: epath.Path | None = None
     self._step: int | None = None
+    self._written = 0
     # By split and index. "step" is None until all processes know of it.
     self._entries: dict[tuple[str, int], dict[str, Any]] = {}
     self._substitutes: dict[str, Substitutes] = {}
@@ -49,34 +53,59 @@ class Skipped:
     self._folder, self._step = folder, step
     file = folder / FILE
     lines = file.read_text().split("\n")[:-1] if file.exists() else []
-    self._merge(entry for entry in map(json.loads, lines) if entry["step"] <= step)
+    sources = {each.split: each.source.fingerprint for each in self._substitutes.values()}
+    self._merge(
+      entry
+      for entry in map(json.loads, lines)
+      if entry["step"] <= step and sources.get(entry["split"]) == entry["fingerprint"]
+    )
     if lines:
-      self._write()
+      self._write(list(self._entries.values()))
+    self._check()
 
-  def add(self, use: str, split: str, source: Source, index: int, reason: str) -> None:
-    """Adds one record; it is written at the next `flush`."""
+  def add(self, use: str, split: str, source: Source, index: int, reason: str, batch: int) -> None:
+    """Adds one record, met in a batch of this number; it is written at a later `flush`."""
     record = source.describe(index)
     if (split, index) not in self._entries:
       log.warning("skipping %s: %s", record, reason)
-    self._merge([dict(step=None, use=use, split=split, index=index, record=record, reason=reason)])
+    entry = dict(use=use, split=split, index=index, record=record, reason=reason, batch=batch)
+    self._merge([dict(entry, step=None, fingerprint=source.fingerprint)])
 
   def flush(self, step: int) -> int:
     """Writes what is new, as of a step; all processes call this together, and learn of each other's.
+
+    What was met in training batches that are read ahead, but not used yet, waits for its step: so a run tells
+    the same whether it was interrupted or not.
 
     Returns:
       How many records of all splits are known to be damaged.
     """
     self._step = step
-    fresh = [entry for entry in self._entries.values() if entry["step"] is None]
+    fresh = [
+      entry
+      for entry in list(self._entries.values())
+      if entry["step"] is None and (entry["use"] != TRAINING or entry["batch"] < step)
+    ]
+    for entry in fresh:
+      entry["step"] = step
     for entries in _exchange(fresh):
       self._merge(entries)
-    if any(entry["step"] is None for entry in self._entries.values()):
-      self._write()
-    return len(self)
+    self._check()
+    written = [entry for entry in list(self._entries.values()) if entry["step"] is not None]
+    if fresh or len(written) > self._written:
+      self._write(written)
+    return len(written)
+
+  def _check(self) -> None:
+    """Raises a UserError if too many records are damaged; in every process, as all know the same."""
+    for each in self._substitutes.values():
+      count = sum(entry["split"] == each.split for entry in list(self._entries.values()))
+      if count > max(MAX_RECORDS, MAX_SHARE * each.source.size):
+        raise self.too_many(each.split, each.source)
 
   def too_many(self, split: str, source: Source) -> UserError:
     """The end of a run: writes the list, and says what is in it."""
-    self._write()
+    self._write([{**entry, "step": self._step} for entry in list(self._entries.values())])
     named = [entry for entry in self._entries.values() if entry["split"] == split]
     shown = "; ".join(f"{entry['record']} ({entry['reason']})" for entry in named[:MAX_RECORDS])
     more = f"; and {len(named) - MAX_RECORDS} more" if len(named) > MAX_RECORDS else ""
@@ -91,13 +120,10 @@ class Skipped:
       if entry["use"] in self._substitutes:
         self._substitutes[entry["use"]].learn(entry["index"])
 
-  def _write(self) -> None:
-    for entry in self._entries.values():
-      if entry["step"] is None:
-        entry["step"] = self._step
+  def _write(self, entries: list[dict[str, Any]]) -> None:
+    self._written = len(entries)
     if self._folder is not None and jax.process_index() == 0:
-      lines = [json.dumps(entry) + "\n" for entry in self._entries.values()]
-      files.replace(self._folder / FILE, "".join(lines))
+      files.replace(self._folder / FILE, "".join(json.dumps(entry) + "\n" for entry in entries))
 
 
 class Substitutes:
@@ -108,8 +134,9 @@ class Substitutes:
   """
 
   def __init__(self, skipped: Skipped, use: str, split: str, source: Source):
-    self._skipped, self._use, self._split, self._source = skipped, use, split, source
-    self._damaged: set[int] = set()
+    self.split, self.source = split, source
+    self._skipped, self._use = skipped, use
+    self._chosen: dict[int, int] = {}  # for each damaged record its substitute
     self._table = tf.lookup.experimental.MutableHashTable(tf.int64, tf.int64, default_value=-1)
 
   def lookup(self, index: tf.Tensor) -> tf.Tensor:
@@ -117,30 +144,35 @@ class Substitutes:
     found = tf.ensure_shape(self._table.lookup(index), ())
     return tf.where(found < 0, index, found)
 
-  def add(self, index: int, reason: str) -> None:
-    """Adds a damaged record.
+  def add(self, index: int, reason: str, batch: int) -> None:
+    """Adds a damaged record, met in a batch of this number.
 
     Raises:
       UserError: if there are too many.
     """
-    self._skipped.add(self._use, self._split, self._source, index, reason)
-    size = self._source.size
-    if len(self._damaged) > max(MAX_RECORDS, MAX_SHARE * size) or len(self._damaged) == size:
-      raise self._skipped.too_many(self._split, self._source)
+    self._skipped.add(self._use, self.split, self.source, index, reason, batch)
+    too_many = len(self._chosen) > max(MAX_RECORDS, MAX_SHARE * self.source.size)
+    # With several processes all stop together, at the next `flush`.
+    if len(self._chosen) == self.source.size or (too_many and jax.process_count() == 1):
+      raise self._skipped.too_many(self.split, self.source)
 
   def learn(self, index: int) -> None:
     """Takes note of a damaged record, and chooses anew for those that it stood for."""
-    self._damaged.add(index)
-    if len(self._damaged) < self._source.size:
-      for damaged in self._damaged:
-        self._table.insert(tf.constant(damaged, tf.int64), tf.constant(self._substitute(damaged), tf.int64))
+    if index in self._chosen:
+      return
+    orphans = [damaged for damaged, chosen in self._chosen.items() if chosen == index]
+    self._chosen[index] = index
+    if len(self._chosen) < self.source.size:
+      for damaged in (index, *orphans):
+        self._chosen[damaged] = chosen = self._choose(damaged)
+        self._table.insert(tf.constant(damaged, tf.int64), tf.constant(chosen, tf.int64))
 
-  def _substitute(self, index: int) -> int:
+  def _choose(self, index: int) -> int:
     attempt = 0
     while True:
       digest = hashlib.blake2b(f"{index}/{attempt}".encode(), digest_size=8).digest()
-      candidate = int.from_bytes(digest) % self._source.size
-      if candidate not in self._damaged:
+      candidate = int.from_bytes(digest) % self.source.size
+      if candidate not in self._chosen:
         return candidate
       attempt += 1
 

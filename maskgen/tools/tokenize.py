@@ -55,17 +55,14 @@ def main(argv: Sequence[str]) -> None:
   )
   parser.add_argument("--batch_size", type=int, default=64, help="images at once")
   parser.add_argument("--shard_records", type=int, default=4096, help="records per shard")
-  parser.add_argument("--process_index", type=int, help="which process this is, from 0; by default JAX's")
-  parser.add_argument("--process_count", type=int, help="how many processes share the work; by default JAX's")
+  parser.add_argument("--process_index", type=int, default=0, help="which process this is, from 0")
+  parser.add_argument("--process_count", type=int, default=1, help="how many share the work")
   args = parser.parse_args(argv)
   for name in ("crops", "batch_size", "shard_records"):
     if getattr(args, name) < 1:
       raise UserError(f"--{name}={getattr(args, name)}: give at least 1")
 
-  import jax
-
-  index = jax.process_index() if args.process_index is None else args.process_index
-  count = jax.process_count() if args.process_count is None else args.process_count
+  index, count = args.process_index, args.process_count
   if not 0 <= index < count:
     raise UserError(f"--process_index={index}: give a number from 0 to {count - 1}")
 

@@ -12,8 +12,9 @@ Captions, if any, come from one of
 - `captions.csv` in the folder, with the header `file,caption` and one or more rows for each picture;
 - text files beside the pictures: `1.txt` has the captions of `1.jpg`, one a line.
 
-Splits: with a sub-folder `train` and one of `test`, `val` and `validation`, these are the splits, and each
-is laid out as above; tables may lie in the folder itself and then speak of all splits (`train/1.jpg,cat`).
+Splits: with a sub-folder `train` and one of `test`, `val`, `validation`, `valid` and `dev`, these are the
+splits, and each is laid out as above; tables may lie in the folder itself and then speak of all splits
+(`train/1.jpg,cat`).
 Otherwise a tenth of the pictures, chosen by hashes of their names, is held out.
 
 Hidden files, hidden folders and `__MACOSX` are ignored, and so are files that are no pictures.

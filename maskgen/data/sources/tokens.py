@@ -24,7 +24,9 @@ def open_tokens(path: str, split: str) -> Source:
       "data.eval_source to the pictures that evaluations read"
     )
   codes = cache.read("codes")
-  labels = np.concatenate(cache.read("labels")) if manifest.class_names else None
+  labels = None
+  if manifest.class_names:
+    labels = tf.constant(np.concatenate(cache.read("labels")), tf.int64)
   dtype = tf.as_dtype(manifest.dtype)
 
   def read(index: np.int64) -> np.ndarray:
@@ -35,7 +37,7 @@ def open_tokens(path: str, split: str) -> Source:
     tokens = tf.numpy_function(read, [index], dtype)
     record = {"tokens": tf.ensure_shape(tokens, (manifest.crops, manifest.tokens))}
     if labels is not None:
-      record["label"] = tf.cast(tf.gather(tf.constant(labels), index), tf.int64)
+      record["label"] = tf.gather(labels, index)
     return record
 
   return Source(
