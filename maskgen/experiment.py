@@ -1,14 +1,14 @@
 """Everything a run is made of, built from its config and checked before anything is trained."""
 
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Generator, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from etils import epath
 
-from maskgen import checkpoint, evaluators, files, objectives, optim, sharding, tree
+from maskgen import checkpoint, evaluators, files, objectives, optim, processes, sharding, tree
 from maskgen import config as config_lib
 from maskgen.data import pipeline
 from maskgen.errors import UserError, nearest
@@ -193,11 +193,19 @@ class Experiment:
         )
 
   def write_data(self, workdir: epath.Path) -> None:
-    """Notes in `data.json` what the records are."""
+    """Notes in `data.json` what the records are.
+
+    Raises:
+      UserError: in all processes, if they do not see the same records.
+    """
+    if not processes.all_equal(json.dumps(self.data.fingerprints)):
+      raise UserError(
+        f"the processes of this run see different data in {self.config.data['source']}: give all the same"
+      )
     if jax.process_index() == 0:
       files.replace(workdir / DATA, json.dumps(self.data.fingerprints, indent=2))
 
-  def train_batches(self, step: int) -> Iterator[Mapping[str, jax.Array]]:
+  def train_batches(self, step: int) -> Generator[Mapping[str, jax.Array]]:
     """The training batches from a step on, on the devices."""
     return pipeline.to_device(self.data.train_batches(step), sharding.batch_sharding(self.mesh))
 

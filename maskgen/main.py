@@ -3,9 +3,11 @@
 python -m maskgen.main --config=configs/quickstart.py --workdir=runs/quickstart
 """
 
+import contextlib
 import json
 import logging
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -38,6 +40,10 @@ def main(argv: Sequence[str]) -> None:
     choices=("train", "eval", "check"),
     help="eval: evaluate the newest checkpoint; check: build all, compile the step, train nothing",
   )
+  others = parser.add_argument_group("several processes, where Cloud TPU, GKE, Slurm or Open MPI do not say")
+  others.add_argument("--coordinator", help="host:port of process 0")
+  others.add_argument("--process_count", type=int, help="how many processes there are")
+  others.add_argument("--process_index", type=int, help="which one this is, from 0")
   args, rest = parser.parse_known_args(argv)
   config = config_lib.to_dict(config_lib.load(args.config, parse_overrides(rest)))
   if not args.workdir:
@@ -47,6 +53,10 @@ def main(argv: Sequence[str]) -> None:
   stages = split_stages(config, root)
 
   # Importing these takes seconds: wrong flags, configs and workdirs are reported before.
+  from maskgen import processes
+
+  processes.start(args.coordinator, args.process_count, args.process_index)
+
   from maskgen import train
   from maskgen.experiment import Experiment
 
@@ -69,21 +79,26 @@ def main(argv: Sequence[str]) -> None:
       train.evaluate_newest(experiment, workdir)
     return
   # Only now: a config that was wrong must not claim the workdir.
-  write_config(root, config)
-  results: dict[str, Any] = {}
-  for workdir, experiment in experiments.items():
-    if (workdir / train.RESULTS).exists():
-      results[workdir.name] = json.loads((workdir / train.RESULTS).read_text())
-    else:
-      write_config(workdir, stages[workdir])
-      experiment.write_data(workdir)
-      results[workdir.name] = train.train(experiment, workdir)
-      train.write_results(workdir, results[workdir.name])
-    log.info("%s: finished, results in %s", workdir.name, workdir / train.RESULTS)
-  if "stages" in config:
-    results["run"] = describe_run(stages, time.monotonic() - began)
-    train.write_results(root, results)
-    log.info("all stages finished, results in %s", root / train.RESULTS)
+  with processes.only_run_in(root):
+    write_config(root, config)
+    results: dict[str, Any] = {}
+    for workdir, experiment in experiments.items():
+      if (workdir / train.RESULTS).exists():
+        results[workdir.name] = json.loads((workdir / train.RESULTS).read_text())
+      else:
+        write_config(workdir, stages[workdir])
+        experiment.write_data(workdir)
+        try:
+          results[workdir.name] = train.train(experiment, workdir)
+        except train.PreemptedError:
+          log.info("%s: preempted; all is saved, and the same command continues", workdir.name)
+          return
+        train.write_results(workdir, results[workdir.name])
+      log.info("%s: finished, results in %s", workdir.name, workdir / train.RESULTS)
+    if "stages" in config:
+      results["run"] = describe_run(stages, time.monotonic() - began)
+      train.write_results(root, results)
+      log.info("all stages finished, results in %s", root / train.RESULTS)
 
 
 def parse_overrides(arguments: Sequence[str]) -> dict[str, str]:
@@ -125,11 +140,12 @@ def check_workdir(root: epath.Path, config: Mapping[str, Any], *, create: bool) 
     if create:
       new = not root.exists()
       root.mkdir(parents=True, exist_ok=True)
-      probe = root / ".writable"
+      probe = root / f".writable-{uuid.uuid4().hex}"
       probe.write_text("")
       probe.unlink()
       if new:
-        root.rmdir()  # the config may still turn out to be wrong
+        with contextlib.suppress(OSError):  # another process of the run is here
+          root.rmdir()  # the config may still turn out to be wrong
     elif not cli.writable(root):
       raise PermissionError("permission denied")
   except OSError as error:

@@ -16,6 +16,7 @@ from maskgen import files, images
 from maskgen.errors import UserError
 
 METRICS = "metrics.jsonl"
+NOT_FINITE = "not_finite.json"
 log = logging.getLogger("maskgen")
 
 
@@ -40,6 +41,8 @@ class Writer:
     self._active = jax.process_index() == 0
     kept = [line for line in read(workdir) if line["step"] <= step] if step else []
     self.seconds_before = max((line.get("timing/seconds", 0.0) for line in kept), default=0.0)
+    # Whether the step that the run continues from was evaluated; only averages have the time of waiting.
+    self.evaluated = any(line["step"] == step and "input_wait" not in line for line in kept)
     if not self._active:
       return
     from clu import metric_writers  # imports TensorFlow
@@ -128,36 +131,53 @@ class Progress:
       self._bar.close()
 
 
+class NotFiniteError(UserError):
+  """A metric that is not finite.
+
+  Attributes:
+    records: the records of its step, int32 [b].
+  """
+
+  def __init__(self, step: int, name: str, value: float, records: jax.Array):
+    super().__init__(
+      f"step {step}: {name} is {value}; the newest checkpoint is from before it, {NOT_FINITE} names its "
+      "records: lower the learning rate or clip the gradient (optimizer.*.clip_norm) in a new workdir with "
+      "config.resume"
+    )
+    self.step = step
+    self.records = records
+
+
 class Window:
   """Averages metrics between two log lines, one step behind the device, which so never waits."""
 
   def __init__(self):
     self.waited = 0.0
-    self._pending: tuple[int, Any] | None = None
+    self._pending: tuple[int, Any, Any] | None = None
     self._sums: dict[str, float] = {}
     self._count = 0
     self._began = time.monotonic()
 
-  def add(self, step: int, values: Mapping[str, jax.Array]) -> None:
+  def __len__(self) -> int:
+    return self._count + (self._pending is not None)
+
+  def add(self, step: int, values: Mapping[str, jax.Array], records: jax.Array) -> None:
     """Takes the metrics of a step that may still be running, and looks at those of the step before."""
     self.check()
-    self._pending = (step, values)
+    self._pending = (step, values, records)
 
   def check(self) -> None:
     """Waits for the newest metrics.
 
     Raises:
-      UserError: if one is not finite, naming it and its step.
+      NotFiniteError: if one is not.
     """
     if self._pending is None:
       return
-    step, values = self._pending
+    step, values, records = self._pending
     for name, value in jax.device_get(values).items():
       if not np.isfinite(value):
-        raise UserError(
-          f"step {step}: {name} is {float(value)}; the newest checkpoint is from before it: lower the "
-          "learning rate or clip the gradient (optimizer.*.clip_norm) in a new workdir with config.resume"
-        )
+        raise NotFiniteError(step, name, float(value), records)
       self._sums[f"train/{name}"] = self._sums.get(f"train/{name}", 0.0) + float(value)
     self._pending = None
     self._count += 1

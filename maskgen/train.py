@@ -14,12 +14,17 @@ from etils import epath
 from maskgen import checkpoint as checkpoint_lib
 from maskgen import files, tree
 from maskgen import metrics as metrics_lib
-from maskgen.clock import Clock, Profiler
+from maskgen.clock import Clock, Preemption, Profiler
 from maskgen.errors import UserError
+from maskgen.evaluators.batches import gather
 from maskgen.experiment import Experiment
 
 RESULTS = "results.json"
 log = logging.getLogger("maskgen")
+
+
+class PreemptedError(Exception):
+  """The run has saved and stopped, since its machine is about to be taken away; it can continue."""
 
 
 def train(experiment: Experiment, workdir: epath.Path) -> dict[str, float]:
@@ -29,12 +34,26 @@ def train(experiment: Experiment, workdir: epath.Path) -> dict[str, float]:
   parameters and metrics as one that is not.
 
   Raises:
-    UserError: if a loss or another metric is not finite, naming the step and the metric, or if the run
-      starts from beyond its end.
+    PreemptedError: after a SIGTERM.
+    UserError: if a loss or another metric is not finite, naming the step and the metric, if memory or disk
+      do not suffice, or if the run starts from beyond its end.
   """
-  # Closed also when the run fails: saves that have begun are completed.
-  with closing(checkpoint_lib.Checkpoints(workdir, experiment.config.checkpoint)) as checkpoints:
-    loop(experiment, workdir, checkpoints)
+  try:
+    # Closed also when the run fails: saves that have begun are completed.
+    with closing(checkpoint_lib.Checkpoints(workdir, experiment.config.checkpoint)) as checkpoints:
+      loop(experiment, workdir, checkpoints)
+  except metrics_lib.NotFiniteError as error:
+    records = {"step": error.step, "records": experiment.data.describe(gather(error.records))}
+    if jax.process_index() == 0:
+      files.replace(workdir / metrics_lib.NOT_FINITE, json.dumps(records, indent=2))
+    raise
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    raise UserError(
+      f"the devices' memory does not suffice ({str(error).splitlines()[0]}): raise config.accumulation or "
+      "config.mesh.fsdp, lower config.batch_size, or compute in bfloat16 (config.objective.dtype)"
+    ) from error
   return final_results(workdir, list(experiment.config.evals))
 
 
@@ -48,7 +67,7 @@ def loop(experiment: Experiment, workdir: epath.Path, checkpoints: checkpoint_li
     targets=experiment.targets,
     init=lambda: experiment.init(workdir),
   )
-  step = restored = int(state.step)
+  step = first = int(state.step)
   if step > total:
     raise UserError(f"the run starts from {origin}, at step {step} of {total}: raise config.total_steps")
   own = checkpoints.latest() is not None
@@ -62,25 +81,39 @@ def loop(experiment: Experiment, workdir: epath.Path, checkpoints: checkpoint_li
   skipped.attach(workdir, step if own else 0)
   batches = experiment.train_batches(step)
   profiler = Profiler(workdir, cfg.profile)
+  preemption = Preemption()
+
+  def write_averages() -> None:
+    averages = window.close()
+    averages |= progress.report(step, averages) | {"data/skipped": skipped.flush(step)}
+    writer.numbers(step, averages | {"timing/seconds": clock.seconds()})
 
   # The order is fixed: evaluate, save, next batch, step, log. So a checkpoint and an evaluation at step i see
   # the same weights, the data has not moved, and what was logged up to step i is older than the checkpoint.
-  with closing(writer), closing(progress):
+  with closing(writer), closing(progress), closing(preemption), closing(batches):
     while True:
-      # A checkpoint of our own at this step was saved after its evaluation.
-      if step > 0 and not (own and step == restored):
+      stop = preemption.at(step)
+      restored = own and step == first
+      if step > 0:
         window.check()
         began = time.monotonic()
-        numbers, pictures = evaluate(experiment, state.variables(frozen), step)
-        if numbers or pictures:
-          writer.pictures(step, pictures)
-          writer.numbers(step, numbers | {"timing/seconds": clock.seconds()})
-          show(workdir.name, step, numbers)
-          skipped.flush(step)
-        if step == total or step % cfg.checkpoint.save_steps == 0 or clock.save_is_due(step, cfg):
+        if stop:  # There is no time to evaluate: the run does when it continues.
+          if len(window):
+            write_averages()
+        elif not (restored and writer.evaluated):
+          numbers, pictures = evaluate(experiment, state.variables(frozen), step)
+          if numbers or pictures:
+            writer.pictures(step, pictures)
+            writer.numbers(step, numbers | {"timing/seconds": clock.seconds()})
+            show(workdir.name, step, numbers)
+            skipped.flush(step)
+        due = step == total or step % cfg.checkpoint.save_steps == 0 or clock.save_is_due(step, cfg)
+        if (due or stop) and not restored:
           checkpoints.save(step, state)
           clock.saved()
         progress.pause(time.monotonic() - began)
+      if stop:
+        raise PreemptedError
       if step == total:
         break
 
@@ -93,12 +126,10 @@ def loop(experiment: Experiment, workdir: epath.Path, checkpoints: checkpoint_li
       step += 1
       profiler.after(step, values, last=step == total)
 
-      window.add(step, values)
+      window.add(step, values, batch["record"])
       progress.step()
       if step % cfg.log_every_steps == 0 or step % cfg.checkpoint.save_steps == 0 or step == total:
-        averages = window.close()
-        averages |= progress.report(step, averages) | {"data/skipped": skipped.flush(step)}
-        writer.numbers(step, averages | {"timing/seconds": clock.seconds()})
+        write_averages()
 
 
 def evaluate(

@@ -351,7 +351,7 @@ def test_metrics_are_means_over_the_window():
   window = metrics.Window()
   for steps, mean in (((1, 2, 3), 2.0), ((4,), 4.0), ((5, 8), 6.5)):
     for step in steps:
-      window.add(step, {"loss/main": np.float32(step)})
+      window.add(step, {"loss/main": np.float32(step)}, np.arange(8))
     assert window.close()["train/loss/main"] == mean
 
 
@@ -404,7 +404,7 @@ def test_a_workdir_is_laid_out_as_documented(trained):
   names = {stage: {p.name.split(".")[0] for p in (trained / stage).iterdir()} for stage in tiny.STAGES}
   common = {"config", "data", "metrics", "events", "checkpoints", "samples", "results"}
   assert names == {"tokenizer": common, "mage": common | {"frozen"}}
-  assert {p.name for p in trained.iterdir()} == {*tiny.STAGES, "config.json", "results.json"}
+  assert {p.name for p in trained.iterdir()} == {*tiny.STAGES, "config.json", "results.json", ".lock"}
   config = json.loads((trained / "mage" / "config.json").read_text())
   version = config.pop("version")
   assert config == tiny.stage("mage") and version == maskgen.__version__

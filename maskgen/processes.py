@@ -1,0 +1,129 @@
+"""The processes of a run: how they find each other, and what they must agree on."""
+
+import contextlib
+import fcntl
+import glob
+import hashlib
+import os
+import uuid
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
+
+from maskgen.errors import UserError
+
+LOCK = ".lock"
+
+
+def start(coordinator: str | None, process_count: int | None, process_index: int | None) -> None:
+  """Connects this process with the others of its run; before anything else asks JAX for devices.
+
+  Without arguments the surroundings are asked: Cloud TPU, GKE, Slurm and Open MPI tell their processes of
+  each other, and JAX understands them. A process that is alone stays so.
+
+  Args:
+    coordinator: `host:port` of process 0.
+    process_count: how many processes there are.
+    process_index: which one this is.
+
+  Raises:
+    UserError: if the arguments are incomplete, or the others cannot be reached.
+  """
+  given = (coordinator, process_count, process_index)
+  if given == (None, None, None):
+    if jax.distributed.is_initialized() or not _has_company():
+      return
+  elif None in given:
+    raise UserError(
+      "--coordinator, --process_count and --process_index belong together: give all three or none"
+    )
+  elif not (process_count or 0) > (process_index or 0) >= 0:
+    raise UserError(f"--process_index={process_index}: give a number from 0 to --process_count - 1")
+  try:
+    jax.distributed.initialize(*given)
+  except (RuntimeError, ValueError) as error:
+    raise UserError(
+      f"the processes of this run did not find each other ({error}): check that all were started, and that "
+      "process 0 can be reached"
+    ) from None
+
+
+def _has_company() -> bool:
+  """Whether the surroundings say that this is one process of several, or a TPU host, which knows itself."""
+  if {"TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES"} & os.environ.keys():  # GKE
+    return True
+  if "TPU_SKIP_MDS_QUERY" not in os.environ and (glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*")):
+    return True
+  pairs = (("SLURM_PROCID", "SLURM_NTASKS"), ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"))
+  return any(rank in os.environ and int(os.environ.get(count, "1")) > 1 for rank, count in pairs)
+
+
+@contextlib.contextmanager
+def only_run_in(workdir: epath.Path) -> Iterator[None]:
+  """Makes a folder that all processes share the workdir of this run alone, while the context lasts.
+
+  A local folder is locked by its file system, which forgets the lock when the process ends, however it ends.
+
+  Raises:
+    UserError: in every process, if one of them does not see the folder, or another run is at work in it.
+  """
+  refusal, lock = "", None
+  try:
+    if jax.process_index() == 0:
+      workdir.mkdir(parents=True, exist_ok=True)
+      if "://" not in str(workdir):
+        lock = open(workdir / LOCK, "w")  # noqa: SIM115  (closed below)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError:
+    refusal = f"another run is at work in {workdir}: wait for its end, or give another --workdir"
+  try:
+    if any_of(bool(refusal)):
+      raise UserError(refusal or f"process 0 refuses to run in {workdir}: see its log")
+    _check_shared(workdir)
+    yield
+  finally:
+    if lock is not None:
+      lock.close()
+
+
+def _check_shared(workdir: epath.Path) -> None:
+  if jax.process_count() == 1:
+    return
+  mark = multihost_utils.broadcast_one_to_all(np.frombuffer(uuid.uuid4().bytes, np.uint8))
+  file = workdir / f".shared-{np.asarray(mark).tobytes().hex()}"
+  if jax.process_index() == 0:
+    file.write_text("")
+  wait("the workdir is marked")
+  seen = multihost_utils.process_allgather(np.asarray(file.exists()))
+  if jax.process_index() == 0:
+    file.unlink()
+  if not seen.all():
+    raise UserError(
+      f"workdir {workdir} is not shared by all processes ({int(seen.sum())} of {seen.size} see it): give one "
+      "that is, such as a bucket"
+    )
+
+
+def wait(name: str) -> None:
+  """Waits until all processes have come to the place of this name."""
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(f"maskgen: {name}")
+
+
+def any_of(flag: bool) -> bool:
+  """Whether a flag is set in any process; all call this together."""
+  if jax.process_count() == 1:
+    return flag
+  return bool(multihost_utils.process_allgather(np.asarray(flag)).any())
+
+
+def all_equal(text: str) -> bool:
+  """Whether a text is the same in all processes; all call this together."""
+  if jax.process_count() == 1:
+    return True
+  digest = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
+  everyone = multihost_utils.process_allgather(digest)
+  return bool((everyone == everyone[0]).all())

@@ -1,0 +1,225 @@
+"""What may happen to a run: it is preempted, checkpoints rot, disk or memory is full, it meets its double."""
+
+import json
+import pathlib
+import shutil
+import signal
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import tiny
+from etils import epath
+
+import maskgen
+from maskgen import checkpoint, main, metrics, processes, train, tree
+from maskgen.config import Checkpointing
+from maskgen.errors import UserError
+from maskgen.experiment import Experiment
+
+trained = tiny.trained
+STEPS = 9  # saves at 4, 8 and 9
+
+
+@pytest.fixture(scope="module")
+def experiment(trained):
+  return Experiment(tiny.stage("mage", f"steps={STEPS}", pretrained__tokenizer=str(trained / "tokenizer")))
+
+
+@pytest.fixture(scope="module")
+def finished(experiment, tmp_path_factory):
+  workdir = new_workdir(tmp_path_factory.mktemp("finished"), experiment)
+  return workdir, train.train(experiment, workdir)
+
+
+def new_workdir(folder, experiment):
+  workdir = epath.Path(folder) / "mage"
+  workdir.mkdir()
+  (workdir / "config.json").write_text(json.dumps({"objective": dict(experiment.config.objective)}))
+  return workdir
+
+
+def newest(experiment, workdir):
+  return checkpoint.Checkpoints(workdir, Checkpointing()).restore(experiment.targets["state"])
+
+
+# Preemption
+
+
+@pytest.mark.parametrize("at", [1, 3, 4, 6, 8, 9])
+def test_a_preempted_run_saves_stops_and_continues(at, experiment, finished, tmp_path, monkeypatch):
+  workdir, compiled = new_workdir(tmp_path, experiment), experiment.update
+
+  def update(state, frozen, batch):
+    if int(state.step) + 1 == at:
+      signal.raise_signal(signal.SIGTERM)
+    return compiled(state, frozen, batch)
+
+  before = signal.getsignal(signal.SIGTERM)
+  with monkeypatch.context() as patch, pytest.raises(train.PreemptedError):
+    patch.setattr(experiment, "update", update)
+    train.train(experiment, workdir)
+  assert signal.getsignal(signal.SIGTERM) is before
+  assert checkpoint.Checkpoints(workdir, Checkpointing()).latest() == at
+  assert train.train(experiment, workdir) == finished[1]
+  tiny.assert_same_bits(newest(experiment, workdir), newest(experiment, finished[0]))
+  evaluated = [line["step"] for line in metrics.read(workdir) if "validation/loss" in line]
+  assert evaluated == [4, 8, 9]
+
+
+def test_a_preempted_command_ends_well(tmp_path):
+  arguments = [f"--config={tiny.FILE}:steps=100000,log_every_steps=5", f"--workdir={tmp_path / 'run'}"]
+  process = tiny.python("-m", "maskgen.main", *arguments)
+  for line in process.stderr:
+    if "step 5/" in line:
+      process.send_signal(signal.SIGTERM)
+      break
+  _, rest = process.communicate()
+  assert process.returncode == 0, rest
+  assert "preempted" in rest.splitlines()[-1]
+  assert not (tmp_path / "run" / "results.json").exists()
+  assert list((tmp_path / "run" / "tokenizer" / "checkpoints").glob("*"))
+
+
+# Damage
+
+
+def data_files(workdir, step):
+  files = [file for file in pathlib.Path(workdir / "checkpoints" / str(step)).rglob("*") if file.is_file()]
+  return sorted((file for file in files if "/d/" in str(file)), key=lambda file: file.stat().st_size)
+
+
+def flip(file, place):
+  content = bytearray(file.read_bytes())
+  content[int(place * len(content))] ^= 16
+  file.write_bytes(bytes(content))
+
+
+DAMAGES = {
+  "a flipped byte": lambda w: flip(data_files(w, 9)[-1], 0.5),
+  "a flipped byte near the end": lambda w: flip(data_files(w, 9)[-1], 0.9),
+  "a truncated file": lambda w: data_files(w, 9)[-1].write_bytes(data_files(w, 9)[-1].read_bytes()[:100]),
+  "a missing file": lambda w: data_files(w, 9)[-1].unlink(),
+  "no checksums": lambda w: (w / "checkpoints" / "9" / "checksums").rmtree(),
+  "no state": lambda w: (w / "checkpoints" / "9" / "state").rmtree(),
+  "an empty folder": lambda w: [
+    p.rmtree() if p.is_dir() else p.unlink() for p in (w / "checkpoints" / "9").iterdir()
+  ],
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
+  damage, experiment, finished, tmp_path, caplog
+):
+  workdir = epath.Path(tmp_path) / "mage"
+  shutil.copytree(finished[0], workdir)
+  DAMAGES[damage](workdir)
+  assert maskgen.load(workdir) is not None  # reads the one before, and changes nothing
+  assert (workdir / "checkpoints" / "9").exists()
+  assert "step 9: " in caplog.text and "is damaged, the one before it is used" in caplog.text
+  assert train.train(experiment, workdir) == finished[1]
+  tiny.assert_same_bits(newest(experiment, workdir), newest(experiment, finished[0]))
+  assert [p.name.split("-")[0] for p in (workdir / "damaged").iterdir()] == ["9"]
+
+
+def test_nothing_intact_is_an_error(experiment, finished, tmp_path):
+  workdir = epath.Path(tmp_path) / "mage"
+  shutil.copytree(finished[0], workdir)
+  steps = [int(p.name) for p in (workdir / "checkpoints").iterdir()]
+  for step in steps:
+    flip(data_files(workdir, step)[-1], 0.5)
+  with pytest.raises(
+    UserError, match=r"holds no intact checkpoint \(step 9: .*; step 8: .*restore one from a copy"
+  ):
+    train.train(experiment, workdir)
+
+
+def test_checksums_see_every_bit_and_no_sharding():
+  rng = np.random.default_rng(0)
+  arrays = {
+    "float": rng.normal(size=(16, 6)).astype(np.float32),
+    "half": jax.numpy.asarray(rng.normal(size=(8,)), "bfloat16"),
+    "flags": rng.integers(0, 2, (8,)).astype(bool),
+    "bytes": rng.integers(0, 256, (8, 3)).astype(np.uint8),
+    "scalar": np.int32(7),
+    "empty": np.zeros((0, 3), np.float32),
+  }
+  arrays = {name: jax.numpy.asarray(value) for name, value in arrays.items()}
+  expected = tree.checksums(arrays)
+  mesh = jax.make_mesh((8,), ("x",))
+  for name in ("float", "half", "flags", "bytes"):
+    sharded = jax.device_put(arrays[name], jax.NamedSharding(mesh, jax.P("x")))
+    assert tree.checksums({name: sharded})[name] == expected[name]
+  for name in ("float", "half", "bytes", "scalar"):
+    raw = np.array(arrays[name])
+    flat = raw.reshape(-1).view(np.uint8)
+    for place in range(0, flat.size, 5):
+      flat[place] ^= 1 << (place % 8)
+      assert tree.checksums({name: jax.numpy.asarray(raw)})[name] != expected[name]
+      flat[place] ^= 1 << (place % 8)
+  swapped = arrays["float"][::-1]
+  assert tree.checksums({"float": swapped})["float"] != expected["float"]
+
+
+# What is full
+
+
+def test_a_full_disk_keeps_what_is_saved(experiment, tmp_path, monkeypatch):
+  workdir = new_workdir(tmp_path, experiment)
+  save = ocp.CheckpointManager.save
+
+  def no_space(manager, step, **options):
+    if step == 8:
+      raise OSError(28, "No space left on device")
+    return save(manager, step, **options)
+
+  with (
+    monkeypatch.context() as patch,
+    pytest.raises(UserError, match=r"No space left.*make room.*; step 4 is saved"),
+  ):
+    patch.setattr(ocp.CheckpointManager, "save", no_space)
+    train.train(experiment, workdir)
+  assert int(newest(experiment, workdir).step) == 4
+
+
+def test_memory_that_does_not_suffice_has_remedies(experiment, tmp_path, monkeypatch):
+  def update(state, frozen, batch):
+    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 123 bytes.")
+
+  monkeypatch.setattr(experiment, "update", update)
+  with pytest.raises(
+    UserError, match="memory does not suffice .*: raise config.accumulation or config.mesh.fsdp"
+  ):
+    train.train(experiment, new_workdir(tmp_path, experiment))
+
+
+def test_a_loss_that_is_not_finite_names_its_records(experiment, tmp_path, monkeypatch):
+  workdir, compiled = new_workdir(tmp_path, experiment), experiment.update
+
+  def update(state, frozen, batch):
+    at = int(state.step) + 1
+    state, values = compiled(state, frozen, batch)
+    return state, values | ({"loss/main": np.float32(np.nan)} if at == 5 else {})
+
+  monkeypatch.setattr(experiment, "update", update)
+  with pytest.raises(UserError, match=r"^step 5: loss/main is nan; .* not_finite.json names its records"):
+    train.train(experiment, workdir)
+  batches = experiment.data.train_batches(4)
+  report = json.loads((workdir / "not_finite.json").read_text())
+  assert report == {"step": 5, "records": [f"record {i}" for i in next(batches)["record"]]}
+
+
+# Two runs
+
+
+def test_the_second_run_in_a_workdir_is_refused(tmp_path):
+  folder = epath.Path(tmp_path) / "run"
+  with processes.only_run_in(folder):
+    with pytest.raises(UserError, match="another run is at work in .*run: wait for its end, or give another"):
+      main.main([f"--config={tiny.FILE}:only=tokenizer", f"--workdir={folder}"])
+    with processes.only_run_in(folder / "other"):
+      pass
+  with processes.only_run_in(folder):
+    pass
