@@ -258,7 +258,8 @@ def to_device(
   def put(item: dict[str, jax.Array] | Exception | None) -> None:
     while not closed.is_set():
       with contextlib.suppress(queue.Full):
-        return ready.put(item, timeout=0.1)
+        ready.put(item, timeout=0.1)
+        return
 
   def work() -> None:
     try:
