@@ -190,7 +190,7 @@ def test_memory_that_does_not_suffice_has_remedies(experiment, tmp_path, monkeyp
 
   monkeypatch.setattr(experiment, "update", update)
   with pytest.raises(
-    UserError, match="memory does not suffice .*: raise config.accumulation or config.mesh.fsdp"
+    UserError, match=r"memory does not suffice .*: raise config.accumulation or config.mesh.fsdp"
   ):
     train.train(experiment, new_workdir(tmp_path, experiment))
 
@@ -217,7 +217,9 @@ def test_a_loss_that_is_not_finite_names_its_records(experiment, tmp_path, monke
 def test_the_second_run_in_a_workdir_is_refused(tmp_path):
   folder = epath.Path(tmp_path) / "run"
   with processes.only_run_in(folder):
-    with pytest.raises(UserError, match="another run is at work in .*run: wait for its end, or give another"):
+    with pytest.raises(
+      UserError, match=r"another run is at work in .*run: wait for its end, or give another"
+    ):
       main.main([f"--config={tiny.FILE}:only=tokenizer", f"--workdir={folder}"])
     with processes.only_run_in(folder / "other"):
       pass
