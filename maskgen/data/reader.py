@@ -91,7 +91,7 @@ class Reader:
       dataset = dataset.batch(size, drop_remainder=True).prefetch(_BATCHES_AHEAD)
       options = tf.data.Options()
       # More threads than cores, since some wait for files, or to copy a batch.
-      options.threading.private_threadpool_size = os.cpu_count()
+      options.threading.private_threadpool_size = 2 * (os.cpu_count() or 1)
       options.threading.max_intra_op_parallelism = 1  # records are the parallelism
       batches = dataset.with_options(options).as_numpy_iterator()
       while True:
