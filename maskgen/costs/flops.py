@@ -1,0 +1,79 @@
+"""Floating-point operations of a function: its matrix multiplications and convolutions, from its trace."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.extend import core
+from jax.interpreters import partial_eval
+
+
+def count(fn: Callable[..., Any], *args: Any) -> int:
+  """Counts the floating-point operations of `fn(*args)`, without running or compiling it.
+
+  A multiplication and its addition are two operations; everything else is free, as is usual where the work
+  of a model is compared with a chip's peak. What no output depends on does not count, and neither do
+  products with the zeros that a convolution pads with or puts between its inputs: so a convolution and each
+  of its gradients count alike. A `scan` counts its body times its length (so does a `fori_loop` with
+  constant bounds, which is traced as one), a `while_loop` its body once, a `cond` its most expensive
+  branch, and a `shard_map` its body once for each shard. What a checkpoint computes again counts again. A
+  Pallas kernel does not count by its grid: count what it stands for instead.
+
+  Args:
+    fn: a function that can be traced.
+    *args: its arguments: trees of arrays or of `jax.ShapeDtypeStruct`.
+
+  Returns:
+    The operations of all devices together.
+  """
+  closed = jax.make_jaxpr(fn)(*args)
+  jaxpr, _ = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
+  return _count(jaxpr)
+
+
+def _count(jaxpr: core.Jaxpr | core.ClosedJaxpr) -> int:
+  return sum(_count_equation(equation) for equation in jaxpr.eqns)
+
+
+def _count_equation(equation: Any) -> int:
+  params = equation.params
+  match equation.primitive.name:
+    case "dot_general":
+      return _dot(equation)
+    case "conv_general_dilated":
+      return _convolution(equation)
+    case "scan":
+      return params["length"] * _count(params["jaxpr"])
+    case "cond":
+      return max(_count(branch) for branch in params["branches"])
+    case "shard_map":
+      axes = params.get("newly_manual_axes") or params["manual_axes"]  # the name before jax 0.10
+      shards = math.prod(params["mesh"].shape[axis] for axis in axes)
+      return shards * _count(params["jaxpr"])
+  inner = [leaf for leaf in jax.tree.leaves(params) if isinstance(leaf, core.Jaxpr | core.ClosedJaxpr)]
+  return sum(_count(jaxpr) for jaxpr in inner)
+
+
+def _dot(equation: Any) -> int:
+  lhs, _ = (operand.aval for operand in equation.invars)
+  (contracted, _), _ = equation.params["dimension_numbers"]
+  return 2 * equation.outvars[0].aval.size * math.prod(lhs.shape[axis] for axis in contracted)
+
+
+def _convolution(equation: Any) -> int:
+  params = equation.params
+  lhs, rhs = (operand.aval.shape for operand in equation.invars)
+  out = equation.outvars[0].aval.shape
+  numbers = params["dimension_numbers"]  # each spec: batch or output feature, feature, then space
+  pairs = 1
+  for dimension, (low, _) in enumerate(params["padding"]):
+    stride, spread = params["window_strides"][dimension], params["lhs_dilation"][dimension]
+    taps = np.arange(rhs[numbers.rhs_spec[2 + dimension]]) * params["rhs_dilation"][dimension]
+    starts = np.arange(out[numbers.out_spec[2 + dimension]]) * stride - low
+    places = starts[:, None] + taps
+    last = (lhs[numbers.lhs_spec[2 + dimension]] - 1) * spread
+    pairs *= int(((places >= 0) & (places <= last) & (places % spread == 0)).sum())
+  batch, features = (out[axis] for axis in numbers.out_spec[:2])
+  return 2 * pairs * batch * features * rhs[numbers.rhs_spec[1]]
