@@ -5,7 +5,8 @@
 #   launch/local.sh 2 -- --config=configs/quickstart.py --workdir=runs/quickstart
 #
 # How many CPU devices a process has is XLA's to say: XLA_FLAGS=--xla_force_host_platform_device_count=4.
-# Ctrl-C or TERM lets the run save and ends it; a second one does not wait for that.
+# Ctrl-C or TERM lets the run save and ends it; a second one does not wait for that. So does TERM to one of the
+# processes, and the script then ends with 0.
 set -euo pipefail
 # shellcheck source=launch/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"

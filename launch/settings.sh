@@ -14,7 +14,7 @@ TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS=60 TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTE
 : "${MAX_RESTARTS:=10}"   # after so many crashes in a row the run is given up
 : "${RESET_SECONDS:=600}" # a crash after so long a run is not in a row with earlier ones
 : "${SAVE_SECONDS:=120}"  # how long a run that is told to stop may take to save
-: "${GRACE_SECONDS:=15}"  # local.sh: how long processes may take to end when another has died
+: "${GRACE_SECONDS:=5}"   # local.sh: how long processes may take to end when another has died
 
 # Cloud TPU VMs
 : "${PROJECT:=}"

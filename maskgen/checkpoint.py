@@ -22,7 +22,7 @@ from jax.experimental import multihost_utils
 
 from maskgen import config as config_lib
 from maskgen import processes, tree
-from maskgen.errors import UserError
+from maskgen.errors import TransientError, UserError
 
 CONFIG = "config.json"
 WEIGHTS = "weights.safetensors"
@@ -125,9 +125,9 @@ class Checkpoints:
       processes.wait("a damaged checkpoint is put aside")
       self._manager.reload()
 
-  def _not_written(self, error: Exception) -> UserError:
+  def _not_written(self, error: Exception) -> TransientError:
     latest = self.latest()
-    return UserError(
+    return TransientError(
       f"{self._manager.directory} could not be written ({_first_line(error)}): make room or reach it again, "
       f"and start the same command; {'no step' if latest is None else f'step {latest}'} is saved"
     )
@@ -161,7 +161,7 @@ class Checkpoints:
 
 
 def _first_line(error: Exception) -> str:
-  return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
+  return (str(error).strip() or type(error).__name__).splitlines()[0][:600]
 
 
 def resolve(path: str, workdir: epath.Path) -> epath.Path:

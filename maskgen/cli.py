@@ -4,11 +4,16 @@ import argparse
 import logging
 import os
 import sys
+import threading
+import traceback
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from etils import epath
 
 from maskgen.errors import UserError
+
+PATIENCE = 10.0
 
 
 class Parser(argparse.ArgumentParser):
@@ -26,19 +31,19 @@ class Parser(argparse.ArgumentParser):
     raise UserError(f"{message} (see --help)")
 
 
-def check_out(path: str) -> None:
-  """Checks that a picture can be written, before long work.
+def check_out(path: str, flag: str = "out", kind: str = ".png") -> None:
+  """Checks that a file can be written, before long work.
 
   Raises:
     UserError: if not.
   """
   folder = epath.Path(path).parent
-  if not path.endswith(".png"):
-    raise UserError(f"--out={path}: give the name of a .png file")
+  if not path.endswith(kind):
+    raise UserError(f"--{flag}={path}: give the name of a {kind} file")
   if not folder.is_dir():
-    raise UserError(f"--out={path}: the folder {folder} does not exist, make it first")
+    raise UserError(f"--{flag}={path}: the folder {folder} does not exist, make it first")
   if not writable(folder):
-    raise UserError(f"--out={path}: the folder {folder} is not writable, give another")
+    raise UserError(f"--{flag}={path}: the folder {folder} is not writable, give another")
 
 
 def writable(folder: epath.Path) -> bool:
@@ -51,7 +56,11 @@ def writable(folder: epath.Path) -> bool:
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:
-  """Runs an entry point: a `UserError` becomes one line on stderr and exit code 2."""
+  """Runs an entry point: a `UserError` becomes one line on stderr and its exit status.
+
+  A process that fails ends within `PATIENCE` seconds: JAX would let it meet the other processes of the run
+  before, and they may wait for it elsewhere.
+  """
   # Quiet libraries that are not ours, before they are imported.
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
   os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
@@ -59,13 +68,25 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr
   )
   logging.getLogger("maskgen").setLevel(logging.INFO)
-  # Orbax warns of what it was told to do, such as to read only.
+  # Orbax warns of what it was told to do, such as to read only, and asyncio repeats an error of each array.
+  logging.getLogger("asyncio").setLevel(logging.CRITICAL)
   for handler in logging.getLogger().handlers:
     handler.addFilter(lambda record: record.name != "absl" or record.levelno >= logging.ERROR)
   try:
     main(sys.argv[1:])
   except UserError as error:
     print(f"error: {error}", file=sys.stderr)
-    sys.exit(2)
+    _end(error.status)
   except KeyboardInterrupt:
     sys.exit(130)
+  except Exception:
+    traceback.print_exc()
+    _end(1)
+
+
+def _end(status: int) -> NoReturn:
+  sys.unraisablehook = lambda _: None  # what libraries leave behind says nothing new
+  timer = threading.Timer(PATIENCE, os._exit, [status])
+  timer.daemon = True
+  timer.start()
+  sys.exit(status)

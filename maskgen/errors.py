@@ -8,8 +8,16 @@ class UserError(ValueError):
   """Something from outside (a config, flag, path, image or checkpoint) is wrong.
 
   The message is one sentence that names the thing and the remedy. Entry points print it without a
-  traceback and exit with code 2.
+  traceback and exit with `status`, which tells launchers whether to start again.
   """
+
+  status = 2
+
+
+class TransientError(UserError):
+  """Something from outside that time may mend, such as a store that cannot be reached."""
+
+  status = 75  # EX_TEMPFAIL
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:

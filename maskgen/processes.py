@@ -1,7 +1,6 @@
 """The processes of a run: how they find each other, and what they must agree on."""
 
 import contextlib
-import fcntl
 import glob
 import hashlib
 import os
@@ -13,9 +12,8 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from maskgen.errors import UserError
-
-LOCK = ".lock"
+from maskgen import lock
+from maskgen.errors import TransientError, UserError
 
 
 def start(coordinator: str | None, process_count: int | None, process_index: int | None) -> None:
@@ -30,7 +28,8 @@ def start(coordinator: str | None, process_count: int | None, process_index: int
     process_index: which one this is.
 
   Raises:
-    UserError: if the arguments are incomplete, or the others cannot be reached.
+    UserError: if the arguments are incomplete or wrong.
+    TransientError: if the others cannot be reached.
   """
   given = (coordinator, process_count, process_index)
   if given == (None, None, None):
@@ -44,8 +43,12 @@ def start(coordinator: str | None, process_count: int | None, process_index: int
     raise UserError(f"--process_index={process_index}: give a number from 0 to --process_count - 1")
   try:
     jax.distributed.initialize(*given)
-  except (RuntimeError, ValueError) as error:
+  except ValueError as error:
     raise UserError(
+      f"this process does not know the others ({error}): give --coordinator and its companions"
+    ) from None
+  except RuntimeError as error:
+    raise TransientError(
       f"the processes of this run did not find each other ({error}): check that all were started, and that "
       "process 0 can be reached"
     ) from None
@@ -65,28 +68,22 @@ def _has_company() -> bool:
 def only_run_in(workdir: epath.Path) -> Iterator[None]:
   """Makes a folder that all processes share the workdir of this run alone, while the context lasts.
 
-  A local folder is locked by its file system, which forgets the lock when the process ends, however it ends.
-
   Raises:
-    UserError: in every process, if one of them does not see the folder, or another run is at work in it.
+    UserError: in every process, if one of them does not see the folder.
+    TransientError: in every process, if another run is at work in it.
   """
-  refusal, lock = "", None
-  try:
+  refusal = None
+  with contextlib.ExitStack() as stack:
     if jax.process_index() == 0:
       workdir.mkdir(parents=True, exist_ok=True)
-      if "://" not in str(workdir):
-        lock = open(workdir / LOCK, "w")  # noqa: SIM115  (closed below)
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-  except BlockingIOError:
-    refusal = f"another run is at work in {workdir}: wait for its end, or give another --workdir"
-  try:
-    if any_of(bool(refusal)):
-      raise UserError(refusal or f"process 0 refuses to run in {workdir}: see its log")
+      try:
+        stack.enter_context(lock.hold(workdir))
+      except TransientError as error:
+        refusal = error
+    if any_of(refusal is not None):
+      raise refusal or TransientError(f"process 0 refuses to run in {workdir}: see its log")
     _check_shared(workdir)
     yield
-  finally:
-    if lock is not None:
-      lock.close()
 
 
 def _check_shared(workdir: epath.Path) -> None:

@@ -22,7 +22,7 @@ PACKAGE = pathlib.Path(maskgen.__file__).parent
 # A file imports from rows above its own, or from its own row without a cycle.
 ROWS = (
   "errors files tree images sheet text vocab masking mixing sampling losses config cli",
-  "sharding optim processes checkpoint metrics",
+  "sharding optim lock processes checkpoint metrics costs",
   "data",
   "models",
   "importers",
@@ -30,7 +30,7 @@ ROWS = (
   "evaluators",
   "state step experiment clock train",
   "api __init__",
-  "main tools benchmarks",
+  "main tools benchmarks preflight",
 )
 ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names.split()}
 

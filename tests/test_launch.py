@@ -63,7 +63,8 @@ with open(folder / "calls.jsonl", "a") as file:
   file.write(json.dumps(dict(call=["python", *arguments], pid=os.getpid(), child=child)) + "\\n")
 time.sleep(300 if "sleep" in do else 0.1)
 print("last words", end="", flush=True)
-sys.exit(int(do[-1]) if do[-1].isdigit() else 0)
+last = do.split()[-1]
+sys.exit(int(last) if last.isdigit() else 0)
 """
 
 
@@ -409,10 +410,17 @@ def test_watch_starts_a_crashed_run_again_but_not_for_ever(tpu):
     *["storage ls", "list", "ask", "stop", "look", "start"] * 2,
     *["storage ls", "list", "ask"],
   ]
+  tpu.answer(answers | {"else echo absent": ["ended 75", "running"], "results.json": [1, 1, 0]})
+  tpu.run("tpu_vm.sh watch", "--", BUCKET)
+  assert [on_tpu(call) for call in tpu.calls()[15:]] == [
+    *["storage ls", "list", "ask", "stop", "look", "start"],
+    *["storage ls", "list", "ask"],
+    "storage ls",
+  ]
   tpu.answer(answers | {"else echo absent": ["ended 2"]})
   _, err = tpu.run("tpu_vm.sh watch", "--", BUCKET, status=2)
   assert "a restart does not mend" in err
-  assert len(tpu.calls()) == 18
+  assert len(tpu.calls()) == 28
 
 
 def test_watch_does_nothing_while_it_cannot_see(tpu):
@@ -489,7 +497,8 @@ def test_the_manifest(place):
 
 
 @pytest.mark.parametrize(
-  "do, finished, status", [("exit 0", True, 0), ("exit 0", False, 75), ("exit 2", False, 2)]
+  "do, finished, status",
+  [("exit 0", True, 0), ("exit 0", False, 75), ("exit 2", False, 2), ("exit 75", False, 75)],
 )
 def test_a_pod_succeeds_only_when_the_run_has_finished(place, tmp_path, do, finished, status):
   yaml = pytest.importorskip("yaml")
@@ -571,6 +580,7 @@ def job(place, status: int = 0, **environment: str) -> subprocess.Popen:
     (0, False, 99, 0, True),  # told to stop, how often does not matter
     (1, False, 9, 0, True),
     (1, False, 10, 1, False),
+    (75, False, 9, 0, True),
     (2, False, 0, 2, False),
   ],
 )
@@ -651,6 +661,13 @@ def test_local_kills_who_does_not_listen(place):
   assert time.monotonic() - began < 6
   assert "gave up after 0 restarts" in err
   place.assert_nothing_is_left()
+
+
+def test_local_tries_again_what_time_may_mend(place):
+  place.plan(p0=["sleep", "exit 0"], p1=["exit 75", "exit 0"])
+  _, err = place.run("local.sh 2")
+  assert "process 1 ended with status 75" in err and "restart 1 of 10" in err
+  assert len(place.calls()) == 4
 
 
 def test_local_gives_up_after_many_crashes_in_a_row(place):

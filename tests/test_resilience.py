@@ -1,9 +1,15 @@
 """What may happen to a run: it is preempted, checkpoints rot, disk or memory is full, it meets its double."""
 
 import json
+import os
 import pathlib
+import resource
 import shutil
 import signal
+import socket
+import sys
+import threading
+import time
 
 import jax
 import numpy as np
@@ -13,9 +19,9 @@ import tiny
 from etils import epath
 
 import maskgen
-from maskgen import checkpoint, main, metrics, processes, train, tree
+from maskgen import checkpoint, cli, lock, main, metrics, processes, train, tree
 from maskgen.config import Checkpointing
-from maskgen.errors import UserError
+from maskgen.errors import TransientError, UserError
 from maskgen.experiment import Experiment
 
 trained = tiny.trained
@@ -184,6 +190,33 @@ def test_a_full_disk_keeps_what_is_saved(experiment, tmp_path, monkeypatch):
   assert int(newest(experiment, workdir).step) == 4
 
 
+@pytest.mark.slow
+def test_a_save_in_the_background_that_fails_ends_the_run_with_one_error(tmp_path):
+  workdir = tmp_path / "run"
+  config = f"{tiny.FILE}:only=tokenizer,steps=100000,save_steps=50,log_every_steps=50"
+  arguments = [
+    f"--config={config}",
+    f"--workdir={workdir}",
+    "--config.evals.reconstruction.every_steps=90000",
+  ]
+  process = tiny.python("-m", "maskgen.main", *arguments)
+  while not (workdir / "checkpoints" / "50").exists():
+    assert process.poll() is None, process.communicate()[1]
+    time.sleep(0.01)
+  # As on a full disk, no larger file can be written from now on.
+  resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (20_000, 20_000))
+  _, rest = process.communicate()
+  assert process.returncode == TransientError.status, rest
+  error = rest.splitlines()[-1]
+  saved = max(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
+  assert error.startswith("error: ") and "could not be written" in error and "File too large" in error
+  assert error.endswith(f"; step {saved} is saved")
+  process = tiny.python("-m", "maskgen.main", *arguments)
+  assert any(f"starts from step {saved} of" in line for line in process.stderr)
+  process.kill()
+  process.communicate()
+
+
 def test_memory_that_does_not_suffice_has_remedies(experiment, tmp_path, monkeypatch):
   def update(state, frozen, batch):
     raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 123 bytes.")
@@ -218,10 +251,101 @@ def test_the_second_run_in_a_workdir_is_refused(tmp_path):
   folder = epath.Path(tmp_path) / "run"
   with processes.only_run_in(folder):
     with pytest.raises(
-      UserError, match=r"another run is at work in .*run: wait for its end, or give another"
+      TransientError, match=rf"run is at work in .*run \(process {os.getpid()} on .*\): wait for its end"
     ):
       main.main([f"--config={tiny.FILE}:only=tokenizer", f"--workdir={folder}"])
     with processes.only_run_in(folder / "other"):
       pass
   with processes.only_run_in(folder):
     pass
+
+
+SECONDS = 0.2  # between two signatures
+
+
+def test_a_signature_keeps_others_away_while_its_owner_lives(tmp_path):
+  file, lost = epath.Path(tmp_path) / ".lock", threading.Event()
+  mine = lock.Signature(file, lost.set, SECONDS)
+  for _ in range(2):
+    with pytest.raises(TransientError, match=rf"another run is at work in .*process {os.getpid()} on "):
+      lock.Signature(file, print, SECONDS)
+  mine.close()
+  assert not lost.is_set() and not file.exists()
+  lock.Signature(file, print, SECONDS).close()
+
+
+def test_the_signature_of_a_killed_process_is_taken_over(tmp_path):
+  file, lost = epath.Path(tmp_path) / ".lock", threading.Event()
+  code = "import os, sys; from etils import epath; from maskgen import lock; "
+  code += f"lock.Signature(epath.Path(sys.argv[1]), print, {SECONDS}); os.kill(os.getpid(), 9)"
+  tiny.python("-c", code, str(file)).communicate()
+  assert file.exists()
+  mine = lock.Signature(file, lost.set, SECONDS)
+  assert f"process {os.getpid()} on " in file.read_text()
+  # And from this one, as if it had stood still: somebody else has it now.
+  file.write_text("process 1 on another\nfirst\n")
+  assert lost.wait(30)
+  mine.close()
+  assert file.read_text() == "process 1 on another\nfirst\n"
+
+
+def test_of_many_who_want_a_signature_at_most_one_has_it(tmp_path):
+  file, held, refused = epath.Path(tmp_path) / ".lock", [], []
+
+  def want():
+    try:
+      held.append(lock.Signature(file, print, SECONDS))
+    except TransientError:
+      refused.append(1)
+
+  threads = [threading.Thread(target=want) for _ in range(6)]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join()
+  assert (len(held), len(refused)) == (1, 5)
+  held[0].close()
+
+
+# Exit statuses
+
+
+@pytest.mark.parametrize(
+  "error, status", [(UserError("wrong"), 2), (TransientError("later"), 75), (KeyError("a fault"), 1)]
+)
+def test_the_exit_status_says_whether_to_start_again(error, status, monkeypatch, capsys):
+  monkeypatch.setattr(cli, "_end", lambda status: sys.exit(status))
+
+  def fail(_):
+    raise error
+
+  with pytest.raises(SystemExit) as exit_:
+    cli.run(fail)
+  assert exit_.value.code == status
+  last = capsys.readouterr().err.splitlines()[-1]
+  assert last == (f"error: {error}" if isinstance(error, UserError) else "KeyError: 'a fault'")
+
+
+ALONE = """
+import sys
+from maskgen import cli, errors, processes
+def main(argv):
+  processes.start(argv[0], 2, int(argv[1]))
+  processes.any_of(False)
+  if argv[1] == "1":
+    raise errors.UserError("wrong here alone")
+  processes.any_of(False)
+cli.run(main)
+"""
+
+
+@pytest.mark.slow
+def test_a_process_that_fails_alone_does_not_wait_for_the_others(tmp_path):
+  with socket.socket() as free:
+    free.bind(("127.0.0.1", 0))
+    address = f"127.0.0.1:{free.getsockname()[1]}"
+  both = [tiny.python("-c", ALONE, address, str(index)) for index in range(2)]
+  _, err = both[1].communicate(timeout=150)  # JAX alone would wait for 300 seconds
+  assert both[1].returncode == 2 and "error: wrong here alone" in err
+  both[0].kill()
+  both[0].communicate()

@@ -5,6 +5,7 @@ This is a config file as well: `--config=tests/tiny.py:steps=8`, or one stage: `
 
 import os
 import pathlib
+import socket
 import subprocess
 import sys
 
@@ -110,8 +111,15 @@ def assert_same_bits(a, b) -> None:
     assert left.tobytes() == right.tobytes(), name
 
 
-def python(*arguments: str, **options) -> subprocess.Popen:
-  """Starts Python as a user would, with the tests' compile cache and devices."""
+def free_port() -> int:
+  """A port of this machine that nobody uses now."""
+  with socket.socket() as probe:
+    probe.bind(("127.0.0.1", 0))
+    return probe.getsockname()[1]
+
+
+def python(*arguments: str, env: dict[str, str] | None = None, **options) -> subprocess.Popen:
+  """Starts Python as a user would, with the tests' compile cache and, unless `env` says else, devices."""
   cache = {
     "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -119,7 +127,9 @@ def python(*arguments: str, **options) -> subprocess.Popen:
     "PYTHONPATH": str(pathlib.Path(__file__).parents[1]),
   }
   pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-  return subprocess.Popen([sys.executable, *arguments], env=os.environ | cache, **pipes | options)
+  return subprocess.Popen(
+    [sys.executable, *arguments], env=os.environ | cache | (env or {}), **pipes | options
+  )
 
 
 _runs: list[pathlib.Path] = []

@@ -13,7 +13,7 @@ from maskgen.data.cpu_tf import tf
 from maskgen.data.skipped import Skipped
 from maskgen.data.sources import Source
 from maskgen.data.spec import Preprocess, Record
-from maskgen.errors import UserError
+from maskgen.errors import TransientError, UserError
 
 Batch = dict[str, np.ndarray]
 # From the number of a row to the index of its record, and how many times that was drawn before.
@@ -103,7 +103,7 @@ class Reader:
           found = self._find_damaged(load, locate, range(step * size, (step + 1) * size), step)
           failures = 0 if found else failures + 1
           if failures == _ATTEMPTS:
-            raise UserError(
+            raise TransientError(
               f"{self.source.name} cannot be read ({reason_of(error)}): start again when it can, the run "
               "continues"
             ) from error

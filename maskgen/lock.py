@@ -1,0 +1,128 @@
+"""One run in a folder: a lock of the file system, or, in a store, a file that its owner keeps signing."""
+
+import contextlib
+import fcntl
+import os
+import socket
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Generator
+
+from etils import epath
+
+from maskgen.errors import TransientError
+
+LOCK = ".lock"
+# A store takes one write of a file per second, and a lock that was left behind costs two intervals.
+SECONDS = 20.0
+
+
+@contextlib.contextmanager
+def hold(folder: epath.Path) -> Generator[None]:
+  """Makes a folder this process's alone while the context lasts; it must exist.
+
+  A local folder's file system forgets the lock when the process ends, however it ends. In a store the lock of
+  a process that was killed is taken over when it has not been signed for a while; a process that finds its
+  own lock taken over ends at once, as if it were killed, since what it would still write does harm.
+
+  Raises:
+    TransientError: if another process holds the folder.
+  """
+  if "://" in str(folder):
+    signature = Signature(folder / LOCK, lambda: _end(folder))
+    with contextlib.closing(signature):
+      yield
+    return
+  with open(folder / LOCK, "a+") as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      file.seek(0)
+      raise taken(folder, file.read()) from None
+    file.truncate(0)
+    file.write(_name())
+    file.flush()
+    yield
+
+
+class Signature:
+  """A file that this process signs again and again, for others to see that it lives.
+
+  Clocks of machines are not compared: whoever wants the file watches whether it changes.
+  """
+
+  def __init__(self, file: epath.Path, lost: Callable[[], None], seconds: float = SECONDS):
+    """Signs the file, at once if nobody has, or else when it has stood still.
+
+    Args:
+      file: to sign.
+      lost: called once, in another thread, if somebody else has signed or removed the file.
+      seconds: between two signatures, the same for all who want the file.
+
+    Raises:
+      TransientError: if it does not stand still.
+    """
+    self._file, self._lost, self._seconds = file, lost, seconds
+    self._token = uuid.uuid4().hex
+    found = self._read()
+    deadline = time.monotonic() + 2.5 * seconds
+    while found and time.monotonic() < deadline:
+      time.sleep(seconds / 10)
+      before, found = found, self._read()
+      if found not in (before, ""):
+        raise taken(file.parent, found)
+    self._sign(0)
+    # Of those who sign at the same time, the last one has it.
+    time.sleep(seconds / 10)
+    if self._token not in (found := self._read()):
+      raise taken(file.parent, found)
+    self._closed = threading.Event()
+    self._thread = threading.Thread(target=self._go_on, name="lock", daemon=True)
+    self._thread.start()
+
+  def close(self) -> None:
+    """Signs no more, and removes the file if it is still this process's."""
+    self._closed.set()
+    self._thread.join()
+    if self._token in self._read():
+      self._file.unlink()
+
+  def _go_on(self) -> None:
+    count = 0
+    while not self._closed.wait(self._seconds):
+      count += 1
+      try:
+        mine = self._token in self._read()
+        if mine:
+          self._sign(count)
+      except Exception:  # Stores raise many kinds, and may be there again next time.
+        continue
+      if not mine:
+        self._lost()
+        return
+
+  def _read(self) -> str:
+    return self._file.read_text() if self._file.exists() else ""
+
+  def _sign(self, count: int) -> None:
+    self._file.write_text(f"{_name()}\n{self._token} {count}\n")
+
+
+def taken(folder: epath.Path, signature: str) -> TransientError:
+  """The error for a folder in which the process that has left this signature is at work."""
+  name = (signature.splitlines() or ["a process without a name"])[0]
+  return TransientError(
+    f"another run is at work in {folder} ({name}): wait for its end, or give another --workdir"
+  )
+
+
+def _name() -> str:
+  return f"process {os.getpid()} on {socket.gethostname()}"
+
+
+def _end(folder: epath.Path) -> None:
+  print(f"error: another run has taken {folder} over: this one ends, see that one's log", file=sys.stderr)
+  sys.stderr.flush()
+  os._exit(TransientError.status)
