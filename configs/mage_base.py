@@ -96,6 +96,15 @@ def full(args) -> ml_collections.ConfigDict:
         samples=dict(type="samples", every_steps=10_000),
       ),
       mesh=dict(data=-1, fsdp=1, tensor=1),
+      # Where parameters live on a mesh: (regex over paths, the mesh axis of each dimension). An axis of size
+      # 1 does nothing; what no rule names is split over fsdp where it is large.
+      sharding=(
+        ("^frozen/", ()),
+        ("(query|key|value|up)/kernel$", ("fsdp", "tensor")),
+        ("(query|key|value|up)/bias$", ("tensor",)),
+        ("(out|down)/kernel$", ("tensor", "fsdp")),
+        ("(embedding|position)$", (None, "fsdp")),
+      ),
     )
   )
 

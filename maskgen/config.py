@@ -8,6 +8,7 @@ import ast
 import dataclasses
 import importlib.util
 import pathlib
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -145,8 +146,12 @@ class RunConfig:
         raise UserError(f"ema.{group} is {decay}: a decay is at least 0 and less than 1")
 
 
-# Keys that say how a run is carried out, not what it computes: they may change when it is resumed.
-OPERATIONAL = ("version", "evals", "mesh", "sharding", "log_every_steps", "checkpoint", "profile")
+# Keys, of a run or of one of its stages, that say how it is carried out, not what it computes: they may
+# change when it is resumed.
+OPERATIONAL = re.compile(
+  r"(\w+\.)?(version|evals|mesh|sharding|accumulation|log_every_steps|checkpoint|profile"
+  r"|objective\.(attention|remat|scan))(\.|$)"
+)
 
 # Sections of a config whose keys belong to what the config names, not to `RunConfig`.
 OPEN = ("objective", "data", "optimizer", "evals")
@@ -369,8 +374,7 @@ def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
   return [
     f"{key}: {old_flat.get(key, '(absent)')} -> {new_flat.get(key, '(absent)')}"
     for key in sorted(old_flat.keys() | new_flat.keys())
-    # A key of the run itself, or of one of its stages.
-    if old_flat.get(key) != new_flat.get(key) and not set(key.split(".")[:2]) & set(OPERATIONAL)
+    if old_flat.get(key) != new_flat.get(key) and not OPERATIONAL.match(key)
   ]
 
 

@@ -1,7 +1,7 @@
 """Everything a run is made of, built from its config and checked before anything is trained."""
 
 import json
-from collections.abc import Collection, Generator, Iterator, Mapping
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,10 +10,9 @@ from etils import epath
 
 from maskgen import checkpoint, evaluators, files, objectives, optim, processes, sharding, tree
 from maskgen import config as config_lib
-from maskgen.data import pipeline
 from maskgen.errors import UserError, nearest
 from maskgen.state import TrainState
-from maskgen.step import make_update
+from maskgen.step import Update, make_update
 
 # Larger batches make evaluation no faster.
 EVAL_BATCH_SIZE = 256
@@ -38,25 +37,24 @@ class Experiment:
     evaluators: for each evaluation its interval in steps and its evaluator.
   """
 
-  def __init__(self, config: Mapping[str, Any]):
+  def __init__(
+    self, config: Mapping[str, Any], devices: Sequence[jax.Device] | None = None, data: Any = None
+  ):
     """Builds everything from a plain config.
+
+    Args:
+      config: of one stage.
+      devices: to build it for, by default all there are; they need not be here, if nothing is run.
+      data: what stands in for the `pipeline.Data` that `config.data` describes, or None.
 
     Raises:
       UserError: for anything in the config that is wrong or does not fit together.
     """
     self.config = cfg = config_lib.build_dataclass(config_lib.RunConfig, config, "config")
-    self.mesh = sharding.make_mesh(cfg.mesh)
+    self.mesh = sharding.make_mesh(cfg.mesh, devices)
     sharding.check_batch(cfg.batch_size, cfg.accumulation, self.mesh)
     self.objective = objectives.build(cfg.objective)
-    self.data = config_lib.build_dataclass(
-      pipeline.Data,
-      cfg.data,
-      "config.data",
-      batch_size=cfg.batch_size,
-      seed=cfg.seed,
-      process_index=jax.process_index(),
-      process_count=jax.process_count(),
-    )
+    self.data = data or _open_data(cfg)
     if self.data.spec.keys().isdisjoint(self.objective.inputs):
       raise UserError(
         f"config.data gives {', '.join(sorted(self.data.spec))}, and objective '{cfg.objective['name']}' "
@@ -67,12 +65,12 @@ class Experiment:
         f"config.data gives images of shape {self.data.image_shape}, config.objective takes "
         f"{self.objective.image_shape}: change config.data.preprocess or config.objective.image_size"
       )
-    ways = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+    ways = sharding.batch_ways(self.mesh)
     # A micro-batch fits in memory when training, so it does when only predicting.
     self.eval_batch_size = max(min(cfg.batch_size // cfg.accumulation, EVAL_BATCH_SIZE) // ways, 1) * ways
     self.total_steps = config_lib.duration(cfg, "total", cfg.batch_size, self.data.num_train)
     self._build_state()
-    self.predict = objectives.compile_predict_fns(self.objective)
+    self.predict = objectives.compile_predict_fns(self.objective, self.mesh)
     self._build_evaluators()
 
   def _build_state(self) -> None:
@@ -93,11 +91,12 @@ class Experiment:
     for group in groups:
       if group not in cfg.optimizer:
         raise UserError(f"config.optimizer.{group} is missing: every parameter group needs one")
-    schedules, self._transforms = {}, {}
+    self._schedules, self._transforms = {}, {}
     for group, section in cfg.optimizer.items():
       optimizer = config_lib.build_dataclass(optim.Optimizer, section, f"config.optimizer.{group}")
-      schedules[group] = optimizer.make_schedule(self.total_steps, cfg.batch_size, self.data.num_train)
-      self._transforms[group] = optimizer.make_transform(schedules[group], groups[group])
+      schedule = optimizer.make_schedule(self.total_steps, cfg.batch_size, self.data.num_train)
+      self._schedules[group] = schedule
+      self._transforms[group] = optimizer.make_transform(schedule, groups[group])
     state, frozen = jax.eval_shape(self._init, pretrained)
     shardings = sharding.shard({"state": state, "frozen": frozen}, cfg.sharding, self.mesh)
     everywhere = sharding.replicated(self.mesh)
@@ -106,21 +105,26 @@ class Experiment:
       "frozen": _attach(frozen, shardings["frozen"]),
       "pretrained": _attach(pretrained, jax.tree.map(lambda _: everywhere, pretrained)),
     }
-    update = make_update(
-      self.objective,
-      self._transforms,
-      schedules,
-      seed=cfg.seed,
-      ema=cfg.ema,
-      accumulation=cfg.accumulation,
-    )
     self._shardings = shardings
     self.update = jax.jit(
-      update,
+      self.make_update(self.objective),
       in_shardings=(shardings["state"], shardings["frozen"], sharding.batch_sharding(self.mesh)),
       out_shardings=(shardings["state"], everywhere),
       donate_argnums=0,
     )
+
+  def make_update(self, objective: objectives.Objective) -> Update:
+    """The step, not compiled, for this objective or one of the same parameters."""
+    cfg = self.config
+    update = make_update(
+      objective,
+      self._transforms,
+      self._schedules,
+      seed=cfg.seed,
+      ema=cfg.ema,
+      accumulation=cfg.accumulation,
+    )
+    return sharding.on_mesh(update, self.mesh)
 
   def _init(self, pretrained: Any, seed: int | None = None) -> tuple[TrainState, Any]:
     """Makes the first state; pure."""
@@ -207,12 +211,19 @@ class Experiment:
 
   def train_batches(self, step: int) -> Generator[Mapping[str, jax.Array]]:
     """The training batches from a step on, on the devices."""
+    from maskgen.data import pipeline
+
     return pipeline.to_device(self.data.train_batches(step), sharding.batch_sharding(self.mesh))
 
-  def compile(self) -> Any:
-    """Compiles the training step ahead of time; nothing is allocated."""
+  def compile(self, batch: Any = None) -> Any:
+    """Compiles the training step ahead of time, by default for batches of its data; nothing is allocated."""
     target = self.targets
-    return self.update.lower(target["state"], target["frozen"], self.data.spec).compile()
+    return self.update.lower(target["state"], target["frozen"], batch or self.data.spec).compile()
+
+  def coverage(self) -> str:
+    """A table of where `config.sharding` puts the state and the frozen parts."""
+    targets = {name: self.targets[name] for name in ("state", "frozen")}
+    return sharding.coverage(targets, self.config.sharding)
 
   def check_predict_fns(self) -> None:
     """Traces the prediction functions that take images, at the batch size of evaluations."""
@@ -241,6 +252,8 @@ class Experiment:
 
   def _eval_batches(self, split: str) -> Iterator[Mapping[str, jax.Array]]:
     batches = self.data.eval_batches(split, self.eval_batch_size)
+    from maskgen.data import pipeline
+
     return pipeline.to_device(batches, sharding.batch_sharding(self.mesh))
 
   def _fresh_variables(self, seed: int, frozen: Any) -> dict[str, Any]:
@@ -252,6 +265,20 @@ class Experiment:
       return self._init(pretrained, seed)[0].variables(frozen)
 
     return jax.jit(init)(seed, frozen)
+
+
+def _open_data(cfg: config_lib.RunConfig) -> Any:
+  from maskgen.data import pipeline  # and TensorFlow, which not every experiment needs
+
+  return config_lib.build_dataclass(
+    pipeline.Data,
+    cfg.data,
+    "config.data",
+    batch_size=cfg.batch_size,
+    seed=cfg.seed,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+  )
 
 
 def _attach(shapes: Any, shardings: Any) -> Any:

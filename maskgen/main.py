@@ -192,6 +192,7 @@ def check(experiment: Any, workdir: epath.Path) -> None:
   from maskgen import train
 
   log.info("%s: %s", workdir.name, train.describe(experiment))
+  log.info("%s: state and frozen parts on the mesh\n%s", workdir.name, experiment.coverage())
   batch = next(experiment.train_batches(0))
   shapes = {key: f"{value.dtype}{list(value.shape)}" for key, value in batch.items()}
   log.info("%s: one batch %s", workdir.name, shapes)

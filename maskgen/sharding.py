@@ -6,12 +6,14 @@ one entry per dimension, `()` for replicated; without a matching rule a large pa
 `fsdp` along its largest divisible dimension.
 """
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from maskgen import config as config_lib
@@ -26,8 +28,11 @@ SMALL = 2**16
 def make_mesh(section: config_lib.Mesh, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
   """Makes the mesh of a config over the given devices, or over all there are.
 
+  Where the devices are slices that a slower network connects, `data` is split over the slices first, so that
+  only sums of gradients cross it.
+
   Raises:
-    UserError: if the axes' product is not the number of devices.
+    UserError: if the axes' product is not the number of devices, or `data` does not divide over the slices.
   """
   devices = jax.devices() if devices is None else devices
   shape = [section.data, section.fsdp, section.tensor]
@@ -41,11 +46,26 @@ def make_mesh(section: config_lib.Mesh, devices: Sequence[jax.Device] | None = N
       f"config.mesh asks for {_show(shape)} devices, there are {len(devices)}: "
       "make the product of the axes the number of devices, or one axis -1"
     )
-  return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+  types = (AxisType.Auto,) * len(AXES)
+  slices = len({getattr(device, "slice_index", 0) for device in devices})
+  if slices == 1:
+    return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+  if shape[0] % slices:
+    raise UserError(
+      f"config.mesh.data={shape[0]} does not divide over {slices} slices: give a multiple of {slices}"
+    )
+  inner = (shape[0] // slices, *shape[1:])
+  grid = mesh_utils.create_hybrid_device_mesh(inner, (slices, 1, 1), devices)
+  return jax.sharding.Mesh(grid, AXES, axis_types=types)
 
 
 def _show(shape: Sequence[int]) -> str:
   return " x ".join(f"{axis}={size}" for axis, size in zip(AXES, shape, strict=True))
+
+
+def batch_ways(mesh: Any) -> int:
+  """Into how many parts a mesh splits a batch."""
+  return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
@@ -58,16 +78,62 @@ def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec())
 
 
+def platform() -> str:
+  """The kind of devices that a function is traced for, "cpu", "gpu" or "tpu": the mesh's, where there is one.
+
+  While a program is compiled ahead of time for other devices, the default backend is not theirs.
+  """
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  name = jax.default_backend() if device is None else device.platform
+  return "gpu" if name in ("cuda", "rocm") else name
+
+
+def on_mesh(fn: Callable[..., Any], mesh: jax.sharding.Mesh) -> Callable[..., Any]:
+  """Returns `fn` to be traced for a mesh, which `platform`, `constrain_batch` and `gather` then see."""
+
+  @functools.wraps(fn)
+  def traced(*args: Any, **options: Any) -> Any:
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+      return fn(*args, **options)
+
+  return traced
+
+
+def constrain_batch(x: jax.Array, features: str | None = None) -> jax.Array:
+  """Tells the compiler that activations [b, ..., d] are split like a batch, and d over an axis or not at all.
+
+  Products need it on both sides: then a parameter that is split over `fsdp` is gathered, which is cheap,
+  instead of pulling the activations with it.
+  """
+  return _constrain(x, PartitionSpec(("data", "fsdp"), *(None,) * (x.ndim - 2), features))
+
+
+def gather(tree: Any) -> Any:
+  """Tells the compiler to gather parameters whole before use, such as tables that are looked up."""
+  return jax.tree.map(lambda x: _constrain(x, PartitionSpec()), tree)
+
+
+def _constrain(x: jax.Array, spec: PartitionSpec) -> jax.Array:
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return x
+  for size, axes in zip(x.shape, spec, strict=False):
+    if size % math.prod(mesh.shape[axis] for axis in _names(axes)):
+      return x  # such as the few pictures of a sample
+  return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
+
+
 def check_batch(batch_size: int, accumulation: int, mesh: jax.sharding.Mesh) -> None:
   """Checks that micro-batches divide evenly over the mesh.
 
   Raises:
     UserError: if they do not.
   """
-  ways = mesh.shape["data"] * mesh.shape["fsdp"]
-  if ways % jax.process_count():
+  ways = batch_ways(mesh)
+  processes = len({device.process_index for device in mesh.devices.flat})
+  if ways % processes:
     raise UserError(
-      f"config.mesh splits a batch {ways} ways (data x fsdp) over {jax.process_count()} processes: use a "
+      f"config.mesh splits a batch {ways} ways (data x fsdp) over {processes} processes: use a "
       "multiple, with tensor no larger than the devices of a process"
     )
   if accumulation < 1 or batch_size % (ways * accumulation):
@@ -95,6 +161,49 @@ def shard(shapes: Any, rules: Sequence[tuple[str, Sequence[Any]]], mesh: jax.sha
   )
 
 
+def coverage(targets: Any, rules: Sequence[tuple[str, Sequence[Any]]]) -> str:
+  """A table of what each rule decides: how many arrays, their bytes, and those on each device.
+
+  Args:
+    targets: a tree of shapes with shardings, as `shard` chose them by the rules.
+    rules: those rules.
+  """
+  labels = [(pattern, " x ".join(map(_show_axes, axes)) or "replicated") for pattern, axes in rules]
+  chosen = tree.first_match(targets, [(pattern, i) for i, (pattern, _) in enumerate(rules)], None)
+  sums: dict[tuple[str, str], list[int]] = {label: [0, 0, 0] for label in labels}
+  for name, leaf in tree.flatten(targets).items():
+    if chosen[name] is not None:
+      label = labels[chosen[name]]
+    else:
+      split = "fsdp" in jax.tree.leaves(tuple(leaf.sharding.spec))
+      label = ("others", "fsdp" if split else "replicated")
+    row = sums.setdefault(label, [0, 0, 0])
+    bytes_each = leaf.dtype.itemsize
+    row[0] += 1
+    row[1] += bytes_each * math.prod(leaf.shape)
+    row[2] += bytes_each * math.prod(leaf.sharding.shard_shape(leaf.shape))
+  total = [sum(column) for column in zip(*sums.values(), strict=True)]
+  rows = [("rule", "axes", "arrays", "MB", "MB per device")]
+  for (pattern, axes), (arrays, size, local) in (*sums.items(), (("all", ""), total)):
+    rows.append((pattern, axes, f"{arrays}", f"{size / 1e6:,.1f}", f"{local / 1e6:,.1f}"))
+  widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+  return "\n".join(
+    "  ".join(
+      cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+    )
+    for row in rows
+  )
+
+
+def _names(entry: Any) -> tuple[str, ...]:
+  """The axes of one dimension, which a rule gives as a name, several names or None."""
+  return (entry,) if isinstance(entry, str) else tuple(entry or ())
+
+
+def _show_axes(entry: Any) -> str:
+  return "*".join(_names(entry)) or "-"
+
+
 def _spec(
   name: str, shape: tuple[int, ...], axes: tuple[Any, ...] | None, mesh: jax.sharding.Mesh
 ) -> PartitionSpec:
@@ -104,7 +213,7 @@ def _spec(
     return PartitionSpec()
   if len(axes) != len(shape):
     raise UserError(f"sharding rule {axes} has {len(axes)} entries, {name} has shape {shape}")
-  names = [(entry,) if isinstance(entry, str) else tuple(entry or ()) for entry in axes]
+  names = [_names(entry) for entry in axes]
   used = [axis for entry in names for axis in entry]
   for axis in used:
     if axis not in AXES:

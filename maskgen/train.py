@@ -72,6 +72,8 @@ def loop(experiment: Experiment, workdir: epath.Path, checkpoints: checkpoint_li
     raise UserError(f"the run starts from {origin}, at step {step} of {total}: raise config.total_steps")
   own = checkpoints.latest() is not None
   log.info("%s: %s", workdir.name, describe(experiment))
+  if experiment.mesh.size > 1:
+    log.info("%s: state and frozen parts on the mesh\n%s", workdir.name, experiment.coverage())
   log.info("%s: starts from %s", workdir.name, origin)
   writer = metrics_lib.Writer(workdir, step if own else 0)
   progress = metrics_lib.Progress(workdir.name, step, total, cfg.batch_size)

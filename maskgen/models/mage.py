@@ -8,6 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from maskgen import sharding
 from maskgen.models.transformer import Transformer, embedding_init, kernel_init
 from maskgen.vocab import Vocab
 
@@ -22,6 +23,7 @@ class Mage(nn.Module):
     decoder_width, decoder_depth, decoder_heads: of the decoder.
     dropout: on embeddings, attention weights, projections and MLPs, while training.
     dtype: the type of the computation; parameters and logits are float32.
+    attention, remat, scan: how the blocks are run, see `Transformer`.
   """
 
   vocab: Vocab
@@ -34,6 +36,9 @@ class Mage(nn.Module):
   decoder_heads: int = 16
   dropout: float = 0.1
   dtype: str = "float32"
+  attention: str = "auto"
+  remat: str = "none"
+  scan: bool = False
 
   def setup(self):
     def norm(epsilon: float = 1e-6) -> nn.LayerNorm:
@@ -42,17 +47,20 @@ class Mage(nn.Module):
     def dense(width: int) -> nn.Dense:
       return nn.Dense(width, kernel_init=kernel_init, dtype=self.dtype)
 
+    def transformer(depth: int, heads: int) -> Transformer:
+      return Transformer(depth, heads, self.dropout, self.dtype, self.attention, self.remat, self.scan)
+
     self.embedding = self.param("embedding", embedding_init, (self.vocab.size, self.width))
     self.position = self.param("position", embedding_init, (1 + self.num_tokens, self.width))
     self.embedding_norm = norm()
     self.embedding_dropout = nn.Dropout(self.dropout)
-    self.encoder = Transformer(self.depth, self.heads, dropout=self.dropout, dtype=self.dtype)
+    self.encoder = transformer(self.depth, self.heads)
     self.encoder_norm = norm()
     self.decoder_input = dense(self.decoder_width)
     self.decoder_position = self.param(
       "decoder_position", embedding_init, (1 + self.num_tokens, self.decoder_width)
     )
-    self.decoder = Transformer(self.decoder_depth, self.decoder_heads, dropout=self.dropout, dtype=self.dtype)
+    self.decoder = transformer(self.decoder_depth, self.decoder_heads)
     self.decoder_norm = norm()
     self.head = dense(self.width)
     self.head_norm = norm(1e-5)  # the reference's epsilon
@@ -72,7 +80,8 @@ class Mage(nn.Module):
     """
     ids = jnp.where(mask, self.vocab.mask_id, tokens)
     ids = jnp.pad(ids, ((0, 0), (1, 0)), constant_values=self.vocab.null_class_id)
-    x = (self.embedding[ids] + self.position[None]).astype(self.dtype)
+    embedding, position = sharding.gather((self.embedding, self.position))
+    x = sharding.constrain_batch((embedding[ids] + position[None]).astype(self.dtype))
     x = self.embedding_dropout(self.embedding_norm(x), deterministic=not train)
     if kept is not None:
       x = jnp.take_along_axis(x, jnp.pad(kept + 1, ((0, 0), (1, 0)))[..., None], axis=1)
@@ -91,7 +100,7 @@ class Mage(nn.Module):
 
     The class position's feature stands in for every masked token, dropped or not (section 3.1).
     """
-    x = self.decoder_input(latents)
+    x = sharding.constrain_batch(self.decoder_input(latents))
     class_feature = x[:, :1]
     if kept is not None:
       # Position i holds the kept token number (kept tokens up to i) - 1; what dropped ones get is masked.
@@ -99,11 +108,13 @@ class Mage(nn.Module):
       index = jnp.maximum(jnp.cumsum(is_kept, axis=1), 1)
       x = jnp.concatenate([class_feature, jnp.take_along_axis(x, index[..., None], axis=1)], axis=1)
     hidden = jnp.pad(mask, ((0, 0), (1, 0)))[..., None]
-    x = jnp.where(hidden, class_feature, x) + self.decoder_position[None].astype(x.dtype)
+    position = sharding.gather(self.decoder_position)[None].astype(x.dtype)
+    x = jnp.where(hidden, class_feature, x) + position
     x = self.decoder_norm(self.decoder(x, train=train))
-    x = self.head_norm(nn.gelu(self.head(x), approximate=False))
+    x = sharding.constrain_batch(self.head(x))
+    x = self.head_norm(nn.gelu(x, approximate=False))
     # The head is tied to the embedding table, which learns from its use as input alone.
-    table = jax.lax.stop_gradient(self.embedding).astype(x.dtype)
+    table = sharding.gather(jax.lax.stop_gradient(self.embedding).astype(x.dtype))
     logits = jnp.einsum("bnd,vd->bnv", x, table, preferred_element_type=jnp.float32)
     return logits + self.head_bias[None, None]
 

@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from maskgen import sharding
 from maskgen.config import check_at_least, check_dtype
 from maskgen.errors import UserError
 
@@ -51,6 +52,11 @@ class ResidualBlock(nn.Module):
     return h + conv(self.channels, 1, self.dtype, "shortcut", use_bias=False)(source)
 
 
+def residual_block(remat: str) -> type[ResidualBlock]:
+  """The class of blocks for a choice of `maskgen.models.remat`."""
+  return ResidualBlock if remat == "none" else nn.remat(ResidualBlock)
+
+
 class Encoder(nn.Module):
   """Images [b, h, w, c] to latents [b, h', w', d]."""
 
@@ -64,22 +70,22 @@ class Encoder(nn.Module):
   dtype: str
 
   @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def __call__(self, x: jax.Array, remat: str = "none") -> jax.Array:
     x = conv(self.channels, 3, self.dtype, "conv_in", use_bias=False)(x)
     for level, multiplier in enumerate(self.multipliers):
       for i in range(self.blocks):
-        x = self.block(multiplier, f"level_{level}_block_{i}")(x)
+        x = self.block(multiplier, f"level_{level}_block_{i}", remat)(x)
       if level < len(self.strides):
         window = (self.strides[level],) * 2
         x = nn.avg_pool(x, window, window)
     for i in range(2):
-      x = self.block(self.multipliers[-1], f"middle_block_{i}")(x)
+      x = self.block(self.multipliers[-1], f"middle_block_{i}", remat)(x)
     x = nn.swish(norm(self.norm_groups, self.dtype, "norm_out")(x))
     return conv(self.code_width, 1, "float32", "conv_out")(x)
 
-  def block(self, multiplier: int, name: str) -> nn.Module:
+  def block(self, multiplier: int, name: str, remat: str) -> nn.Module:
     channels = self.channels * multiplier
-    return ResidualBlock(channels, self.norm_groups, self.shortcut, self.dtype, name=name)
+    return residual_block(remat)(channels, self.norm_groups, self.shortcut, self.dtype, name=name)
 
 
 class Decoder(nn.Module):
@@ -95,13 +101,13 @@ class Decoder(nn.Module):
   dtype: str
 
   @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
+  def __call__(self, x: jax.Array, remat: str = "none") -> jax.Array:
     x = conv(self.channels * self.multipliers[-1], 3, self.dtype, "conv_in")(x)
     for i in range(2):
-      x = self.block(self.multipliers[-1], f"middle_block_{i}")(x)
+      x = self.block(self.multipliers[-1], f"middle_block_{i}", remat)(x)
     for level, multiplier in reversed(list(enumerate(self.multipliers))):
       for i in range(self.blocks):
-        x = self.block(multiplier, f"level_{level}_block_{i}")(x)
+        x = self.block(multiplier, f"level_{level}_block_{i}", remat)(x)
       if level > 0:
         stride = self.strides[level - 1]
         x = jnp.repeat(jnp.repeat(x, stride, axis=1), stride, axis=2)
@@ -109,9 +115,9 @@ class Decoder(nn.Module):
     x = nn.swish(norm(self.norm_groups, self.dtype, "norm_out")(x))
     return conv(self.image_channels, 3, "float32", "conv_out")(x)
 
-  def block(self, multiplier: int, name: str) -> nn.Module:
+  def block(self, multiplier: int, name: str, remat: str) -> nn.Module:
     channels = self.channels * multiplier
-    return ResidualBlock(channels, self.norm_groups, self.shortcut, self.dtype, name=name)
+    return residual_block(remat)(channels, self.norm_groups, self.shortcut, self.dtype, name=name)
 
 
 class VQGAN(nn.Module):
@@ -194,12 +200,15 @@ class VQGAN(nn.Module):
       raise UserError(f"images have {channels} channels, the tokenizer takes {self.image_channels}")
     return height // self.factor, width // self.factor
 
-  def encode(self, images: jax.Array) -> jax.Array:
-    """Images float32 [b, h, w, c] in [0, 1] to latents float32 [b, h', w', d]."""
+  def encode(self, images: jax.Array, remat: str = "none") -> jax.Array:
+    """Images float32 [b, h, w, c] in [0, 1] to latents float32 [b, h', w', d].
+
+    `remat` is how a backward pass treats the blocks, see `maskgen.models.remat`.
+    """
     if images.dtype != jnp.float32:
       raise TypeError(f"the tokenizer takes float32 images in [0, 1], not {images.dtype}")
     self.token_grid(images.shape[1:])
-    latents = self.encoder(images)
+    latents = self.encoder(images, remat)
     return unit(latents) if self.normalize_codes else latents
 
   def quantize(self, latents: jax.Array) -> Quantized:
@@ -214,11 +223,12 @@ class VQGAN(nn.Module):
 
   def codes(self) -> jax.Array:
     """The codebook, float32 [K, d], of unit length where codes are normalised."""
-    return unit(self.codebook) if self.normalize_codes else self.codebook
+    codebook = sharding.gather(self.codebook)
+    return unit(codebook) if self.normalize_codes else codebook
 
-  def decode(self, codes: jax.Array) -> jax.Array:
-    """Codes float32 [b, h', w', d] to images float32 [b, h, w, c], not clipped."""
-    return self.decoder(codes)
+  def decode(self, codes: jax.Array, remat: str = "none") -> jax.Array:
+    """Codes float32 [b, h', w', d] to images float32 [b, h, w, c], not clipped; `remat` as in `encode`."""
+    return self.decoder(codes, remat)
 
   def tokenize(self, images: jax.Array) -> jax.Array:
     """Images float32 [b, h, w, c] in [0, 1] to tokens int32 [b, h' * w'], row by row."""

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Protocol
 import jax
 
 from maskgen import config as config_lib
+from maskgen import sharding
 from maskgen.errors import UserError, nearest
 
 Tree = Any
@@ -116,12 +117,13 @@ def check_image_size(size: Any) -> None:
     raise UserError(f"image_size is {size!r}: give (height, width) in pixels")
 
 
-def compile_predict_fns(objective: Objective) -> dict[str, PredictFn]:
-  """The objective's prediction functions, jitted; options that set array sizes are static."""
+def compile_predict_fns(objective: Objective, mesh: jax.sharding.Mesh | None = None) -> dict[str, PredictFn]:
+  """The objective's prediction functions, jitted for a mesh; options that set array sizes are static."""
 
   def jit(fn: PredictFn) -> PredictFn:
     parameters = inspect.signature(fn).parameters.values()
     options = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+    fn = sharding.on_mesh(fn, mesh) if mesh else fn
     return jax.jit(fn, static_argnames=("steps", "schedule") if options else ())
 
   return {name: jit(fn) for name, fn in objective.predict_fns().items()}

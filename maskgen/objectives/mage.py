@@ -14,6 +14,8 @@ from maskgen import masking
 from maskgen import sampling as sampling_lib
 from maskgen.errors import UserError
 from maskgen.models.mage import Mage
+from maskgen.models.remat import check_remat
+from maskgen.models.transformer import check_attention
 from maskgen.models.vqgan import VQGAN
 from maskgen.objectives import Batch, Metrics, PredictFn, Tree, check_image_size
 from maskgen.vocab import Vocab
@@ -27,6 +29,7 @@ class Objective:
     image_size: (h, w) of the images.
     tokenizer: the tokenizer's network; its weights come from `config.pretrained.tokenizer`.
     width, depth, heads, decoder_width, decoder_depth, decoder_heads, dropout, dtype: see `Mage`.
+    attention, remat, scan: how the network is run; the numbers are the same. See `Transformer`.
     mask_ratio: the distribution of the share of masked tokens.
     label_smoothing: of the cross-entropy over the codes.
     sampling: defaults for generation and inpainting.
@@ -44,6 +47,9 @@ class Objective:
   decoder_heads: int = 16
   dropout: float = 0.1
   dtype: str = "float32"
+  attention: str = "auto"
+  remat: str = "none"
+  scan: bool = False
   mask_ratio: masking.MaskRatio = masking.MaskRatio()
   label_smoothing: float = 0.1
   sampling: sampling_lib.Sampling = sampling_lib.Sampling()
@@ -53,6 +59,8 @@ class Objective:
     sizes = ("width", "depth", "heads", "decoder_width", "decoder_depth", "decoder_heads")
     config_lib.check_at_least(self, 1, *sizes)
     config_lib.check_dtype(self.dtype)
+    check_attention(self.attention, self.dtype, self.dropout)
+    check_remat(self.remat)
     for name, below in (("dropout", self.dropout), ("label_smoothing", self.label_smoothing)):
       if not 0.0 <= below < 1.0:
         raise UserError(f"{name} is {below}: it is at least 0 and less than 1")
@@ -95,6 +103,9 @@ class Objective:
       decoder_heads=self.decoder_heads,
       dropout=self.dropout,
       dtype=self.dtype,
+      attention=self.attention,
+      remat=self.remat,
+      scan=self.scan,
     )
 
   def pretrained_shapes(self) -> dict[str, Tree]:

@@ -12,6 +12,7 @@ from maskgen import images as images_lib
 from maskgen import losses as losses_lib
 from maskgen.errors import UserError
 from maskgen.models import perceptual
+from maskgen.models import remat as remat_lib
 from maskgen.models.discriminator import Discriminator
 from maskgen.models.vqgan import VQGAN, Quantized
 from maskgen.objectives import Batch, Metrics, PredictFn, Tree, check_image_size
@@ -43,6 +44,8 @@ class Objective:
     adversarial_start: the step at which that loss sets in. The discriminator learns from the first step on:
       one that started late under Adam would begin with updates many times its learning rate.
     r1_weight: of the squared gradient norm at real images.
+    remat: what the backward pass computes again, "none" or "full" (the residual blocks of the network); the
+      numbers are the same.
   """
 
   inputs: ClassVar[tuple[str, ...]] = ("image",)
@@ -62,11 +65,13 @@ class Objective:
   adversarial_weight: float = 0.1
   adversarial_start: int = 0
   r1_weight: float = 10.0
+  remat: str = "none"
 
   def __post_init__(self):
     check_image_size(self.image_size)
     weights = [field.name for field in dataclasses.fields(self) if field.name.endswith("_weight")]
     config_lib.check_at_least(self, 0, *weights, "adversarial_start")
+    remat_lib.check_remat(self.remat, ("none", "full"))  # a convolution is no product that "dots" keeps
     self.tokenizer.token_grid(self.image_shape)
 
   @property
@@ -112,11 +117,11 @@ class Objective:
     train: bool,
   ) -> tuple[dict[str, jax.Array], Metrics, Tree]:
     real = images_lib.to_float(batch["image"])
-    latents = self._generator(params, real, method="encode")
+    latents = self._generator(params, real, self.remat, method="encode")
     quantized: Quantized = self._generator(params, latents, method="quantize")
     # The decoder's gradient passes straight through the quantizer to the encoder.
     codes = latents + jax.lax.stop_gradient(quantized.codes - latents)
-    fake = self._generator(params, codes, method="decode")
+    fake = self._generator(params, codes, self.remat, method="decode")
     terms = self._reconstruction_terms(frozen, real, fake)
     terms |= self._quantization_terms(params, latents, quantized, extra["usage"])
     weights = {

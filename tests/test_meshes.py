@@ -1,0 +1,153 @@
+"""The same numbers on every mesh, over several processes, and however the network is run."""
+
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from maskgen import sharding, tree
+from maskgen.benchmarks.random_state import random_state
+from maskgen.experiment import Experiment
+
+STEPS = 5
+MESHES = ((1, 1, 1), (8, 1, 1), (2, 4, 1), (2, 2, 2))
+# Widths that no rule would shard by default are sharded here: networks are tiny.
+RULES = {
+  "mage": (
+    ("^frozen/", ()),
+    ("(query|key|value|up)/kernel$", ("fsdp", "tensor")),
+    ("(query|key|value|up)/bias$", ("tensor",)),
+    ("(out|down)/kernel$", ("tensor", "fsdp")),
+    ("(embedding|position)$", (None, "fsdp")),
+  ),
+  "tokenizer": (
+    ("discriminator/(dense|logit)/", ()),
+    ("conv_in/kernel$", (None, None, None, "fsdp")),
+    ("(conv_0|conv_1)/kernel$", (None, None, None, ("fsdp", "tensor"))),
+    ("codebook$", (None, "fsdp")),
+  ),
+}
+
+
+def experiment(stage, mesh=(-1, 1, 1), rules=True, **overrides):
+  config = tiny.stage(stage, **overrides)
+  config["mesh"] = dict(zip(sharding.AXES, mesh, strict=True))
+  config["sharding"] = RULES[stage] if rules else ()
+  if stage == "mage":
+    config["pretrained"] = {"tokenizer": "random"}
+  devices = jax.devices()[: abs(int(np.prod(mesh)))] if -1 not in mesh else None
+  return Experiment(config, devices)
+
+
+def losses(built):
+  """The first losses of every group, from the same parameters and data for all."""
+  state, frozen = random_state(built)
+  found = []
+  batches = built.train_batches(0)
+  for _ in range(STEPS):
+    state, metrics = built.update(state, frozen, next(batches))
+    found.append([float(metrics[f"loss/{group}"]) for group in sorted(state.params)])
+  batches.close()
+  return np.array(found), tree.flatten(jax.device_get(state.params)) if jax.process_count() == 1 else {}
+
+
+@pytest.fixture(scope="module")
+def alone():
+  """What one device computes."""
+  return {stage: losses(experiment(stage, (1, 1, 1))) for stage in tiny.STAGES}
+
+
+@pytest.mark.parametrize("mesh", MESHES[1:])
+@pytest.mark.parametrize("stage", tiny.STAGES)
+def test_every_mesh_gives_the_same_losses(stage, mesh, alone):
+  built = experiment(stage, mesh)
+  found, params = losses(built)
+  np.testing.assert_allclose(found, alone[stage][0], rtol=1e-5, atol=1e-6)
+  for name, value in params.items():
+    np.testing.assert_allclose(value, alone[stage][1][name], atol=1e-4, err_msg=name)
+  leaves = jax.tree.leaves(built.targets["state"].params)
+  assert any(leaf.sharding.shard_shape(leaf.shape) != leaf.shape for leaf in leaves) == (mesh != (8, 1, 1))
+
+
+WAYS = {
+  "remat of products": dict(objective__remat="dots"),
+  "full remat": dict(objective__remat="full"),
+  "scan": dict(objective__scan="True"),
+  "scan with remat": dict(objective__scan="True", objective__remat="full"),
+}
+
+
+@pytest.mark.parametrize("mesh", [(1, 1, 1), (2, 2, 2)])
+@pytest.mark.parametrize("way", WAYS)
+def test_how_the_blocks_are_run_changes_no_number(way, mesh, alone):
+  deep = dict(objective__depth="3", objective__decoder_depth="2")
+  plain = losses(experiment("mage", (1, 1, 1), **deep))[0]
+  assert not np.allclose(plain, alone["mage"][0], atol=1e-4)  # dropout is on, and depth matters
+  np.testing.assert_allclose(losses(experiment("mage", mesh, **deep, **WAYS[way]))[0], plain, rtol=1e-5)
+
+
+def test_remat_of_a_tokenizer_changes_no_number(alone):
+  found, _ = losses(experiment("tokenizer", (2, 2, 2), objective__remat="full"))
+  np.testing.assert_allclose(found, alone["tokenizer"][0], rtol=1e-5)
+
+
+def test_accumulation_changes_no_number():
+  """Without dropout: its masks are drawn for each micro-batch."""
+  plain = losses(experiment("mage", (1, 1, 1), objective__dropout="0.0"))[0]
+  found, _ = losses(experiment("mage", (2, 2, 1), objective__dropout="0.0", accumulation="2"))
+  np.testing.assert_allclose(found, plain, rtol=1e-5)
+
+
+@pytest.mark.parametrize("stage", tiny.STAGES)
+def test_bfloat16_stays_close_and_keeps_parameters_and_losses_in_float32(stage, alone):
+  key = "objective__dtype" if stage == "mage" else "objective__tokenizer__dtype"
+  config = {key: "bfloat16"}
+  built = experiment(stage, (2, 2, 2), **config)
+  assert {leaf.dtype for leaf in jax.tree.leaves(built.targets["state"].params)} == {np.dtype(np.float32)}
+  found, _ = losses(built)
+  np.testing.assert_allclose(found, alone[stage][0], rtol=0.02)
+  metrics = jax.eval_shape(built.update, *(built.targets[k] for k in ("state", "frozen")), built.data.spec)[1]
+  assert {leaf.dtype for name, leaf in metrics.items() if name.startswith("loss/")} == {np.dtype(np.float32)}
+
+
+def test_memory_of_the_state_falls_as_one_over_fsdp():
+  """By what the compiled program takes as arguments."""
+  size = dict(objective__width="128", objective__decoder_width="128", objective__depth="4", batch_size="8")
+  sizes = {}
+  for fsdp in (1, 2, 4, 8):
+    built = experiment("mage", (1, fsdp, 1), **size)
+    frozen = sum(leaf.nbytes for leaf in jax.tree.leaves(random_state(built)[1]))
+    sizes[fsdp] = built.compile().memory_analysis().argument_size_in_bytes - frozen
+  for fsdp, found in sizes.items():
+    np.testing.assert_allclose(found, sizes[1] / fsdp, rtol=0.1)
+
+
+# Processes
+
+SCRIPT = """
+import json, sys
+import jax
+jax.config.update("jax_num_cpu_devices", 4)
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+sys.path.insert(0, sys.argv[3])
+import test_meshes
+built = test_meshes.experiment(sys.argv[4], tuple(json.loads(sys.argv[5])))
+print(json.dumps(test_meshes.losses(built)[0].tolist()))
+"""
+
+
+@pytest.mark.parametrize("stage,mesh", [("mage", (2, 2, 2)), ("tokenizer", (2, 4, 1))])
+def test_two_processes_give_the_same_losses(stage, mesh, alone):
+  address = f"127.0.0.1:{tiny.free_port()}"
+  folder = str(pathlib.Path(__file__).parent)
+  processes = [
+    tiny.python("-c", SCRIPT, address, str(index), folder, stage, json.dumps(mesh), env={"XLA_FLAGS": ""})
+    for index in range(2)
+  ]
+  for process in processes:
+    out, err = process.communicate()
+    assert process.returncode == 0, err[-2000:]
+    np.testing.assert_allclose(json.loads(out.splitlines()[-1]), alone[stage][0], rtol=1e-5, atol=1e-6)
