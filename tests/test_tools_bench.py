@@ -2,11 +2,17 @@
 
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
 from PIL import Image
 
+from maskgen import sharding
+from maskgen.benchmarks import common, devices, random_state, recording
+from maskgen.benchmarks.model_flops import model_flops
+from maskgen.costs import flops
 from maskgen.data.handwritten import Handwritten
 from maskgen.data.pipeline import Data
 from maskgen.errors import UserError
@@ -25,10 +31,29 @@ def photos(tmp_path):
   return tmp_path
 
 
+@pytest.fixture(autouse=True)
+def small_matrices(monkeypatch):
+  """A peak of small matrices, which is quick to measure."""
+  monkeypatch.setattr(devices, "_SIZES", (64, 128))
+  monkeypatch.setattr(devices, "_SECONDS_PER_REPEAT", 1e-4)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+  """A clock that is a second later each time."""
+  seconds = iter(range(10_000))
+  monkeypatch.setattr("time.perf_counter", lambda: float(next(seconds)))
+
+
+def _lines(capsys):
+  """The lines that a benchmark prints."""
+  return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
 def _numbers(capsys):
   """The one line that a benchmark prints."""
-  (line,) = capsys.readouterr().out.splitlines()
-  return json.loads(line)
+  (numbers,) = _lines(capsys)
+  return numbers
 
 
 def _data(source, preprocess, size, batch_size=6):
@@ -121,7 +146,7 @@ def test_tokens(capsys):
   assert numbers.pop("ratio") == pytest.approx(live / cached)
   assert 0 < numbers.pop("ratio_min") <= numbers.pop("ratio_max")
   assert numbers.pop("live_flops_per_step") > numbers.pop("cached_flops_per_step") > 0
-  assert isinstance(numbers.pop("device"), str)
+  assert (numbers.pop("device"), numbers.pop("devices")) == ("cpu", 8)
   bytes_per_crop = tiny.TOKENS * 2 * 1_000_000  # of uint16
   assert numbers == {
     "batch_size": 16,
@@ -130,6 +155,210 @@ def test_tokens(capsys):
     "bytes_per_million_images_per_crop": bytes_per_crop,
     "bytes_per_million_images_10_crops": 10 * bytes_per_crop,
   }
+
+
+def _check_spread(numbers, name):
+  """Takes a measurement's median, least and greatest out, and returns the median."""
+  median, low, high = (numbers.pop(key) for key in (name, f"{name}_min", f"{name}_max"))
+  assert 0 < low <= median <= high
+  return median
+
+
+def _check_step(numbers):
+  """Takes out of a line of `bench step` what depends on the machine, and checks that it fits together."""
+  seconds = _check_spread(numbers, "step_seconds")
+  assert numbers.pop("images_per_second") == pytest.approx(numbers["batch_size"] / seconds)
+  achieved, peak = (numbers.pop(f"{name}_flops_per_second") for name in ("achieved", "peak"))
+  assert achieved == pytest.approx(numbers["model_flops_per_step"] / seconds)
+  assert numbers.pop("mfu") == pytest.approx(achieved / peak)
+  assert numbers.pop("compile_seconds") > 0
+  assert numbers.pop("argument_bytes") > 0
+  assert numbers.pop("temporary_bytes") > 0
+  assert numbers.pop("peak_memory_bytes") > 1e7
+
+
+def _experiment(stage, source="synthetic", **overrides):
+  return random_state.build(tiny.stage(stage, **overrides), source)
+
+
+def test_step(capsys, tmp_path):
+  main(["step", TINY, "--steps=2", "--warmup=0", "--batch_size=16,8,16", f"--profile={tmp_path}"])
+  small, large = _lines(capsys)
+  assert (small["batch_size"], large["batch_size"]) == (8, 16)
+  assert small["peak_flops_per_second"] == large["peak_flops_per_second"]
+  for numbers in (small, large):
+    _check_step(numbers)
+    shares = numbers.pop("time_shares")
+    assert sum(shares.values()) == pytest.approx(1)
+    assert {"matmul", "convolution", "other"} <= shares.keys()
+    assert numbers == {
+      "config": tiny.FILE,
+      "device": "cpu",
+      "devices": 8,
+      "stage": "mage",
+      "batch_size": numbers["batch_size"],
+      "source": "synthetic",
+      "dtype": "float32",
+      "model_flops_per_step": numbers["batch_size"] * small["model_flops_per_step"] // 8,
+      "peak_memory_of": "process",
+    }
+  assert list(tmp_path.glob("plugins/profile/*/*.xplane.pb"))
+
+
+@pytest.mark.parametrize(("stage", "source"), [("tokenizer", "config"), ("mage", "tokens")])
+def test_step_of_other_stages_and_sources(capsys, stage, source):
+  main(["step", TINY, f"--stage={stage}", f"--source={source}", "--steps=1", "--warmup=1"])
+  numbers = _numbers(capsys)
+  _check_step(numbers)
+  assert (numbers["stage"], numbers["source"], numbers["batch_size"]) == (stage, source, 8)
+
+
+def test_sample(capsys):
+  main(["sample", TINY, "--batch_size=8", "--sampling_steps=2", "--repeats=2"])
+  numbers = _numbers(capsys)
+  seconds = _check_spread(numbers, "batch_seconds")
+  assert numbers.pop("images_per_second") == pytest.approx(8 / seconds)
+  assert numbers.pop("compile_seconds") > 0
+  assert numbers.pop("peak_memory_bytes") > 1e7
+  assert numbers == {
+    "config": tiny.FILE,
+    "stage": "mage",
+    "device": "cpu",
+    "devices": 8,
+    "batch_size": 8,
+    "sampling_steps": 2,
+    "dtype": "float32",
+    "peak_memory_of": "process",
+  }
+
+
+def test_sample_takes_the_steps_of_the_config(capsys):
+  main(["sample", f"{TINY}:only=mage", "--repeats=1"])
+  numbers = _numbers(capsys)
+  assert (numbers["sampling_steps"], numbers["batch_size"], numbers["stage"]) == (3, 8, None)
+
+
+def test_steps_and_samples_are_without_tensorflow():
+  code = f"""
+import sys
+from maskgen.tools.bench import main
+for line in ("step --steps=1", "step --steps=1 --source=tokens", "sample --repeats=1"):
+  name, *flags = line.split()
+  main([name, "--config={tiny.FILE}", *flags])
+print("tensorflow" in sys.modules)
+"""
+  process = tiny.python("-c", code)
+  out, err = process.communicate()
+  assert process.returncode == 0, err
+  *results, imported = out.splitlines()
+  assert len(results) == 3
+  assert imported == "False"
+
+
+# What a step is made of
+
+
+@pytest.mark.parametrize("source", random_state.SOURCES)
+def test_batches_are_what_their_spec_says(source):
+  experiment = _experiment("mage", source, objective__tokenizer__codebook_size="300")
+  spec = random_state.batch_spec(experiment, source)
+  batches = random_state.batches(experiment, source)
+  batch = next(batches)
+  batches.close()
+  assert batch.keys() == spec.keys()
+  for name, leaf in spec.items():
+    assert (batch[name].shape, batch[name].dtype) == (leaf.shape, leaf.dtype)
+    assert batch[name].sharding == leaf.sharding == sharding.batch_sharding(experiment.mesh)
+  if source == "tokens":
+    assert spec["tokens"].dtype == jnp.uint16
+    assert 255 < batch["tokens"].max() < 300
+  else:
+    assert spec["image"].dtype == jnp.uint8
+    assert batch["image"].max() > 200
+
+
+def test_live_tokens_cost_what_the_tokenizer_does():
+  experiment = _experiment("mage", "tokens")
+  live, cached = (
+    model_flops(experiment, random_state.batch_spec(experiment, source)) for source in ("synthetic", "tokens")
+  )
+  variables = experiment.targets["state"].variables(experiment.targets["frozen"])
+  encode = experiment.objective.predict_fns()["encode"]
+  image = random_state.batch_spec(experiment, "synthetic")
+  assert live - cached == flops.count(encode, variables, image, jax.random.key(0))
+  assert cached > 0
+
+
+@pytest.mark.parametrize("stage", tiny.STAGES)
+def test_model_flops_are_without_recomputation(stage):
+  experiment = _experiment(stage, objective__remat="full")
+  plain = _experiment(stage)
+  spec = random_state.batch_spec(plain, "synthetic")
+  target = experiment.targets
+  assert model_flops(experiment, spec) == model_flops(plain, spec)
+  again = flops.count(experiment.make_update(experiment.objective), target["state"], target["frozen"], spec)
+  assert model_flops(plain, spec) < again
+
+
+def test_accumulation_changes_no_flops_but_those_of_the_sums():
+  whole, split = _experiment("mage", batch_size="16"), _experiment("mage", batch_size="16", accumulation="2")
+  spec = random_state.batch_spec(whole, "synthetic")
+  assert model_flops(whole, spec) == model_flops(split, spec)
+
+
+# How things are measured
+
+
+def test_the_peak_counts_all_devices(monkeypatch, clock):
+  monkeypatch.setattr(devices, "_SECONDS_PER_PRODUCT", 2.0)
+  # Each measurement takes a second of this clock, whatever the size.
+  assert devices.matmul_peak("float32") == 2 * 8 * 128**3
+
+
+def test_the_peak_stops_at_slow_products(clock):
+  assert devices.matmul_peak("bfloat16") == 2 * 8 * 64**3
+
+
+def test_work_in_a_row_is_timed_from_end_to_end(clock):
+  started = []
+
+  def start():
+    started.append(len(started))
+    return jnp.zeros(())
+
+  times = common.seconds_in_a_row(start, warmup=2, count=3)
+  assert len(started) == 6  # one is under way when the clock starts
+  np.testing.assert_array_equal(times, np.ones(3))
+
+
+def test_exhausted_memory_is_told_from_other_errors():
+  message = r"--batch_size=8: the devices' memory does not suffice \(RES.* 9 GB\)"
+  with pytest.raises(UserError, match=message), devices.enough_memory(8):
+    raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of 9 GB\nat all")
+  with pytest.raises(jax.errors.JaxRuntimeError), devices.enough_memory(8):
+    raise jax.errors.JaxRuntimeError("INTERNAL: no")
+
+
+@pytest.mark.parametrize(
+  ("function", "shapes", "kinds"),
+  [
+    (lambda x, y: jnp.tanh(x @ y), [(64, 64), (64, 64)], {"matmul"}),
+    (lambda x: jnp.tanh(x.astype(jnp.bfloat16)), [(64, 64)], {"other"}),
+    (
+      lambda x, y: jax.lax.conv_general_dilated(
+        x, y, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+      ),
+      [(2, 16, 16, 8), (3, 3, 8, 8)],
+      {"convolution"},
+    ),
+    (lambda x: jnp.tanh(jax.lax.fori_loop(0, 9, lambda _, x: x @ x, x)), [(64, 64)], {"matmul", "other"}),
+  ],
+)
+def test_kinds_of_operations(function, shapes, kinds):
+  arrays = [jnp.zeros(shape) for shape in shapes]
+  found = set(recording.kinds_of_operations(jax.jit(function).lower(*arrays).compile().as_text()).values())
+  assert kinds <= found
+  assert not found & ({"matmul", "convolution", "collective"} - kinds)
 
 
 @pytest.mark.parametrize(
@@ -153,6 +382,18 @@ def test_tokens(capsys):
       "two_views in .* has no counterpart",
     ),
     (["tokens", TINY, "--stage=tokenizer"], "'tokenizer' is not trained on codes"),
+    (["step", TINY, "--stage=tokenizer", "--source=tokens"], "'tokenizer' is not trained on codes"),
+    (["step", TINY, "--source=jpeg"], "invalid choice: 'jpeg'"),
+    (["step", TINY, "--batch_size=8,x"], "--batch_size=8,x: give numbers of at least 1"),
+    (["step", TINY, "--batch_size=8,0"], "--batch_size=8,0: give numbers of at least 1"),
+    (["step", TINY, "--batch_size=12"], "config.batch_size=12 is not divisible by 8 .* use a multiple of 8"),
+    (["step", TINY, "--steps=0"], "--steps=0: give at least 1"),
+    (["step", TINY, "--warmup=-1"], "--warmup=-1: give at least 0"),
+    (["step", TINY, f"{TINY}/x".replace("config", "profile")], "/x: not writable, give another folder"),
+    (["sample", TINY, "--stage=tokenizer"], "'tokenizer' does not generate: .* objective 'mage'"),
+    (["sample", TINY, "--batch_size=12"], "config.batch_size=12 is not divisible by 8"),
+    (["sample", TINY, "--sampling_steps=0"], "--sampling_steps=0: give at least 1"),
+    (["sample", TINY, "--repeats=0"], "--repeats=0: give at least 1"),
     (["tokens", TINY, "--steps=0"], "--steps=0: give at least 1"),
     (["tokens", TINY, "--batch_size=0"], "--batch_size=0: give at least 1"),
     (["tokens", TINY, "--batch_size=9"], "9"),

@@ -1,1 +1,1 @@
-"""What `maskgen.tools.bench` measures: one module per benchmark, with `main(argv)` that returns numbers."""
+"""What `maskgen.tools.bench` measures: one module per benchmark, with `main(argv)` that yields results."""

@@ -26,7 +26,10 @@ def add_config(parser: cli.Parser) -> None:
 
 
 def parse(parser: cli.Parser, argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
-  """Parses flags and `--config.KEY=VALUE`; returns the flags, and the plain config of one stage.
+  """Parses flags and `--config.KEY=VALUE`.
+
+  Returns:
+    The flags, `stage` being the one that was chosen, if there are any; and the plain config of that stage.
 
   Raises:
     UserError: if one of them is wrong.
@@ -39,7 +42,34 @@ def parse(parser: cli.Parser, argv: Sequence[str]) -> tuple[argparse.Namespace, 
   name = args.stage if args.stage is not None else list(stages)[-1]
   if name not in stages:
     raise UserError(f"--stage={name}: {args.config} has no such stage{nearest(name, stages)}")
+  args.stage = name if "stages" in config else None
   return args, stages[name]
+
+
+def add_batch_sizes(parser: cli.Parser) -> None:
+  """Adds the flag that `batch_sizes` reads."""
+  parser.add_argument(
+    "--batch_size", help="examples per batch, or several such as 8,16; by default the config's"
+  )
+
+
+def batch_sizes(args: argparse.Namespace, config: Mapping[str, Any]) -> list[int]:
+  """The batch sizes to measure, rising, since the memory in use is known by its peak alone.
+
+  Raises:
+    UserError: if they are no numbers of at least 1.
+  """
+  if args.batch_size is None:
+    return [config["batch_size"]]
+  sizes = args.batch_size.split(",")
+  if not all(size.isdecimal() and int(size) for size in sizes):
+    raise UserError(f"--batch_size={args.batch_size}: give numbers of at least 1, such as 8 or 8,16")
+  return sorted({int(size) for size in sizes})
+
+
+def compute_dtype(objective: Any) -> str:
+  """The type in which an objective's main network computes."""
+  return getattr(objective, "dtype", None) or objective.tokenizer.dtype
 
 
 def check_at_least(args: argparse.Namespace, least: int, *names: str) -> None:
@@ -101,6 +131,40 @@ def seconds_per_call(functions: Mapping[str, Callable[[], None]], rounds: int) -
       if times[name][-1] > _SECONDS_TO_LOG:
         log.info("%s: %.1f s", name, times[name][-1])
   return {name: np.array(values) for name, values in times.items()}
+
+
+def seconds_in_a_row(start: Callable[[], Any], warmup: int, count: int) -> np.ndarray:
+  """Measures work of which the next piece is always queued while one is under way, as in training.
+
+  Args:
+    start: starts a piece and returns its results, which need not be there yet.
+    warmup: how many pieces do not count.
+    count: how many do.
+
+  Returns:
+    From the end of one piece to the end of the next, [count].
+  """
+  import jax
+
+  ends = []
+  under_way = start()
+  for _ in range(warmup + count):
+    following = start()
+    jax.block_until_ready(under_way)
+    ends.append(time.perf_counter())
+    under_way = following
+  jax.block_until_ready(under_way)
+  ends.append(time.perf_counter())
+  return np.diff(ends)[warmup:]
+
+
+def spread(name: str, values: np.ndarray) -> dict[str, float]:
+  """The median of measurements [n], the least and the greatest."""
+  return {
+    name: float(np.median(values)),
+    f"{name}_min": float(values.min()),
+    f"{name}_max": float(values.max()),
+  }
 
 
 def ratios(values: np.ndarray, others: np.ndarray) -> dict[str, float]:

@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ from maskgen.benchmarks import common
 log = logging.getLogger("maskgen")
 
 
-def main(argv: Sequence[str]) -> dict[str, Any]:
+def main(argv: Sequence[str]) -> Iterator[dict[str, Any]]:
   """Parses the command line and measures.
 
   Raises:
@@ -64,7 +64,7 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     f"{name}_images_per_second": float(np.median(rates)) for name, rates in measured.items()
   }
   result |= common.ratios(measured["pipeline"], measured["handwritten"])
-  return result | {
+  yield result | {
     "cores": os.cpu_count(),
     "source": data.source,
     "preprocess": data.preprocess,

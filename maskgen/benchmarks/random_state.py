@@ -1,36 +1,140 @@
 """A run without its data and pretrained models, to measure how fast it is."""
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from maskgen import objectives
+from maskgen import objectives, sharding
+from maskgen.errors import UserError
 from maskgen.experiment import Experiment
 from maskgen.state import TrainState
 
-
-def without_data(config: Mapping[str, Any]) -> dict[str, Any]:
-  """Returns a config with synthetic pictures of the right shape in place of its data, and no evaluations."""
-  height, width, channels = objectives.build(config["objective"]).image_shape
-  preprocess = f"decode({channels})|resize(({height}, {width}))"
-  data = {"source": "synthetic", "preprocess": preprocess, "eval_preprocess": preprocess}
-  return {**config, "data": data, "evals": {}}
+# What a batch is made of: random images, random codes, or what the config's own pipeline gives.
+SOURCES = ("synthetic", "tokens", "config")
+_Spec = dict[str, jax.ShapeDtypeStruct]
 
 
-def random_state(experiment: Experiment) -> tuple[TrainState, Any]:
-  """Returns (state, frozen) with small random parameters, each where it belongs."""
+@dataclasses.dataclass(frozen=True)
+class NoData:
+  """What an `Experiment` asks of its data before it reads any; it does without TensorFlow.
+
+  Attributes:
+    image_shape: (h, w, c) of the images that are not there.
+    num_train: records, for lengths in epochs.
+  """
+
+  image_shape: tuple[int, int, int]
+  num_train: int = 1_000_000
+
+  @property
+  def class_names(self) -> None:
+    return None
+
+  @property
+  def codes(self) -> None:
+    return None
+
+  @property
+  def spec(self) -> _Spec:
+    """Shapes and dtypes of one image in a batch of its own."""
+    return {"image": jax.ShapeDtypeStruct((1, *self.image_shape), jnp.uint8)}
+
+
+def build(
+  config: Mapping[str, Any], source: str = "synthetic", devices: Sequence[jax.Device] | None = None
+) -> Experiment:
+  """Builds the experiment of a plain config of one stage, without evaluations.
+
+  Args:
+    config: the config.
+    source: one of `SOURCES`; only "config" opens the config's data, and only that imports TensorFlow.
+    devices: see `Experiment`.
+
+  Raises:
+    UserError: if the config is wrong, or the objective does not take what the source gives.
+  """
+  objective = objectives.build(config["objective"])
+  if source == "tokens" and not {"image", "tokens"} <= set(objective.inputs):
+    raise UserError(
+      f"objective '{config['objective']['name']}' is not trained on codes: give a config, or a --stage, with "
+      "objective 'mage'"
+    )
+  data = None if source == "config" else NoData(objective.image_shape)
+  return Experiment({**config, "evals": {}}, devices, data=data)
+
+
+def batch_spec(experiment: Experiment, source: str) -> _Spec:
+  """Shapes, dtypes and shardings of a global training batch; nothing is allocated.
+
+  Args:
+    experiment: as `build` makes it.
+    source: one of `SOURCES`.
+
+  Returns:
+    "synthetic": `image` uint8 [b, h, w, c]; "tokens": `tokens` [b, n] of the smallest unsigned type that
+    holds the codes; "config": what the config's pipeline gives.
+  """
+  size, objective = experiment.config.batch_size, experiment.objective
+  images = jax.ShapeDtypeStruct((size, *objective.image_shape), jnp.uint8)
+  if source == "config":
+    spec = experiment.data.spec
+  elif source == "synthetic":
+    spec = {"image": images}
+  else:
+    variables = experiment.targets["state"].variables(experiment.targets["frozen"])
+    encode = objective.predict_fns()["encode"]
+    tokens = jax.eval_shape(encode, variables, {"image": images}, jax.random.key(0))
+    code = np.min_scalar_type(objective.codebook_size - 1)
+    spec = {"tokens": jax.ShapeDtypeStruct(tokens.shape, code)}
+  where = sharding.batch_sharding(experiment.mesh)
+  return {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where) for name, leaf in spec.items()}
+
+
+def random_batch(experiment: Experiment, source: str) -> dict[str, jax.Array]:
+  """Makes a global batch of `batch_spec`, of "synthetic" or "tokens", where it belongs."""
+  spec = batch_spec(experiment, source)
+  below = {"image": 256, "tokens": experiment.objective.codebook_size}
+
+  def make(key: jax.Array) -> dict[str, jax.Array]:
+    return {
+      name: jax.random.randint(key, leaf.shape, 0, below[name]).astype(leaf.dtype)
+      for name, leaf in spec.items()
+    }
+
+  where = {name: leaf.sharding for name, leaf in spec.items()}
+  return jax.jit(make, out_shardings=where)(jax.random.key(0))
+
+
+def batches(experiment: Experiment, source: str) -> Generator[Mapping[str, jax.Array]]:
+  """Global training batches without end: one random batch again and again, or the config's own."""
+  if source == "config":
+    yield from experiment.train_batches(0)
+  batch = random_batch(experiment, source)
+  while True:
+    yield batch
+
+
+def random_tree(targets: Any) -> Any:
+  """Small random arrays for a tree of shapes, each where it belongs."""
   rng = np.random.default_rng(0)
 
   def random(leaf: Any) -> jax.Array:
     values = rng.standard_normal(leaf.shape, np.float32)
     return jax.device_put((0.02 * values).astype(leaf.dtype), leaf.sharding)
 
+  return jax.tree.map(random, targets)
+
+
+def random_state(experiment: Experiment) -> tuple[TrainState, Any]:
+  """Returns (state, frozen) with small random parameters, each where it belongs."""
+
   def zeros(leaf: Any) -> jax.Array:
     return jax.device_put(np.zeros(leaf.shape, leaf.dtype), leaf.sharding)
 
   target = experiment.targets["state"]
   state = jax.tree.map(zeros, target.replace(params=None))
-  state = state.replace(params=jax.tree.map(random, target.params))
-  return state, jax.tree.map(random, experiment.targets["frozen"])
+  return state.replace(params=random_tree(target.params)), random_tree(experiment.targets["frozen"])

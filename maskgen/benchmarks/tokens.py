@@ -1,19 +1,18 @@
 """What cached codes save: the time of a training step with and without the tokenizer's encoder."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from maskgen import cli
 from maskgen.benchmarks import common
-from maskgen.errors import UserError
 
 log = logging.getLogger("maskgen")
 
 
-def main(argv: Sequence[str]) -> dict[str, Any]:
+def main(argv: Sequence[str]) -> Iterator[dict[str, Any]]:
   """Parses the command line and measures.
 
   Raises:
@@ -34,39 +33,22 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
     config["batch_size"] = args.batch_size
 
   import jax
-  import jax.numpy as jnp
 
-  from maskgen import objectives, sharding
-  from maskgen.benchmarks.random_state import random_state, without_data
-  from maskgen.experiment import Experiment
+  from maskgen.benchmarks import devices, random_state
+  from maskgen.benchmarks.model_flops import model_flops
 
-  objective = objectives.build(config["objective"])
-  if not {"image", "tokens"} <= set(objective.inputs):
-    raise UserError(
-      f"objective '{config['objective']['name']}' is not trained on codes: give a config, or a --stage, with "
-      "objective 'mage'"
-    )
-  experiment = Experiment(without_data(config))
-  size, num_codes = experiment.config.batch_size, objective.codebook_size
-  images = np.random.default_rng(0).integers(0, 256, (size, *objective.image_shape), np.uint8)
-  encode = objective.predict_fns()["encode"]
-  variables = experiment.targets["state"].variables(experiment.targets["frozen"])
-  shape = jax.eval_shape(encode, variables, {"image": jnp.asarray(images)}, jax.random.key(0)).shape
-  code = np.min_scalar_type(num_codes - 1)
-  codes = np.random.default_rng(1).integers(0, num_codes, shape).astype(code)
-  where = sharding.batch_sharding(experiment.mesh)
+  experiment = random_state.build(config, "tokens")
   batches = {
-    "live": {"image": jax.device_put(images, where)},
-    "cached": {"tokens": jax.device_put(codes, where)},
+    "live": random_state.random_batch(experiment, "synthetic"),
+    "cached": random_state.random_batch(experiment, "tokens"),
   }
-
   compiled = {}
   for name, batch in batches.items():
     log.info("compiling the step, %s", name)
     target = experiment.targets
     compiled[name] = experiment.update.lower(target["state"], target["frozen"], batch).compile()
   log.info("making random parameters")
-  state, frozen = random_state(experiment)
+  state, frozen = random_state.random_state(experiment)
 
   def step(name: str) -> Callable[[], None]:
     def run() -> None:
@@ -79,23 +61,24 @@ def main(argv: Sequence[str]) -> dict[str, Any]:
   steps = {name: step(name) for name in batches}
   common.seconds_per_call(steps, 1)  # to warm up
   times = common.seconds_per_call(steps, args.steps)
-  per_million = 1_000_000 * shape[1] * code.itemsize
+  codes = batches["cached"]["tokens"]
+  per_million = 1_000_000 * codes.shape[1] * codes.dtype.itemsize
   for crops in (1, 10):
     log.info("a cache of %d crops takes %.3g GB per million images", crops, crops * per_million / 1e9)
   result: dict[str, Any] = {}
   for name, values in times.items():
-    flops = float((compiled[name].cost_analysis() or {}).get("flops", 0.0))
+    flops = model_flops(experiment, batches[name])
     log.info("%-6s %.3g s per step, %.3g GFLOP", name, np.median(values), flops / 1e9)
     result |= {f"{name}_seconds_per_step": float(np.median(values)), f"{name}_flops_per_step": flops}
-  return (
+  yield (
     result
     | common.ratios(times["live"], times["cached"])
+    | devices.describe()
     | {
-      "batch_size": size,
-      "tokens": shape[1],
-      "code_dtype": code.name,
+      "batch_size": config["batch_size"],
+      "tokens": codes.shape[1],
+      "code_dtype": codes.dtype.name,
       "bytes_per_million_images_per_crop": per_million,
       "bytes_per_million_images_10_crops": 10 * per_million,
-      "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
     }
   )

@@ -1,4 +1,4 @@
-"""Measures speed: python -m maskgen.tools.bench input --config=configs/quickstart.py"""
+"""Measures speed: python -m maskgen.tools.bench step --config=configs/quickstart.py"""
 
 import importlib
 import json
@@ -7,21 +7,24 @@ from collections.abc import Sequence
 from maskgen import cli
 
 BENCHMARKS = {
+  "step": "seconds per training step, and the share of the matmul peak that it uses",
+  "sample": "images per second of generation",
   "input": "images per second of the training pipeline",
   "tokens": "seconds per step with live and with cached tokens",
 }
 
 
 def main(argv: Sequence[str]) -> None:
-  """Parses the command line, measures, and prints one line of JSON."""
+  """Parses the command line, measures, and prints a line of JSON for each result, when it is there."""
   parser = cli.Parser(
-    "Measures one thing and prints it as a line of JSON; each benchmark has its own --help.\n"
+    "Measures one thing and prints it as lines of JSON; each benchmark has its own --help.\n"
     + "".join(f"\n  {name:<8} {what}" for name, what in BENCHMARKS.items()),
-    "python -m maskgen.tools.bench input --config=configs/quickstart.py",
+    "python -m maskgen.tools.bench step --config=configs/quickstart.py",
   )
   parser.add_argument("benchmark", choices=BENCHMARKS, help="what to measure")
   name = parser.parse_args(argv[:1]).benchmark
-  print(json.dumps(importlib.import_module(f"maskgen.benchmarks.{name}").main(argv[1:])))
+  for result in importlib.import_module(f"maskgen.benchmarks.{name}").main(argv[1:]):
+    print(json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":

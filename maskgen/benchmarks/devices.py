@@ -1,0 +1,99 @@
+"""The devices that are here: their names, memory, and how fast they multiply matrices."""
+
+import contextlib
+import math
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from maskgen.errors import UserError
+
+# Sizes of square matrices: from what every machine multiplies in a moment to what keeps any accelerator busy.
+_SIZES = tuple(2**power for power in range(9, 15))
+# A machine on which one product takes longer need not be asked for an eight times longer one.
+_SECONDS_PER_PRODUCT = 0.1
+_SECONDS_PER_REPEAT = 0.05
+_REPEATS = 5
+
+
+def describe() -> dict[str, Any]:
+  """What there is, over all processes."""
+  return {"device": jax.devices()[0].device_kind, "devices": jax.device_count()}
+
+
+def matmul_peak(dtype: str) -> float:
+  """Measures FLOP/s of square matrix products: the best size's best repeat, over all devices.
+
+  All devices of this process multiply at once, since virtual ones share their cores; processes are taken to
+  be alike.
+
+  Args:
+    dtype: of the factors and the product.
+  """
+  devices = jax.local_devices()
+  mesh = jax.make_mesh((len(devices),), ("rows",), axis_types=(AxisType.Auto,), devices=devices)
+  rows, everywhere = NamedSharding(mesh, PartitionSpec("rows")), NamedSharding(mesh, PartitionSpec())
+  multiply = jax.jit(jnp.matmul, out_shardings=rows)
+  best = 0.0
+  for size in _SIZES:
+    # Products of products keep their scale.
+    left = _normal((len(devices) * size, size), 1.0, dtype, rows)
+    right = _normal((size, size), size**-0.5, dtype, everywhere)
+
+    def seconds(count: int, left: jax.Array = left, right: jax.Array = right) -> float:
+      began = time.perf_counter()
+      product = left
+      for _ in range(count):
+        product = multiply(product, right)
+      jax.block_until_ready(product)
+      return (time.perf_counter() - began) / count
+
+    seconds(2)  # to compile and warm up
+    count = math.ceil(_SECONDS_PER_REPEAT / seconds(1))
+    fastest = min(seconds(count) for _ in range(_REPEATS))
+    best = max(best, 2 * len(devices) * size**3 / fastest)
+    if fastest > _SECONDS_PER_PRODUCT:
+      break
+  return best * jax.process_count()
+
+
+def _normal(shape: tuple[int, int], scale: float, dtype: str, where: NamedSharding) -> jax.Array:
+  def draw() -> jax.Array:
+    return scale * jax.random.normal(jax.random.key(0), shape, dtype)
+
+  return jax.jit(draw, out_shardings=where)()
+
+
+def peak_memory() -> dict[str, Any]:
+  """The most bytes in use since this process began: of the fullest device, else of the process itself."""
+  stats = [device.memory_stats() or {} for device in jax.local_devices()]
+  peaks = [entry["peak_bytes_in_use"] for entry in stats if "peak_bytes_in_use" in entry]
+  if peaks:
+    return {"peak_memory_bytes": max(peaks), "peak_memory_of": "device"}
+  unit = 1 if sys.platform == "darwin" else 1024
+  resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+  return {"peak_memory_bytes": resident, "peak_memory_of": "process"}
+
+
+@contextlib.contextmanager
+def enough_memory(batch_size: int) -> Iterator[None]:
+  """Says so where the devices' memory does not suffice for a batch.
+
+  Raises:
+    UserError: in that case.
+  """
+  try:
+    yield
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    raise UserError(
+      f"--batch_size={batch_size}: the devices' memory does not suffice ({str(error).splitlines()[0]}): give "
+      "less"
+    ) from error

@@ -1,0 +1,94 @@
+"""How fast images are generated."""
+
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from maskgen import cli
+from maskgen.benchmarks import common
+from maskgen.errors import UserError
+
+log = logging.getLogger("maskgen")
+
+
+def main(argv: Sequence[str]) -> Iterator[dict[str, Any]]:
+  """Parses the command line and measures, one batch size after the other.
+
+  Raises:
+    UserError: if the config is wrong, a batch does not divide over the devices or does not fit, or the
+      objective does not generate.
+  """
+  parser = cli.Parser(
+    "Measures the generation of images on the devices that are here: compilation, seconds per batch, images "
+    "per second, memory. Weights are random, so no trained model is needed. One line for each batch size; "
+    "size 1 tells how long one image takes.",
+    "python -m maskgen.tools.bench sample --config=configs/mage_base.py --batch_size=1,64",
+  )
+  common.add_config(parser)
+  common.add_batch_sizes(parser)
+  parser.add_argument("--sampling_steps", type=int, help="decoding steps, by default the config's")
+  parser.add_argument("--repeats", type=int, default=5, help="how many batches are measured, after one")
+  args, config = common.parse(parser, argv)
+  common.check_at_least(args, 1, "repeats")
+  if args.sampling_steps is not None:
+    common.check_at_least(args, 1, "sampling_steps")
+  sizes = common.batch_sizes(args, config)
+
+  import jax
+
+  from maskgen import processes
+  from maskgen.benchmarks import devices
+
+  processes.start(None, None, None)
+  for size in sizes:
+    with devices.enough_memory(size):
+      result = _measure(config | {"batch_size": size, "accumulation": 1}, args)
+    if jax.process_index() == 0:
+      yield {"config": args.config, "stage": args.stage} | result
+
+
+def _measure(config: Mapping[str, Any], args: Any) -> dict[str, Any]:
+  """Everything about one batch size."""
+  import jax
+
+  from maskgen import sharding
+  from maskgen.benchmarks import devices, random_state
+
+  experiment = random_state.build(config)
+  objective: Any = experiment.objective
+  generate_fn: Any = experiment.predict.get("generate")
+  if generate_fn is None:
+    raise UserError(
+      f"objective '{config['objective']['name']}' does not generate: give a config, or a --stage, with "
+      "objective 'mage'"
+    )
+  size, steps = experiment.config.batch_size, args.sampling_steps or objective.sampling.steps
+  variables = random_state.random_tree(experiment.targets["state"].variables(experiment.targets["frozen"]))
+  split = jax.jit(jax.random.split, static_argnums=1, out_shardings=sharding.batch_sharding(experiment.mesh))
+  batch = {"key": split(jax.random.key(0), size)}
+  log.info("batches of %d in %d steps: compiling", size, steps)
+  began = time.monotonic()
+  compiled = generate_fn.lower(variables, batch, jax.random.key(0), steps=steps).compile()
+  compile_seconds = time.monotonic() - began
+
+  def generate() -> None:
+    jax.block_until_ready(compiled(variables, batch, jax.random.key(0)))
+
+  generate()
+  result = common.spread(
+    "batch_seconds", common.seconds_per_call({"generate": generate}, args.repeats)["generate"]
+  )
+  log.info("batches of %d: %.3g s", size, result["batch_seconds"])
+  return (
+    devices.describe()
+    | {
+      "batch_size": size,
+      "sampling_steps": steps,
+      "dtype": common.compute_dtype(objective),
+      "compile_seconds": compile_seconds,
+      "images_per_second": size / result["batch_seconds"],
+    }
+    | result
+    | devices.peak_memory()
+  )

@@ -1,0 +1,117 @@
+"""How long a training step takes, and how much of the devices' arithmetic it uses."""
+
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from etils import epath
+
+from maskgen import cli
+from maskgen.benchmarks import common
+from maskgen.errors import UserError
+
+# How many steps a profile shows.
+_PROFILED = 3
+log = logging.getLogger("maskgen")
+
+
+def main(argv: Sequence[str]) -> Iterator[dict[str, Any]]:
+  """Parses the command line and measures, one batch size after the other.
+
+  Raises:
+    UserError: if the config is wrong, a batch does not divide over the devices or does not fit, or the
+      objective does not take what the source gives.
+  """
+  parser = cli.Parser(
+    "Measures the training step on the devices that are here: compilation, seconds per step, images per "
+    "second, model FLOPs, their share of the matmul peak that is measured in the same run (MFU), memory. "
+    "Weights are random, so no data and no trained tokenizer is needed. One line for each batch size.",
+    "python -m maskgen.tools.bench step --config=configs/mage_base.py --batch_size=64,128",
+  )
+  common.add_config(parser)
+  parser.add_argument(
+    "--source",
+    default="synthetic",
+    choices=("synthetic", "tokens", "config"),
+    help="random images, random codes as from a token cache, or the config's own data; by default images",
+  )
+  common.add_batch_sizes(parser)
+  parser.add_argument("--steps", type=int, default=10, help="how many steps are measured")
+  parser.add_argument("--warmup", type=int, default=2, help="how many steps are made before")
+  parser.add_argument("--profile", help=f"folder for a recording of {_PROFILED} more steps, for TensorBoard")
+  args, config = common.parse(parser, argv)
+  common.check_at_least(args, 1, "steps")
+  common.check_at_least(args, 0, "warmup")
+  sizes = common.batch_sizes(args, config)
+  if args.profile is not None and not (args.profile and cli.writable(epath.Path(args.profile))):
+    raise UserError(f"--profile={args.profile}: not writable, give another folder")
+
+  import jax
+
+  from maskgen import processes
+  from maskgen.benchmarks import devices
+
+  processes.start(None, None, None)
+  peak = None
+  for size in sizes:
+    with devices.enough_memory(size):
+      result = _measure(config | {"batch_size": size}, args)
+    if peak is None:  # only now, so that its matrices do not count as the step's memory
+      log.info("measuring the peak of matrix products in %s", result["dtype"])
+      peak = devices.matmul_peak(result["dtype"])
+    if jax.process_index() == 0:
+      mfu = result["achieved_flops_per_second"] / peak
+      yield {"config": args.config} | result | {"peak_flops_per_second": peak, "mfu": mfu}
+
+
+def _measure(config: Mapping[str, Any], args: Any) -> dict[str, Any]:
+  """Everything about one batch size that needs no peak."""
+  import jax
+
+  from maskgen.benchmarks import devices, random_state, recording
+  from maskgen.benchmarks.model_flops import model_flops
+
+  experiment = random_state.build(config, args.source)
+  spec = random_state.batch_spec(experiment, args.source)
+  size = experiment.config.batch_size
+  log.info("batches of %d: counting and compiling", size)
+  flops = model_flops(experiment, spec)
+  target = experiment.targets
+  began = time.monotonic()
+  compiled = experiment.update.lower(target["state"], target["frozen"], spec).compile()
+  compile_seconds = time.monotonic() - began
+  memory: Any = compiled.memory_analysis()
+  state, frozen = random_state.random_state(experiment)
+  batches = random_state.batches(experiment, args.source)
+
+  def step() -> Any:
+    nonlocal state
+    state, metrics = compiled(state, frozen, next(batches))
+    return metrics
+
+  times = common.seconds_in_a_row(step, args.warmup, args.steps)
+  result: dict[str, Any] = common.spread("step_seconds", times)
+  log.info("batches of %d: %.3g s per step", size, result["step_seconds"])
+  result |= devices.peak_memory()
+  if args.profile:
+    with jax.profiler.trace(args.profile):
+      jax.block_until_ready([step() for _ in range(_PROFILED)])
+    result["time_shares"] = recording.shares(args.profile, compiled.as_text() or "")
+  batches.close()
+  return (
+    devices.describe()
+    | {
+      "stage": args.stage,
+      "batch_size": size,
+      "source": args.source,
+      "dtype": common.compute_dtype(experiment.objective),
+      "compile_seconds": compile_seconds,
+      "images_per_second": size / result["step_seconds"],
+      "model_flops_per_step": flops,
+      "achieved_flops_per_second": flops / result["step_seconds"],
+      "argument_bytes": memory.argument_size_in_bytes,
+      "temporary_bytes": memory.temp_size_in_bytes,
+    }
+    | result
+  )
