@@ -1,0 +1,143 @@
+"""One configuration, compiled for its devices: memory, arithmetic, communication, bounds on a step's time."""
+
+import math
+import os
+import re
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+
+from maskgen.benchmarks import random_state
+from maskgen.benchmarks.model_flops import model_flops
+from maskgen.costs import chips, flops, hlo
+from maskgen.experiment import Experiment
+
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+
+def estimate(
+  config: Mapping[str, Any], devices: Sequence[jax.Device], source: str = "synthetic"
+) -> dict[str, Any]:
+  """Compiles the training step of a plain config of one stage, and reports what one of its devices needs.
+
+  Args:
+    config: the config.
+    devices: to compile for; they need not be here.
+    source: "synthetic" for images, or "tokens" for cached codes.
+
+  Returns:
+    What `docs/scaling.md` explains. If the step does not fit, what only a compiled step tells is missing.
+
+  Raises:
+    UserError: if the config is wrong, or its batch or a parameter does not divide over its mesh.
+  """
+  experiment = random_state.build(config, source, devices)
+  batch = random_state.batch_spec(experiment, source)
+  target = experiment.targets
+  chip = chips.chip_of(devices[0])
+  needed = model_flops(experiment, batch)
+  size = experiment.config.batch_size
+  report: dict[str, Any] = {
+    "devices": len(devices),
+    "device_kind": devices[0].device_kind,
+    "mesh": dict(experiment.mesh.shape),
+    "batch_size": size,
+    "source": source,
+    "flops_per_step": needed,
+    "flops_per_image": needed / size,
+    "state_bytes_per_device": _state_bytes(target, batch),
+    "hbm_limit_bytes": _limit(devices, chip),
+  }
+  began = time.monotonic()
+  try:
+    compiled = experiment.compile(batch)
+  except jax.errors.JaxRuntimeError as error:
+    if not (used := re.search(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", str(error))):
+      raise
+    number, unit, *_ = used.groups()
+    memory = int(float(number) * _UNITS[unit])
+    return report | {
+      "fits": False,
+      "hbm_bytes_per_device": memory,
+      "compile_seconds": time.monotonic() - began,
+    }
+  seconds = time.monotonic() - began
+  stats = compiled.memory_analysis()
+  memory = (
+    stats.argument_size_in_bytes
+    + stats.output_size_in_bytes
+    - stats.alias_size_in_bytes
+    + stats.temp_size_in_bytes
+    + stats.generated_code_size_in_bytes
+  )
+  program = hlo.analyse(compiled.as_text())
+  report |= {
+    "fits": memory <= report["hbm_limit_bytes"],
+    "hbm_bytes_per_device": memory,
+    "activation_bytes_per_device": stats.temp_size_in_bytes,
+    "compile_seconds": seconds,
+    "traffic_bytes_per_device": program.traffic,
+    "collectives": {
+      kind: {"count": found.count, "bytes": found.bytes} for kind, found in program.collectives.items()
+    },
+    "collective_bytes_lower_bound": _least_communication(experiment),
+  }
+  if chip is not None:
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    executed = flops.count(
+      experiment.make_update(experiment.objective), target["state"], target["frozen"], batch
+    )
+    bounds = chips.bounds(chip, len(devices), executed, program, slices)
+    longest = max(bounds.values())
+    report |= {
+      "bounds_seconds": bounds,
+      "estimated_step_seconds": longest,
+      "step_seconds_without_overlap": sum(bounds.values()),
+      "mfu_bound": needed / (len(devices) * chip.flops * longest),
+      "images_per_second": size / longest,
+      "price_per_hour": None if chip.price is None else chip.price * len(devices),
+    }
+  return report
+
+
+def _state_bytes(target: Mapping[str, Any], batch: Any) -> dict[str, int]:
+  state = target["state"]
+  parts = {
+    "parameters": state.params,
+    "optimizer": state.opt_state,
+    "averages": state.ema,
+    "frozen": target["frozen"],
+    "batch": batch,
+  }
+  return {name: sum(map(_local_bytes, jax.tree.leaves(part))) for name, part in parts.items()}
+
+
+def _local_bytes(leaf: Any) -> int:
+  return math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+
+
+def _limit(devices: Sequence[Any], chip: chips.Chip | None) -> float:
+  """Bytes that a program may use on each device."""
+  if chip is not None:
+    return chip.memory
+  if devices[0].platform == "cpu":  # virtual devices share what the machine has
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / len(devices)
+  return (devices[0].memory_stats() or {}).get("bytes_limit", math.inf)
+
+
+def _least_communication(experiment: Experiment) -> float:
+  """Bytes that leave each device at least for the gradients of large groups: a sum sends them twice.
+
+  With fsdp, parameters are gathered for the forward and for the backward pass, and gradients summed once into
+  their parts; those parts are then summed over `data`.
+  """
+  mesh = experiment.mesh.shape
+  whole = sum(
+    leaf.dtype.itemsize * math.prod(leaf.shape)
+    for leaf in jax.tree.leaves(experiment.targets["state"].params)
+  )
+  fsdp = 3 * whole if mesh["fsdp"] > 1 else 0
+  data = 2 * whole / mesh["fsdp"] if mesh["data"] > 1 else 0
+  return (fsdp + data) / mesh["tensor"]

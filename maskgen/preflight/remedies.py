@@ -1,0 +1,90 @@
+"""What may make a step fit that does not: in order, and cumulative within a row of choices."""
+
+import contextlib
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from maskgen import objectives
+from maskgen.errors import UserError
+from maskgen.models.remat import REMAT
+from maskgen.preflight.estimate import estimate
+
+log = logging.getLogger("maskgen")
+
+Change = dict[str, Any]  # config keys with their new values
+
+
+def find(
+  config: Mapping[str, Any], devices: Sequence[jax.Device], source: str, report: Mapping[str, Any]
+) -> tuple[Change, dict[str, Any]] | None:
+  """Finds the first change that makes a step fit, by compiling one after the other.
+
+  Args:
+    config: a plain config of one stage, whose step does not fit.
+    devices: to compile for.
+    source: see `estimate`.
+    report: what `estimate` says of it.
+
+  Returns:
+    The change and its report, or None if none of the changes suffices.
+  """
+  for change in candidates(config, report):
+    log.info("does not fit; trying %s", show(change))
+    try:
+      found = estimate(apply(config, change), devices, source)
+    except UserError as error:  # a parameter or the batch does not divide that way
+      log.info("%s", error)
+      continue
+    if found["fits"]:
+      return change, found
+  return None
+
+
+def candidates(config: Mapping[str, Any], report: Mapping[str, Any]) -> Iterator[Change]:
+  """Yields what is worth trying: more fsdp if the state is to blame, then remat, then accumulation on top."""
+  mesh, state = report["mesh"], report["state_bytes_per_device"]
+  fsdp = {"mesh.fsdp": mesh["data"] * mesh["fsdp"], "mesh.data": 1}
+  saved = (1 - 1 / mesh["data"]) * sum(state[part] for part in ("parameters", "optimizer", "averages"))
+  if saved >= report["hbm_bytes_per_device"] - report["hbm_limit_bytes"]:
+    yield fsdp
+  steps = [{"objective.remat": how} for how in _more_remat(config)]
+  most = steps[-1] if steps else {}
+  per_device = report["batch_size"] // (mesh["data"] * mesh["fsdp"])
+  accumulation = config.get("accumulation", 1)
+  while 2 * accumulation <= per_device:
+    accumulation *= 2
+    steps.append(most | {"accumulation": accumulation})
+  yield from steps
+  if saved:
+    yield from (fsdp | step for step in steps)
+
+
+def _more_remat(config: Mapping[str, Any]) -> list[str]:
+  """The values of `objective.remat` that keep less than the present one, if the objective has such a key."""
+  now = REMAT.index(config["objective"].get("remat", "none"))
+  known = []
+  for how in REMAT[now + 1 :]:
+    with contextlib.suppress(UserError):
+      objectives.build(config["objective"] | {"remat": how})
+      known.append(how)
+  return known
+
+
+def apply(config: Mapping[str, Any], change: Change) -> dict[str, Any]:
+  """Returns a copy of a plain config with other values for some keys."""
+  changed = dict(config)
+  for key, value in change.items():
+    section, _, name = key.rpartition(".")
+    if section:
+      changed[section] = {**changed.get(section, {}), name: value}
+    else:
+      changed[name] = value
+  return changed
+
+
+def show(change: Change) -> str:
+  """The flags that make a change."""
+  return " ".join(f"--config.{key}={value}" for key, value in change.items())

@@ -1,0 +1,63 @@
+"""Devices to compile for: a TPU slice that is elsewhere, virtual CPU devices, or those of this machine."""
+
+import importlib.util
+import os
+import re
+from collections.abc import Sequence
+
+import jax
+from jax.experimental import topologies
+
+from maskgen.errors import UserError
+
+# libtpu would ask the machine for these, at length, and lock its TPU.
+_NO_TPU_HERE = {
+  "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+  "TPU_SKIP_MDS_QUERY": "1",
+  "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+  "TPU_WORKER_HOSTNAMES": "localhost",
+  "TPU_WORKER_ID": "0",
+  "TPU_MIN_LOG_LEVEL": "3",
+  "TPU_STDERR_LOG_LEVEL": "3",
+}
+
+
+def devices(topology: str, slices: int = 1) -> Sequence[jax.Device]:
+  """Gives the devices of a topology; to be called before anything else asks JAX for devices.
+
+  Args:
+    topology: a TPU slice by its kind and shape, such as `v5e:16x16`; `cpu:8`; or `local`.
+    slices: how many such TPU slices.
+
+  Raises:
+    UserError: if there is no such topology, or what it takes to compile for it is missing.
+  """
+  kind, _, shape = topology.partition(":")
+  if slices > 1 and (kind in ("cpu", "local")):
+    raise UserError(f"--slices={slices}: only TPU slices can be several, {topology} cannot")
+  if topology == "local":
+    return jax.devices()
+  jax.config.update("jax_platforms", "cpu")
+  if kind == "cpu":
+    if not re.fullmatch(r"[1-9]\d{0,3}", shape):
+      raise UserError(f"--topology={topology}: give the number of CPU devices, such as cpu:8")
+    jax.config.update("jax_num_cpu_devices", int(shape))
+    return jax.devices()
+  if not re.fullmatch(r"v\d\w*:\d+x\d+(x\d+)?", topology):
+    raise UserError(
+      f"--topology={topology}: give a TPU slice such as v5e:16x16 or v5p:4x4x4, or cpu:8, or local"
+    )
+  if importlib.util.find_spec("libtpu") is None:
+    raise UserError(
+      f"--topology={topology}: compiling for TPUs needs libtpu, install it with: pip install 'maskgen[tpu]'"
+    )
+  for name, value in _NO_TPU_HERE.items():
+    os.environ.setdefault(name, value)
+  try:
+    # A chip of v4 is one device, as those of later versions are.
+    options = {"chip_config_name": "megacore"} if kind == "v4" else {}
+    found = topologies.get_topology_desc(platform="tpu", topology_name=topology, num_slices=slices, **options)
+  except jax.errors.JaxRuntimeError as error:
+    reason = str(error).splitlines()[0].partition(": ")[2]
+    raise UserError(f"--topology={topology}: there is no such TPU slice ({reason})") from None
+  return found.devices
