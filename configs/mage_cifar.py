@@ -136,4 +136,12 @@ def mage(args) -> dict:
       samples=dict(type="samples", every_steps=every, num_generated=64),
     ),
     mesh=dict(data=-1, fsdp=1, tensor=1),
+    # Where parameters live on a mesh: (regex over paths, the mesh axis of each dimension).
+    sharding=(
+      ("^frozen/", ()),
+      ("(query|key|value|up)/kernel$", ("fsdp", "tensor")),
+      ("(query|key|value|up)/bias$", ("tensor",)),
+      ("(out|down)/kernel$", ("tensor", "fsdp")),
+      ("(embedding|position)$", (None, "fsdp")),
+    ),
   )

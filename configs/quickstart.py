@@ -117,6 +117,14 @@ def mage(args) -> dict:
       ),
     ),
     mesh=dict(data=-1, fsdp=1, tensor=1),
+    # Where parameters live on a mesh: (regex over paths, the mesh axis of each dimension).
+    sharding=(
+      ("^frozen/", ()),
+      ("(query|key|value|up)/kernel$", ("fsdp", "tensor")),
+      ("(query|key|value|up)/bias$", ("tensor",)),
+      ("(out|down)/kernel$", ("tensor", "fsdp")),
+      ("(embedding|position)$", (None, "fsdp")),
+    ),
     ema=dict(main=0.999),
     evals=dict(
       validation=dict(type="loss", every_steps=every),

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from maskgen import sharding
-from maskgen.models.transformer import Transformer, embedding_init, kernel_init
+from maskgen.models.transformer import Dropout, Transformer, embedding_init, kernel_init
 from maskgen.vocab import Vocab
 
 
@@ -53,7 +53,7 @@ class Mage(nn.Module):
     self.embedding = self.param("embedding", embedding_init, (self.vocab.size, self.width))
     self.position = self.param("position", embedding_init, (1 + self.num_tokens, self.width))
     self.embedding_norm = norm()
-    self.embedding_dropout = nn.Dropout(self.dropout)
+    self.embedding_dropout = Dropout(self.dropout)
     self.encoder = transformer(self.depth, self.heads)
     self.encoder_norm = norm()
     self.decoder_input = dense(self.decoder_width)
@@ -82,7 +82,7 @@ class Mage(nn.Module):
     ids = jnp.pad(ids, ((0, 0), (1, 0)), constant_values=self.vocab.null_class_id)
     embedding, position = sharding.gather((self.embedding, self.position))
     x = sharding.constrain_batch((embedding[ids] + position[None]).astype(self.dtype))
-    x = self.embedding_dropout(self.embedding_norm(x), deterministic=not train)
+    x = self.embedding_dropout(self.embedding_norm(x), train=train)
     if kept is not None:
       x = jnp.take_along_axis(x, jnp.pad(kept + 1, ((0, 0), (1, 0)))[..., None], axis=1)
     return self.encoder(x, train=train)
@@ -100,23 +100,27 @@ class Mage(nn.Module):
 
     The class position's feature stands in for every masked token, dropped or not (section 3.1).
     """
-    x = sharding.constrain_batch(self.decoder_input(latents))
+    b, _, width = latents.shape
+    # Positions of all examples in one axis, as in the blocks.
+    x = sharding.constrain_batch(self.decoder_input(latents.reshape(-1, width))).reshape(
+      b, -1, self.decoder_width
+    )
     class_feature = x[:, :1]
     if kept is not None:
       # Position i holds the kept token number (kept tokens up to i) - 1; what dropped ones get is masked.
-      is_kept = jnp.zeros(mask.shape, jnp.int32).at[jnp.arange(len(mask))[:, None], kept].set(1)
+      # Not by a scatter, which would not stay split over the devices.
+      is_kept = jax.nn.one_hot(kept, mask.shape[1], dtype=bool).any(axis=1)
       index = jnp.maximum(jnp.cumsum(is_kept, axis=1), 1)
       x = jnp.concatenate([class_feature, jnp.take_along_axis(x, index[..., None], axis=1)], axis=1)
     hidden = jnp.pad(mask, ((0, 0), (1, 0)))[..., None]
     position = sharding.gather(self.decoder_position)[None].astype(x.dtype)
     x = jnp.where(hidden, class_feature, x) + position
-    x = self.decoder_norm(self.decoder(x, train=train))
-    x = sharding.constrain_batch(self.head(x))
-    x = self.head_norm(nn.gelu(x, approximate=False))
+    x = self.decoder_norm(self.decoder(x, train=train)).reshape(-1, self.decoder_width)
+    x = self.head_norm(nn.gelu(sharding.constrain_batch(self.head(x)), approximate=False))
     # The head is tied to the embedding table, which learns from its use as input alone.
     table = sharding.gather(jax.lax.stop_gradient(self.embedding).astype(x.dtype))
-    logits = jnp.einsum("bnd,vd->bnv", x, table, preferred_element_type=jnp.float32)
-    return logits + self.head_bias[None, None]
+    logits = jnp.einsum("nd,vd->nv", x, table, preferred_element_type=jnp.float32)
+    return (logits + self.head_bias[None]).reshape(b, -1, self.vocab.size)
 
   def code_logits(
     self, tokens: jax.Array, mask: jax.Array, kept: jax.Array | None = None, *, train: bool = False

@@ -1,8 +1,12 @@
 """Pre-norm transformer blocks (Dosovitskiy et al. 2021) with the initialisation of MAE.
 
-Letters: b batch, n positions, h heads, d width.
+Letters: b batch, n positions, h heads, d width. Between attentions the positions of all examples are one
+axis, [b * n, d]: where n is odd, as with a class position, TPUs pad [b, n, d] and take several times as long
+to compile for it.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -34,8 +38,30 @@ def check_attention(attention: str, dtype: str, dropout: float) -> None:
     )
 
 
+class Dropout(nn.Module):
+  """Sets each value to 0 with probability `rate`, to within 2^-17, and scales the others to keep the mean.
+
+  Unlike `nn.Dropout` it keeps the making of random bits apart from the products around it: the TPU compiler
+  would fuse them, and take several times as long for it.
+  """
+
+  rate: float
+
+  @nn.compact
+  def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:  # any shape
+    if not train or not self.rate:
+      return x
+    bits = jax.lax.optimization_barrier(jax.random.bits(self.make_rng("dropout"), x.shape, jnp.uint16))
+    return jnp.where(bits >= round(self.rate * 2**16), x / (1.0 - self.rate), 0)
+
+
 def attend(
-  query: jax.Array, key: jax.Array, value: jax.Array, *, attention: str, dropout: nn.Dropout | None
+  query: jax.Array,
+  key: jax.Array,
+  value: jax.Array,
+  *,
+  attention: str,
+  dropout: Callable[[jax.Array], jax.Array] | None,
 ) -> jax.Array:
   """Scaled dot-product attention [b, n, h, d / h], softmax in float32.
 
@@ -63,7 +89,7 @@ class Attention(nn.Module):
   attention: str = "auto"
 
   @nn.compact
-  def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:  # [b, n, d] -> [b, n, d]
+  def __call__(self, x: jax.Array, length: int, *, train: bool) -> jax.Array:  # [b * n, d], n -> [b * n, d]
     width = x.shape[-1]
     if width % self.heads:
       raise UserError(f"a width of {width} does not divide into {self.heads} heads")
@@ -71,10 +97,10 @@ class Attention(nn.Module):
     def project(name: str) -> jax.Array:  # [b, n, h, d / h]
       y = nn.Dense(width, kernel_init=qkv_init, dtype=self.dtype, name=name)(x)
       y = sharding.constrain_batch(y, "tensor")
-      return y.reshape(*y.shape[:-1], self.heads, width // self.heads)
+      return y.reshape(-1, length, self.heads, width // self.heads)
 
     query, key, value = project("query"), project("key"), project("value")
-    dropout = nn.Dropout(self.dropout, deterministic=False) if train and self.dropout else None
+    dropout = functools.partial(Dropout(self.dropout), train=True) if train and self.dropout else None
     y = attend(query, key, value, attention=self.attention, dropout=dropout).reshape(x.shape)
     y = nn.Dense(width, kernel_init=kernel_init, dtype=self.dtype, name="out")(y)
     return sharding.constrain_batch(y)
@@ -91,10 +117,10 @@ class Mlp(nn.Module):
   def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:  # [..., d] -> [..., d]
     y = nn.Dense(self.hidden, kernel_init=kernel_init, dtype=self.dtype, name="up")(x)
     y = sharding.constrain_batch(y, "tensor")
-    y = nn.Dropout(self.dropout)(nn.gelu(y, approximate=False), deterministic=not train)
+    y = Dropout(self.dropout)(nn.gelu(y, approximate=False), train=train)
     y = nn.Dense(x.shape[-1], kernel_init=kernel_init, dtype=self.dtype, name="down")(y)
     y = sharding.constrain_batch(y)
-    return nn.Dropout(self.dropout)(y, deterministic=not train)
+    return Dropout(self.dropout)(y, train=train)
 
 
 class Block(nn.Module):
@@ -106,10 +132,12 @@ class Block(nn.Module):
   attention: str = "auto"
 
   @nn.compact
-  def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:  # [b, n, d] -> [b, n, d]
+  def __call__(self, x: jax.Array, length: int, *, train: bool) -> jax.Array:  # [b * n, d], n -> [b * n, d]
     y = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="attention_norm")(x)
-    y = Attention(self.heads, self.dropout, self.dtype, self.attention, name="attention")(y, train=train)
-    x = x + nn.Dropout(self.dropout)(y, deterministic=not train)
+    y = Attention(self.heads, self.dropout, self.dtype, self.attention, name="attention")(
+      y, length, train=train
+    )
+    x = x + Dropout(self.dropout)(y, train=train)
     y = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="mlp_norm")(x)
     return x + Mlp(4 * x.shape[-1], self.dropout, self.dtype, name="mlp")(y, train=train)
 
@@ -137,18 +165,21 @@ class Transformer(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:  # [b, n, d] -> [b, n, d]
     options = (self.heads, self.dropout, self.dtype, self.attention)
+    shape, length = x.shape, x.shape[1]
+    x = x.reshape(-1, x.shape[-1])
     if self.is_initializing():
       for i in range(self.depth):
-        x = Block(*options, name=f"block_{i}")(x, train=train)
-      return x
+        x = Block(*options, name=f"block_{i}")(x, length, train=train)
+      return x.reshape(shape)
 
     block = Block(*options, parent=None)
 
-    def run(x: jax.Array, inputs: tuple[Any, Any]) -> tuple[jax.Array, None]:
+    def run(x: jax.Array, inputs: tuple[Any, Any]) -> tuple[Any, None]:
       params, key = inputs
       rngs = {} if key is None else {"dropout": key}
-      x = block.apply({"params": params}, sharding.constrain_batch(x), train=train, rngs=rngs)  # type: ignore[assignment]
-      return x, None
+      return block.apply(
+        {"params": params}, sharding.constrain_batch(x), length, train=train, rngs=rngs
+      ), None
 
     run = remat_lib.remat(run, self.remat, in_scan=self.scan)
     keys = [None] * self.depth
@@ -158,10 +189,10 @@ class Transformer(nn.Module):
     inputs = [(self._cast(params[f"block_{i}"]), key) for i, key in enumerate(keys)]
     if self.scan:
       x, _ = jax.lax.scan(run, x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *inputs))
-      return x
-    for one in inputs:
-      x, _ = run(x, one)
-    return x
+    else:
+      for one in inputs:
+        x, _ = run(x, one)
+    return x.reshape(shape)
 
   def _cast(self, params: Any) -> Any:
     """Kernels in the type of the computation, as layers would cast them: so they are gathered and stacked."""

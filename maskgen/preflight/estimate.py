@@ -65,18 +65,18 @@ def estimate(
     }
   seconds = time.monotonic() - began
   stats = compiled.memory_analysis()
-  memory = (
+  # Older versions of jaxlib do not know the peak; the sum of all that is ever used is more.
+  memory = getattr(stats, "peak_memory_in_bytes", 0) or (
     stats.argument_size_in_bytes
     + stats.output_size_in_bytes
     - stats.alias_size_in_bytes
     + stats.temp_size_in_bytes
-    + stats.generated_code_size_in_bytes
   )
   program = hlo.analyse(compiled.as_text())
   report |= {
     "fits": memory <= report["hbm_limit_bytes"],
     "hbm_bytes_per_device": memory,
-    "activation_bytes_per_device": stats.temp_size_in_bytes,
+    "activation_bytes_per_device": memory - stats.argument_size_in_bytes,
     "compile_seconds": seconds,
     "traffic_bytes_per_device": program.traffic,
     "collectives": {
