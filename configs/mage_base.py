@@ -82,6 +82,8 @@ def full(args) -> ml_collections.ConfigDict:
         decoder_heads=16,
         dropout=0.1,
         dtype="bfloat16",
+        # One block is compiled for all.
+        scan=True,
         mask_ratio=dict(mean=0.55, std=0.25, low=0.5, high=1.0),
         label_smoothing=0.1,
         sampling=dict(steps=20, schedule="cosine", temperature=6.0),
@@ -100,9 +102,9 @@ def full(args) -> ml_collections.ConfigDict:
       # 1 does nothing; what no rule names is split over fsdp where it is large.
       sharding=(
         ("^frozen/", ()),
-        ("(query|key|value|up)/kernel$", ("fsdp", "tensor")),
-        ("(query|key|value|up)/bias$", ("tensor",)),
-        ("(out|down)/kernel$", ("tensor", "fsdp")),
+        ("/(query|key|value|up)/kernel$", ("fsdp", "tensor")),
+        ("/(query|key|value|up)/bias$", ("tensor",)),
+        ("/(out|down)/kernel$", ("tensor", "fsdp")),
         ("(embedding|position)$", (None, "fsdp")),
       ),
     )

@@ -103,9 +103,9 @@ def full(args) -> ml_collections.ConfigDict:
       # 1 does nothing; what no rule names is split over fsdp where it is large.
       sharding=(
         ("^frozen/", ()),
-        ("(query|key|value|up)/kernel$", ("fsdp", "tensor")),
-        ("(query|key|value|up)/bias$", ("tensor",)),
-        ("(out|down)/kernel$", ("tensor", "fsdp")),
+        ("/(query|key|value|up)/kernel$", ("fsdp", "tensor")),
+        ("/(query|key|value|up)/bias$", ("tensor",)),
+        ("/(out|down)/kernel$", ("tensor", "fsdp")),
         ("(embedding|position)$", (None, "fsdp")),
       ),
     )

@@ -120,9 +120,9 @@ def mage(args) -> dict:
     # Where parameters live on a mesh: (regex over paths, the mesh axis of each dimension).
     sharding=(
       ("^frozen/", ()),
-      ("(query|key|value|up)/kernel$", ("fsdp", "tensor")),
-      ("(query|key|value|up)/bias$", ("tensor",)),
-      ("(out|down)/kernel$", ("tensor", "fsdp")),
+      ("/(query|key|value|up)/kernel$", ("fsdp", "tensor")),
+      ("/(query|key|value|up)/bias$", ("tensor",)),
+      ("/(out|down)/kernel$", ("tensor", "fsdp")),
       ("(embedding|position)$", (None, "fsdp")),
     ),
     ema=dict(main=0.999),

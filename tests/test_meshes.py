@@ -18,9 +18,9 @@ MESHES = ((1, 1, 1), (8, 1, 1), (2, 4, 1), (2, 2, 2))
 RULES = {
   "mage": (
     ("^frozen/", ()),
-    ("(query|key|value|up)/kernel$", ("fsdp", "tensor")),
-    ("(query|key|value|up)/bias$", ("tensor",)),
-    ("(out|down)/kernel$", ("tensor", "fsdp")),
+    ("/(query|key|value|up)/kernel$", ("fsdp", "tensor")),
+    ("/(query|key|value|up)/bias$", ("tensor",)),
+    ("/(out|down)/kernel$", ("tensor", "fsdp")),
     ("(embedding|position)$", (None, "fsdp")),
   ),
   "tokenizer": (

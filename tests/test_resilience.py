@@ -74,6 +74,33 @@ def test_a_preempted_run_saves_stops_and_continues(at, experiment, finished, tmp
   assert evaluated == [4, 8, 9]
 
 
+def test_a_run_continues_on_another_mesh_and_is_carried_out_otherwise(
+  experiment, finished, trained, tmp_path, monkeypatch
+):
+  workdir, compiled = new_workdir(tmp_path, experiment), experiment.update
+
+  def update(state, frozen, batch):
+    if int(state.step) + 1 == 5:
+      signal.raise_signal(signal.SIGTERM)
+    return compiled(state, frozen, batch)
+
+  with monkeypatch.context() as patch, pytest.raises(train.PreemptedError):
+    patch.setattr(experiment, "update", update)
+    train.train(experiment, workdir)
+  changed = dict(mesh__fsdp="2", mesh__tensor="2", objective__remat="full", objective__scan="True")
+  config = tiny.stage("mage", f"steps={STEPS}", pretrained__tokenizer=str(trained / "tokenizer"), **changed)
+  config["sharding"] = (
+    ("/(query|key|value|up)/kernel$", ("fsdp", "tensor")),
+    ("/(out|down)/kernel$", ("tensor", "fsdp")),
+  )
+  other = Experiment(config)
+  results = train.train(other, workdir)
+  assert results == pytest.approx(finished[1], rel=1e-5)
+  here, there = newest(other, workdir), newest(experiment, finished[0])
+  for name, value in tree.flatten(here.params).items():
+    np.testing.assert_allclose(value, tree.flatten(there.params)[name], atol=1e-5, err_msg=name)
+
+
 def test_a_preempted_command_ends_well(tmp_path):
   arguments = [f"--config={tiny.FILE}:steps=100000,log_every_steps=5", f"--workdir={tmp_path / 'run'}"]
   process = tiny.python("-m", "maskgen.main", *arguments)
