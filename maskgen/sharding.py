@@ -187,10 +187,9 @@ def coverage(targets: Any, rules: Sequence[tuple[str, Sequence[Any]]]) -> str:
   for (pattern, axes), (arrays, size, local) in (*sums.items(), (("all", ""), total)):
     rows.append((pattern, axes, f"{arrays}", f"{size / 1e6:,.1f}", f"{local / 1e6:,.1f}"))
   widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+  aligned = (str.ljust, str.ljust, str.rjust, str.rjust, str.rjust)
   return "\n".join(
-    "  ".join(
-      cell.ljust(w) if i < 2 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-    )
+    "".join("  " + align(cell, width) for align, cell, width in zip(aligned, row, widths, strict=True))
     for row in rows
   )
 

@@ -122,7 +122,7 @@ def test_bfloat16_stays_close_and_keeps_parameters_and_losses_in_float32(stage, 
 
 def test_memory_of_the_state_falls_as_one_over_fsdp():
   """By what the compiled program takes as arguments."""
-  size = dict(objective__width="128", objective__decoder_width="128", objective__depth="4", batch_size="8")
+  size = dict(objective__width="256", objective__decoder_width="256", objective__depth="4")
   sizes = {}
   for fsdp in (1, 2, 4, 8):
     built = experiment("mage", (1, fsdp, 1), **size)

@@ -91,9 +91,9 @@ def test_remedies_are_tried_in_order():
 
 
 def test_the_first_remedy_that_fits_is_found_by_compiling(monkeypatch, tmp_path, capsys):
-  arguments = [f"--config={tiny.FILE}", "--stage=mage", "--config.mage.batch_size=64"]
+  arguments = [f"--config={tiny.FILE}", "--stage=mage", "--config.mage.batch_size=128"]
   needs = [
-    estimate(stage(batch_size="64", accumulation=str(count)), jax.devices())["hbm_bytes_per_device"]
+    estimate(stage(batch_size="128", accumulation=str(count)), jax.devices())["hbm_bytes_per_device"]
     for count in (1, 2)
   ]
   assert needs[1] < needs[0]

@@ -151,3 +151,18 @@ def test_one_rule_covers_a_parameter_and_its_optimizer_state(mesh):
   state = {"params": {"w": (4, 4)}, "opt_state": {"mu": {"w": (4, 4)}}, "ema": {"w": (4, 4)}}
   found = specs(state, (("w$", (None, "tensor")),), mesh)
   assert set(jax.tree.leaves(found)) == {PartitionSpec(None, "tensor")}
+
+
+def test_coverage_counts_every_array_once(mesh):
+  rules = (("encoder/kernel", ("fsdp", "tensor")), ("scale", ()))
+  tree = shapes(SHAPES)
+  where = sharding.shard(tree, rules, mesh)
+  targets = jax.tree.map(
+    lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), tree, where
+  )
+  rows = [line.split() for line in sharding.coverage(targets, rules).splitlines()]
+  kernel, conv = 4 * 512 * 256 / 1e6, 4 * 9 * 96 * 256 / 1e6
+  assert rows[1] == ["encoder/kernel", "fsdp", "x", "tensor", "1", f"{kernel:.1f}", f"{kernel / 4:.1f}"]
+  assert rows[2][:3] == ["scale", "replicated", "1"]
+  assert ["others", "fsdp", "1", f"{conv:.1f}", f"{conv / 2:.1f}"] in rows
+  assert rows[-1][:2] == ["all", "4"]

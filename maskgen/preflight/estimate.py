@@ -65,13 +65,15 @@ def estimate(
     }
   seconds = time.monotonic() - began
   stats = compiled.memory_analysis()
-  # Older versions of jaxlib do not know the peak; the sum of all that is ever used is more.
-  memory = getattr(stats, "peak_memory_in_bytes", 0) or (
+  memory = (
     stats.argument_size_in_bytes
     + stats.output_size_in_bytes
     - stats.alias_size_in_bytes
     + stats.temp_size_in_bytes
   )
+  if devices[0].platform == "tpu":
+    # Temporaries are counted there without regard to when they are used, and the peak elsewhere without them.
+    memory = getattr(stats, "peak_memory_in_bytes", 0) or memory
   program = hlo.analyse(compiled.as_text())
   report |= {
     "fits": memory <= report["hbm_limit_bytes"],
