@@ -74,7 +74,7 @@ def num_remaining(scheduled: jax.Array, unknown: jax.Array, last: jax.Array) -> 
 
 
 def decode(
-  logits_fn: Callable[[jax.Array, jax.Array], jax.Array],
+  logits_fn: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
   keys: jax.Array,
   tokens: jax.Array,
   unknown: jax.Array,
@@ -90,8 +90,8 @@ def decode(
   number of initially unknown tokens.
 
   Args:
-    logits_fn: (tokens int32 [b, n], unknown bool [b, n]) -> logits [b, n, K]; it must hide the unknown
-      tokens.
+    logits_fn: (tokens int32 [b, n], unknown bool [b, n], t float32 scalar) -> logits [b, n, K]; it must hide
+      the unknown tokens. t is the share of the steps that are done, 0 at the first.
     keys: PRNG keys [b]; example i depends on key i alone.
     tokens: int32 [b, n]; what stands at unknown positions does not matter.
     unknown: bool [b, n]; any number per example, also none.
@@ -108,7 +108,7 @@ def decode(
   def one_step(carry: tuple[jax.Array, jax.Array], step: jax.Array):
     tokens, unknown = carry
     step_keys = jax.vmap(lambda key: jax.random.split(jax.random.fold_in(key, step)))(keys)  # [b, 2]
-    log_p = jax.nn.log_softmax(logits_fn(tokens, unknown).astype(jnp.float32))  # [b, n, K]
+    log_p = jax.nn.log_softmax(logits_fn(tokens, unknown, step / steps).astype(jnp.float32))  # [b, n, K]
     sampled = jax.vmap(jax.random.categorical)(step_keys[:, 0], log_p).astype(jnp.int32)
     tokens = jnp.where(unknown, sampled, tokens)
     gumbel = jax.vmap(lambda key: jax.random.gumbel(key, tokens.shape[1:]))(step_keys[:, 1])

@@ -22,7 +22,7 @@ SHARES = {
 }
 
 
-def hiding(tokens, unknown):
+def hiding(tokens, unknown, t):
   """Logits that look at known tokens alone, as those of a model do: of all positions, and the own one."""
   visible = jnp.where(unknown, CODES, tokens)
   context = jax.nn.one_hot(visible, CODES + 1)
@@ -45,9 +45,10 @@ SEEN: list[tuple[np.ndarray, np.ndarray]] = []
 
 @functools.partial(jax.jit, static_argnames=("logits_fn", "steps", "schedule"))
 def compiled(keys, tokens, unknown, temperature, *, logits_fn, steps, schedule):
-  def watched(tokens, unknown):
-    jax.debug.callback(lambda *seen: SEEN.append(tuple(map(np.asarray, seen))), tokens, unknown, ordered=True)
-    return logits_fn(tokens, unknown)
+  def watched(tokens, unknown, t):
+    seen = (tokens, unknown, t)
+    jax.debug.callback(lambda *seen: SEEN.append(tuple(map(np.asarray, seen))), *seen, ordered=True)
+    return logits_fn(tokens, unknown, t)
 
   return sampling.decode(
     watched, keys, tokens, unknown, steps=steps, schedule=schedule, temperature=temperature
@@ -60,7 +61,8 @@ def run(keys, tokens, unknown, logits_fn=hiding, *, steps=8, schedule="cosine", 
   options = dict(logits_fn=logits_fn, steps=steps, schedule=schedule)
   result = np.asarray(compiled(keys, tokens, unknown, temperature, **options))
   jax.effects_barrier()
-  seen_tokens, seen_masks = (np.stack(arrays) for arrays in zip(*SEEN, strict=True))
+  seen_tokens, seen_masks, shares = (np.stack(arrays) for arrays in zip(*SEEN, strict=True))
+  np.testing.assert_allclose(shares, np.arange(steps) / steps, rtol=1e-6)
   return result, seen_tokens, seen_masks
 
 
@@ -125,7 +127,7 @@ def test_an_image_depends_on_its_key_alone():
 BEST = np.arange(NUM_TOKENS) % CODES
 
 
-def peaked(tokens, _):
+def peaked(tokens, *_):
   return jnp.tile(50.0 * jax.nn.one_hot(BEST, CODES), (len(tokens), 1, 1))
 
 
@@ -138,7 +140,7 @@ def test_peaked_logits_give_the_argmax():
 PLACES = np.random.default_rng(0).permutation(NUM_TOKENS)
 
 
-def sure_by_place(tokens, _):
+def sure_by_place(tokens, *_):
   """The position that stands k-th in PLACES, from 1, draws evenly from k codes: log p is -log k for sure."""
   possible = np.arange(NUM_TOKENS) <= np.argsort(PLACES)[:, None]
   return jnp.tile(np.where(possible, 0.0, -1e9).astype(np.float32), (len(tokens), 1, 1))
@@ -183,7 +185,7 @@ def test_noise_anneals_with_the_share_of_steps_that_are_left(step):
 PROBABILITIES = np.array([0.4, 0.05, 0.2, 0.1, 0.15, 0.07, 0.03])
 
 
-def uneven(tokens, _):
+def uneven(tokens, *_):
   return jnp.tile(np.log(PROBABILITIES).astype(np.float32), (*tokens.shape, 1))
 
 

@@ -208,7 +208,7 @@ class Objective:
     def fill(variables, keys, tokens, unknown, options: dict[str, Any]):
       chosen = dataclasses.asdict(self.sampling) | options
 
-      def logits_fn(tokens, unknown):
+      def logits_fn(tokens, unknown, t):
         return logits(variables, {"tokens": tokens, "token_mask": unknown}, None)
 
       tokens = sampling_lib.decode(logits_fn, keys, tokens, unknown, **chosen)
