@@ -20,6 +20,11 @@ class TransientError(UserError):
   status = 75  # EX_TEMPFAIL
 
 
+def shortage(error: Exception) -> str | None:
+  """Returns what a runtime says of devices whose memory does not suffice; None for any other error."""
+  return str(error).splitlines()[0] if "RESOURCE_EXHAUSTED" in str(error) else None
+
+
 def nearest(name: str, choices: Iterable[str]) -> str:
   """Returns the end of an error message that points from a wrong name to the right one."""
   choices = sorted(choices)

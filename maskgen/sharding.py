@@ -47,7 +47,7 @@ def make_mesh(section: config_lib.Mesh, devices: Sequence[jax.Device] | None = N
       "make the product of the axes the number of devices, or one axis -1"
     )
   types = (AxisType.Auto,) * len(AXES)
-  slices = len({getattr(device, "slice_index", 0) for device in devices})
+  slices = num_slices(devices)
   if slices == 1:
     return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
   if shape[0] % slices:
@@ -57,6 +57,11 @@ def make_mesh(section: config_lib.Mesh, devices: Sequence[jax.Device] | None = N
   inner = (shape[0] // slices, *shape[1:])
   grid = mesh_utils.create_hybrid_device_mesh(inner, (slices, 1, 1), devices)
   return jax.sharding.Mesh(grid, AXES, axis_types=types)
+
+
+def num_slices(devices: Sequence[jax.Device]) -> int:
+  """Over how many slices, connected by a slower network than each has within, devices lie."""
+  return len({getattr(device, "slice_index", 0) for device in devices})
 
 
 def _show(shape: Sequence[int]) -> str:

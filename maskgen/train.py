@@ -15,7 +15,7 @@ from maskgen import checkpoint as checkpoint_lib
 from maskgen import files, tree
 from maskgen import metrics as metrics_lib
 from maskgen.clock import Clock, Preemption, Profiler
-from maskgen.errors import UserError
+from maskgen.errors import UserError, shortage
 from maskgen.evaluators.batches import gather
 from maskgen.experiment import Experiment
 
@@ -48,10 +48,10 @@ def train(experiment: Experiment, workdir: epath.Path) -> dict[str, float]:
       files.replace(workdir / metrics_lib.NOT_FINITE, json.dumps(records, indent=2))
     raise
   except jax.errors.JaxRuntimeError as error:
-    if "RESOURCE_EXHAUSTED" not in str(error):
+    if not (found := shortage(error)):
       raise
     raise UserError(
-      f"the devices' memory does not suffice ({str(error).splitlines()[0]}): raise config.accumulation or "
+      f"the devices' memory does not suffice ({found}): raise config.accumulation or "
       "config.mesh.fsdp, lower config.batch_size, or compute in bfloat16 (config.objective.dtype)"
     ) from error
   return final_results(workdir, list(experiment.config.evals))

@@ -84,6 +84,8 @@ def test_remedies_are_tried_in_order():
   # The state's part is too small to be to blame.
   report["state_bytes_per_device"]["optimizer"] = 10
   assert remedies.show(next(remedies.candidates(stage(), report))) == alone[0]
+  two_slices = " ".join(map(remedies.show, remedies.candidates(stage(), report, slices=2)))
+  assert "--config.mesh.fsdp=4 --config.mesh.data=2" in two_slices
   # A tokenizer has one kind of remat, and what it has is not offered.
   assert "remat=dots" not in " ".join(map(remedies.show, remedies.candidates(stage("tokenizer"), report)))
   used = remedies.candidates(stage(objective__remat="full"), report)

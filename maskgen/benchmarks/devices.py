@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from maskgen.errors import UserError
+from maskgen.errors import UserError, shortage
 
 # Sizes of square matrices: from what every machine multiplies in a moment to what keeps any accelerator busy.
 _SIZES = tuple(2**power for power in range(9, 15))
@@ -91,9 +91,8 @@ def enough_memory(batch_size: int) -> Iterator[None]:
   try:
     yield
   except jax.errors.JaxRuntimeError as error:
-    if "RESOURCE_EXHAUSTED" not in str(error):
+    if not (found := shortage(error)):
       raise
     raise UserError(
-      f"--batch_size={batch_size}: the devices' memory does not suffice ({str(error).splitlines()[0]}): give "
-      "less"
+      f"--batch_size={batch_size}: the devices' memory does not suffice ({found}): give less"
     ) from error

@@ -2,9 +2,11 @@
 
 import glob
 import re
-from collections import Counter, defaultdict
+from collections import Counter
 
 import jax
+
+from maskgen.costs.hlo_text import Module
 
 # A fusion is of the first kind of which it has an operation; what has none of these is "other", such as
 # elementwise arithmetic and reductions.
@@ -19,10 +21,6 @@ _MOVES = {"copy", "transpose", "reshape", "slice", "concatenate", "pad", "broadc
 _FREE = {"parameter", "constant", "bitcast", "tuple", "get-tuple-element", "iota"}
 # Their time is that of the operations in them.
 _CONTROL = {"while", "call", "conditional"}
-_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.-]+) \(")
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = .*? ([a-z][\w-]*)\(")
-_CALLED = re.compile(r"(?:calls|to_apply)=%?([\w.-]+)")
-_TARGET = re.compile(r'custom_call_target="([^"]*)"')
 
 
 def kinds_of_operations(hlo: str) -> dict[str, str]:
@@ -32,22 +30,14 @@ def kinds_of_operations(hlo: str) -> dict[str, str]:
     For the name of each operation its kind: "matmul", "convolution", "collective", "copy" or "other"; none
     for control flow.
   """
-  opcodes: dict[str, set[str]] = defaultdict(set)  # of each computation
-  instructions: dict[str, tuple[str, str]] = {}  # opcode, or target of a custom call; computation it calls
-  computation = ""
-  for line in hlo.splitlines():
-    if found := _INSTRUCTION.match(line):
-      name, opcode = found.groups()
-      called, target = _CALLED.search(line), _TARGET.search(line)
-      instructions[name] = (target[1] if target else opcode, called[1] if called else "")
-      opcodes[computation].add(instructions[name][0])
-    elif found := _COMPUTATION.match(line):
-      computation = found[1]
-  return {
-    name: _kind({opcode} | (opcodes[called] if opcode == "fusion" else set()))
-    for name, (opcode, called) in instructions.items()
-    if opcode not in _CONTROL
-  }
+  module = Module(hlo)
+  kinds = {}
+  for computation in module.computations:
+    for name, instruction in computation.items():
+      inner = module[instruction.called("calls")].values() if instruction.opcode == "fusion" else ()
+      if instruction.opcode not in _CONTROL:
+        kinds[name] = _kind({each.target or each.opcode for each in (instruction, *inner)})
+  return kinds
 
 
 def _kind(opcodes: set[str]) -> str:

@@ -77,9 +77,8 @@ def _measure(config: Mapping[str, Any], args: Any) -> dict[str, Any]:
   size = experiment.config.batch_size
   log.info("batches of %d: counting and compiling", size)
   flops = model_flops(experiment, spec)
-  target = experiment.targets
   began = time.monotonic()
-  compiled = experiment.update.lower(target["state"], target["frozen"], spec).compile()
+  compiled = experiment.compile(spec)
   compile_seconds = time.monotonic() - began
   memory: Any = compiled.memory_analysis()
   state, frozen = random_state.random_state(experiment)

@@ -45,8 +45,7 @@ def main(argv: Sequence[str]) -> Iterator[dict[str, Any]]:
   compiled = {}
   for name, batch in batches.items():
     log.info("compiling the step, %s", name)
-    target = experiment.targets
-    compiled[name] = experiment.update.lower(target["state"], target["frozen"], batch).compile()
+    compiled[name] = experiment.compile(batch)
   log.info("making random parameters")
   state, frozen = random_state.random_state(experiment)
 

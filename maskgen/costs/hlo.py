@@ -210,7 +210,7 @@ class _Reader:
     opcode, rest = instruction.opcode, instruction.rest
     if opcode in ("fusion", "async-start"):
       inner = self._module[instruction.called("calls")]
-      starts = _custom_call(inner.root) == "AsyncCollectiveStart"
+      starts = inner.root.target == "AsyncCollectiveStart"
       for part in inner.values():
         # The TPU compiler spreads a collective over several fusions, and names it in each; one starts it.
         if starts or not _is_piece(part):
@@ -242,7 +242,7 @@ class _Reader:
   def _traffic(self, instruction: Instruction, computation: Computation) -> int:
     """Bytes that an instruction reads from HBM and writes to it."""
     opcode, operands = instruction.opcode, [computation[name] for name in instruction.operands]
-    if opcode in _FREE or _custom_call(instruction) in _FREE_CUSTOM_CALLS:
+    if opcode in _FREE or instruction.target in _FREE_CUSTOM_CALLS:
       return 0
     if opcode == "fusion":
       return self._fused_traffic(instruction, operands)
@@ -318,15 +318,10 @@ class _Reader:
     return sum(array.elements for array in value.arrays)
 
 
-def _custom_call(instruction: Instruction) -> str | None:
-  target = re.search(r'custom_call_target="([^"]*)"', instruction.rest)
-  return target[1] if target else None
-
-
 def _is_piece(instruction: Instruction) -> bool:
   """Whether this is a piece of a collective that the TPU compiler spread over several fusions."""
   if instruction.opcode == "custom-call":
-    return (_custom_call(instruction) or "").startswith("AsyncCollective")
+    return (instruction.target or "").startswith("AsyncCollective")
   return instruction.opcode in KINDS and "chain_id=" in instruction.rest
 
 

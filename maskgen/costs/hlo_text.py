@@ -65,6 +65,12 @@ class Instruction:
     """The size of what it returns in HBM."""
     return math.ceil(sum(array.elements * array.item_bytes for array in self.arrays if array.in_hbm))
 
+  @property
+  def target(self) -> str | None:
+    """What a custom call calls."""
+    found = re.search(r'custom_call_target="([^"]*)"', self.rest)
+    return found[1] if found else None
+
   def called(self, role: str) -> str:
     """The name of the computation that it calls as `body`, `condition`, `calls` or `to_apply`."""
     found = re.search(rf"\b{role}=%?([\w.-]+)", self.rest)
@@ -165,6 +171,11 @@ class Module:
 
   def __getitem__(self, name: str | None) -> Computation:
     return self._computations[name]
+
+  @property
+  def computations(self) -> list[Computation]:
+    """All of them, the entry once."""
+    return [value for name, value in self._computations.items() if name is not None]
 
   def loop_of(self, computation: Computation) -> tuple[Instruction, Computation] | None:
     """The loop whose body or condition a computation is, and the computation that runs it."""

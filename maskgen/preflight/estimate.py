@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+from maskgen import sharding
 from maskgen.benchmarks import random_state
 from maskgen.benchmarks.model_flops import model_flops
 from maskgen.costs import chips, flops, hlo
@@ -87,7 +88,7 @@ def estimate(
     "collective_bytes_lower_bound": _least_communication(experiment),
   }
   if chip is not None:
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    slices = sharding.num_slices(devices)
     executed = flops.count(
       experiment.make_update(experiment.objective), target["state"], target["frozen"], batch
     )

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from maskgen import objectives
+from maskgen import objectives, sharding
 from maskgen.errors import UserError
 from maskgen.models.remat import REMAT
 from maskgen.preflight.estimate import estimate
@@ -31,7 +31,7 @@ def find(
   Returns:
     The change and its report, or None if none of the changes suffices.
   """
-  for change in candidates(config, report):
+  for change in candidates(config, report, sharding.num_slices(devices)):
     log.info("does not fit; trying %s", show(change))
     try:
       found = estimate(apply(config, change), devices, source)
@@ -43,11 +43,12 @@ def find(
   return None
 
 
-def candidates(config: Mapping[str, Any], report: Mapping[str, Any]) -> Iterator[Change]:
+def candidates(config: Mapping[str, Any], report: Mapping[str, Any], slices: int = 1) -> Iterator[Change]:
   """Yields what is worth trying: more fsdp if the state is to blame, then remat, then accumulation on top."""
   mesh, state = report["mesh"], report["state_bytes_per_device"]
-  fsdp = {"mesh.fsdp": mesh["data"] * mesh["fsdp"], "mesh.data": 1}
-  saved = (1 - 1 / mesh["data"]) * sum(state[part] for part in ("parameters", "optimizer", "averages"))
+  # Parameters stay within a slice.
+  fsdp = {"mesh.fsdp": mesh["data"] * mesh["fsdp"] // slices, "mesh.data": slices}
+  saved = (1 - slices / mesh["data"]) * sum(state[part] for part in ("parameters", "optimizer", "averages"))
   if saved >= report["hbm_bytes_per_device"] - report["hbm_limit_bytes"]:
     yield fsdp
   steps = [{"objective.remat": how} for how in _more_remat(config)]
