@@ -24,6 +24,7 @@ class Mage(nn.Module):
     dropout: on embeddings, attention weights, projections and MLPs, while training.
     dtype: the type of the computation; parameters and logits are float32.
     attention, remat, scan: how the blocks are run, see `Transformer`.
+    condition_width: c, the width of what `decode` takes as a condition; 0 for a model that takes none.
   """
 
   vocab: Vocab
@@ -39,6 +40,7 @@ class Mage(nn.Module):
   attention: str = "auto"
   remat: str = "none"
   scan: bool = False
+  condition_width: int = 0
 
   def setup(self):
     def norm(epsilon: float = 1e-6) -> nn.LayerNorm:
@@ -60,6 +62,8 @@ class Mage(nn.Module):
     self.decoder_position = self.param(
       "decoder_position", embedding_init, (1 + self.num_tokens, self.decoder_width)
     )
+    if self.condition_width:
+      self.condition_input = dense(self.decoder_width)
     self.decoder = transformer(self.decoder_depth, self.decoder_heads)
     self.decoder_norm = norm()
     self.head = dense(self.width)
@@ -94,11 +98,19 @@ class Mage(nn.Module):
     return self.encoder_norm(self.blocks(tokens, mask, kept, train=train))
 
   def decode(
-    self, latents: jax.Array, mask: jax.Array, kept: jax.Array | None = None, *, train: bool = False
+    self,
+    latents: jax.Array,
+    mask: jax.Array,
+    kept: jax.Array | None = None,
+    condition: jax.Array | None = None,
+    *,
+    train: bool = False,
   ) -> jax.Array:
     """Logits float32 [b, 1 + n, v] from latents [b, 1 + k, d] and the same mask and kept positions.
 
-    The class position's feature stands in for every masked token, dropped or not (section 3.1).
+    The class position's feature stands in for every masked token, dropped or not (section 3.1). A condition,
+    float [b, l, c] of any l, is projected and follows the sequence (appendix A.2); it gets no position: where
+    an order matters, as in text, features carry it.
     """
     b, _, width = latents.shape
     # Positions of all examples in one axis, as in the blocks.
@@ -115,7 +127,12 @@ class Mage(nn.Module):
     hidden = jnp.pad(mask, ((0, 0), (1, 0)))[..., None]
     position = sharding.gather(self.decoder_position)[None].astype(x.dtype)
     x = jnp.where(hidden, class_feature, x) + position
-    x = self.decoder_norm(self.decoder(x, train=train)).reshape(-1, self.decoder_width)
+    length = x.shape[1]
+    if condition is not None:
+      condition = sharding.constrain_batch(self.condition_input(condition.reshape(-1, self.condition_width)))
+      x = jnp.concatenate([x, condition.reshape(b, -1, self.decoder_width)], axis=1)
+    x = self.decoder(x, train=train)[:, :length]
+    x = self.decoder_norm(x).reshape(-1, self.decoder_width)
     x = self.head_norm(nn.gelu(sharding.constrain_batch(self.head(x)), approximate=False))
     # The head is tied to the embedding table, which learns from its use as input alone.
     table = sharding.gather(jax.lax.stop_gradient(self.embedding).astype(x.dtype))
@@ -123,11 +140,17 @@ class Mage(nn.Module):
     return (logits + self.head_bias[None]).reshape(b, -1, self.vocab.size)
 
   def code_logits(
-    self, tokens: jax.Array, mask: jax.Array, kept: jax.Array | None = None, *, train: bool = False
+    self,
+    tokens: jax.Array,
+    mask: jax.Array,
+    kept: jax.Array | None = None,
+    condition: jax.Array | None = None,
+    *,
+    train: bool = False,
   ) -> jax.Array:
     """Logits over the codes alone at the n token positions, float32 [b, n, codebook]."""
     latents = self.encode(tokens, mask, kept, train=train)
-    return self.decode(latents, mask, kept, train=train)[:, 1:, : self.vocab.codebook]
+    return self.decode(latents, mask, kept, condition, train=train)[:, 1:, : self.vocab.codebook]
 
   def features(self, tokens: jax.Array) -> jax.Array:
     """Representation of unmasked tokens [b, n]: mean of the last block's tokens, normalised; float32 [b, d].
@@ -140,4 +163,5 @@ class Mage(nn.Module):
 
   def __call__(self, tokens: jax.Array, mask: jax.Array) -> jax.Array:
     """Touches every parameter, for `init`."""
-    return self.code_logits(tokens, mask)
+    width = self.condition_width
+    return self.code_logits(tokens, mask, condition=jnp.zeros((len(tokens), 1, width)) if width else None)
