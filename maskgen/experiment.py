@@ -65,6 +65,7 @@ class Experiment:
         f"config.data gives images of shape {self.data.image_shape}, config.objective takes "
         f"{self.objective.image_shape}: change config.data.preprocess or config.objective.image_size"
       )
+    self._check_classes()
     ways = sharding.batch_ways(self.mesh)
     # A micro-batch fits in memory when training, so it does when only predicting.
     self.eval_batch_size = max(min(cfg.batch_size // cfg.accumulation, EVAL_BATCH_SIZE) // ways, 1) * ways
@@ -72,6 +73,20 @@ class Experiment:
     self._build_state()
     self.predict = objectives.compile_predict_fns(self.objective, self.mesh)
     self._build_evaluators()
+
+  def _check_classes(self) -> None:
+    expected, found = self.objective.num_classes, len(self.data.class_names or ())
+    if not expected:
+      return
+    if not found or "label" not in self.data.spec:
+      raise UserError(
+        f"config.data.source={self.config.data['source']} gives no labels, and objective "
+        f"'{self.config.objective['name']}' needs them: give data with classes"
+      )
+    if found != expected:
+      raise UserError(
+        f"config.data has {found} classes, config.objective.classes is {expected}: make them equal"
+      )
 
   def _build_state(self) -> None:
     cfg = self.config
@@ -170,12 +185,13 @@ class Experiment:
         self.objective.check_pretrained(name, checkpoint.load_config(path))
       except UserError as error:
         raise UserError(f"config.pretrained.{name}={given}: {error}") from None
-      if name == "tokenizer" and self.data.codes is not None:
-        found = tree.fingerprint(checkpoint.load_variables(path, self.targets["pretrained"][name]))
-        if found != self.data.codes.tokenizer:
+      if self.data.codes is not None:
+        loaded = checkpoint.load_variables(path, self.targets["pretrained"][name])
+        tokenizer = loaded["params"] if name == "tokenizer" else {"generator": loaded["frozen"]["tokenizer"]}
+        if tree.fingerprint({"params": tokenizer}) != self.data.codes.tokenizer:
           raise UserError(
-            f"config.data.source={self.config.data['source']} was made with another tokenizer than "
-            f"config.pretrained.tokenizer={given}: give that tokenizer, or make the cache anew with "
+            f"config.data.source={self.config.data['source']} was made with another tokenizer than that of "
+            f"config.pretrained.{name}={given}: give that tokenizer, or make the cache anew with "
             "maskgen.tools.tokenize"
           )
 
@@ -240,6 +256,7 @@ class Experiment:
       fresh_variables=self._fresh_variables,
       codebook_size=self.objective.codebook_size,
       class_names=self.data.class_names,
+      num_classes=self.objective.num_classes,
     )
     self.evaluators: dict[str, tuple[int, evaluators.Evaluator]] = {}
     for name, section in self.config.evals.items():

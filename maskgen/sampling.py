@@ -24,25 +24,67 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
   "arccos": lambda t: math.acos(t) / (math.pi / 2),
 }
 
+# How much of the guidance is in force when the share t of the steps is done. The first tokens decide on the
+# composition, where strong guidance costs the most variety.
+GUIDANCE_SCHEDULES: dict[str, Callable[[jax.Array], jax.Array]] = {
+  "constant": jnp.ones_like,
+  "linear": lambda t: t,
+  "cosine": lambda t: (1 - jnp.cos(jnp.pi * t)) / 2,
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-  """How tokens are filled in; the arguments of `decode`.
+  """How tokens are filled in: the arguments of `decode`, and of `guide`.
 
   Attributes:
     steps: number of steps.
     schedule: a name in `SCHEDULES`.
     temperature: scale of the Gumbel noise on the confidence, annealed to 0 at the last step; 0 unmasks the
       most confident tokens first. Quality and variety depend on it strongly.
+    guidance: s, how much the condition counts, for models that have one: 0 not at all, 1 as trained, above 1
+      the condition shows more and variety less.
+    guidance_schedule: a name in `GUIDANCE_SCHEDULES`.
   """
 
   steps: int = 20
   schedule: str = "cosine"
   temperature: float = 6.0
+  guidance: float = 1.0
+  guidance_schedule: str = "constant"
 
   def __post_init__(self):
     remaining_table(self.schedule, self.steps, 0)
-    config_lib.check_at_least(self, 0, "temperature")
+    config_lib.check_at_least(self, 0, "temperature", "guidance")
+    if self.guidance_schedule not in GUIDANCE_SCHEDULES:
+      raise UserError(
+        f"guidance_schedule '{self.guidance_schedule}' does not exist"
+        f"{nearest(self.guidance_schedule, GUIDANCE_SCHEDULES)}"
+      )
+
+
+def guide(
+  conditional: jax.Array,
+  unconditional: jax.Array,
+  t: jax.Array,
+  *,
+  guidance: float | jax.Array,
+  guidance_schedule: str,
+) -> jax.Array:
+  """Classifier-free guidance (Ho and Salimans 2022): logits that tell the condition from none at all.
+
+  The scale grows from 1 to s as the schedule f says, s_t = 1 + (s - 1) f(t), and the logits are
+  u + s_t (c - u).
+
+  Args:
+    conditional: c, logits of any shape.
+    unconditional: u, logits of the same shape.
+    t: float32 scalar, the share of the steps that are done.
+    guidance: s, see `Sampling`.
+    guidance_schedule: see `Sampling`.
+  """
+  excess = (guidance - 1.0) * GUIDANCE_SCHEDULES[guidance_schedule](t)
+  return conditional + excess * (conditional - unconditional)
 
 
 def remaining_table(schedule: str, steps: int, num_tokens: int) -> np.ndarray:

@@ -159,9 +159,13 @@ def test_every_key_is_read_somewhere(cls):
   assert fields(cls) <= read
 
 
-def test_the_keys_of_sampling_are_what_decode_takes():
-  parameters = inspect.signature(sampling.decode).parameters.values()
-  assert fields(sampling.Sampling) == {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
+def test_the_keys_of_sampling_are_what_decode_and_guide_take():
+  taken = [
+    {p.name for p in inspect.signature(fn).parameters.values() if p.kind is p.KEYWORD_ONLY}
+    for fn in (sampling.decode, sampling.guide)
+  ]
+  assert not taken[0] & taken[1]
+  assert fields(sampling.Sampling) == taken[0] | taken[1]
 
 
 # Sizes

@@ -24,15 +24,17 @@ class NoData:
 
   Attributes:
     image_shape: (h, w, c) of the images that are not there.
+    num_classes: of the labels, 0 for none.
     num_train: records, for lengths in epochs.
   """
 
   image_shape: tuple[int, int, int]
+  num_classes: int = 0
   num_train: int = 1_000_000
 
   @property
-  def class_names(self) -> None:
-    return None
+  def class_names(self) -> tuple[str, ...] | None:
+    return tuple(map(str, range(self.num_classes))) or None
 
   @property
   def codes(self) -> None:
@@ -41,7 +43,11 @@ class NoData:
   @property
   def spec(self) -> _Spec:
     """Shapes and dtypes of one image in a batch of its own."""
-    return {"image": jax.ShapeDtypeStruct((1, *self.image_shape), jnp.uint8)}
+    return {"image": jax.ShapeDtypeStruct((1, *self.image_shape), jnp.uint8), **_labels(1, self.num_classes)}
+
+
+def _labels(size: int, num_classes: int) -> _Spec:
+  return {"label": jax.ShapeDtypeStruct((size,), jnp.int32)} if num_classes else {}
 
 
 def build(
@@ -63,7 +69,7 @@ def build(
       f"objective '{config['objective']['name']}' is not trained on codes: give a config, or a --stage, with "
       "objective 'mage'"
     )
-  data = None if source == "config" else NoData(objective.image_shape)
+  data = None if source == "config" else NoData(objective.image_shape, objective.num_classes)
   return Experiment({**config, "evals": {}}, devices, data=data)
 
 
@@ -76,7 +82,8 @@ def batch_spec(experiment: Experiment, source: str) -> _Spec:
 
   Returns:
     "synthetic": `image` uint8 [b, h, w, c]; "tokens": `tokens` [b, n] of the smallest unsigned type that
-    holds the codes; "config": what the config's pipeline gives.
+    holds the codes; both with `label` int32 [b] where the objective takes it; "config": what the config's
+    pipeline gives.
   """
   size, objective = experiment.config.batch_size, experiment.objective
   images = jax.ShapeDtypeStruct((size, *objective.image_shape), jnp.uint8)
@@ -90,6 +97,8 @@ def batch_spec(experiment: Experiment, source: str) -> _Spec:
     tokens = jax.eval_shape(encode, variables, {"image": images}, jax.random.key(0))
     code = np.min_scalar_type(objective.codebook_size - 1)
     spec = {"tokens": jax.ShapeDtypeStruct(tokens.shape, code)}
+  if source != "config":
+    spec |= _labels(size, objective.num_classes)
   where = sharding.batch_sharding(experiment.mesh)
   return {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where) for name, leaf in spec.items()}
 
@@ -97,7 +106,8 @@ def batch_spec(experiment: Experiment, source: str) -> _Spec:
 def random_batch(experiment: Experiment, source: str) -> dict[str, jax.Array]:
   """Makes a global batch of `batch_spec`, of "synthetic" or "tokens", where it belongs."""
   spec = batch_spec(experiment, source)
-  below = {"image": 256, "tokens": experiment.objective.codebook_size}
+  objective = experiment.objective
+  below = {"image": 256, "tokens": objective.codebook_size, "label": objective.num_classes}
 
   def make(key: jax.Array) -> dict[str, jax.Array]:
     return {

@@ -1,4 +1,4 @@
-"""What is trained: one self-contained file per objective.
+"""What is trained: one file per objective.
 
 `config.objective.name` is the name of a module here; its `Objective` dataclass is built from the rest of
 the section. The training loop, evaluators and API know objectives by the protocol below alone.
@@ -19,6 +19,8 @@ from maskgen.errors import UserError, nearest
 Tree = Any
 Batch = Mapping[str, jax.Array]
 Metrics = dict[str, jax.Array]
+# Options of prediction functions that set array sizes or choose what is computed.
+STATIC_OPTIONS = ("steps", "schedule", "guidance_schedule")
 # (variables, batch, rng) -> arrays; variables = {"params": {group: tree}, "frozen": tree, "extra": tree}.
 PredictFn = Callable[..., Any]
 
@@ -39,6 +41,10 @@ class Objective(Protocol):
   @property
   def image_shape(self) -> tuple[int, int, int]:
     """The images (h, w, c) it takes and makes."""
+
+  @property
+  def num_classes(self) -> int:
+    """How many classes the `label` of its batches tells apart; 0 where it takes no labels."""
 
   def pretrained_shapes(self) -> dict[str, Tree]:
     """For each name that `config.pretrained` must give: the part of that model's variables it needs."""
@@ -71,8 +77,8 @@ class Objective(Protocol):
       frozen: as made by `init`.
       extra: as made by `init`, or by the step before.
       batch: leading axis b; one of `inputs`: `image` uint8 or float32 [b, h, w, c], or `tokens` [b, n] of
-        any integer type; `key` one PRNG key per example, for randomness that must not depend on how the
-        batch is split.
+        any integer type; `label` integer [b] where `num_classes` says so; `key` one PRNG key per example,
+        for randomness that must not depend on how the batch is split.
       rng: for randomness of the model, such as dropout.
       step: completed updates, int32 scalar.
       train: whether dropout and the like are on.
@@ -89,6 +95,9 @@ class Objective(Protocol):
     float32 [b, h, w, c] in [0, 1]; logits (batch: tokens, token_mask [b, n]) -> float32 [b, n, codebook];
     mask (batch: key [b], the keys of `losses`; needs no variables) -> bool [b, h', w'], True for each token
     that `losses` masks.
+
+    Where `num_classes` is not 0, loss, logits, generate and inpaint take `label` [b] as well, of which
+    `num_classes` stands for no class, as does its absence.
     """
 
 
@@ -118,12 +127,12 @@ def check_image_size(size: Any) -> None:
 
 
 def compile_predict_fns(objective: Objective, mesh: jax.sharding.Mesh | None = None) -> dict[str, PredictFn]:
-  """The objective's prediction functions, jitted for a mesh; options that set array sizes are static."""
+  """The objective's prediction functions, jitted for a mesh; `STATIC_OPTIONS` are static."""
 
   def jit(fn: PredictFn) -> PredictFn:
     parameters = inspect.signature(fn).parameters.values()
     options = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
     fn = sharding.on_mesh(fn, mesh) if mesh else fn
-    return jax.jit(fn, static_argnames=("steps", "schedule") if options else ())
+    return jax.jit(fn, static_argnames=STATIC_OPTIONS if options else ())
 
   return {name: jit(fn) for name, fn in objective.predict_fns().items()}

@@ -1,7 +1,7 @@
 """The MAGE objective: masked prediction of image codes with a variable ratio (Li et al. 2023, section 3)."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -71,6 +71,10 @@ class Objective:
       raise UserError(
         f"mask_ratio.low={self.mask_ratio.low} leaves the encoder none of {self.num_tokens} tokens"
       )
+    if self.sampling.guidance != 1 and not self.num_classes:
+      raise UserError(
+        f"sampling.guidance is {self.sampling.guidance}: this objective has no classes to guide to, remove it"
+      )
 
   @property
   def codebook_size(self) -> int:
@@ -79,6 +83,10 @@ class Objective:
   @property
   def image_shape(self) -> tuple[int, int, int]:
     return (*self.image_size, self.tokenizer.image_channels)
+
+  @property
+  def num_classes(self) -> int:
+    return 0
 
   @property
   def grid(self) -> tuple[int, int]:
@@ -117,7 +125,9 @@ class Objective:
     section = config.get("objective", {})
     if section.get("name") != "tokenizer":
       raise UserError("it is no tokenizer: give a model trained by the tokenizer objective")
-    found = config_lib.build_dataclass(VQGAN, section.get("tokenizer", {}), "its tokenizer")
+    self._check_tokenizer(config_lib.build_dataclass(VQGAN, section.get("tokenizer", {}), "its tokenizer"))
+
+  def _check_tokenizer(self, found: VQGAN) -> None:
     for field in dataclasses.fields(VQGAN):
       theirs, ours = getattr(found, field.name), getattr(self.tokenizer, field.name)
       # The type of the computation may differ: parameters are float32.
@@ -143,12 +153,12 @@ class Objective:
     *,
     train: bool,
   ) -> tuple[dict[str, jax.Array], Metrics, Tree]:
-    values = self._masked_prediction(params["main"], frozen, batch, rng, train=train)
+    values = self._masked_prediction(params, frozen, batch, rng, train=train)
     metrics = {name: value.mean() for name, value in values.items() if name != "loss"}
     return {"main": values["loss"].mean()}, metrics, extra
 
   def _masked_prediction(
-    self, params: Tree, frozen: Tree, batch: Batch, rng: jax.Array, *, train: bool
+    self, params: Mapping[str, Tree], frozen: Tree, batch: Batch, rng: jax.Array, *, train: bool
   ) -> Metrics:
     """Loss, accuracy on masked tokens and mask ratio, each [b]."""
     if "tokens" in batch:
@@ -156,15 +166,7 @@ class Objective:
     else:
       tokens = jax.lax.stop_gradient(self._tokenize(frozen, batch["image"]))
     mask, kept = masking.random_mask(batch["key"], self.num_tokens, self.mask_ratio)
-    logits: Any = self.model.apply(
-      {"params": params},
-      tokens,
-      mask,
-      kept,
-      train=train,
-      rngs={"dropout": rng},
-      method="code_logits",
-    )
+    logits = self._logits(params, frozen, batch, tokens, mask, kept, rng if train else None)
     loss = losses_lib.cross_entropy(logits, tokens, self.label_smoothing)
     correct = (logits.argmax(axis=-1) == tokens).astype(jnp.float32)
     return {
@@ -173,6 +175,40 @@ class Objective:
       "mask_ratio": mask.mean(axis=-1),
     }
 
+  def _apply(
+    self, method: str, params: Mapping[str, Tree], frozen: Tree, *args: Any, rng: jax.Array | None = None
+  ) -> Any:
+    """Calls a method of the network; with a key dropout is on."""
+    variables = {"params": self._network_params(params, frozen)}
+    if rng is None:
+      return self.model.apply(variables, *args, method=method)
+    return self.model.apply(variables, *args, train=True, rngs={"dropout": rng}, method=method)
+
+  def _network_params(self, params: Mapping[str, Tree], frozen: Tree) -> Tree:
+    """All parameters of `model`."""
+    return params["main"]
+
+  def _logits(
+    self,
+    params: Mapping[str, Tree],
+    frozen: Tree,
+    batch: Batch,
+    tokens: jax.Array,
+    mask: jax.Array,
+    kept: jax.Array | None = None,
+    rng: jax.Array | None = None,
+  ) -> jax.Array:
+    """Logits [b, n, codebook], see `Mage.code_logits`; with a key, dropout is on."""
+    return self._apply("code_logits", params, frozen, tokens, mask, kept, rng=rng)
+
+  def _logits_fn(
+    self, variables: Tree, batch: Batch, guidance: float | jax.Array, guidance_schedule: str
+  ) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
+    """What `sampling.decode` asks for logits; a model without a condition has nothing to be guided by."""
+    return lambda tokens, unknown, t: self._logits(
+      variables["params"], variables["frozen"], batch, tokens, unknown
+    )
+
   def _tokenize(self, frozen: Tree, images: jax.Array) -> Any:
     pixels = images_lib.to_float(images)
     return self.tokenizer.apply({"params": frozen["tokenizer"]}, pixels, method="tokenize")
@@ -180,8 +216,7 @@ class Objective:
   def predict_fns(self) -> dict[str, PredictFn]:
     def loss(variables, batch, rng):
       batch = {**batch, "key": jax.random.split(rng, jax.tree.leaves(batch)[0].shape[0])}
-      params = variables["params"]["main"]
-      return self._masked_prediction(params, variables["frozen"], batch, rng, train=False)
+      return self._masked_prediction(variables["params"], variables["frozen"], batch, rng, train=False)
 
     def mask(variables, batch, rng):
       drawn, _ = masking.random_mask(batch["key"], self.num_tokens, self.mask_ratio)
@@ -198,25 +233,23 @@ class Objective:
       return decode(variables, {"tokens": encode(variables, batch, rng)}, rng)
 
     def features(variables, batch, rng):
-      params = {"params": variables["params"]["main"]}
-      return self.model.apply(params, encode(variables, batch, rng), method="features")
+      tokens = encode(variables, batch, rng)
+      return self._apply("features", variables["params"], variables["frozen"], tokens)
 
     def logits(variables, batch, rng):
-      params = {"params": variables["params"]["main"]}
-      return self.model.apply(params, batch["tokens"], batch["token_mask"], method="code_logits")
+      params, frozen = variables["params"], variables["frozen"]
+      return self._logits(params, frozen, batch, batch["tokens"], batch["token_mask"])
 
-    def fill(variables, keys, tokens, unknown, options: dict[str, Any]):
+    def fill(variables, batch, tokens, unknown, options: dict[str, Any]):
       chosen = dataclasses.asdict(self.sampling) | options
-
-      def logits_fn(tokens, unknown, t):
-        return logits(variables, {"tokens": tokens, "token_mask": unknown}, None)
-
-      tokens = sampling_lib.decode(logits_fn, keys, tokens, unknown, **chosen)
+      guidance = {name: chosen.pop(name) for name in ("guidance", "guidance_schedule")}
+      logits_fn = self._logits_fn(variables, batch, **guidance)
+      tokens = sampling_lib.decode(logits_fn, batch["key"], tokens, unknown, **chosen)
       return decode(variables, {"tokens": tokens}, None)
 
     def generate(variables, batch, rng, **options):
       tokens = jnp.zeros((batch["key"].shape[0], self.num_tokens), jnp.int32)
-      return fill(variables, batch["key"], tokens, jnp.ones(tokens.shape, bool), options)
+      return fill(variables, batch, tokens, jnp.ones(tokens.shape, bool), options)
 
     def generate_uniform(variables, batch, rng):
       def draw(key):
@@ -228,7 +261,7 @@ class Objective:
       pixels, hole = images_lib.to_float(batch["image"]), batch["mask"][..., None]
       tokens = encode(variables, {"image": jnp.where(hole, 0.0, pixels)}, rng)
       unknown = masking.token_mask(batch["mask"], self.tokenizer.factor)
-      filled = fill(variables, batch["key"], tokens, unknown, options)
+      filled = fill(variables, batch, tokens, unknown, options)
       return jnp.where(hole, filled, pixels)
 
     return {

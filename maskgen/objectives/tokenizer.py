@@ -82,6 +82,10 @@ class Objective:
   def image_shape(self) -> tuple[int, int, int]:
     return (*self.image_size, self.tokenizer.image_channels)
 
+  @property
+  def num_classes(self) -> int:
+    return 0
+
   def pretrained_shapes(self) -> dict[str, Tree]:
     if not self.perceptual_weight:
       return {}

@@ -1,0 +1,150 @@
+"""Class-conditional MAGE: a frozen encoder, a decoder that learns classes (Li et al. 2023, appendix A.2).
+
+Letters: b batch, n tokens, k tokens the encoder sees, l positions of the condition, c their width.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from maskgen import config as config_lib
+from maskgen import objectives, sharding
+from maskgen import sampling as sampling_lib
+from maskgen.errors import UserError
+from maskgen.models.mage import Mage
+from maskgen.models.transformer import embedding_init
+from maskgen.objectives import Batch, Tree, mage
+
+# The parameters of `Mage` that are trained; the others are the encoder's.
+_TRAINED = re.compile(r"(decoder|head|condition)(_|$)")
+# Which child of an example's key decides on its condition: 0 and 1 decide on its mask.
+_DROPOUT = 2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Objective(mage.Objective):
+  """Trains `main`, the decoder and a table of class embeddings, on the latents of a frozen encoder.
+
+  The encoder's features remain those of the pretrained model. The decoder starts where that one's ended.
+
+  Attributes:
+    classes: how many there are; labels count them from 0.
+    condition_width: c, the width of a class embedding.
+    condition_dropout: the share of examples that are trained without their class, which lets the model
+      generate without one, and be guided.
+  """
+
+  classes: int
+  condition_width: int = 768
+  condition_dropout: float = 0.1
+
+  def __post_init__(self):
+    super().__post_init__()
+    config_lib.check_at_least(self, 1, "classes", "condition_width")
+    if not 0.0 <= self.condition_dropout < 1.0:
+      raise UserError(f"condition_dropout is {self.condition_dropout}: it is at least 0 and less than 1")
+
+  @property
+  def num_classes(self) -> int:
+    return self.classes
+
+  @property
+  def model(self) -> Mage:
+    """The network."""
+    return super().model.clone(condition_width=self.condition_width)
+
+  def pretrained_shapes(self) -> dict[str, Tree]:
+    tokenizer = super().pretrained_shapes()["tokenizer"]["params"]["generator"]
+    tokens = jax.ShapeDtypeStruct((1, self.num_tokens), jnp.int32)
+    mask = jax.ShapeDtypeStruct(tokens.shape, bool)
+    main = jax.eval_shape(super().model.init, jax.random.key(0), tokens, mask)["params"]
+    return {"mage": {"params": {"main": main}, "frozen": {"tokenizer": tokenizer}}}
+
+  def check_pretrained(self, name: str, config: Mapping[str, Any]) -> None:
+    section = config.get("objective", {})
+    if section.get("name") not in ("mage", "mage_c"):
+      raise UserError("it is no MAGE: give a model trained by objective 'mage' or 'mage_c'")
+    found: Any = objectives.build(section)
+    self._check_tokenizer(found.tokenizer)
+    architecture = ("width", "depth", "heads", "decoder_width", "decoder_depth", "decoder_heads")
+    for field in ("image_size", *architecture):
+      theirs, ours = getattr(found, field), getattr(self, field)
+      if theirs != ours:
+        raise UserError(f"its objective has {field}={theirs}, config.objective has {ours}: make them equal")
+
+  def init(self, rng: jax.Array, pretrained: Mapping[str, Tree]) -> dict[str, Tree]:
+    network_rng, table_rng = jax.random.split(rng)
+    tokens = jnp.zeros((1, self.num_tokens), jnp.int32)
+    fresh = self.model.init(network_rng, tokens, tokens > 0)["params"]
+    params = {**fresh, **pretrained["mage"]["params"]["main"]}
+    main = {name: value for name, value in params.items() if _TRAINED.match(name)}
+    # The last row stands for no class.
+    main["class_embedding"] = embedding_init(table_rng, (self.classes + 1, self.condition_width))
+    encoder = {name: value for name, value in params.items() if not _TRAINED.match(name)}
+    frozen = {"tokenizer": pretrained["mage"]["frozen"]["tokenizer"], "encoder": encoder}
+    return {"params": {"main": main}, "frozen": frozen, "extra": {}}
+
+  def _network_params(self, params: Mapping[str, Tree], frozen: Tree) -> Tree:
+    return {**frozen["encoder"], **params["main"]}
+
+  def _condition(self, params: Mapping[str, Tree], batch: Batch) -> jax.Array:
+    """What the decoder is told of each example, float32 [b, l, c]."""
+    return sharding.gather(params["main"]["class_embedding"])[batch["label"]][:, None]
+
+  def _no_condition(self, params: Mapping[str, Tree]) -> jax.Array:
+    """What it is told instead of a condition, float32 [1, l, c]."""
+    return params["main"]["class_embedding"][None, -1:]
+
+  def _logits(
+    self,
+    params: Mapping[str, Tree],
+    frozen: Tree,
+    batch: Batch,
+    tokens: jax.Array,
+    mask: jax.Array,
+    kept: jax.Array | None = None,
+    rng: jax.Array | None = None,
+  ) -> jax.Array:
+    # The encoder is no longer trained: no dropout in it.
+    latents = self._apply("encode", params, frozen, tokens, mask, kept)
+    condition = nothing = jnp.repeat(self._no_condition(params), len(tokens), axis=0)
+    if "label" in batch:
+      condition = self._condition(params, batch)
+    if rng is not None:
+      drop = jax.vmap(self._drops)(batch["key"])
+      condition = jnp.where(drop[:, None, None], nothing, condition)
+    return self._code_logits(params, frozen, latents, mask, kept, condition, rng=rng)
+
+  def _drops(self, key: jax.Array) -> jax.Array:
+    """Whether an example of this key is trained without its condition, a bool scalar."""
+    return jax.random.bernoulli(jax.random.fold_in(key, _DROPOUT), self.condition_dropout)
+
+  def _code_logits(self, params: Mapping[str, Tree], frozen: Tree, *args: Any, rng: Any = None) -> jax.Array:
+    return self._apply("decode", params, frozen, *args, rng=rng)[:, 1:, : self.codebook_size]
+
+  def _logits_fn(
+    self, variables: Tree, batch: Batch, guidance: float | jax.Array, guidance_schedule: str
+  ) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
+    unguided = isinstance(guidance, int | float) and guidance == 1  # else it is traced, and may be anything
+    if unguided or "label" not in batch:
+      return super()._logits_fn(variables, batch, guidance, guidance_schedule)
+    params, frozen = variables["params"], variables["frozen"]
+    condition = self._condition(params, batch)
+    both = jnp.stack([condition, jnp.broadcast_to(self._no_condition(params), condition.shape)], axis=1)
+    both = both.reshape(-1, *condition.shape[1:])
+
+    def logits_fn(tokens: jax.Array, unknown: jax.Array, t: jax.Array) -> jax.Array:
+      # The encoder knows of no condition: it runs once for both. They stand side by side, on one device.
+      latents = self._apply("encode", params, frozen, tokens, unknown)
+      latents, unknown = jnp.repeat(latents, 2, axis=0), jnp.repeat(unknown, 2, axis=0)
+      logits = self._code_logits(params, frozen, latents, unknown, None, both)
+      logits = logits.reshape(-1, 2, *logits.shape[1:])
+      return sampling_lib.guide(
+        logits[:, 0], logits[:, 1], t, guidance=guidance, guidance_schedule=guidance_schedule
+      )
+
+    return logits_fn
