@@ -70,6 +70,11 @@ def make_keys(like: Batch, seed: int, start: int = 0) -> jax.Array:
   return _key_maker(like["valid"].shape[0], like["valid"].sharding)(seed, start)
 
 
+def make_labels(like: Batch, num_classes: int, start: int = 0) -> jax.Array:
+  """Labels [b] that take the classes in turn, like batch `like`: label i depends on `start + i` alone."""
+  return place(like, (start + np.arange(like["valid"].shape[0], dtype=np.int32)) % num_classes)
+
+
 def generate(
   fn: Callable[..., jax.Array],
   variables: Any,
@@ -78,9 +83,12 @@ def generate(
   like: Batch,
   seed: int,
   num_images: int,
+  num_classes: int = 0,
   **static: Any,
 ) -> Iterator[tuple[jax.Array, int]]:
   """Generates images in batches of the size and sharding of `like`.
+
+  With classes image i is of class i % num_classes.
 
   Yields:
     Images [b, h, w, c] on the devices, and how many of them count: the rest of the last batch is
@@ -88,5 +96,8 @@ def generate(
   """
   batch_size = like["valid"].shape[0]
   for start in range(0, num_images, batch_size):
-    images = fn(variables, {"key": make_keys(like, seed, start)}, rng, **static)
+    batch = {"key": make_keys(like, seed, start)}
+    if num_classes:
+      batch["label"] = make_labels(like, num_classes, start)
+    images = fn(variables, batch, rng, **static)
     yield images, min(batch_size, num_images - start)

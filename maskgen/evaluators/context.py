@@ -22,6 +22,7 @@ class Context:
     fresh_variables: (seed, frozen) -> untrained variables of the same shapes beside these frozen parts.
     codebook_size: the number of codes, or None where the objective has no codebook.
     class_names: the classes, or None where the data has no labels.
+    num_classes: how many classes `generate` and `inpaint` take a `label` of; 0 where they take none.
   """
 
   predict: Mapping[str, Callable[..., Any]]
@@ -29,6 +30,7 @@ class Context:
   fresh_variables: Callable[[int, Any], Any]
   codebook_size: int | None
   class_names: tuple[str, ...] | None
+  num_classes: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ from sklearn import svm
 from maskgen import images as images_lib
 from maskgen import sampling
 from maskgen.errors import UserError, nearest
-from maskgen.evaluators import frechet
+from maskgen.evaluators import frechet, pictures
 from maskgen.evaluators.batches import (
   collect,
   first_batch,
@@ -55,7 +55,9 @@ class Evaluator:
       the objective has the prediction function `generate_uniform`.
     With a classifier: `<classifier>_top1` on the evaluation split, and `class_share_min` and
     `class_entropy` (nats) of the classes it sees in the generated images.
-  Picture `generated`: the first samples.
+    Where the objective generates by class, as many of each are asked for, and `<classifier>_agreement` is the
+      share of images in which the classifier sees the class that was asked for.
+  Pictures: `generated`, the first samples; `generated_by_class`, a row for each class.
 
   Attributes:
     num_images: how many images are generated.
@@ -66,6 +68,7 @@ class Evaluator:
     steps: decoding steps; None here and below for the objective's own default.
     schedule: a name from `sampling.SCHEDULES`.
     temperature: of the choice of tokens to keep.
+    guidance, guidance_schedule: see `sampling.Sampling`.
   """
 
   requires: ClassVar[tuple[str, ...]] = ("generate",)
@@ -79,6 +82,8 @@ class Evaluator:
   steps: int | None = None
   schedule: str | None = None
   temperature: float | None = None
+  guidance: float | None = None
+  guidance_schedule: str | None = None
 
   def __post_init__(self):
     if self.features not in SPACES:
@@ -87,26 +92,36 @@ class Evaluator:
       raise UserError(f"classifier '{self.classifier}' does not exist{nearest(self.classifier, CLASSIFIERS)}")
     if self.classifier is not None and self.context.class_names is None:
       raise UserError(f"the data has no labels for the classifier '{self.classifier}': set classifier=None")
-    if self.schedule is not None and self.schedule not in sampling.SCHEDULES:
-      raise UserError(
-        f"schedule '{self.schedule}' does not exist{nearest(self.schedule, sampling.SCHEDULES)}"
-      )
+    sampling.Sampling(**self._options)  # which checks them
+    if not self.context.num_classes and not {"guidance", "guidance_schedule"}.isdisjoint(self._options):
+      raise UserError("guidance needs an objective that generates by class: remove it")
     if self.num_images < 2 or self.num_pictures < 1:
       raise UserError(
         f"num_images is {self.num_images} and num_pictures is {self.num_pictures}: give at least 2 and 1"
       )
 
+  @property
+  def _options(self) -> dict[str, Any]:
+    options = {
+      "steps": self.steps,
+      "schedule": self.schedule,
+      "temperature": self.temperature,
+      "guidance": self.guidance,
+      "guidance_schedule": self.guidance_schedule,
+    }
+    return {name: value for name, value in options.items() if value is not None}
+
   @one_blas_thread
   def run(self, variables: Any, rng: jax.Array) -> Report:
     """Evaluates; `rng` is a typed key."""
     predict, name = self.context.predict, f"frechet_{self.features}"
+    num_classes = self.context.num_classes
     shown: list[np.ndarray] = []
     classes: list[np.ndarray] = []
 
     def generated_features():
-      options = {"steps": self.steps, "schedule": self.schedule, "temperature": self.temperature}
-      given = {key: value for key, value in options.items() if value is not None}
-      for images, count in self._draws(predict["generate"], variables, rng, **given):
+      options = {**self._options, "num_classes": num_classes}
+      for images, count in self._draws(predict["generate"], variables, rng, **options):
         num_shown = sum(map(len, shown))
         if num_shown < self.num_pictures:
           shown.append(gather(images)[: min(count, self.num_pictures - num_shown)])
@@ -127,8 +142,17 @@ class Evaluator:
       numbers[f"{name}_uniform_codes"] = frechet.distance(uniform, self._real)
     if self.classifier is not None:
       numbers[f"{self.classifier}_top1"] = self._real_classes[1]
-      numbers |= class_balance(np.concatenate(classes), len(self.context.class_names or ()))
-    return Report(numbers, {"generated": images_lib.grid(np.concatenate(shown))})
+      seen = np.concatenate(classes)
+      numbers |= class_balance(seen, len(self.context.class_names or ()))
+      if num_classes:
+        asked = np.arange(len(seen)) % num_classes
+        numbers[f"{self.classifier}_agreement"] = float(np.mean(seen == asked))
+    made = {"generated": images_lib.grid(np.concatenate(shown))}
+    if num_classes:
+      made["generated_by_class"] = pictures.generated(
+        self.context, variables, rng, self.num_pictures, self.seed, **self._options
+      )
+    return Report(numbers, made)
 
   def _draws(self, fn, variables, rng, **static):
     return generate(

@@ -7,10 +7,11 @@ import jax
 import numpy as np
 
 from maskgen import images as images_lib
-from maskgen.evaluators.batches import first_batch, make_keys, place, valid_rows
+from maskgen.evaluators.batches import first_batch, gather, generate, make_keys, place, valid_rows
 from maskgen.evaluators.context import Context
 
 _COLUMNS = 16
+_CLASSES = 16
 _HOLE_COLOUR = (255, 0, 255)  # magenta: rare in images
 
 # What an inpainting mask hides, of an image of height h and width w: (rows, columns).
@@ -47,10 +48,37 @@ def reconstructions(context: Context, variables: Any, rng: jax.Array, count: int
   return stacked([valid_rows(batch, images)[:count] for images in (batch["image"], results)])
 
 
+def generated(
+  context: Context, variables: Any, rng: jax.Array, count: int, seed: int, **static: Any
+) -> np.ndarray:
+  """About `count` generated images; with classes a row for each, of the first 16 where there are more."""
+  classes = context.num_classes
+  rows = min(classes, _CLASSES)
+  columns = max(count // rows, 1) if classes else None
+  draws = generate(
+    context.predict["generate"],
+    variables,
+    rng,
+    like=first_batch(context),
+    seed=seed,
+    num_images=columns * rows if columns else count,
+    num_classes=rows,
+    **static,
+  )
+  images = np.concatenate([gather(x)[:n] for x, n in draws])
+  if columns:
+    # They come class by class in turn.
+    images = images.reshape(columns, rows, *images.shape[1:]).swapaxes(0, 1).reshape(images.shape)
+  return images_lib.grid(images, columns)
+
+
 def inpainted(
   context: Context, variables: Any, rng: jax.Array, count: int, seed: int, masks: Sequence[str]
 ) -> np.ndarray:
-  """For each of the named masks three rows: the image, the image with its hole, the filled image."""
+  """For each of the named masks three rows: the image, the image with its hole, the filled image.
+
+  A model of classes is told those of the images.
+  """
   batch = first_batch(context)
   shape = batch["image"].shape[:3]
   originals = images_lib.to_uint8(valid_rows(batch, batch["image"])[:count])
@@ -65,6 +93,8 @@ def inpainted(
       "mask": place(batch, hole),
       "key": make_keys(batch, seed),
     }
+    if context.num_classes:
+      inputs["label"] = batch["label"]
     results = context.predict["inpaint"](variables, inputs, rng)
     filled = images_lib.to_uint8(valid_rows(batch, results)[:count])
     filled = np.broadcast_to(filled, originals.shape)

@@ -4,12 +4,9 @@ import dataclasses
 from typing import Any, ClassVar
 
 import jax
-import numpy as np
 
-from maskgen import images as images_lib
 from maskgen.errors import UserError, nearest
 from maskgen.evaluators import pictures
-from maskgen.evaluators.batches import first_batch, gather, generate
 from maskgen.evaluators.context import Context, Report
 
 
@@ -17,8 +14,9 @@ from maskgen.evaluators.context import Context, Report
 class Evaluator:
   """Makes the pictures for which the objective has a prediction function.
 
-  Pictures: `generated`; `reconstructions`: evaluation images over their reconstructions;
-  `inpainted`: for each mask a row of images, a row with the hole in magenta, and the filled images.
+  Pictures: `generated`, with classes a row for each; `reconstructions`: evaluation images over their
+  reconstructions; `inpainted`: for each mask a row of images, a row with the hole in magenta, and the filled
+  images.
 
   Attributes:
     num_generated: images in the picture `generated`.
@@ -48,15 +46,7 @@ class Evaluator:
     """Makes the pictures; `rng` is a typed key."""
     context, made = self.context, {}
     if "generate" in context.predict:
-      draws = generate(
-        context.predict["generate"],
-        variables,
-        rng,
-        like=first_batch(context),
-        seed=self.seed,
-        num_images=self.num_generated,
-      )
-      made["generated"] = images_lib.grid(np.concatenate([gather(x)[:n] for x, n in draws]))
+      made["generated"] = pictures.generated(context, variables, rng, self.num_generated, self.seed)
     if "reconstruct" in context.predict:
       made["reconstructions"] = pictures.reconstructions(context, variables, rng, self.num_examples)
     if "inpaint" in context.predict:
