@@ -1,7 +1,8 @@
 """The front door: `maskgen.load(path)` gives a model that a user can call."""
 
+import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -78,26 +79,43 @@ class Model:
     token_mask = _mask(token_mask, tokens.shape, "token_mask")
     return self._call("logits", {"tokens": tokens, "token_mask": token_mask})
 
-  def generate(self, seed: int = 0, batch: int = 16, **options: Any) -> np.ndarray:
-    """New images, float32 [batch, h, w, c] in [0, 1]; image i depends on the seed and i alone.
+  def generate(
+    self,
+    seed: int = 0,
+    batch: int | None = None,
+    label: int | Sequence[int] | np.ndarray | None = None,
+    **options: Any,
+  ) -> np.ndarray:
+    """New images, float32 [batch, h, w, c] in [0, 1]; image i depends on the seed, i and its label alone.
 
     Args:
       seed: of the randomness.
-      batch: how many.
-      **options: `steps`, `schedule` and `temperature` of `maskgen.sampling.Sampling`; by default those of the
-        config.
+      batch: how many; by default one per label, or 16.
+      label: a class, or one per image, of a model that was trained with classes; None for no class.
+      **options: the fields of `maskgen.sampling.Sampling`; by default those of the config.
     """
+    if batch is None:
+      batch = np.size(label) if label is not None and np.ndim(label) else 16
     if batch < 1:
       raise UserError(f"batch is {batch}: give at least 1")
-    return self._call("generate", {"key": _keys(seed, batch)}, **self._options(options))
+    inputs = {"key": _keys(seed, batch), **self._label(label, batch)}
+    return self._call("generate", inputs, **self._options(options))
 
-  def inpaint(self, images: np.ndarray, pixel_mask: np.ndarray, seed: int = 0, **options: Any) -> np.ndarray:
+  def inpaint(
+    self,
+    images: np.ndarray,
+    pixel_mask: np.ndarray,
+    seed: int = 0,
+    label: int | Sequence[int] | np.ndarray | None = None,
+    **options: Any,
+  ) -> np.ndarray:
     """Makes the masked pixels anew; all others keep their values.
 
     Args:
       images: [b, h, w, c], or one image [h, w, c].
       pixel_mask: bool [b, h, w] or [h, w], True where pixels are to be made anew.
       seed: of the randomness.
+      label: as for `generate`.
       **options: as for `generate`.
 
     Returns:
@@ -111,6 +129,7 @@ class Model:
       pixel_mask = np.broadcast_to(pixel_mask, shape)
     pixel_mask = _mask(pixel_mask, shape, "pixel_mask")
     batch = {"image": checked, "mask": pixel_mask, "key": _keys(seed, len(checked))}
+    batch |= self._label(label, len(checked))
     filled = self._call("inpaint", batch, **self._options(options))
     result = np.where(pixel_mask[..., None], _like(checked, filled), checked)
     return result[0] if single else result
@@ -151,11 +170,30 @@ class Model:
     tokens = jax.eval_shape(self._fns["encode"], self.variables, {"image": images}, None)
     return tokens.shape[1]
 
+  def _label(self, label: Any, batch: int) -> dict[str, np.ndarray]:
+    """The part of a batch that says which classes are wanted."""
+    if label is None:
+      return {}
+    classes, labels = self.objective.num_classes, np.asarray(label)
+    if not classes:
+      raise UserError("label is given: this model was trained without classes, leave it out")
+    if not np.issubdtype(labels.dtype, np.integer) or labels.ndim > 1:
+      raise UserError(f"label is {labels.dtype}{list(labels.shape)}: give an integer, or one per image")
+    if labels.ndim and len(labels) != batch:
+      raise UserError(
+        f"label has {len(labels)} entries for {batch} images: give one per image, or a single one"
+      )
+    if labels.min() < 0 or labels.max() >= classes:
+      raise UserError(f"label ranges over {labels.min()}..{labels.max()}: classes are 0..{classes - 1}")
+    return {"label": np.broadcast_to(labels, (batch,)).astype(np.int32)}
+
   def _options(self, options: dict[str, Any]) -> dict[str, Any]:
+    known = [field.name for field in dataclasses.fields(sampling.Sampling)]
     for name in options:
-      if name not in ("steps", "schedule", "temperature"):
-        known = ("steps", "schedule", "temperature")
+      if name not in known:
         raise UserError(f"sampling has no option '{name}'{nearest(name, known)}")
+      if name.startswith("guidance") and not self.objective.num_classes:
+        raise UserError(f"{name} is given: this model was trained without classes to guide to, leave it out")
     sampling.Sampling(**options)  # which checks them
     return options
 
