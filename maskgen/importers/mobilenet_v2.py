@@ -16,12 +16,18 @@ from etils import epath
 from flax import traverse_util
 
 from maskgen.errors import UserError
+from maskgen.importers import Converted
 from maskgen.models.mobilenet import MobileNetV2
 
 PARTS = ("q", "scale", "zero", "b")
 
 # What numpy and zipfile raise on bytes that are not an npz file, or no longer one.
 DAMAGE = (ValueError, EOFError, NotImplementedError, RuntimeError, zipfile.BadZipFile, zlib.error)
+
+
+def convert(path: epath.PathLike) -> Converted:
+  """Converts the file of the full-width ImageNet network; errors as in `load`."""
+  return Converted({"network": "mobilenet_v2"}, {"params": {"main": load(path)}})
 
 
 def load(path: epath.PathLike, network: MobileNetV2 | None = None) -> dict[str, Any]:

@@ -28,6 +28,8 @@ class Objective:
   Attributes:
     image_size: (h, w) of the images.
     tokenizer: the tokenizer's network; its weights come from `config.pretrained.tokenizer`.
+    class_ids, null_class: rows between the codes and [MASK] in the embedding table, and which one the class
+      position holds. A converted model has the reference's, so that its weights stay whole; see `Vocab`.
     width, depth, heads, decoder_width, decoder_depth, decoder_heads, dropout, dtype: see `Mage`.
     attention, remat, scan: how the network is run; the numbers are the same. See `Transformer`.
     mask_ratio: the distribution of the share of masked tokens.
@@ -39,6 +41,8 @@ class Objective:
 
   image_size: tuple[int, int]
   tokenizer: VQGAN = VQGAN()
+  class_ids: int = 1
+  null_class: int = 0
   width: int = 768
   depth: int = 12
   heads: int = 12
@@ -57,7 +61,11 @@ class Objective:
   def __post_init__(self):
     check_image_size(self.image_size)
     sizes = ("width", "depth", "heads", "decoder_width", "decoder_depth", "decoder_heads")
-    config_lib.check_at_least(self, 1, *sizes)
+    config_lib.check_at_least(self, 1, *sizes, "class_ids")
+    if not 0 <= self.null_class < self.class_ids:
+      raise UserError(
+        f"null_class is {self.null_class}: with class_ids={self.class_ids} give 0 to class_ids - 1"
+      )
     config_lib.check_dtype(self.dtype)
     check_attention(self.attention, self.dtype, self.dropout)
     check_remat(self.remat)
@@ -101,7 +109,7 @@ class Objective:
   def model(self) -> Mage:
     """The network."""
     return Mage(
-      vocab=Vocab(self.codebook_size),
+      vocab=Vocab(self.codebook_size, self.class_ids, self.null_class),
       num_tokens=self.num_tokens,
       width=self.width,
       depth=self.depth,

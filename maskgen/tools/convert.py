@@ -3,30 +3,66 @@
 import importlib
 from collections.abc import Sequence
 
-from maskgen import cli
+from etils import epath
 
-FORMATS = ("mobilenet_v2",)
+from maskgen import cli
+from maskgen.errors import UserError
+
+# Each is a module of maskgen.importers; the options that its `convert` takes.
+FORMATS: dict[str, tuple[str, ...]] = {
+  "mage": ("encoder_heads", "decoder_heads"),
+  "vqgan_pytorch": ("image_size",),
+  "maskgit_flax": ("image_size",),
+  "mobilenet_v2": (),
+}
 
 
 def main(argv: Sequence[str]) -> None:
   """Parses the command line and converts."""
   parser = cli.Parser(
-    "Converts a weights file of another project to a folder that config.pretrained can name. "
-    "mobilenet_v2: an .npz of quantized convolutions, the feature network of the perceptual loss.",
-    "python -m maskgen.tools.convert --format=mobilenet_v2 --weights=mobilenet_v2_1.0_224_u8.npz "
-    "--out=weights/mobilenet_v2",
+    "Converts a weights file of another project to a folder that maskgen.load or config.pretrained can name. "
+    "mage: tokenizer and transformer of the PyTorch reference, as safetensors or PyTorch file. "
+    "vqgan_pytorch: its tokenizer alone. maskgit_flax: MaskGIT's tokenizer, a Flax msgpack file. "
+    "mobilenet_v2: an .npz of quantized convolutions, the feature network of the perceptual loss. "
+    "docs/weights.md says where published files are.",
+    "python -m maskgen.tools.convert --format=mage --weights=mage-vitb-1600.pth --out=weights/mage_vit_base",
   )
   parser.add_argument("--format", required=True, choices=FORMATS, help="what the file holds")
   parser.add_argument("--weights", required=True, help="the weights file")
   parser.add_argument("--out", required=True, help="new folder")
+  parser.add_argument("--encoder_heads", type=int, help="mage: by default those of the published models")
+  parser.add_argument("--decoder_heads", type=int, help="mage: by default those of the published models")
+  parser.add_argument("--image_size", type=int, help="tokenizers: pixels per side, by default 256")
   args = parser.parse_args(argv)
+  given = {name: getattr(args, name) for name in ("encoder_heads", "decoder_heads", "image_size")}
+  given = {name: value for name, value in given.items() if value is not None}
+  for name, value in given.items():
+    if name not in FORMATS[args.format]:
+      raise UserError(f"--format={args.format} takes no --{name}: leave it out")
+    if value < 1:
+      raise UserError(f"--{name}={value}: give at least 1")
+  _check_published(args.weights)
 
   from maskgen import __version__, checkpoint, tree
 
-  params = importlib.import_module(f"maskgen.importers.{args.format}").load(args.weights)
-  config = {"network": args.format, "version": __version__}
-  checkpoint.write_export(args.out, config, {"params": {"main": params}})
-  print(f"wrote {tree.count(params):,} parameters to {args.out}")
+  converted = importlib.import_module(f"maskgen.importers.{args.format}").convert(args.weights, **given)
+  checkpoint.write_export(args.out, {**converted.config, "version": __version__}, converted.variables)
+  print(f"wrote {tree.count(converted.variables):,} parameters to {args.out}")
+  if converted.dead:
+    print(f"not used, as by the reference itself: {', '.join(converted.dead)}")
+  if converted.unknown:
+    print(f"not used, because maskgen does not know them: {', '.join(converted.unknown)}")
+
+
+def _check_published(weights: str) -> None:
+  from maskgen.importers.published import PUBLISHED
+
+  if weights in PUBLISHED and not epath.Path(weights).exists():
+    found = PUBLISHED[weights]
+    raise UserError(
+      f"{weights} is not on this machine: fetch {found.address} ({found.license}), and give its path with "
+      f"--format={found.format}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,27 +1,66 @@
-"""Writes a run's model as safetensors and JSON: python -m maskgen.tools.export --model=DIR --out=DIR"""
+"""Writes a run's model as safetensors: python -m maskgen.tools.export --model=DIR --out=DIR"""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from etils import epath
 
 from maskgen import cli
+from maskgen.errors import UserError
+
+if TYPE_CHECKING:
+  from maskgen import api
+
+FORMATS = ("maskgen", "mage")
 
 
 def main(argv: Sequence[str]) -> None:
   """Parses the command line and exports."""
   parser = cli.Parser(
     "Exports a trained model: weights.safetensors (averages in place, frozen parts included) and "
-    "config.json, all that maskgen.load needs.",
+    "config.json, all that maskgen.load needs. With --format=mage, one safetensors file with the parameter "
+    "names of MAGE's PyTorch reference (see docs/weights.md).",
     "python -m maskgen.tools.export --model=runs/quickstart/mage --out=exports/digits",
   )
-  parser.add_argument("--model", required=True, help="workdir of a run")
-  parser.add_argument("--out", required=True, help="new folder")
+  parser.add_argument("--model", required=True, help="workdir of a run, or an export")
+  parser.add_argument("--out", required=True, help="new folder; a new .safetensors file with --format=mage")
+  parser.add_argument("--format", default="maskgen", choices=FORMATS, help="whose names; maskgen by default")
   args = parser.parse_args(argv)
+  if args.format == "mage":
+    cli.check_out(args.out, kind=".safetensors")
+    if epath.Path(args.out).exists():
+      raise UserError(f"--out={args.out} exists: give the name of a new file")
 
   from maskgen import __version__, api, checkpoint, tree
 
   model = api.load(args.model)
-  config = {"objective": model.config["objective"], "version": __version__}
-  checkpoint.write_export(args.out, config, model.variables)
-  print(f"wrote {tree.count(model.variables):,} parameters to {args.out}")
+  if args.format == "mage":
+    written = _write_reference(model, args.model, args.out)
+  else:
+    written = model.variables
+    config = {"objective": model.config["objective"], "version": __version__}
+    checkpoint.write_export(args.out, config, written)
+  print(f"wrote {tree.count(written):,} parameters to {args.out}")
+
+
+def _write_reference(model: "api.Model", path: str, out: str) -> Mapping[str, Any]:
+  """Writes a model under the reference's names, and returns what was written."""
+  import safetensors.numpy
+
+  from maskgen import checkpoint, files
+  from maskgen.importers import mage
+  from maskgen.objectives.mage import Objective
+
+  objective = model.objective
+  if not isinstance(objective, Objective) or type(objective) is not Objective:
+    raise UserError(
+      f"{path} is a model of objective '{model.config['objective']['name']}': --format=mage takes a mage"
+    )
+  mage.check_expressible(objective.tokenizer, objective.grid)
+  params = {"main": model.variables["params"]["main"], "tokenizer": model.variables["frozen"]["tokenizer"]}
+  tensors = checkpoint.to_host(mage.to_reference(params, objective.model, objective.tokenizer))
+  files.replace(epath.Path(out), safetensors.numpy.save(tensors, {"format": "pt"}))
+  return tensors
 
 
 if __name__ == "__main__":

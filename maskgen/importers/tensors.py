@@ -1,0 +1,169 @@
+"""Named tensors from weights files, and from there into our parameters.
+
+A format is described in one direction: a function that renames our parameters to theirs. It moves numbers and
+changes none, so it is linear, and its transpose is its inverse.
+"""
+
+import argparse
+import io
+import pickle
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.serialization
+import jax
+import numpy as np
+import safetensors
+import safetensors.numpy
+from etils import epath
+from flax import traverse_util
+
+from maskgen import tree
+from maskgen.errors import UserError
+
+# Where checkpoints keep their weights, the first that there is: averages before what they average.
+WRAPPERS = ("model_ema", "model", "state_dict")
+
+Tensors = dict[str, np.ndarray]
+# Our parameters to {name of theirs: array in their layout}.
+Rename = Callable[[Any], dict[str, Any]]
+
+
+def read(path: epath.PathLike) -> Tensors:
+  """Reads a safetensors or PyTorch file; numbers with a fraction become float32.
+
+  A PyTorch file may wrap its weights in a dictionary (see `WRAPPERS`). Only tensors, containers and the
+  arguments of the training command are unpickled; a file that asks for anything else is refused.
+
+  Raises:
+    UserError: if the file cannot be read, is neither, is damaged, or holds a pickle with code in it.
+  """
+  data = _bytes(path)
+  if data[8:9] == b"{":
+    try:
+      found: Mapping[str, Any] = safetensors.numpy.load(data)
+    except KeyError as error:  # a type that numpy lacks
+      raise UserError(f"{path} holds numbers of type {error}: save them as float32 or float16") from None
+    except (safetensors.SafetensorError, ValueError, TypeError) as error:
+      raise UserError(f"{path} is no intact safetensors file ({error}): fetch it again") from None
+    return {name: _float32(value) for name, value in found.items()}
+  return _read_torch(path, data)
+
+
+def read_msgpack(path: epath.PathLike) -> Tensors:
+  """Reads the parameters of a Flax msgpack file, under path names such as `encoder/Conv_0/kernel`.
+
+  Raises:
+    UserError: if the file cannot be read, or holds no parameters.
+  """
+  data = _bytes(path)
+  try:
+    found = flax.serialization.msgpack_restore(data)
+    flat = traverse_util.flatten_dict(found.get("params", found), sep="/")
+    return {name: _float32(value) for name, value in flat.items() if isinstance(value, np.ndarray)}
+  except Exception as error:  # msgpack raises many kinds on bytes that are not its own.
+    raise UserError(f"{path} is no intact Flax msgpack file: give another, or fetch it again") from error
+
+
+def need(path: epath.PathLike, tensors: Mapping[str, np.ndarray], name: str, ndim: int) -> np.ndarray:
+  """A tensor from which sizes are inferred, with its number of axes checked.
+
+  Raises:
+    UserError: if it is missing or has another number of axes.
+  """
+  if name not in tensors:
+    raise UserError(f"{path} has no tensor '{name}': give a file of the format that --format names")
+  if tensors[name].ndim != ndim:
+    raise UserError(f"{path}: tensor '{name}' has {tensors[name].ndim} axes, it should have {ndim}")
+  return tensors[name]
+
+
+def count(tensors: Mapping[str, np.ndarray], pattern: str) -> int:
+  """How many numbers the group of a regular expression, matched at the beginning of names, takes."""
+  return len({found[1] for name in tensors if (found := re.match(pattern, name))})
+
+
+def take(path: epath.PathLike, tensors: Mapping[str, np.ndarray], rename: Rename, shapes: Any) -> Any:
+  """Fills our parameters with their tensors.
+
+  Args:
+    path: of the file, for messages.
+    tensors: what it holds.
+    rename: the format.
+    shapes: our parameters, a tree of shapes.
+
+  Returns:
+    A tree like `shapes`, with exactly the numbers of the file.
+
+  Raises:
+    UserError: if a tensor is missing, has another shape or type, or holds values that are not finite.
+  """
+  expected = jax.eval_shape(rename, shapes)
+  if missing := sorted(expected.keys() - tensors.keys()):
+    more = f" and {len(missing) - 1} others" if len(missing) > 1 else ""
+    raise UserError(f"{path} has no tensor '{missing[0]}'{more}: give a file of the whole network")
+  for name, leaf in expected.items():
+    found = tensors[name]
+    if found.shape != leaf.shape:
+      raise UserError(
+        f"{path}: tensor '{name}' has shape {found.shape}, the other tensors' sizes ask for {leaf.shape}"
+      )
+    if found.dtype != np.float32:
+      raise UserError(f"{path}: tensor '{name}' holds {found.dtype}, weights are floats")
+    if not np.isfinite(found).all():
+      raise UserError(f"{path}: tensor '{name}' holds values that are not finite: the file is of no use")
+  (params,) = jax.linear_transpose(rename, shapes)({name: tensors[name] for name in expected})
+  tree.check_same(params, shapes, str(path))
+  return params
+
+
+def _bytes(path: epath.PathLike) -> bytes:
+  try:
+    return epath.Path(path).read_bytes()
+  except OSError as error:
+    reason = error.strerror or error
+    raise UserError(f"{path} cannot be read ({reason}): give the path of a weights file") from None
+
+
+def _float32(value: Any) -> np.ndarray:
+  """Floats as float32, by which float16 loses nothing; other types as they are."""
+  value = np.asarray(value)
+  return value.astype(np.float32) if np.issubdtype(value.dtype, np.floating) else value
+
+
+def _read_torch(path: epath.PathLike, data: bytes) -> Tensors:
+  try:
+    import torch
+  except ImportError:
+    raise UserError(
+      f"{path} is no safetensors file, and PyTorch files need PyTorch: pip install -e '.[parity]'"
+    ) from None
+  if tuple(int(n) for n in torch.__version__.split(".")[:2]) < (2, 6):
+    raise UserError(f"PyTorch {torch.__version__} unpickles more than it should: install 2.6 or newer")
+  try:
+    with torch.serialization.safe_globals([argparse.Namespace]):
+      found = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+  except Exception as error:  # PyTorch raises many kinds on bytes that are not its own.
+    code = re.search(r"GLOBAL ([\w.]+)|instantiate|[Uu]nsupported (?:global|class|operand)", str(error))
+    if isinstance(error, pickle.UnpicklingError) and code:
+      what = f" ({code[1]})" if code[1] else ""
+      raise UserError(
+        f"{path} asks to run code{what} when it is read, which was refused: give a file of tensors alone"
+      ) from None
+    raise UserError(
+      f"{path} is no intact safetensors or PyTorch file: give another, or fetch it again"
+    ) from None
+  for wrapper in WRAPPERS:
+    if isinstance(found, Mapping) and isinstance(found.get(wrapper), Mapping):
+      found = found[wrapper]
+      break
+  if not isinstance(found, Mapping):
+    raise UserError(f"{path} holds a {type(found).__name__}, not a dictionary of tensors")
+  tensors = {str(name): value for name, value in found.items() if isinstance(value, torch.Tensor)}
+  if tensors and all(name.startswith("module.") for name in tensors):  # as data parallelism saves it
+    tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
+  return {
+    name: value.detach().float().numpy() if value.is_floating_point() else value.numpy()
+    for name, value in tensors.items()
+  }
