@@ -10,6 +10,7 @@ all codes in use, and a probe of 40.5% (pixels 28%, random encoders 29%, one-hot
 Arguments:
   :source  a data source with classes, by default tfds:cifar10
   :path    a folder with one sub-folder per class, instead of `source`
+  :objective  mage, or mage_c for MAGE-C: two views of each picture, and twice the time
   :tiny    smaller networks and CPU minutes; on the embedded digits, unless `source` or `path` is given
   :debug   2 steps of each stage, tiny networks, synthetic pictures
 """
@@ -20,7 +21,7 @@ from maskgen.config import parse_arg
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
-  args = parse_arg(arg, source="", path="", tiny=False, debug=False, seed=0)
+  args = parse_arg(arg, source="", path="", objective="mage", tiny=False, debug=False, seed=0)
   args.small = args.tiny or args.debug
   if args.debug:
     args.source = "synthetic"
@@ -35,11 +36,11 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   return config
 
 
-def pictures(args, augment: str) -> dict:
+def pictures(args, augment: str, views: str = "") -> dict:
   # Digits must not be mirrored, and other sources have pictures of several sizes.
   flip = "" if args.source == "digits" else "|flip_lr"
   plain = "decode(3)|resize(32)"
-  return dict(source=args.source, preprocess=plain + augment + flip, eval_preprocess=plain)
+  return dict(source=args.source, preprocess=views + plain + augment + flip, eval_preprocess=plain)
 
 
 def network(args) -> dict:
@@ -95,16 +96,17 @@ def tokenizer(args) -> dict:
 def mage(args) -> dict:
   steps = 2 if args.debug else 1000 if args.tiny else 200_000
   every = 500 if args.small else 10_000
+  views = "two_views|" if args.objective == "mage_c" else ""
   return dict(
     seed=args.seed,
     batch_size=8 if args.debug else 64 if args.tiny else 256,
     total_steps=steps,
     log_every_steps=min(100, steps),
     checkpoint=dict(save_steps=min(1000, steps), save_minutes=5.0, keep=2),
-    data=pictures(args, "|pad(2, 'reflect')|random_crop(32)"),
+    data=pictures(args, "|pad(2, 'reflect')|random_crop(32)", views),
     pretrained=dict(tokenizer="stage:tokenizer"),
     objective=dict(
-      name="mage",
+      name=args.objective,
       image_size=(32, 32),
       tokenizer=network(args),
       width=96 if args.small else 384,

@@ -60,6 +60,18 @@ class Experiment:
         f"config.data gives {', '.join(sorted(self.data.spec))}, and objective '{cfg.objective['name']}' "
         f"needs {' or '.join(self.objective.inputs)}: change config.data.source"
       )
+    second = {f"{name}2" for name in self.objective.inputs}
+    if self.objective.views == 2 and self.data.spec.keys().isdisjoint(second):
+      raise UserError(
+        f"config.data gives one view of each record, and objective '{cfg.objective['name']}' compares two: "
+        "put 'two_views|' in front of config.data.preprocess"
+      )
+    if self.objective.whole_batch and cfg.accumulation > 1:
+      raise UserError(
+        f"config.accumulation={cfg.accumulation} hides examples from each other, and objective "
+        f"'{cfg.objective['name']}' compares all of a batch: set it to 1, and save memory by objective.remat "
+        "or more devices"
+      )
     if self.data.image_shape != self.objective.image_shape:
       raise UserError(
         f"config.data gives images of shape {self.data.image_shape}, config.objective takes "

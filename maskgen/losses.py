@@ -36,6 +36,37 @@ def mean_per_example(values: jax.Array) -> jax.Array:
   return values.reshape(values.shape[0], -1).mean(axis=-1)
 
 
+def nt_xent(embeddings: jax.Array, candidates: jax.Array, temperature: float) -> tuple[jax.Array, jax.Array]:
+  """Contrastive loss of two views of each example (NT-Xent of SimCLR, Chen et al. 2020, equation 1).
+
+  The positive of a view is the example's other view; its negatives are both views of all other examples. With
+  a batch that is split over devices `candidates` are the embeddings gathered, and `embeddings` stay split.
+
+  Args:
+    embeddings: [b, 2, d], of any length: they are normalised.
+    candidates: the same embeddings once more.
+    temperature: of the softmax over cosines, above 0.
+
+  Returns:
+    loss: float32 [b], a mean over both views.
+    nearest: float32 [b], the share of an example's views whose positive is nearer than every negative.
+  """
+  b, views, width = embeddings.shape
+  own, others = (_normalise(x.astype(jnp.float32)) for x in (embeddings, candidates))
+  positive = (own * own[:, ::-1]).sum(axis=-1) / temperature  # [b, 2]
+  cosines = jnp.einsum("ivd,jd->ivj", own, others.reshape(-1, width), precision="highest")
+  same = jnp.arange(b)[:, None] == jnp.arange(b * views)[None] // views  # [b, 2b]
+  # Not -inf, whose gradient is no number where an example is alone.
+  negatives = jnp.where(same[:, None], jnp.finfo(jnp.float32).min, cosines / temperature)
+  loss = jax.nn.softplus(jax.nn.logsumexp(negatives, axis=-1) - positive)
+  nearest = (positive > negatives.max(axis=-1)).astype(jnp.float32)
+  return loss.mean(axis=-1), nearest.mean(axis=-1)
+
+
+def _normalise(x: jax.Array) -> jax.Array:
+  return x * jax.lax.rsqrt(jnp.square(x).sum(axis=-1, keepdims=True) + 1e-12)
+
+
 def generator_loss(fake_logits: jax.Array) -> jax.Array:
   """Non-saturating generator loss -log sigmoid(D(fake)) (Goodfellow et al. 2014, section 3)."""
   return jax.nn.softplus(-fake_logits)

@@ -23,18 +23,20 @@ class NoData:
   """What an `Experiment` asks of its data before it reads any; it does without TensorFlow.
 
   Attributes:
-    image_shape: (h, w, c) of the images that are not there.
-    num_classes: of the labels, 0 for none.
+    objective: what the data would be for.
     num_train: records, for lengths in epochs.
   """
 
-  image_shape: tuple[int, int, int]
-  num_classes: int = 0
+  objective: objectives.Objective
   num_train: int = 1_000_000
 
   @property
+  def image_shape(self) -> tuple[int, int, int]:
+    return self.objective.image_shape
+
+  @property
   def class_names(self) -> tuple[str, ...] | None:
-    return tuple(map(str, range(self.num_classes))) or None
+    return tuple(map(str, range(self.objective.num_classes))) or None
 
   @property
   def codes(self) -> None:
@@ -42,12 +44,18 @@ class NoData:
 
   @property
   def spec(self) -> _Spec:
-    """Shapes and dtypes of one image in a batch of its own."""
-    return {"image": jax.ShapeDtypeStruct((1, *self.image_shape), jnp.uint8), **_labels(1, self.num_classes)}
+    """Shapes and dtypes of a batch of one image."""
+    return _batch_of(self.objective, "image", jax.ShapeDtypeStruct((1, *self.image_shape), jnp.uint8))
 
 
-def _labels(size: int, num_classes: int) -> _Spec:
-  return {"label": jax.ShapeDtypeStruct((size,), jnp.int32)} if num_classes else {}
+def _batch_of(objective: objectives.Objective, name: str, leaf: jax.ShapeDtypeStruct) -> _Spec:
+  """A batch of what an objective takes: one or two views of `name` [b, ...], and labels where it asks for them."""
+  spec = {name: leaf}
+  if objective.views == 2:
+    spec[f"{name}2"] = leaf
+  if objective.num_classes:
+    spec["label"] = jax.ShapeDtypeStruct(leaf.shape[:1], jnp.int32)
+  return spec
 
 
 def build(
@@ -69,7 +77,7 @@ def build(
       f"objective '{config['objective']['name']}' is not trained on codes: give a config, or a --stage, with "
       "objective 'mage'"
     )
-  data = None if source == "config" else NoData(objective.image_shape, objective.num_classes)
+  data = None if source == "config" else NoData(objective)
   return Experiment({**config, "evals": {}}, devices, data=data)
 
 
@@ -82,23 +90,21 @@ def batch_spec(experiment: Experiment, source: str) -> _Spec:
 
   Returns:
     "synthetic": `image` uint8 [b, h, w, c]; "tokens": `tokens` [b, n] of the smallest unsigned type that
-    holds the codes; both with `label` int32 [b] where the objective takes it; "config": what the config's
-    pipeline gives.
+    holds the codes; with two views `image2` or `tokens2` as well, and `label` int32 [b] where the objective
+    takes it; "config": what the config's pipeline gives.
   """
   size, objective = experiment.config.batch_size, experiment.objective
   images = jax.ShapeDtypeStruct((size, *objective.image_shape), jnp.uint8)
   if source == "config":
     spec = experiment.data.spec
   elif source == "synthetic":
-    spec = {"image": images}
+    spec = _batch_of(objective, "image", images)
   else:
     variables = experiment.targets["state"].variables(experiment.targets["frozen"])
     encode = objective.predict_fns()["encode"]
     tokens = jax.eval_shape(encode, variables, {"image": images}, jax.random.key(0))
     code = np.min_scalar_type(objective.codebook_size - 1)
-    spec = {"tokens": jax.ShapeDtypeStruct(tokens.shape, code)}
-  if source != "config":
-    spec |= _labels(size, objective.num_classes)
+    spec = _batch_of(objective, "tokens", jax.ShapeDtypeStruct(tokens.shape, code))
   where = sharding.batch_sharding(experiment.mesh)
   return {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where) for name, leaf in spec.items()}
 
@@ -111,7 +117,7 @@ def random_batch(experiment: Experiment, source: str) -> dict[str, jax.Array]:
 
   def make(key: jax.Array) -> dict[str, jax.Array]:
     return {
-      name: jax.random.randint(key, leaf.shape, 0, below[name]).astype(leaf.dtype)
+      name: jax.random.randint(key, leaf.shape, 0, below[name.removesuffix("2")]).astype(leaf.dtype)
       for name, leaf in spec.items()
     }
 

@@ -30,9 +30,13 @@ class Objective(Protocol):
 
   Attributes:
     inputs: keys of a batch of which its losses need one: "image", or "tokens" for cached codes.
+    views: how many views of each record they compare; with two, a batch has "image2" or "tokens2" as well.
+    whole_batch: whether examples are compared with all others of the batch: a step then refuses accumulation.
   """
 
   inputs: ClassVar[tuple[str, ...]]
+  views: ClassVar[int]
+  whole_batch: ClassVar[bool]
 
   @property
   def codebook_size(self) -> int:

@@ -38,6 +38,8 @@ class Objective:
   """
 
   inputs: ClassVar[tuple[str, ...]] = ("image", "tokens")
+  views: ClassVar[int] = 1
+  whole_batch: ClassVar[bool] = False
 
   image_size: tuple[int, int]
   tokenizer: VQGAN = VQGAN()
@@ -169,12 +171,19 @@ class Objective:
     self, params: Mapping[str, Tree], frozen: Tree, batch: Batch, rng: jax.Array, *, train: bool
   ) -> Metrics:
     """Loss, accuracy on masked tokens and mask ratio, each [b]."""
-    if "tokens" in batch:
-      tokens = batch["tokens"].astype(jnp.int32)
-    else:
-      tokens = jax.lax.stop_gradient(self._tokenize(frozen, batch["image"]))
+    tokens = self._tokens(frozen, batch)
     mask, kept = masking.random_mask(batch["key"], self.num_tokens, self.mask_ratio)
     logits = self._logits(params, frozen, batch, tokens, mask, kept, rng if train else None)
+    return self._scores(logits, tokens, mask)
+
+  def _tokens(self, frozen: Tree, batch: Batch) -> jax.Array:
+    """The codes of a batch, int32 [b, n]."""
+    if "tokens" in batch:
+      return batch["tokens"].astype(jnp.int32)
+    return jax.lax.stop_gradient(self._tokenize(frozen, batch["image"]))
+
+  def _scores(self, logits: jax.Array, tokens: jax.Array, mask: jax.Array) -> Metrics:
+    """What logits [b, n, codebook] are worth; see `_masked_prediction`."""
     loss = losses_lib.cross_entropy(logits, tokens, self.label_smoothing)
     correct = (logits.argmax(axis=-1) == tokens).astype(jnp.float32)
     return {

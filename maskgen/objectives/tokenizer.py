@@ -49,6 +49,8 @@ class Objective:
   """
 
   inputs: ClassVar[tuple[str, ...]] = ("image",)
+  views: ClassVar[int] = 1
+  whole_batch: ClassVar[bool] = False
 
   image_size: tuple[int, int]
   tokenizer: VQGAN = VQGAN()

@@ -1,0 +1,105 @@
+"""MAGE-C: MAGE with a contrastive loss on the encoder's output (Li et al. 2023, section 3.3)."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from maskgen import config as config_lib
+from maskgen import losses as losses_lib
+from maskgen import masking, sharding
+from maskgen.errors import UserError
+from maskgen.models.projection import Projection
+from maskgen.objectives import Batch, Metrics, Tree, mage
+
+# Folded into an example's key for its second view; the first view has the key itself, whose two halves are
+# numbers 0 and 1.
+_SECOND = 2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Objective(mage.Objective):
+  """Trains `main`, MAGE's network and a projection head, on two views of each record.
+
+  Both views are masked and both are reconstructed. The mean of the encoder's output over the tokens that it
+  sees, without the class position, goes through the head. There each view is to be nearest to its record's
+  other view, among both views of all records of the global batch. Predictions are MAGE's, without the head.
+
+  Attributes:
+    contrastive_weight: of the contrastive loss, lambda.
+    temperature: of the contrastive loss, tau.
+    projection_hidden, projection_width: of the head; the paper does not give them, the defaults are SimCLR's.
+  """
+
+  views: ClassVar[int] = 2
+  whole_batch: ClassVar[bool] = True
+
+  contrastive_weight: float = 0.1
+  temperature: float = 0.2
+  projection_hidden: int = 2048
+  projection_width: int = 128
+
+  def __post_init__(self):
+    super().__post_init__()
+    config_lib.check_at_least(self, 0, "contrastive_weight", "temperature")
+    config_lib.check_at_least(self, 1, "projection_hidden", "projection_width")
+    if not self.temperature:
+      raise UserError("temperature is 0: cosines are divided by it")
+
+  @property
+  def projection(self) -> Projection:
+    """The head."""
+    return Projection(self.projection_hidden, self.projection_width, self.dtype)
+
+  def init(self, rng: jax.Array, pretrained: Mapping[str, Tree]) -> dict[str, Tree]:
+    parts = super().init(rng, pretrained)
+    head = self.projection.init(jax.random.fold_in(rng, 0), jnp.zeros((1, self.width)))["params"]
+    return parts | {"params": {"main": parts["params"]["main"] | {"projection": head}}}
+
+  def losses(
+    self,
+    params: Mapping[str, Tree],
+    frozen: Tree,
+    extra: Tree,
+    batch: Batch,
+    rng: jax.Array,
+    step: jax.Array,
+    *,
+    train: bool,
+  ) -> tuple[dict[str, jax.Array], Metrics, Tree]:
+    views = _both_views(batch)
+    tokens = self._tokens(frozen, views)
+    mask, kept = masking.random_mask(views["key"], self.num_tokens, self.mask_ratio)
+    main: Any = {"params": params["main"]}
+    run: Any = dict(train=train, rngs={"dropout": rng})
+    latents: Any = self.model.apply(main, tokens, mask, kept, **run, method="encode")
+    logits: Any = self.model.apply(main, latents, mask, kept, **run, method="decode")
+    values = self._scores(logits[:, 1:, : self.codebook_size], tokens, mask)
+    pooled = latents[:, 1:].astype(jnp.float32).mean(axis=1)
+    embeddings: Any = self.projection.apply({"params": params["main"]["projection"]}, pooled)
+    embeddings = sharding.constrain_batch(embeddings.reshape(-1, self.views, self.projection_width))
+    # Embeddings alone cross devices, not what they were made of.
+    contrastive, nearest = losses_lib.nt_xent(embeddings, sharding.gather(embeddings), self.temperature)
+    means = {name: value.mean() for name, value in values.items()}
+    reconstructive = means.pop("loss")
+    metrics = means | {
+      "reconstructive_loss": reconstructive,
+      "contrastive_loss": contrastive.mean(),
+      "contrastive_accuracy": nearest.mean(),
+    }
+    return {"main": reconstructive + self.contrastive_weight * contrastive.mean()}, metrics, extra
+
+
+def _both_views(batch: Batch) -> dict[str, jax.Array]:
+  """A batch of 2b rows: those of example i are 2i and 2i + 1, so that none changes its device."""
+  name = "tokens" if "tokens" in batch else "image"
+  second = {
+    name: batch[f"{name}2"],
+    "key": jax.vmap(lambda key: jax.random.fold_in(key, _SECOND))(batch["key"]),
+  }
+  return {
+    name: jnp.stack([batch[name], other], axis=1).reshape(-1, *other.shape[1:])
+    for name, other in second.items()
+  }
