@@ -77,6 +77,34 @@ def discriminator_loss(real_logits: jax.Array, fake_logits: jax.Array) -> jax.Ar
   return jax.nn.softplus(-real_logits) + jax.nn.softplus(fake_logits)
 
 
+def hinge_generator_loss(fake_logits: jax.Array) -> jax.Array:
+  """-D(fake), the generator's side of the hinge loss (Lim & Ye 2017, section 3)."""
+  return -fake_logits
+
+
+def hinge_discriminator_loss(real_logits: jax.Array, fake_logits: jax.Array) -> jax.Array:
+  """max(0, 1 - D(real)) + max(0, 1 + D(fake)) (Lim & Ye 2017, section 3)."""
+  return jax.nn.relu(1.0 - real_logits) + jax.nn.relu(1.0 + fake_logits)
+
+
+# The losses of the generator and of the discriminator.
+ADVERSARIAL = {
+  "logistic": (generator_loss, discriminator_loss),
+  "hinge": (hinge_generator_loss, hinge_discriminator_loss),
+}
+
+
+def lecam_penalty(
+  real_logits: jax.Array, fake_logits: jax.Array, real_anchor: jax.Array, fake_anchor: jax.Array
+) -> jax.Array:
+  """(D(real) - fake anchor)^2 + (D(fake) - real anchor)^2 (LeCAM of Tseng et al. 2021, equation 4).
+
+  The anchors, scalars, are moving averages of the logits of fakes and of real images: the discriminator is
+  kept from telling the two ever further apart.
+  """
+  return jnp.square(real_logits - fake_anchor) + jnp.square(fake_logits - real_anchor)
+
+
 def r1_penalty(discriminate: Callable[[jax.Array], jax.Array], real: jax.Array) -> jax.Array:
   """Squared gradient norm of the discriminator at real images (R1 of Mescheder et al. 2018, equation 9).
 

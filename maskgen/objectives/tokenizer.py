@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from maskgen import config as config_lib
 from maskgen import images as images_lib
 from maskgen import losses as losses_lib
-from maskgen.errors import UserError
+from maskgen.errors import UserError, nearest
 from maskgen.models import perceptual
 from maskgen.models import remat as remat_lib
 from maskgen.models.discriminator import Discriminator
@@ -19,6 +19,8 @@ from maskgen.objectives import Batch, Metrics, PredictFn, Tree, check_image_size
 
 # How slowly the running count of each code's use forgets.
 USAGE_DECAY = 0.97
+# How slowly the averages of the discriminator's logits forget.
+ANCHOR_DECAY = 0.999
 # A code used less than this share of an even share counts as dead.
 DEAD_SHARE = 0.1
 
@@ -40,10 +42,13 @@ class Objective:
     codebook_weight, commitment_weight: of the two quantization losses (van den Oord et al. 2017, equation 3).
     entropy_weight, entropy_temperature: of the term that spreads use over the codes.
     revive_weight: of the squared distance from each dead code to the nearest latent of the batch.
-    adversarial_weight: of the generator's non-saturating loss; 0 trains no discriminator.
+    adversarial_loss: "logistic" (non-saturating) or "hinge" (that of VQGAN).
+    adversarial_weight: of the generator's adversarial loss; 0 trains no discriminator.
     adversarial_start: the step at which that loss sets in. The discriminator learns from the first step on:
       one that started late under Adam would begin with updates many times its learning rate.
     r1_weight: of the squared gradient norm at real images.
+    lecam_weight: of the squared distances between the discriminator's logits and moving averages of the
+      opposite kind's, which move with every (micro-)batch.
     remat: what the backward pass computes again, "none" or "full" (the residual blocks of the network); the
       numbers are the same.
   """
@@ -64,15 +69,26 @@ class Objective:
   entropy_weight: float = 0.1
   entropy_temperature: float = 0.01
   revive_weight: float = 0.0
+  adversarial_loss: str = "logistic"
   adversarial_weight: float = 0.1
   adversarial_start: int = 0
   r1_weight: float = 10.0
+  lecam_weight: float = 0.0
   remat: str = "none"
 
   def __post_init__(self):
     check_image_size(self.image_size)
     weights = [field.name for field in dataclasses.fields(self) if field.name.endswith("_weight")]
     config_lib.check_at_least(self, 0, *weights, "adversarial_start")
+    if self.adversarial_loss not in losses_lib.ADVERSARIAL:
+      raise UserError(
+        f"adversarial_loss '{self.adversarial_loss}' does not exist"
+        f"{nearest(self.adversarial_loss, losses_lib.ADVERSARIAL)}"
+      )
+    if self.lecam_weight and not self.adversarial_weight:
+      raise UserError(
+        "lecam_weight is of the discriminator's loss: set adversarial_weight above 0, or it to 0"
+      )
     remat_lib.check_remat(self.remat, ("none", "full"))  # a convolution is no product that "dots" keeps
     self.tokenizer.token_grid(self.image_shape)
 
@@ -109,7 +125,10 @@ class Objective:
       params["discriminator"] = self.discriminator.init(discriminator_rng, images)["params"]
     even = jnp.full((self.codebook_size,), 1.0 / self.codebook_size)
     frozen = {name: variables["params"]["main"] for name, variables in pretrained.items()}
-    return {"params": params, "frozen": frozen, "extra": {"usage": even}}
+    extra: Tree = {"usage": even}
+    if self.lecam_weight:
+      extra["anchors"] = {"real": jnp.float32(0.0), "fake": jnp.float32(0.0)}
+    return {"params": params, "frozen": frozen, "extra": extra}
 
   def losses(
     self,
@@ -141,14 +160,22 @@ class Objective:
     }
     weighted = [weights[name] * term for name, term in terms.items()]
     values = {"generator": jnp.stack(weighted).sum()}
+    share, metrics = self._usage(quantized.tokens)
+    new_extra = {"usage": USAGE_DECAY * extra["usage"] + (1.0 - USAGE_DECAY) * share}
     if self.adversarial_weight:
-      adversarial, values["discriminator"], adversarial_terms = self._game(params, real, fake)
+      anchors = extra.get("anchors", {})
+      adversarial, values["discriminator"], adversarial_terms = self._game(params, real, fake, anchors)
       started = (step >= self.adversarial_start).astype(jnp.float32)
       values["generator"] += self.adversarial_weight * started * adversarial
       terms |= adversarial_terms
-    share, metrics = self._usage(quantized.tokens)
-    usage = USAGE_DECAY * extra["usage"] + (1.0 - USAGE_DECAY) * share
-    return values, terms | metrics, {"usage": usage}
+    if self.lecam_weight:
+      # A young average would remember where it began: let its horizon grow with the step.
+      decay = jnp.minimum(ANCHOR_DECAY, (1.0 + step) / (10.0 + step))
+      new_extra["anchors"] = {
+        kind: decay * anchor + (1.0 - decay) * terms[f"logit_{kind}"]
+        for kind, anchor in extra["anchors"].items()
+      }
+    return values, terms | metrics, new_extra
 
   def _generator(self, params: Mapping[str, Tree], *args: Any, method: str) -> Any:
     return self.tokenizer.apply({"params": params["generator"]}, *args, method=method)
@@ -180,25 +207,31 @@ class Objective:
     return terms
 
   def _game(
-    self, params: Mapping[str, Tree], real: jax.Array, fake: jax.Array
+    self, params: Mapping[str, Tree], real: jax.Array, fake: jax.Array, anchors: Mapping[str, jax.Array]
   ) -> tuple[jax.Array, jax.Array, Metrics]:
     """The generator's adversarial loss, the discriminator's loss, and their parts as metrics."""
+    generator_loss, discriminator_loss = losses_lib.ADVERSARIAL[self.adversarial_loss]
 
     def discriminate(images: jax.Array) -> Any:
       return self.discriminator.apply({"params": params["discriminator"]}, images)
 
     # One pass over the fakes serves both losses: each group's pull-back keeps its own gradient.
     real_logits, fake_logits = discriminate(real), discriminate(fake)
-    generator = losses_lib.generator_loss(fake_logits).mean()
+    generator = generator_loss(fake_logits).mean()
     r1 = losses_lib.r1_penalty(discriminate, real).mean()
-    discriminator = losses_lib.discriminator_loss(real_logits, fake_logits).mean()
+    discriminator = discriminator_loss(real_logits, fake_logits).mean()
     metrics = {
       "adversarial": generator,
       "r1": r1,
       "logit_real": real_logits.mean(),
       "logit_fake": fake_logits.mean(),
     }
-    return generator, discriminator + self.r1_weight * r1, metrics
+    discriminator += self.r1_weight * r1
+    if self.lecam_weight:
+      lecam = losses_lib.lecam_penalty(real_logits, fake_logits, anchors["real"], anchors["fake"]).mean()
+      discriminator += self.lecam_weight * lecam
+      metrics["lecam"] = lecam
+    return generator, discriminator, metrics
 
   def _usage(self, tokens: jax.Array) -> tuple[jax.Array, Metrics]:
     """Each code's share of the batch's tokens [K], and what it says of the codebook's use."""
