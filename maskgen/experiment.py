@@ -55,29 +55,7 @@ class Experiment:
     sharding.check_batch(cfg.batch_size, cfg.accumulation, self.mesh)
     self.objective = objectives.build(cfg.objective)
     self.data = data or _open_data(cfg)
-    if self.data.spec.keys().isdisjoint(self.objective.inputs):
-      raise UserError(
-        f"config.data gives {', '.join(sorted(self.data.spec))}, and objective '{cfg.objective['name']}' "
-        f"needs {' or '.join(self.objective.inputs)}: change config.data.source"
-      )
-    second = {f"{name}2" for name in self.objective.inputs}
-    if self.objective.views == 2 and self.data.spec.keys().isdisjoint(second):
-      raise UserError(
-        f"config.data gives one view of each record, and objective '{cfg.objective['name']}' compares two: "
-        "put 'two_views|' in front of config.data.preprocess"
-      )
-    if self.objective.whole_batch and cfg.accumulation > 1:
-      raise UserError(
-        f"config.accumulation={cfg.accumulation} hides examples from each other, and objective "
-        f"'{cfg.objective['name']}' compares all of a batch: set it to 1, and save memory by objective.remat "
-        "or more devices"
-      )
-    if self.data.image_shape != self.objective.image_shape:
-      raise UserError(
-        f"config.data gives images of shape {self.data.image_shape}, config.objective takes "
-        f"{self.objective.image_shape}: change config.data.preprocess or config.objective.image_size"
-      )
-    self._check_classes()
+    self._check_data()
     ways = sharding.batch_ways(self.mesh)
     # A micro-batch fits in memory when training, so it does when only predicting.
     self.eval_batch_size = max(min(cfg.batch_size // cfg.accumulation, EVAL_BATCH_SIZE) // ways, 1) * ways
@@ -86,18 +64,39 @@ class Experiment:
     self.predict = objectives.compile_predict_fns(self.objective, self.mesh)
     self._build_evaluators()
 
-  def _check_classes(self) -> None:
-    expected, found = self.objective.num_classes, len(self.data.class_names or ())
-    if not expected:
-      return
-    if not found or "label" not in self.data.spec:
+  def _check_data(self) -> None:
+    """Checks that the data gives what the objective takes."""
+    cfg, objective, spec = self.config, self.objective, self.data.spec
+    name = cfg.objective["name"]
+    if spec.keys().isdisjoint(objective.inputs):
       raise UserError(
-        f"config.data.source={self.config.data['source']} gives no labels, and objective "
-        f"'{self.config.objective['name']}' needs them: give data with classes"
+        f"config.data gives {', '.join(sorted(spec))}, and objective '{name}' needs "
+        f"{' or '.join(objective.inputs)}: change config.data.source"
       )
-    if found != expected:
+    if objective.views == 2 and spec.keys().isdisjoint(f"{key}2" for key in objective.inputs):
       raise UserError(
-        f"config.data has {found} classes, config.objective.classes is {expected}: make them equal"
+        f"config.data gives one view of each record, and objective '{name}' compares two: put 'two_views|' in "
+        "front of config.data.preprocess"
+      )
+    if objective.whole_batch and cfg.accumulation > 1:
+      raise UserError(
+        f"config.accumulation={cfg.accumulation} hides examples from each other, and objective '{name}' "
+        "compares all of a batch: set it to 1, and save memory by objective.remat or more devices"
+      )
+    if self.data.image_shape != objective.image_shape:
+      raise UserError(
+        f"config.data gives images of shape {self.data.image_shape}, config.objective takes "
+        f"{objective.image_shape}: change config.data.preprocess or config.objective.image_size"
+      )
+    found = len(self.data.class_names or ())
+    if objective.num_classes and "label" not in spec:
+      raise UserError(
+        f"config.data.source={cfg.data['source']} gives no labels, and objective '{name}' needs them: give "
+        "data with classes"
+      )
+    if objective.num_classes not in (0, found):
+      raise UserError(
+        f"config.data has {found} classes, config.objective.classes is {objective.num_classes}: make them equal"
       )
 
   def _build_state(self) -> None:

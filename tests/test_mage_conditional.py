@@ -386,7 +386,7 @@ def test_another_number_of_classes_is_refused():
 
 def test_data_without_labels_is_refused():
   with pytest.raises(UserError, match="gives no labels, and objective 'mage_conditional' needs them"):
-    Experiment({**section(), "evals": {}}, data=NoData((*tiny.SIZE, 3)))
+    Experiment({**section(), "evals": {}}, data=NoData(objectives.build(tiny.stage("mage")["objective"])))
 
 
 def test_what_is_pretrained_must_be_the_same_network(objective, trained):

@@ -72,10 +72,9 @@ class Objective(mage.Objective):
     views = _both_views(batch)
     tokens = self._tokens(frozen, views)
     mask, kept = masking.random_mask(views["key"], self.num_tokens, self.mask_ratio)
-    main: Any = {"params": params["main"]}
-    run: Any = dict(train=train, rngs={"dropout": rng})
-    latents: Any = self.model.apply(main, tokens, mask, kept, **run, method="encode")
-    logits: Any = self.model.apply(main, latents, mask, kept, **run, method="decode")
+    dropout = rng if train else None
+    latents = self._apply("encode", params, frozen, tokens, mask, kept, rng=dropout)
+    logits = self._apply("decode", params, frozen, latents, mask, kept, rng=dropout)
     values = self._scores(logits[:, 1:, : self.codebook_size], tokens, mask)
     pooled = latents[:, 1:].astype(jnp.float32).mean(axis=1)
     embeddings: Any = self.projection.apply({"params": params["main"]["projection"]}, pooled)
