@@ -234,6 +234,11 @@ def test_the_same_width_everywhere_needs_no_shortcut():
   ("change", "options", "message"),
   [
     (lambda w: w.pop("blocks.0.norm1.bias"), HEADS, r"no tensor 'blocks.0.norm1.bias'"),
+    (
+      lambda w: [w.pop(n) for n in list(w) if n[:9] == "decoder_b"],
+      HEADS,
+      r"no tensor 'decoder_blocks.0.norm1",
+    ),
     (lambda w: w.pop("vqgan.encoder.conv_in.weight"), HEADS, r"no tensor 'vqgan.encoder.conv_in.weight'"),
     (lambda w: w.update({"norm.weight": np.ones(9, np.float32)}), HEADS, r"'norm.weight' has shape \(9,\)"),
     (lambda w: w["blocks.0.attn.qkv.bias"].fill(np.nan), HEADS, r"attn.qkv.bias' .*not finite"),

@@ -94,6 +94,8 @@ def infer(
   tokenizer = vqgan_pytorch.infer(path, found, "vqgan.")
   rows, width = need("token_emb.word_embeddings.weight", 2).shape
   _, positions, decoder_width = need("decoder_pos_embed_learned", 3).shape
+  for part in ("blocks", "decoder_blocks"):
+    need(f"{part}.0.norm1.weight", 1)
   known = [HEADS.get(size, (None, None))[i] for i, size in enumerate((width, decoder_width))]
   heads = {}
   for part, size, given, default in (
@@ -115,7 +117,7 @@ def infer(
       f"{path}: tensor 'token_emb.word_embeddings.weight' has {rows} rows: {codes} codes, {CLASSES} classes "
       f"and [MASK] need {codes + CLASSES + 1}"
     )
-  side = math.isqrt(positions - 1)
+  side = math.isqrt(max(positions - 1, 0))
   if side * side != positions - 1 or not side:
     raise UserError(f"{path}: its {positions - 1} positions are no square, as the tokens of its images are")
   size = side * math.prod(tokenizer["strides"])
