@@ -65,6 +65,10 @@ class Model:
     """Representations, float32 [b, d]: the mean of the last encoder block's tokens, normalised."""
     return self._call("features", {"image": self._images(images)})
 
+  def classify(self, images: np.ndarray) -> np.ndarray:
+    """The probability of each class, float32 [b, classes], in the order of the training data's classes."""
+    return self._call("classify", {"image": self._images(images)})
+
   def logits(self, tokens: np.ndarray, token_mask: np.ndarray) -> np.ndarray:
     """What the model predicts at every position.
 

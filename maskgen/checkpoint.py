@@ -311,9 +311,9 @@ def load_variables(path: epath.PathLike, target: Any) -> Any:
 
 
 def _beside(name: str, flat: Mapping[str, Any]) -> bool:
-  """Whether `name` belongs to a group (`params/main`) of which something is wanted."""
-  group = name.split("/")[:2]
-  return any(other.split("/")[:2] == group for other in flat)
+  """Whether `name` belongs to a module (`params/main/encoder`) of which something is wanted."""
+  module = name.split("/")[:3]
+  return any(other.split("/")[:3] == module for other in flat)
 
 
 def _checkpoint_arrays(folder: epath.Path, flat: Mapping[str, Any]) -> dict[str, Any]:

@@ -255,10 +255,12 @@ class Experiment:
   def check_predict_fns(self) -> None:
     """Traces the prediction functions that take images, at the batch size of evaluations."""
     variables = self.targets["state"].variables(self.targets["frozen"])
-    image = jax.ShapeDtypeStruct((self.eval_batch_size, *self.data.image_shape), jnp.uint8)
-    for name in ("loss", "encode", "reconstruct", "features"):
+    batch = {"image": jax.ShapeDtypeStruct((self.eval_batch_size, *self.data.image_shape), jnp.uint8)}
+    if self.objective.num_classes:
+      batch["label"] = jax.ShapeDtypeStruct((self.eval_batch_size,), jnp.int32)
+    for name in ("loss", "encode", "reconstruct", "features", "classify"):
       if name in self.predict:
-        jax.eval_shape(self.predict[name], variables, {"image": image}, jax.random.key(0))
+        jax.eval_shape(self.predict[name], variables, batch, jax.random.key(0))
 
   def _build_evaluators(self) -> None:
     context = evaluators.Context(

@@ -25,6 +25,11 @@ def cross_entropy(logits: jax.Array, targets: jax.Array, label_smoothing: float 
   return (1.0 - label_smoothing) * nll - label_smoothing * log_p.mean(axis=-1)
 
 
+def soft_cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
+  """Cross-entropy with targets that are probabilities of classes; both [..., K], result float32 [...]."""
+  return -(targets * jax.nn.log_softmax(logits.astype(jnp.float32))).sum(axis=-1)
+
+
 def masked_mean(values: jax.Array, mask: jax.Array) -> jax.Array:
   """Mean of values [b, n] over the positions where mask [b, n] is True; [b], 0 where there are none."""
   weights = mask.astype(values.dtype)

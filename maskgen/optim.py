@@ -1,4 +1,4 @@
-"""Optimizers from a config section: Adam(W), warm-up, cosine decay, the linear-scaling rule."""
+"""Optimizers from a config section: Adam(W) or LARS, warm-up, cosine decay, the linear-scaling rule."""
 
 import dataclasses
 import re
@@ -11,27 +11,50 @@ from maskgen import config as config_lib
 from maskgen import tree
 from maskgen.errors import UserError, nearest
 
+OPTIMIZERS = ("adamw", "lars")
 SCHEDULES = ("cosine", "constant")
 # Biases and normalisation scales: everything else is a matrix, a kernel or a table.
 NO_DECAY = re.compile(r"(^|/)(bias|scale|head_bias)$")
 
+# LARS's share of a matrix's norm by which a learning rate of 1 moves it.
+TRUST = 0.001
+
+
+def layer_decay(decay: float, depth: int) -> tuple[tuple[str, float], ...]:
+  """Rules for `multipliers`: learning rates that shrink towards the input (Clark et al. 2020, section 3.2).
+
+  Block i of `depth`, counted from 0, has the factor decay^(depth - i), the embedding decay^(depth + 1), and
+  what comes after the blocks 1.
+
+  Args:
+    decay: from 0 to 1.
+    depth: the number of blocks of an encoder whose parameters have the names of `models.mage.Encoder`.
+  """
+  blocks = tuple((f"(^|/)block_{i}/", decay ** (depth - i)) for i in range(depth))
+  return (*blocks, ("^(embedding|position|embedding_norm)(/|$)", decay ** (depth + 1)))
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Optimizer:
-  """AdamW for one parameter group; with `weight_decay=0` it is Adam.
+  """AdamW for one parameter group, which with `weight_decay=0` is Adam; or LARS (You et al. 2017).
+
+  LARS adds the weight decay to the gradient, scales each matrix's gradient to 0.001 times the norm of the
+  matrix, and adds momentum; biases and normalisation scales have momentum alone.
 
   Attributes:
+    name: "adamw" or "lars".
     learning_rate: the peak learning rate, or
     base_learning_rate: the peak for a batch of 256; it is scaled with the batch size (Goyal et al. 2017).
     schedule: "cosine" to `end_learning_rate`, or "constant", after a linear warm-up from 0.
     end_learning_rate: the learning rate that the cosine ends at.
     warmup_steps, warmup_epochs: length of the warm-up; at most one.
-    b1, b2: decay of the gradient's first and second moments.
-    weight_decay: decoupled weight decay on all parameters but biases and normalisation scales.
+    b1, b2: decay of the gradient's first and second moments; for LARS `b1` is the momentum.
+    weight_decay: weight decay on all parameters but biases and normalisation scales; AdamW's is decoupled.
     clip_norm: largest norm of the group's gradient, or None.
     multipliers: ordered (regex, factor) rules over parameter paths; the first match scales the learning rate.
   """
 
+  name: str = "adamw"
   learning_rate: float | None = None
   base_learning_rate: float | None = None
   schedule: str = "cosine"
@@ -51,6 +74,8 @@ class Optimizer:
       if getattr(self, name) is not None:
         config_lib.check_at_least(self, 0, name)
     config_lib.check_at_least(self, 0, "end_learning_rate", "weight_decay", "b1", "b2")
+    if self.name not in OPTIMIZERS:
+      raise UserError(f"name '{self.name}' does not exist{nearest(self.name, OPTIMIZERS)}")
     if self.schedule not in SCHEDULES:
       raise UserError(f"schedule '{self.schedule}' does not exist{nearest(self.schedule, SCHEDULES)}")
 
@@ -71,14 +96,19 @@ class Optimizer:
     )
 
   def make_transform(self, schedule: optax.Schedule, shapes: Any) -> optax.GradientTransformation:
-    """The chain: clip, Adam, weight decay, multipliers, learning rate."""
+    """The chain: clip, Adam and weight decay or LARS, multipliers, learning rate."""
     by_name = tree.first_match(shapes, self.multipliers, 1.0)
     factors = jax.tree.map(lambda name: by_name[name], tree.names(shapes))
     decayed = jax.tree.map(lambda name: not NO_DECAY.search(name), tree.names(shapes))
+    decay = optax.add_decayed_weights(self.weight_decay, decayed) if self.weight_decay else optax.identity()
+    rule: tuple[optax.GradientTransformation, ...] = (optax.scale_by_adam(self.b1, self.b2), decay)
+    if self.name == "lars":
+      trust = optax.masked(optax.scale_by_trust_ratio(trust_coefficient=TRUST), decayed)
+      # optax.lars has the learning rate before the momentum, where a schedule would act with delay.
+      rule = (decay, trust, optax.trace(self.b1))
     return optax.chain(
       optax.clip_by_global_norm(self.clip_norm) if self.clip_norm else optax.identity(),
-      optax.scale_by_adam(self.b1, self.b2),
-      optax.add_decayed_weights(self.weight_decay, decayed) if self.weight_decay else optax.identity(),
+      *rule,
       optax.stateless(
         lambda updates, _: jax.tree.map(lambda update, factor: update * factor, updates, factors)
       )

@@ -43,13 +43,29 @@ TINY = {
     decoder_heads=2,
     dropout=0.0,
   ),
+  "classify": dict(
+    image_size=(16, 16),
+    classes=10,
+    tokenizer=NETWORK,
+    width=16,
+    depth=1,
+    heads=4,
+    label_smoothing=0.1,
+    mixup=0.8,
+    cutmix=1.0,
+  ),
 }
 # Makes the losses a mean over examples, for objectives whose losses are not.
-PER_EXAMPLE = {"tokenizer": dict(entropy_weight=0.0, revive_weight=0.0), "mage": {}}
+PER_EXAMPLE = {
+  "tokenizer": dict(entropy_weight=0.0, revive_weight=0.0),
+  "mage": {},
+  "classify": dict(mixup=0.0, cutmix=0.0),
+}
 # Each objective's rules for a mesh with tensor parallelism.
 RULES = {
   "tokenizer": (("conv_0/kernel", (None, None, "fsdp", "tensor")), ("codebook", ("tensor", None))),
   "mage": (("mlp/up/kernel", ("fsdp", "tensor")), ("query/kernel", (None, ("fsdp", "tensor")))),
+  "classify": (("mlp/up/kernel", ("fsdp", "tensor")), ("query/kernel", (None, ("fsdp", "tensor")))),
 }
 BATCH = 8
 every_objective = pytest.mark.parametrize("name", sorted(TINY))

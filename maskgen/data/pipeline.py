@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from maskgen.config import check_at_least
+from maskgen.data import subset
 from maskgen.data.cpu_tf import tf
 from maskgen.data.reader import Batch, Reader
 from maskgen.data.skipped import TRAINING, Skipped
@@ -50,6 +51,9 @@ class Data:
     eval_source: where evaluations read both splits, such as the pictures behind cached tokens; by default
       `source`.
     num_classes: how many classes the data must have, if that matters.
+    shots: train on so many records of each class alone; or
+    share: on such a share of each class, in (0, 1].
+    subset_seed: which records `shots` or `share` takes; smaller subsets lie in larger ones of the same seed.
     process_index: which rows of a global batch to read; by default those of this JAX process.
     process_count: how many processes share a global batch; by default all JAX processes.
 
@@ -66,11 +70,15 @@ class Data:
   eval_split: str = "test"
   eval_source: str | None = None
   num_classes: int | None = None
+  shots: int | None = None
+  share: float | None = None
+  subset_seed: int = 0
   process_index: int | None = None
   process_count: int | None = None
 
   def __post_init__(self):
     self._rows(self.batch_size)
+    self._check_subset()
     for spec, reader in ((self.preprocess, self._train), (self.eval_preprocess, self._eval)):
       if reader.spec.keys().isdisjoint({"image", "tokens"}):
         raise UserError(f"preprocessing '{spec}' of {reader.source.name} gives neither images nor tokens")
@@ -97,6 +105,15 @@ class Data:
       )
     self._check_classes()
 
+  def _check_subset(self) -> None:
+    check_at_least(self, 0, "subset_seed")
+    if self.shots is not None:
+      check_at_least(self, 1, "shots")
+      if self.share is not None:
+        raise UserError("give data.shots or data.share, not both")
+    if self.share is not None and not 0.0 < self.share <= 1.0:
+      raise UserError(f"share is {self.share}: give a share above 0 and at most 1")
+
   def _check_classes(self) -> None:
     names, others = self.class_names, self._eval.source.class_names
     if names is not None and others is not None and names != others:
@@ -121,7 +138,7 @@ class Data:
 
   @functools.cached_property
   def _train(self) -> Reader:
-    return self._reader(TRAINING, self.source, self.split, self.preprocess)
+    return self._reader(TRAINING, self.source, self.split, self.preprocess, part=True)
 
   @functools.cached_property
   def _eval(self) -> Reader:
@@ -130,17 +147,28 @@ class Data:
   @functools.cached_property
   def _eval_on_train(self) -> Reader:
     source = self.eval_source or self.source
-    return self._reader("evaluation of training data", source, self.split, self.eval_preprocess)
+    use = "evaluation of training data"
+    return self._reader(use, source, self.split, self.eval_preprocess, part=True)
 
   @functools.cached_property
-  def _sources(self) -> dict[tuple[str, str], Source]:
+  def _sources(self) -> dict[tuple[str, str, bool], Source]:
     return {}
 
-  def _reader(self, use: str, source: str, split: str, preprocess: str) -> Reader:
-    if (source, split) not in self._sources:
-      self._sources[source, split] = open_source(source, split)
+  def _source(self, source: str, split: str, part: bool) -> Source:
+    """Opens a split, or the part of it that is trained on, once."""
+    part = part and (self.shots is not None or self.share is not None)
+    at = (source, split, part)
+    if at not in self._sources:
+      if part:
+        whole = self._source(source, split, part=False)
+        self._sources[at] = subset.take(whole, shots=self.shots, share=self.share, seed=self.subset_seed)
+      else:
+        self._sources[at] = open_source(source, split)
+    return self._sources[at]
+
+  def _reader(self, use: str, source: str, split: str, preprocess: str, part: bool = False) -> Reader:
     return Reader(
-      self._sources[source, split],
+      self._source(source, split, part),
       parse_spec(preprocess),
       seed=self.seed,
       skipped=self.skipped,

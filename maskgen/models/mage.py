@@ -13,18 +13,17 @@ from maskgen.models.transformer import Dropout, Transformer, embedding_init, ker
 from maskgen.vocab import Vocab
 
 
-class Mage(nn.Module):
-  """Encoder over the kept tokens, decoder over all; the defaults are ViT-B's.
+class Encoder(nn.Module):
+  """The encoder of `Mage`, under the same parameter names; the defaults are ViT-B's.
 
   Attributes:
     vocab: the token ids.
     num_tokens: n.
     width, depth, heads: of the encoder.
-    decoder_width, decoder_depth, decoder_heads: of the decoder.
     dropout: on embeddings, attention weights, projections and MLPs, while training.
     dtype: the type of the computation; parameters and logits are float32.
     attention, remat, scan: how the blocks are run, see `Transformer`.
-    condition_width: c, the width of what `decode` takes as a condition; 0 for a model that takes none.
+    drop_path: of the encoder's blocks, while training, see `Transformer`.
   """
 
   vocab: Vocab
@@ -32,43 +31,30 @@ class Mage(nn.Module):
   width: int = 768
   depth: int = 12
   heads: int = 12
-  decoder_width: int = 768
-  decoder_depth: int = 8
-  decoder_heads: int = 16
   dropout: float = 0.1
   dtype: str = "float32"
   attention: str = "auto"
   remat: str = "none"
   scan: bool = False
-  condition_width: int = 0
+  drop_path: float = 0.0
 
   def setup(self):
-    def norm(epsilon: float = 1e-6) -> nn.LayerNorm:
-      return nn.LayerNorm(epsilon=epsilon, dtype=self.dtype)
-
-    def dense(width: int) -> nn.Dense:
-      return nn.Dense(width, kernel_init=kernel_init, dtype=self.dtype)
-
-    def transformer(depth: int, heads: int) -> Transformer:
-      return Transformer(depth, heads, self.dropout, self.dtype, self.attention, self.remat, self.scan)
-
     self.embedding = self.param("embedding", embedding_init, (self.vocab.size, self.width))
     self.position = self.param("position", embedding_init, (1 + self.num_tokens, self.width))
-    self.embedding_norm = norm()
+    self.embedding_norm = self.norm()
     self.embedding_dropout = Dropout(self.dropout)
-    self.encoder = transformer(self.depth, self.heads)
-    self.encoder_norm = norm()
-    self.decoder_input = dense(self.decoder_width)
-    self.decoder_position = self.param(
-      "decoder_position", embedding_init, (1 + self.num_tokens, self.decoder_width)
+    self.encoder = self.transformer(self.depth, self.heads, self.drop_path)
+    self.encoder_norm = self.norm()
+
+  def norm(self, epsilon: float = 1e-6) -> nn.LayerNorm:
+    """A layer normalisation in the type of the computation."""
+    return nn.LayerNorm(epsilon=epsilon, dtype=self.dtype)
+
+  def transformer(self, depth: int, heads: int, drop_path: float = 0.0) -> Transformer:
+    """A stack of blocks, run as this module is."""
+    return Transformer(
+      depth, heads, self.dropout, self.dtype, self.attention, self.remat, self.scan, drop_path
     )
-    if self.condition_width:
-      self.condition_input = dense(self.decoder_width)
-    self.decoder = transformer(self.decoder_depth, self.decoder_heads)
-    self.decoder_norm = norm()
-    self.head = dense(self.width)
-    self.head_norm = norm(1e-5)  # the reference's epsilon
-    self.head_bias = self.param("head_bias", nn.initializers.zeros, (self.vocab.size,))
 
   def blocks(self, tokens: jax.Array, mask: jax.Array, kept: jax.Array | None, *, train: bool) -> jax.Array:
     """The last encoder block's output, before the final normalisation.
@@ -96,6 +82,50 @@ class Mage(nn.Module):
   ) -> jax.Array:
     """Latents [b, 1 + k, d]; the arguments are those of `blocks`."""
     return self.encoder_norm(self.blocks(tokens, mask, kept, train=train))
+
+  def pool(self, tokens: jax.Array, *, train: bool = False) -> jax.Array:
+    """The mean of the last block's tokens, of unmasked tokens [b, n]; float32 [b, d].
+
+    The class position is left out, and no normalisation comes before (section 4.2 and appendix).
+    """
+    x = self.blocks(tokens, jnp.zeros(tokens.shape, bool), None, train=train)
+    return x[:, 1:].astype(jnp.float32).mean(axis=1)
+
+  def features(self, tokens: jax.Array) -> jax.Array:
+    """Representation of unmasked tokens [b, n]: `pool`, normalised without parameters; float32 [b, d]."""
+    return nn.standardize(self.pool(tokens), axis=-1, epsilon=1e-6)
+
+
+class Mage(Encoder):
+  """Encoder over the kept tokens, decoder over all; the defaults are ViT-B's.
+
+  Attributes:
+    decoder_width, decoder_depth, decoder_heads: of the decoder.
+    condition_width: c, the width of what `decode` takes as a condition; 0 for a model that takes none.
+  """
+
+  decoder_width: int = 768
+  decoder_depth: int = 8
+  decoder_heads: int = 16
+  condition_width: int = 0
+
+  def setup(self):
+    super().setup()
+
+    def dense(width: int) -> nn.Dense:
+      return nn.Dense(width, kernel_init=kernel_init, dtype=self.dtype)
+
+    self.decoder_input = dense(self.decoder_width)
+    self.decoder_position = self.param(
+      "decoder_position", embedding_init, (1 + self.num_tokens, self.decoder_width)
+    )
+    if self.condition_width:
+      self.condition_input = dense(self.decoder_width)
+    self.decoder = self.transformer(self.decoder_depth, self.decoder_heads)
+    self.decoder_norm = self.norm()
+    self.head = dense(self.width)
+    self.head_norm = self.norm(1e-5)  # the reference's epsilon
+    self.head_bias = self.param("head_bias", nn.initializers.zeros, (self.vocab.size,))
 
   def decode(
     self,
@@ -151,15 +181,6 @@ class Mage(nn.Module):
     """Logits over the codes alone at the n token positions, float32 [b, n, codebook]."""
     latents = self.encode(tokens, mask, kept, train=train)
     return self.decode(latents, mask, kept, condition, train=train)[:, 1:, : self.vocab.codebook]
-
-  def features(self, tokens: jax.Array) -> jax.Array:
-    """Representation of unmasked tokens [b, n]: mean of the last block's tokens, normalised; float32 [b, d].
-
-    The class position is left out, and the normalisation has no parameters (section 4.2 and appendix).
-    """
-    x = self.blocks(tokens, jnp.zeros(tokens.shape, bool), None, train=False)
-    x = x[:, 1:].astype(jnp.float32).mean(axis=1)
-    return nn.standardize(x, axis=-1, epsilon=1e-6)
 
   def __call__(self, tokens: jax.Array, mask: jax.Array) -> jax.Array:
     """Touches every parameter, for `init`."""

@@ -55,6 +55,19 @@ class Dropout(nn.Module):
     return jnp.where(bits >= round(self.rate * 2**16), x / (1.0 - self.rate), 0)
 
 
+class DropPath(nn.Module):
+  """Sets a residual branch to 0 for whole examples, and scales the others to keep the mean.
+
+  Stochastic depth (Huang et al. 2016).
+  """
+
+  @nn.compact
+  def __call__(self, x: jax.Array, length: int, rate: jax.Array) -> jax.Array:  # [b * n, d], n, scalar
+    draw = jax.random.uniform(self.make_rng("dropout"), (x.shape[0] // length, 1))
+    keep = jnp.where(draw >= rate, 1.0 / (1.0 - rate), 0.0).astype(x.dtype)
+    return x * jnp.repeat(keep, length, axis=0)
+
+
 def attend(
   query: jax.Array,
   key: jax.Array,
@@ -132,14 +145,19 @@ class Block(nn.Module):
   attention: str = "auto"
 
   @nn.compact
-  def __call__(self, x: jax.Array, length: int, *, train: bool) -> jax.Array:  # [b * n, d], n -> [b * n, d]
+  def __call__(
+    self, x: jax.Array, length: int, drop_path: jax.Array | None = None, *, train: bool
+  ) -> jax.Array:  # [b * n, d], n -> [b * n, d]
+    def branch(y: jax.Array) -> jax.Array:
+      return y if drop_path is None else DropPath()(y, length, drop_path)
+
     y = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="attention_norm")(x)
     y = Attention(self.heads, self.dropout, self.dtype, self.attention, name="attention")(
       y, length, train=train
     )
-    x = x + Dropout(self.dropout)(y, train=train)
+    x = x + branch(Dropout(self.dropout)(y, train=train))
     y = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="mlp_norm")(x)
-    return x + Mlp(4 * x.shape[-1], self.dropout, self.dtype, name="mlp")(y, train=train)
+    return x + branch(Mlp(4 * x.shape[-1], self.dropout, self.dtype, name="mlp")(y, train=train))
 
 
 class Transformer(nn.Module):
@@ -152,6 +170,8 @@ class Transformer(nn.Module):
     scan: whether one compiled block is looped over, which compiles faster and uses less memory with `remat`,
       or each block is compiled for itself. The numbers are the same, and so are the parameters: those of the
       blocks are stacked when they are used, so that names, rules and checkpoints do not depend on it.
+    drop_path: how likely an example skips each of the last block's two branches while training; 0 for the
+      first block, and linear between.
   """
 
   depth: int
@@ -161,6 +181,7 @@ class Transformer(nn.Module):
   attention: str = "auto"
   remat: str = "none"
   scan: bool = False
+  drop_path: float = 0.0
 
   @nn.compact
   def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:  # [b, n, d] -> [b, n, d]
@@ -174,19 +195,24 @@ class Transformer(nn.Module):
 
     block = Block(*options, parent=None)
 
-    def run(x: jax.Array, inputs: tuple[Any, Any]) -> tuple[Any, None]:
-      params, key = inputs
+    def run(x: jax.Array, inputs: tuple[Any, Any, Any]) -> tuple[Any, None]:
+      params, key, rate = inputs
       rngs = {} if key is None else {"dropout": key}
       return block.apply(
-        {"params": params}, sharding.constrain_batch(x), length, train=train, rngs=rngs
+        {"params": params}, sharding.constrain_batch(x), length, rate, train=train, rngs=rngs
       ), None
 
     run = remat_lib.remat(run, self.remat, in_scan=self.scan)
-    keys = [None] * self.depth
-    if train and self.dropout:
+    keys, rates = [None] * self.depth, [None] * self.depth
+    if train and (self.dropout or self.drop_path):
       keys = list(jax.random.split(self.make_rng("dropout"), self.depth))
+    if train and self.drop_path:
+      rates = list(jnp.linspace(0.0, self.drop_path, self.depth))
     params: Any = self.variables["params"]
-    inputs = [(self._cast(params[f"block_{i}"]), key) for i, key in enumerate(keys)]
+    inputs = [
+      (self._cast(params[f"block_{i}"]), key, rate)
+      for i, (key, rate) in enumerate(zip(keys, rates, strict=True))
+    ]
     if self.scan:
       x, _ = jax.lax.scan(run, x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *inputs))
     else:

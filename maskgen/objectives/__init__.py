@@ -94,14 +94,14 @@ class Objective(Protocol):
   def predict_fns(self) -> dict[str, PredictFn]:
     """Functions `(variables, batch, rng, **options)` under names shared by all objectives.
 
-    loss -> {name: [b]}; features -> [b, d]; encode -> int32 [b, n]; decode (batch: tokens), reconstruct,
-    generate and generate_uniform (batch: key [b]), inpaint (batch: image, mask [b, h, w], key) ->
-    float32 [b, h, w, c] in [0, 1]; logits (batch: tokens, token_mask [b, n]) -> float32 [b, n, codebook];
-    mask (batch: key [b], the keys of `losses`; needs no variables) -> bool [b, h', w'], True for each token
-    that `losses` masks.
+    loss -> {name: [b]}; features -> [b, d]; classify -> float32 [b, classes], probabilities;
+    encode -> int32 [b, n]; decode (batch: tokens), reconstruct, generate and generate_uniform (batch: key
+    [b]), inpaint (batch: image, mask [b, h, w], key) -> float32 [b, h, w, c] in [0, 1]; logits (batch:
+    tokens, token_mask [b, n]) -> float32 [b, n, codebook]; mask (batch: key [b], the keys of `losses`; needs
+    no variables) -> bool [b, h', w'], True for each token that `losses` masks.
 
-    Where `num_classes` is not 0, loss, logits, generate and inpaint take `label` [b] as well, of which
-    `num_classes` stands for no class, as does its absence.
+    Where `num_classes` is not 0, loss takes `label` [b] as well, and so do logits, generate and inpaint, for
+    which `num_classes` stands for no class, as does its absence.
     """
 
 

@@ -21,6 +21,21 @@ from maskgen.objectives import Batch, Metrics, PredictFn, Tree, check_image_size
 from maskgen.vocab import Vocab
 
 
+def check_tokenizer(found: VQGAN, expected: VQGAN) -> None:
+  """Checks that the tokenizer of a pretrained model is that of `config.objective`.
+
+  Raises:
+    UserError: naming a field that differs.
+  """
+  for field in dataclasses.fields(VQGAN):
+    theirs, ours = getattr(found, field.name), getattr(expected, field.name)
+    # The type of the computation may differ: parameters are float32.
+    if theirs != ours and field.name not in ("dtype", "parent", "name"):
+      raise UserError(
+        f"its tokenizer has {field.name}={theirs}, config.objective.tokenizer has {ours}: make them equal"
+      )
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Objective:
   """Trains `main`, the encoder and decoder, on the codes of a frozen tokenizer.
@@ -135,16 +150,8 @@ class Objective:
     section = config.get("objective", {})
     if section.get("name") != "tokenizer":
       raise UserError("it is no tokenizer: give a model trained by the tokenizer objective")
-    self._check_tokenizer(config_lib.build_dataclass(VQGAN, section.get("tokenizer", {}), "its tokenizer"))
-
-  def _check_tokenizer(self, found: VQGAN) -> None:
-    for field in dataclasses.fields(VQGAN):
-      theirs, ours = getattr(found, field.name), getattr(self.tokenizer, field.name)
-      # The type of the computation may differ: parameters are float32.
-      if theirs != ours and field.name not in ("dtype", "parent", "name"):
-        raise UserError(
-          f"its tokenizer has {field.name}={theirs}, config.objective.tokenizer has {ours}: make them equal"
-        )
+    found = config_lib.build_dataclass(VQGAN, section.get("tokenizer", {}), "its tokenizer")
+    check_tokenizer(found, self.tokenizer)
 
   def init(self, rng: jax.Array, pretrained: Mapping[str, Tree]) -> dict[str, Tree]:
     tokens = jnp.zeros((1, self.num_tokens), jnp.int32)

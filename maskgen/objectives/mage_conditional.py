@@ -69,9 +69,9 @@ class Objective(mage.Objective):
     if section.get("name") not in ("mage", "mage_c"):
       raise UserError("it is no MAGE: give a model trained by objective 'mage' or 'mage_c'")
     found: Any = objectives.build(section)
-    self._check_tokenizer(found.tokenizer)
-    architecture = ("width", "depth", "heads", "decoder_width", "decoder_depth", "decoder_heads")
-    for field in ("image_size", *architecture):
+    mage.check_tokenizer(found.tokenizer, self.tokenizer)
+    encoder = ("class_ids", "null_class", "width", "depth", "heads")
+    for field in ("image_size", *encoder, "decoder_width", "decoder_depth", "decoder_heads"):
       theirs, ours = getattr(found, field), getattr(self, field)
       if theirs != ours:
         raise UserError(f"its objective has {field}={theirs}, config.objective has {ours}: make them equal")

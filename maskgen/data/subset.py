@@ -1,0 +1,78 @@
+"""A balanced part of a data set: some records of each class, the same on every machine."""
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from maskgen.data.cpu_tf import tf
+from maskgen.data.reader import reason_of
+from maskgen.data.sources import Source
+from maskgen.errors import UserError
+
+_BATCH = 1024
+
+
+def take(source: Source, *, shots: int | None, share: float | None, seed: int) -> Source:
+  """Returns the part of a source that has the same number, or the same share, of the records of each class.
+
+  Each class is shuffled by the seed and its first records are taken, so that smaller parts lie in larger ones
+  of the same seed.
+
+  Args:
+    source: with labels.
+    shots: how many records of each class; or
+    share: how large a share of each class, in (0, 1], rounded up to whole records.
+    seed: of the choice.
+
+  Raises:
+    UserError: if the source has no labels or cannot be read, or a class has too few records.
+  """
+  names = source.class_names
+  if names is None:
+    raise UserError(f"{source.name} has no labels to choose by: remove data.shots and data.share")
+  chosen = _choose(_labels(source), names, source.name, shots, share, seed)
+  table = tf.constant(chosen, tf.int64)
+  return dataclasses.replace(
+    source,
+    name=f"{len(chosen)} records of {source.name}",
+    size=len(chosen),
+    fetch=lambda index: source.fetch(tf.gather(table, index)),
+    fingerprint=hashlib.blake2b(
+      f"{source.fingerprint} ".encode() + chosen.tobytes(), digest_size=16
+    ).hexdigest(),
+    describe=lambda index: source.describe(int(chosen[index])),
+  )
+
+
+def _choose(
+  labels: np.ndarray, names: Sequence[str], where: str, shots: int | None, share: float | None, seed: int
+) -> np.ndarray:
+  """The chosen records in rising order, int64."""
+  parts = []
+  for label, name in enumerate(names):
+    members = np.flatnonzero(labels == label)
+    count = shots if share is None else math.ceil(round(share * len(members), 6))
+    assert count is not None
+    if count > len(members):
+      raise UserError(
+        f"class '{name}' of {where} has {len(members)} records, and data.shots is {shots}: give at most that"
+      )
+    parts.append(np.random.default_rng((seed, label)).permutation(members)[:count])
+  return np.sort(np.concatenate(parts)).astype(np.int64)
+
+
+def _labels(source: Source) -> np.ndarray:
+  """All labels, int64 [size]; TensorFlow reads no picture where the source has labels apart from them."""
+
+  @tf.autograph.experimental.do_not_convert
+  def label(index: tf.Tensor) -> tf.Tensor:
+    return source.fetch(index)["label"]
+
+  dataset = tf.data.Dataset.range(source.size).map(label, tf.data.AUTOTUNE, deterministic=True)
+  try:
+    return np.concatenate(list(dataset.batch(_BATCH).as_numpy_iterator()))
+  except tf.errors.OpError as error:
+    raise UserError(f"the labels of {source.name} cannot be read ({reason_of(error)}): repair it") from error
