@@ -88,16 +88,14 @@ class Experiment:
         f"config.data gives images of shape {self.data.image_shape}, config.objective takes "
         f"{objective.image_shape}: change config.data.preprocess or config.objective.image_size"
       )
-    found = len(self.data.class_names or ())
-    if objective.num_classes and "label" not in spec:
+    found, wanted = len(self.data.class_names or ()), objective.num_classes
+    if wanted and "label" not in spec:
       raise UserError(
         f"config.data.source={cfg.data['source']} gives no labels, and objective '{name}' needs them: give "
         "data with classes"
       )
-    if objective.num_classes not in (0, found):
-      raise UserError(
-        f"config.data has {found} classes, config.objective.classes is {objective.num_classes}: make them equal"
-      )
+    if wanted not in (0, found):
+      raise UserError(f"config.data has {found} classes, config.objective.classes is {wanted}: make them equal")
 
   def _build_state(self) -> None:
     cfg = self.config

@@ -69,8 +69,8 @@ class Objective:
   Attributes:
     image_size: (h, w) of the images.
     classes: how many classes the data has.
-    tokenizer, class_ids, null_class, width, depth, heads: the networks of `config.pretrained.mage`, where their
-      weights come from, see `maskgen.objectives.mage`.
+    tokenizer, class_ids, null_class, width, depth, heads: the networks of `config.pretrained.mage`, where
+      their weights come from, see `maskgen.objectives.mage`.
     trained: "all", or "head" for a linear probe.
     norm: of the pooled features: "layer", or "batch" (on top of it), as is customary for a linear probe.
     dropout, drop_path: of the encoder, see `Transformer`.
