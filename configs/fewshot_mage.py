@@ -83,7 +83,6 @@ def full(args) -> ml_collections.ConfigDict:
       checkpoint=dict(save_steps=5000, save_minutes=15.0, keep=2),
       data=dict(
         source=args.source or f"folder:{args.path}",
-        split="train",
         eval_split=args.eval_split,
         preprocess="decode(3)|random_resized_crop(256, (0.08, 1.0))|flip_lr|rand_augment(2, 9.0)",
         eval_preprocess="decode(3)|resize_small(292)|center_crop(256)",
@@ -138,8 +137,7 @@ def shrink(config: ml_collections.ConfigDict, small: ml_collections.ConfigDict) 
   del config.total_epochs, config.optimizer.main.warmup_epochs
   for key in ("batch_size", "total_steps", "checkpoint", "log_every_steps"):
     config[key] = small[key]
-  config.data.update(small.data)
-  config.data.update(split="train", eval_split="test")
+  config.data.update(**small.data, eval_split="test")
   for key in ("image_size", "tokenizer", "width", "depth", "heads"):
     config.objective[key] = small.objective[key]
   config.objective.dtype, config.objective.classes = "float32", 10

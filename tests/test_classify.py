@@ -18,6 +18,7 @@ from maskgen.errors import UserError
 from maskgen.evaluators.accuracy import Evaluator
 from maskgen.experiment import Experiment
 from maskgen.models.transformer import Transformer
+from maskgen.objectives import mage
 from maskgen.state import TrainState
 from maskgen.step import make_update
 
@@ -327,12 +328,24 @@ def test_wrong_objectives_are_refused(changes, message):
 
 
 def test_pretrained_must_be_the_encoder(trained):
-  mage = json.loads((trained / "mage" / "config.json").read_text())
-  build().check_pretrained("mage", mage)
+  config = json.loads((trained / "mage" / "config.json").read_text())
+  build().check_pretrained("mage", config)
   with pytest.raises(UserError, match=r"it has width=16, config\.objective has 32"):
-    build(width=32).check_pretrained("mage", mage)
+    build(width=32).check_pretrained("mage", config)
   with pytest.raises(UserError, match="masked generative encoder"):
     build().check_pretrained("mage", json.loads((trained / "tokenizer" / "config.json").read_text()))
+
+
+def test_a_frozen_encoder_is_taken_from_where_it_was_trained(trained, monkeypatch):
+  class Frozen(mage.Objective):
+    def init(self, rng, pretrained):
+      parts = super().init(rng, pretrained)
+      return parts | {"params": {"main": {}}}
+
+  config = json.loads((trained / "mage" / "config.json").read_text()) | {"pretrained": {"mage": "runs/first"}}
+  monkeypatch.setattr(mage, "Objective", Frozen)
+  with pytest.raises(UserError, match=r"its encoder was frozen: give runs/first"):
+    build().check_pretrained("mage", config)
 
 
 def test_random_batches_have_labels():

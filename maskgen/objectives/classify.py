@@ -184,6 +184,10 @@ class Objective:
       if theirs != ours:
         raise UserError(f"it has {field}={theirs}, config.objective has {ours}: make them equal")
     mage.check_tokenizer(found.tokenizer, self.tokenizer)
+    shapes = jax.eval_shape(found.init, jax.random.key(0), found.pretrained_shapes())
+    if not set(ENCODER) <= shapes["params"]["main"].keys():
+      origin = config.get("pretrained", {}).get("mage", "the model it was made from")
+      raise UserError(f"its encoder was frozen: give {origin}, which has the same one")
 
   def init(self, rng: jax.Array, pretrained: Mapping[str, Tree]) -> dict[str, Tree]:
     encoder = pretrained["mage"]["params"]["main"]
