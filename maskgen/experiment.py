@@ -75,8 +75,8 @@ class Experiment:
       )
     if objective.views == 2 and spec.keys().isdisjoint(f"{key}2" for key in objective.inputs):
       raise UserError(
-        f"config.data gives one view of each record, and objective '{name}' compares two: put 'two_views|' in "
-        "front of config.data.preprocess"
+        f"config.data gives one view of each record, and objective '{name}' compares two: put 'two_views|' "
+        "in front of config.data.preprocess"
       )
     if objective.whole_batch and cfg.accumulation > 1:
       raise UserError(
@@ -95,7 +95,9 @@ class Experiment:
         "data with classes"
       )
     if wanted not in (0, found):
-      raise UserError(f"config.data has {found} classes, config.objective.classes is {wanted}: make them equal")
+      raise UserError(
+        f"config.data has {found} classes, config.objective.classes is {wanted}: make them equal"
+      )
 
   def _build_state(self) -> None:
     cfg = self.config

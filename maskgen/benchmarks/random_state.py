@@ -49,7 +49,7 @@ class NoData:
 
 
 def _batch_of(objective: objectives.Objective, name: str, leaf: jax.ShapeDtypeStruct) -> _Spec:
-  """A batch of what an objective takes: one or two views of `name` [b, ...], and labels where it asks for them."""
+  """A batch of what an objective takes: one or two views of `name` [b, ...], and labels if it needs them."""
   spec = {name: leaf}
   if objective.views == 2:
     spec[f"{name}2"] = leaf
