@@ -415,8 +415,13 @@ def test_a_run_starts_from_the_trained_encoder(trained, tmp_path, changes):
   np.testing.assert_allclose(p.sum(axis=1), 1.0, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["probe_mage", "finetune_mage", "fewshot_mage"])
-def test_debug_configs_run(name, tmp_path):
-  main.main([f"--config=configs/{name}.py:debug", f"--workdir={tmp_path / 'run'}"])
-  results = json.loads((tmp_path / "run" / "results.json").read_text())
-  assert "accuracy/top1" in results["classify"]
+def test_debug_configs_run(tmp_path):
+  """The first brings a model of its own, which the others take."""
+  for name, model in (("finetune_mage", ""), ("probe_mage", "first/mage"), ("fewshot_mage", "first/mage")):
+    workdir = tmp_path / name if model else tmp_path / "first"
+    given = f",model={tmp_path / model}" if model else ""
+    main.main([f"--config=configs/{name}.py:debug{given}", f"--workdir={workdir}"])
+    results = json.loads((workdir / "results.json").read_text())
+    assert "accuracy/top1" in (results if model else results["classify"])
+  chosen = json.loads((tmp_path / "fewshot_mage" / "data.json").read_text())["training"]
+  assert (chosen["size"], chosen["source"]) == (100, "100 records of synthetic")
