@@ -98,12 +98,18 @@ class Model:
       label: a class, or one per image, of a model that was trained with classes; None for no class.
       **options: the fields of `maskgen.sampling.Sampling`; by default those of the config.
     """
-    if batch is None:
-      batch = np.size(label) if label is not None and np.ndim(label) else 16
-    if batch < 1:
-      raise UserError(f"batch is {batch}: give at least 1")
-    inputs = {"key": _keys(seed, batch), **self._label(label, batch)}
-    return self._call("generate", inputs, **self._options(options))
+    return self._call("generate", self._wanted(seed, batch, label), **self._options(options))
+
+  def trajectory(
+    self, seed: int = 0, batch: int | None = None, label: Any = None, **options: Any
+  ) -> tuple[np.ndarray, np.ndarray]:
+    """How the images of `generate`, with the same arguments, come into being.
+
+    Returns:
+      Images float32 [batch, steps, h, w, c] in [0, 1] after each step, in which unknown tokens are as drawn
+      last; and which tokens are unknown, bool [batch, steps, h', w'].
+    """
+    return self._call("trajectory", self._wanted(seed, batch, label), **self._options(options))
 
   def inpaint(
     self,
@@ -138,13 +144,13 @@ class Model:
     result = np.where(pixel_mask[..., None], _like(checked, filled), checked)
     return result[0] if single else result
 
-  def _call(self, name: str, batch: Mapping[str, Any], **options: Any) -> np.ndarray:
+  def _call(self, name: str, batch: Mapping[str, Any], **options: Any) -> Any:
     if name not in self._fns:
       raise UserError(
         f"a model of objective '{self.config['objective']['name']}' cannot {name}; it can "
         f"{', '.join(sorted(self._fns))}"
       )
-    return np.asarray(self._fns[name](self.variables, batch, jax.random.key(0), **options))
+    return jax.tree.map(np.asarray, self._fns[name](self.variables, batch, jax.random.key(0), **options))
 
   def _images(self, given: np.ndarray) -> np.ndarray:
     shape = self.objective.image_shape
@@ -174,6 +180,14 @@ class Model:
     tokens = jax.eval_shape(self._fns["encode"], self.variables, {"image": images}, None)
     return tokens.shape[1]
 
+  def _wanted(self, seed: int, batch: int | None, label: Any) -> dict[str, Any]:
+    """A batch of images to be made, see `generate`."""
+    if batch is None:
+      batch = np.size(label) if label is not None and np.ndim(label) else 16
+    if batch < 1:
+      raise UserError(f"batch is {batch}: give at least 1")
+    return {"key": _keys(seed, batch), **self._label(label, batch)}
+
   def _label(self, label: Any, batch: int) -> dict[str, np.ndarray]:
     """The part of a batch that says which classes are wanted."""
     if label is None:
@@ -198,7 +212,8 @@ class Model:
         raise UserError(f"sampling has no option '{name}'{nearest(name, known)}")
       if name.startswith("guidance") and not self.objective.num_classes:
         raise UserError(f"{name} is given: this model was trained without classes to guide to, leave it out")
-    sampling.Sampling(**options)  # which checks them
+    defaults = getattr(self.objective, "sampling", sampling.Sampling())
+    dataclasses.replace(defaults, **options)  # which checks them
     return options
 
 

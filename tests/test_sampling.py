@@ -12,6 +12,7 @@ from maskgen import sampling
 from maskgen.errors import UserError
 
 NUM_TOKENS, CODES = 12, 7
+GRID = (3, 4)
 # Which share of the unknown tokens is still masked when the share t, a fraction, of the steps is done.
 SHARES = {
   "cosine": lambda t: np.cos(float(t) * np.pi / 2),
@@ -43,23 +44,40 @@ def problem(unknown_counts, seed: int = 0):
 SEEN: list[tuple[np.ndarray, np.ndarray]] = []
 
 
-@functools.partial(jax.jit, static_argnames=("logits_fn", "steps", "schedule"))
-def compiled(keys, tokens, unknown, temperature, *, logits_fn, steps, schedule):
+@functools.partial(jax.jit, static_argnames=("logits_fn", "steps", "schedule", "order", "reuse"))
+def compiled(keys, tokens, unknown, temperature, softmax_temperature, *, logits_fn, **options):
   def watched(tokens, unknown, t):
     seen = (tokens, unknown, t)
     jax.debug.callback(lambda *seen: SEEN.append(tuple(map(np.asarray, seen))), *seen, ordered=True)
     return logits_fn(tokens, unknown, t)
 
-  return sampling.decode(
-    watched, keys, tokens, unknown, steps=steps, schedule=schedule, temperature=temperature
-  )
+  def reusing(tokens, unknown, t):
+    def again(tokens, unknown, where, t):
+      return jnp.take_along_axis(watched(tokens, unknown, t), where[..., None], axis=1)
+
+    return watched(tokens, unknown, t), again
+
+  temperatures = dict(temperature=temperature, softmax_temperature=softmax_temperature)
+  return sampling.decode(watched, keys, tokens, unknown, GRID, reusing, **temperatures, **options)
 
 
-def run(keys, tokens, unknown, logits_fn=hiding, *, steps=8, schedule="cosine", temperature=4.0):
+def run(
+  keys,
+  tokens,
+  unknown,
+  logits_fn=hiding,
+  *,
+  steps=8,
+  schedule="cosine",
+  temperature=4.0,
+  softmax_temperature=1.0,
+  order="confidence",
+  reuse=1,
+):
   """Decodes under jit; returns the result and what the model saw: tokens and masks [steps, b, n]."""
   SEEN.clear()
-  options = dict(logits_fn=logits_fn, steps=steps, schedule=schedule)
-  result = np.asarray(compiled(keys, tokens, unknown, temperature, **options))
+  options = dict(logits_fn=logits_fn, steps=steps, schedule=schedule, order=order, reuse=reuse)
+  result = np.asarray(compiled(keys, tokens, unknown, temperature, softmax_temperature, **options))
   jax.effects_barrier()
   seen_tokens, seen_masks, shares = (np.stack(arrays) for arrays in zip(*SEEN, strict=True))
   np.testing.assert_allclose(shares, np.arange(steps) / steps, rtol=1e-6)
@@ -95,10 +113,23 @@ def test_all_schedules_are_tested_and_fall_from_1_to_0():
     assert (np.diff(shares) < 0).all()
 
 
-@pytest.mark.parametrize("temperature", [0.0, 4.0])
-def test_known_tokens_never_change_and_results_are_codes(temperature):
+@pytest.mark.parametrize("order", sampling.ORDERS)
+@pytest.mark.parametrize("reuse", [1, 2, 4, 8])
+def test_other_orders_and_reuse_unmask_the_scheduled_number(order, reuse):
+  counts = [0, 1, 2, 3, 7, 11, 12]
+  keys, tokens, unknown = problem(counts)
+  _, _, masks = run(keys, tokens, unknown, order=order, reuse=reuse)
+  np.testing.assert_array_equal(masks.sum(axis=-1).T, [oracle("cosine", 8, count) for count in counts])
+
+
+@pytest.mark.parametrize(
+  "options",
+  [dict(temperature=0.0), {}, dict(order="halton"), dict(reuse=2), dict(reuse=4, order="random")],
+  ids=str,
+)
+def test_known_tokens_never_change_and_results_are_codes(options):
   keys, tokens, unknown = problem([0, 1, 5, 12])
-  result, seen, masks = run(keys, tokens, unknown, temperature=temperature)
+  result, seen, masks = run(keys, tokens, unknown, **options)
   assert result.dtype == np.int32
   assert result.min() >= 0 and result.max() < CODES
   np.testing.assert_array_equal(result[~unknown], tokens[~unknown])
@@ -115,13 +146,23 @@ def test_what_stands_at_unknown_positions_does_not_matter():
   np.testing.assert_array_equal(run(keys, tokens, unknown)[0], run(keys, other, unknown)[0])
 
 
-def test_an_image_depends_on_its_key_alone():
+@pytest.mark.parametrize("options", [{}, dict(order="random"), dict(reuse=2)], ids=str)
+def test_an_image_depends_on_its_key_alone(options):
   keys, tokens, unknown = problem([12, 5, 12, 9])
-  together = run(keys, tokens, unknown)[0]
+  together = run(keys, tokens, unknown, **options)[0]
   for i in range(4):
-    alone = run(keys[i : i + 1], tokens[i : i + 1], unknown[i : i + 1])[0]
+    alone = run(keys[i : i + 1], tokens[i : i + 1], unknown[i : i + 1], **options)[0]
     np.testing.assert_array_equal(alone[0], together[i])
-  assert (run(keys[::-1], tokens, unknown)[0] != together).any()
+  assert (run(keys[::-1], tokens, unknown, **options)[0] != together).any()
+
+
+# What the defaults gave before there were other orders.
+GOLDEN = [[0, 0, 0, 4, 4, 3, 2, 2, 0, 0, 4, 4], [4, 5, 4, 4, 3, 5, 3, 0, 0, 6, 4, 4]]
+
+
+def test_the_defaults_decode_as_they_always_did():
+  keys, tokens, unknown = problem([12, 7])
+  np.testing.assert_array_equal(run(keys, tokens, unknown)[0], GOLDEN)
 
 
 BEST = np.arange(NUM_TOKENS) % CODES
@@ -131,9 +172,10 @@ def peaked(tokens, *_):
   return jnp.tile(50.0 * jax.nn.one_hot(BEST, CODES), (len(tokens), 1, 1))
 
 
-def test_peaked_logits_give_the_argmax():
+@pytest.mark.parametrize("options", [{}, dict(order="halton"), dict(reuse=2), dict(reuse=8)], ids=str)
+def test_peaked_logits_give_the_argmax(options):
   keys, tokens, unknown = problem([12, 5, 0])
-  result = run(keys, tokens, unknown, peaked, temperature=0.0)[0]
+  result = run(keys, tokens, unknown, peaked, temperature=0.0, **options)[0]
   np.testing.assert_array_equal(result, np.where(unknown, BEST, tokens))
 
 
@@ -191,11 +233,86 @@ def uneven(tokens, *_):
 
 def test_samples_follow_the_probabilities_of_the_model():
   keys, tokens, unknown = problem([NUM_TOKENS] * 400)
-  for steps in (1, 4):
-    # Without so much noise, likely samples would be kept sooner.
-    result = run(keys, tokens, unknown, uneven, steps=steps, temperature=1e9, schedule="linear")[0]
+  # Without so much noise, likely samples would be kept sooner.
+  for options in (dict(steps=1), dict(steps=4), dict(steps=4, reuse=2), dict(steps=4, order="halton")):
+    result = run(keys, tokens, unknown, uneven, temperature=1e9, schedule="linear", **options)[0]
     found = np.bincount(result.ravel(), minlength=CODES)
     assert scipy.stats.chisquare(found, PROBABILITIES * found.sum()).pvalue > 0.01
+
+
+def test_a_softmax_temperature_sharpens_the_probabilities():
+  keys, tokens, unknown = problem([NUM_TOKENS] * 400)
+  result = run(keys, tokens, unknown, uneven, order="random", softmax_temperature=0.5)[0]
+  found = np.bincount(result.ravel(), minlength=CODES)
+  expected = PROBABILITIES**2 / (PROBABILITIES**2).sum()
+  assert scipy.stats.chisquare(found, expected * found.sum()).pvalue > 0.01
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (1, 7), (3, 4), (4, 9), (16, 16), (24, 10)])
+def test_halton_meets_each_cell_once(grid):
+  np.testing.assert_array_equal(np.sort(sampling.halton(grid)), np.arange(grid[0] * grid[1]))
+
+
+@pytest.mark.parametrize("coarse", [(2, 1), (2, 3), (4, 3), (4, 9)])
+def test_the_first_tokens_of_halton_fall_into_distinct_blocks(coarse):
+  rows, columns = np.divmod(sampling.halton((8, 9))[: coarse[0] * coarse[1]], 9)
+  blocks = rows * coarse[0] // 8 * coarse[1] + columns * coarse[1] // 9
+  assert len(set(blocks)) == len(blocks)
+
+
+@pytest.mark.parametrize("count", [8, 32, 128])
+def test_halton_is_better_spread_than_rows_and_chance(count):
+  def discrepancy(cells):
+    places = (np.stack(np.divmod(cells[:count], 16), axis=-1) + 0.5) / 16
+    return scipy.stats.qmc.discrepancy(places)
+
+  halton = discrepancy(sampling.halton((16, 16)))
+  assert halton < 0.5 * discrepancy(np.arange(256))
+  chance = [discrepancy(np.random.default_rng(seed).permutation(256)) for seed in range(20)]
+  assert halton < min(chance)
+
+
+def test_halton_skips_known_tokens():
+  keys, tokens, unknown = problem([5, 9, 12])
+  _, _, masks = run(keys, tokens, unknown, order="halton", steps=NUM_TOKENS, schedule="linear")
+  place = np.argsort(sampling.halton(GRID))
+  for example in masks.swapaxes(0, 1):
+    for before, after in itertools.pairwise(example):
+      unmasked = before & ~after
+      assert not unmasked.any() or place[unmasked].max() < place[after].min()
+
+
+def test_a_random_order_is_even():
+  options = dict(order="random", steps=NUM_TOKENS, schedule="linear", temperature=0.0)
+  masks = run(*problem([NUM_TOKENS] * 300), sure_by_place, **options)[2]
+  assert scipy.stats.chisquare((~masks[1]).sum(axis=0)).pvalue > 0.01
+
+
+@pytest.mark.parametrize("reuse", [1, 2])
+def test_a_trajectory_ends_with_the_result(reuse):
+  keys, tokens, unknown = problem([0, 5, 12])
+
+  def reusing(tokens, unknown, t):
+    def again(tokens, unknown, where, t):
+      return jnp.take_along_axis(hiding(tokens, unknown, t), where[..., None], axis=1)
+
+    return hiding(tokens, unknown, t), again
+
+  arguments = (hiding, keys, tokens, unknown, GRID, reusing)
+  options = dict(steps=4, schedule="cosine", temperature=1.0, reuse=reuse)
+  found, masks = sampling.trajectory(*arguments, **options)
+  assert found.shape == masks.shape == (4, 3, NUM_TOKENS)
+  np.testing.assert_array_equal(found[-1], sampling.decode(*arguments, **options))
+  np.testing.assert_array_equal(masks.sum(axis=-1).T, [[*oracle("cosine", 4, c)[1:], 0] for c in (0, 5, 12)])
+  for step in range(4):
+    known = ~np.asarray(masks[step])
+    np.testing.assert_array_equal(found[step][known], found[-1][known])
+
+
+def test_partial_evaluations_hold_all_that_they_unmask_and_no_more_than_they_must():
+  table = sampling.remaining_table("cosine", 20, 256)
+  assert sampling.most_unmasked(table, 20) == 256
+  assert sampling.most_unmasked(table, 2) == table[17, 256]
 
 
 @pytest.mark.parametrize(
@@ -203,13 +320,31 @@ def test_samples_follow_the_probabilities_of_the_model():
   [
     (dict(schedule="cosin"), "cosin.*did you mean 'cosine'"),
     (dict(steps=0), "steps, at least 1"),
+    (dict(order="haltn"), "haltn.*did you mean 'halton'"),
+    (dict(reuse=3), "reuse is 3: it must divide"),
   ],
 )
 def test_wrong_options_are_refused(options, message):
   with pytest.raises(UserError, match=message):
-    sampling.Sampling(**options)
+    sampling.Sampling(**{"steps": 8, **options})
   keys, tokens, unknown = problem([3])
   with pytest.raises(UserError, match=message):
     sampling.decode(
-      hiding, keys, tokens, unknown, **{"steps": 2, "schedule": "cosine", "temperature": 1.0, **options}
+      hiding, keys, tokens, unknown, GRID, **{"steps": 2, "schedule": "cosine", "temperature": 1.0, **options}
     )
+
+
+def test_values_out_of_range_are_refused():
+  for options, message in (
+    (dict(softmax_temperature=0.0), "softmax_temperature is 0"),
+    (dict(softmax_temperature=-1.0), "softmax_temperature is -1.0"),
+    (dict(reuse=0), "reuse is 0"),
+  ):
+    with pytest.raises(UserError, match=message):
+      sampling.Sampling(**options)
+
+
+def test_reuse_needs_a_model_that_can():
+  with pytest.raises(UserError, match="cannot reuse features"):
+    options = dict(steps=2, schedule="cosine", temperature=1.0, reuse=2)
+    sampling.decode(hiding, *problem([3]), GRID, **options)

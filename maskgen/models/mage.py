@@ -2,6 +2,9 @@
 
 Letters: b batch, n tokens, k tokens the encoder sees, d encoder width, v vocabulary. Position 0 of every
 sequence is the class position; the tokens follow.
+
+A call with `cached=True` evaluates the class position and the `kept` tokens alone, and takes the others from
+an earlier call in which the collection `cache` was mutable and all were seen.
 """
 
 import flax.linen as nn
@@ -56,7 +59,15 @@ class Encoder(nn.Module):
       depth, heads, self.dropout, self.dtype, self.attention, self.remat, self.scan, drop_path
     )
 
-  def blocks(self, tokens: jax.Array, mask: jax.Array, kept: jax.Array | None, *, train: bool) -> jax.Array:
+  def blocks(
+    self,
+    tokens: jax.Array,
+    mask: jax.Array,
+    kept: jax.Array | None,
+    *,
+    train: bool,
+    cached: bool = False,
+  ) -> jax.Array:
     """The last encoder block's output, before the final normalisation.
 
     Args:
@@ -64,6 +75,7 @@ class Encoder(nn.Module):
       mask: bool [b, n]; masked tokens are hidden behind [MASK].
       kept: int32 [b, k], the positions the encoder sees, or None for all.
       train: whether dropout is on.
+      cached: whether the encoder saw all positions before, see above.
 
     Returns:
       [b, 1 + k, d].
@@ -73,15 +85,22 @@ class Encoder(nn.Module):
     embedding, position = sharding.gather((self.embedding, self.position))
     x = sharding.constrain_batch((embedding[ids] + position[None]).astype(self.dtype))
     x = self.embedding_dropout(self.embedding_norm(x), train=train)
-    if kept is not None:
-      x = jnp.take_along_axis(x, jnp.pad(kept + 1, ((0, 0), (1, 0)))[..., None], axis=1)
-    return self.encoder(x, train=train)
+    at = None if kept is None else jnp.pad(kept + 1, ((0, 0), (1, 0)))
+    if at is not None:
+      x = jnp.take_along_axis(x, at[..., None], axis=1)
+    return self.encoder(x, train=train, at=at if cached else None)
 
   def encode(
-    self, tokens: jax.Array, mask: jax.Array, kept: jax.Array | None = None, *, train: bool = False
+    self,
+    tokens: jax.Array,
+    mask: jax.Array,
+    kept: jax.Array | None = None,
+    *,
+    train: bool = False,
+    cached: bool = False,
   ) -> jax.Array:
     """Latents [b, 1 + k, d]; the arguments are those of `blocks`."""
-    return self.encoder_norm(self.blocks(tokens, mask, kept, train=train))
+    return self.encoder_norm(self.blocks(tokens, mask, kept, train=train, cached=cached))
 
   def pool(self, tokens: jax.Array, *, train: bool = False) -> jax.Array:
     """The mean of the last block's tokens, of unmasked tokens [b, n]; float32 [b, d].
@@ -135,8 +154,11 @@ class Mage(Encoder):
     condition: jax.Array | None = None,
     *,
     train: bool = False,
+    cached: bool = False,
   ) -> jax.Array:
     """Logits float32 [b, 1 + n, v] from latents [b, 1 + k, d] and the same mask and kept positions.
+
+    If `cached`, logits [b, 1 + k, v], for which no condition is taken.
 
     The class position's feature stands in for every masked token, dropped or not (section 3.1). A condition,
     float [b, l, c] of any l, is projected and follows the sequence (appendix A.2); it gets no position: where
@@ -148,7 +170,8 @@ class Mage(Encoder):
       b, -1, self.decoder_width
     )
     class_feature = x[:, :1]
-    if kept is not None:
+    at = jnp.pad(kept + 1, ((0, 0), (1, 0))) if cached and kept is not None else None
+    if kept is not None and at is None:
       # Position i holds the kept token number (kept tokens up to i) - 1; what dropped ones get is masked.
       # Not by a scatter, which would not stay split over the devices.
       is_kept = jax.nn.one_hot(kept, mask.shape[1], dtype=bool).any(axis=1)
@@ -156,12 +179,14 @@ class Mage(Encoder):
       x = jnp.concatenate([class_feature, jnp.take_along_axis(x, index[..., None], axis=1)], axis=1)
     hidden = jnp.pad(mask, ((0, 0), (1, 0)))[..., None]
     position = sharding.gather(self.decoder_position)[None].astype(x.dtype)
+    if at is not None:
+      hidden, position = jnp.take_along_axis(hidden, at[..., None], axis=1), position[0][at]
     x = jnp.where(hidden, class_feature, x) + position
     length = x.shape[1]
     if condition is not None:
       condition = sharding.constrain_batch(self.condition_input(condition.reshape(-1, self.condition_width)))
       x = jnp.concatenate([x, condition.reshape(b, -1, self.decoder_width)], axis=1)
-    x = self.decoder(x, train=train)[:, :length]
+    x = self.decoder(x, train=train, at=at)[:, :length]
     x = self.decoder_norm(x).reshape(-1, self.decoder_width)
     x = self.head_norm(nn.gelu(sharding.constrain_batch(self.head(x)), approximate=False))
     # The head is tied to the embedding table, which learns from its use as input alone.
@@ -177,10 +202,12 @@ class Mage(Encoder):
     condition: jax.Array | None = None,
     *,
     train: bool = False,
+    cached: bool = False,
   ) -> jax.Array:
-    """Logits over the codes alone at the n token positions, float32 [b, n, codebook]."""
-    latents = self.encode(tokens, mask, kept, train=train)
-    return self.decode(latents, mask, kept, condition, train=train)[:, 1:, : self.vocab.codebook]
+    """Logits over the codes alone, float32 [b, n, codebook]; if `cached`, [b, k, codebook] of the kept."""
+    latents = self.encode(tokens, mask, kept, train=train, cached=cached)
+    logits = self.decode(latents, mask, kept, condition, train=train, cached=cached)
+    return logits[:, 1:, : self.vocab.codebook]
 
   def __call__(self, tokens: jax.Array, mask: jax.Array) -> jax.Array:
     """Touches every parameter, for `init`."""

@@ -94,6 +94,10 @@ class Attention(nn.Module):
   """Multi-head self-attention with dropout on the weights; softmax in float32.
 
   Queries, keys and values are separate projections, so that a tensor-parallel mesh can split them by heads.
+
+  Where the collection `cache` is mutable, keys and values [b, n, h, d / h] are left there. With `at`, int32
+  [b, q], x are these positions alone, no two of them the same: their keys and values take the place of those
+  in the cache, and all others are as they were.
   """
 
   heads: int
@@ -102,8 +106,8 @@ class Attention(nn.Module):
   attention: str = "auto"
 
   @nn.compact
-  def __call__(self, x: jax.Array, length: int, *, train: bool) -> jax.Array:  # [b * n, d], n -> [b * n, d]
-    width = x.shape[-1]
+  def __call__(self, x: jax.Array, length: int, *, train: bool, at: jax.Array | None = None) -> jax.Array:
+    width = x.shape[-1]  # x is [b * n, d], or [b * q, d]
     if width % self.heads:
       raise UserError(f"a width of {width} does not divide into {self.heads} heads")
 
@@ -113,6 +117,13 @@ class Attention(nn.Module):
       return y.reshape(-1, length, self.heads, width // self.heads)
 
     query, key, value = project("query"), project("key"), project("value")
+    if self.is_mutable_collection("cache"):
+      self.put_variable("cache", "key", key)
+      self.put_variable("cache", "value", value)
+    elif at is not None:
+      renew = jax.vmap(lambda old, new, at: old.at[at].set(new, unique_indices=True))
+      key = renew(self.get_variable("cache", "key"), key, at)
+      value = renew(self.get_variable("cache", "value"), value, at)
     dropout = functools.partial(Dropout(self.dropout), train=True) if train and self.dropout else None
     y = attend(query, key, value, attention=self.attention, dropout=dropout).reshape(x.shape)
     y = nn.Dense(width, kernel_init=kernel_init, dtype=self.dtype, name="out")(y)
@@ -146,14 +157,20 @@ class Block(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x: jax.Array, length: int, drop_path: jax.Array | None = None, *, train: bool
+    self,
+    x: jax.Array,
+    length: int,
+    drop_path: jax.Array | None = None,
+    *,
+    train: bool,
+    at: jax.Array | None = None,
   ) -> jax.Array:  # [b * n, d], n -> [b * n, d]
     def branch(y: jax.Array) -> jax.Array:
       return y if drop_path is None else DropPath()(y, length, drop_path)
 
     y = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="attention_norm")(x)
     y = Attention(self.heads, self.dropout, self.dtype, self.attention, name="attention")(
-      y, length, train=train
+      y, length, train=train, at=at
     )
     x = x + branch(Dropout(self.dropout)(y, train=train))
     y = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="mlp_norm")(x)
@@ -184,7 +201,8 @@ class Transformer(nn.Module):
   drop_path: float = 0.0
 
   @nn.compact
-  def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:  # [b, n, d] -> [b, n, d]
+  def __call__(self, x: jax.Array, *, train: bool, at: jax.Array | None = None) -> jax.Array:
+    """[b, n, d] -> [b, n, d]; what `at` and the collection `cache` do, see `Attention`."""
     options = (self.heads, self.dropout, self.dtype, self.attention)
     shape, length = x.shape, x.shape[1]
     x = x.reshape(-1, x.shape[-1])
@@ -195,12 +213,21 @@ class Transformer(nn.Module):
 
     block = Block(*options, parent=None)
 
-    def run(x: jax.Array, inputs: tuple[Any, Any, Any]) -> tuple[Any, None]:
-      params, key, rate = inputs
-      rngs = {} if key is None else {"dropout": key}
-      return block.apply(
-        {"params": params}, sharding.constrain_batch(x), length, rate, train=train, rngs=rngs
-      ), None
+    keep = self.is_mutable_collection("cache")
+
+    def run(x: jax.Array, inputs: tuple[Any, ...]) -> tuple[Any, Any]:
+      params, key, rate, cache = inputs
+      y, kept = block.apply(
+        {"params": params, "cache": cache},
+        sharding.constrain_batch(x),
+        length,
+        rate,
+        train=train,
+        at=at,
+        rngs={} if key is None else {"dropout": key},
+        mutable=["cache"] if keep else [],
+      )
+      return y, kept.get("cache")
 
     run = remat_lib.remat(run, self.remat, in_scan=self.scan)
     keys, rates = [None] * self.depth, [None] * self.depth
@@ -209,15 +236,21 @@ class Transformer(nn.Module):
     if train and self.drop_path:
       rates = list(jnp.linspace(0.0, self.drop_path, self.depth))
     params: Any = self.variables["params"]
+    caches: Any = [{}] * self.depth if at is None else self.get_variable("cache", "blocks")
     inputs = [
-      (self._cast(params[f"block_{i}"]), key, rate)
-      for i, (key, rate) in enumerate(zip(keys, rates, strict=True))
+      (self._cast(params[f"block_{i}"]), *rest)
+      for i, rest in enumerate(zip(keys, rates, caches, strict=True))
     ]
     if self.scan:
-      x, _ = jax.lax.scan(run, x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *inputs))
+      x, stacked = jax.lax.scan(run, x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *inputs))
+      kept = [jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(self.depth)]
     else:
+      kept = []
       for one in inputs:
-        x, _ = run(x, one)
+        x, cache = run(x, one)
+        kept.append(cache)
+    if keep:
+      self.put_variable("cache", "blocks", kept)
     return x.reshape(shape)
 
   def _cast(self, params: Any) -> Any:

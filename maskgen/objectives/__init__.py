@@ -4,6 +4,7 @@
 the section. The training loop, evaluators and API know objectives by the protocol below alone.
 """
 
+import dataclasses
 import importlib
 import inspect
 import pkgutil
@@ -15,12 +16,13 @@ import jax
 from maskgen import config as config_lib
 from maskgen import sharding
 from maskgen.errors import UserError, nearest
+from maskgen.models.vqgan import VQGAN
 
 Tree = Any
 Batch = Mapping[str, jax.Array]
 Metrics = dict[str, jax.Array]
 # Options of prediction functions that set array sizes or choose what is computed.
-STATIC_OPTIONS = ("steps", "schedule", "guidance_schedule")
+STATIC_OPTIONS = ("steps", "schedule", "order", "reuse", "guidance_schedule")
 # (variables, batch, rng) -> arrays; variables = {"params": {group: tree}, "frozen": tree, "extra": tree}.
 PredictFn = Callable[..., Any]
 
@@ -97,11 +99,13 @@ class Objective(Protocol):
     loss -> {name: [b]}; features -> [b, d]; classify -> float32 [b, classes], probabilities;
     encode -> int32 [b, n]; decode (batch: tokens), reconstruct, generate and generate_uniform (batch: key
     [b]), inpaint (batch: image, mask [b, h, w], key) -> float32 [b, h, w, c] in [0, 1]; logits (batch:
-    tokens, token_mask [b, n]) -> float32 [b, n, codebook]; mask (batch: key [b], the keys of `losses`; needs
-    no variables) -> bool [b, h', w'], True for each token that `losses` masks.
+    tokens, token_mask [b, n]) -> float32 [b, n, codebook]; trajectory (batch: key) -> what `generate` goes
+    through: images [b, steps, h, w, c], and which tokens are unknown, bool [b, steps, h', w'];
+    mask (batch: key [b], the keys of `losses`; needs no variables) -> bool [b, h', w'], True for each token
+    that `losses` masks.
 
-    Where `num_classes` is not 0, loss takes `label` [b] as well, and so do logits, generate and inpaint, for
-    which `num_classes` stands for no class, as does its absence.
+    Where `num_classes` is not 0, loss takes `label` [b] as well, and so do logits, generate, trajectory and
+    inpaint, for which `num_classes` stands for no class, as does its absence.
     """
 
 
@@ -128,6 +132,21 @@ def check_image_size(size: Any) -> None:
   """
   if not (isinstance(size, tuple) and len(size) == 2 and all(isinstance(n, int) and n > 0 for n in size)):
     raise UserError(f"image_size is {size!r}: give (height, width) in pixels")
+
+
+def check_tokenizer(found: VQGAN, expected: VQGAN) -> None:
+  """Checks that the tokenizer of a pretrained model is that of `config.objective`.
+
+  Raises:
+    UserError: naming a field that differs.
+  """
+  for field in dataclasses.fields(VQGAN):
+    theirs, ours = getattr(found, field.name), getattr(expected, field.name)
+    # The type of the computation may differ: parameters are float32.
+    if theirs != ours and field.name not in ("dtype", "parent", "name"):
+      raise UserError(
+        f"its tokenizer has {field.name}={theirs}, config.objective.tokenizer has {ours}: make them equal"
+      )
 
 
 def compile_predict_fns(objective: Objective, mesh: jax.sharding.Mesh | None = None) -> dict[str, PredictFn]:

@@ -183,7 +183,7 @@ class Objective:
       theirs, ours = getattr(found, field), getattr(self, field)
       if theirs != ours:
         raise UserError(f"it has {field}={theirs}, config.objective has {ours}: make them equal")
-    mage.check_tokenizer(found.tokenizer, self.tokenizer)
+    objectives.check_tokenizer(found.tokenizer, self.tokenizer)
     shapes = jax.eval_shape(found.init, jax.random.key(0), found.pretrained_shapes())
     if not set(ENCODER) <= shapes["params"]["main"].keys():
       origin = config.get("pretrained", {}).get("mage", "the model it was made from")

@@ -1,7 +1,7 @@
 """The MAGE objective: masked prediction of image codes with a variable ratio (Li et al. 2023, section 3)."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -17,23 +17,8 @@ from maskgen.models.mage import Mage
 from maskgen.models.remat import check_remat
 from maskgen.models.transformer import check_attention
 from maskgen.models.vqgan import VQGAN
-from maskgen.objectives import Batch, Metrics, PredictFn, Tree, check_image_size
+from maskgen.objectives import Batch, Metrics, PredictFn, Tree, check_image_size, check_tokenizer
 from maskgen.vocab import Vocab
-
-
-def check_tokenizer(found: VQGAN, expected: VQGAN) -> None:
-  """Checks that the tokenizer of a pretrained model is that of `config.objective`.
-
-  Raises:
-    UserError: naming a field that differs.
-  """
-  for field in dataclasses.fields(VQGAN):
-    theirs, ours = getattr(found, field.name), getattr(expected, field.name)
-    # The type of the computation may differ: parameters are float32.
-    if theirs != ours and field.name not in ("dtype", "parent", "name"):
-      raise UserError(
-        f"its tokenizer has {field.name}={theirs}, config.objective.tokenizer has {ours}: make them equal"
-      )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -227,11 +212,26 @@ class Objective:
 
   def _logits_fn(
     self, variables: Tree, batch: Batch, guidance: float | jax.Array, guidance_schedule: str
-  ) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
+  ) -> sampling_lib.LogitsFn:
     """What `sampling.decode` asks for logits; a model without a condition has nothing to be guided by."""
     return lambda tokens, unknown, t: self._logits(
       variables["params"], variables["frozen"], batch, tokens, unknown
     )
+
+  def _reusing_fn(self, variables: Tree) -> sampling_lib.ReusingFn | None:
+    """What `sampling.decode` asks for logits where features are reused; None for a model that cannot."""
+    params = {"params": variables["params"]["main"]}
+
+    def reusing_fn(tokens, unknown, t):
+      first, cache = self.model.apply(params, tokens, unknown, method="code_logits", mutable=["cache"])
+
+      def again(tokens, unknown, where, t):
+        known = {**params, **cache}
+        return self.model.apply(known, tokens, unknown, where, cached=True, method="code_logits")
+
+      return first, again
+
+    return reusing_fn
 
   def _tokenize(self, frozen: Tree, images: jax.Array) -> Any:
     pixels = images_lib.to_float(images)
@@ -264,16 +264,26 @@ class Objective:
       params, frozen = variables["params"], variables["frozen"]
       return self._logits(params, frozen, batch, batch["tokens"], batch["token_mask"])
 
-    def fill(variables, batch, tokens, unknown, options: dict[str, Any]):
+    def fill(sampler, variables, batch, tokens, unknown, options: dict[str, Any]):
       chosen = dataclasses.asdict(self.sampling) | options
       guidance = {name: chosen.pop(name) for name in ("guidance", "guidance_schedule")}
       logits_fn = self._logits_fn(variables, batch, **guidance)
-      tokens = sampling_lib.decode(logits_fn, batch["key"], tokens, unknown, **chosen)
-      return decode(variables, {"tokens": tokens}, None)
+      reusing_fn = self._reusing_fn(variables)
+      return sampler(logits_fn, batch["key"], tokens, unknown, self.grid, reusing_fn, **chosen)
+
+    def fill_all(sampler, variables, batch, options: dict[str, Any]):
+      tokens = jnp.zeros((batch["key"].shape[0], self.num_tokens), jnp.int32)
+      return fill(sampler, variables, batch, tokens, jnp.ones(tokens.shape, bool), options)
 
     def generate(variables, batch, rng, **options):
-      tokens = jnp.zeros((batch["key"].shape[0], self.num_tokens), jnp.int32)
-      return fill(variables, batch, tokens, jnp.ones(tokens.shape, bool), options)
+      tokens = fill_all(sampling_lib.decode, variables, batch, options)
+      return decode(variables, {"tokens": tokens}, rng)
+
+    def trajectory(variables, batch, rng, **options):
+      tokens, unknown = fill_all(sampling_lib.trajectory, variables, batch, options)
+      images = jax.lax.map(lambda tokens: decode(variables, {"tokens": tokens}, rng), tokens)
+      unknown = unknown.reshape(*unknown.shape[:2], *self.grid)
+      return images.swapaxes(0, 1), unknown.swapaxes(0, 1)
 
     def generate_uniform(variables, batch, rng):
       def draw(key):
@@ -285,8 +295,8 @@ class Objective:
       pixels, hole = images_lib.to_float(batch["image"]), batch["mask"][..., None]
       tokens = encode(variables, {"image": jnp.where(hole, 0.0, pixels)}, rng)
       unknown = masking.token_mask(batch["mask"], self.tokenizer.factor)
-      filled = fill(variables, batch, tokens, unknown, options)
-      return jnp.where(hole, filled, pixels)
+      tokens = fill(sampling_lib.decode, variables, batch, tokens, unknown, options)
+      return jnp.where(hole, decode(variables, {"tokens": tokens}, rng), pixels)
 
     return {
       "loss": loss,
@@ -298,5 +308,6 @@ class Objective:
       "logits": logits,
       "generate": generate,
       "generate_uniform": generate_uniform,
+      "trajectory": trajectory,
       "inpaint": inpaint,
     }

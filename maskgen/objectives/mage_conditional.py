@@ -5,7 +5,7 @@ Letters: b batch, n tokens, k tokens the encoder sees, l positions of the condit
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -69,7 +69,7 @@ class Objective(mage.Objective):
     if section.get("name") not in ("mage", "mage_c"):
       raise UserError("it is no MAGE: give a model trained by objective 'mage' or 'mage_c'")
     found: Any = objectives.build(section)
-    mage.check_tokenizer(found.tokenizer, self.tokenizer)
+    objectives.check_tokenizer(found.tokenizer, self.tokenizer)
     encoder = ("class_ids", "null_class", "width", "depth", "heads")
     for field in ("image_size", *encoder, "decoder_width", "decoder_depth", "decoder_heads"):
       theirs, ours = getattr(found, field), getattr(self, field)
@@ -128,7 +128,7 @@ class Objective(mage.Objective):
 
   def _logits_fn(
     self, variables: Tree, batch: Batch, guidance: float | jax.Array, guidance_schedule: str
-  ) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
+  ) -> sampling_lib.LogitsFn:
     unguided = isinstance(guidance, int | float) and guidance == 1  # else it is traced, and may be anything
     if unguided or "label" not in batch:
       return super()._logits_fn(variables, batch, guidance, guidance_schedule)
@@ -148,3 +148,6 @@ class Objective(mage.Objective):
       )
 
     return logits_fn
+
+  def _reusing_fn(self, variables: Tree) -> None:
+    """Features would have to be kept for both answers of guidance, and for the condition."""
