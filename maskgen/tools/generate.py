@@ -1,9 +1,16 @@
 """Writes a grid of generated images: python -m maskgen.tools.generate --model=DIR --out=FILE.png"""
 
+import dataclasses
 from collections.abc import Sequence
+
+import numpy as np
 
 from maskgen import cli
 from maskgen.errors import UserError
+
+# Of the picture of a trajectory.
+_ROWS, _COLUMNS = 8, 10
+_GREY = 0.5
 
 
 def main(argv: Sequence[str]) -> None:
@@ -16,34 +23,44 @@ def main(argv: Sequence[str]) -> None:
   parser.add_argument("--out", required=True, help="PNG file to write")
   parser.add_argument("--count", type=int, default=64, help="how many images")
   parser.add_argument("--seed", type=int, default=0, help="seed; image i depends on seed and i alone")
-  parser.add_argument("--steps", type=int, help="decoding steps, by default the config's")
-  parser.add_argument("--temperature", type=float, help="choice temperature, by default the config's")
   parser.add_argument("--label", help="class ids, such as 3 or 0,4,7 or all, if it was trained with classes")
-  parser.add_argument("--guidance", type=float, help="how much the class counts, by default the config's")
-  parser.add_argument("--guidance_schedule", help="how guidance grows, by default the config's")
+  parser.add_argument("--trajectory", help="PNG file that shows how the first images come into being")
+  options = parser.add_argument_group("sampling, by default as in the config; docs/sampling.md explains all")
+  options.add_argument("--steps", type=int, help="decoding steps")
+  options.add_argument("--schedule", help="share of the tokens that is masked at each step, such as cosine")
+  options.add_argument("--temperature", type=float, help="choice temperature, of the order 'confidence'")
+  options.add_argument("--order", help="which tokens come first: confidence, halton or random")
+  options.add_argument("--softmax_temperature", type=float, help="divides the logits of the tokens")
+  options.add_argument("--reuse", type=int, help="steps from one full evaluation to the next")
+  options.add_argument("--guidance", type=float, help="how much the class counts")
+  options.add_argument("--guidance_schedule", help="how guidance grows over the steps")
   args = parser.parse_args(argv)
   cli.check_out(args.out)
+  if args.trajectory is not None:
+    cli.check_out(args.trajectory, "trajectory")
   if args.count < 1:
     raise UserError(f"--count={args.count}: give at least 1")
 
-  from maskgen import api, images
+  from maskgen import api, images, sampling
 
   model = api.load(args.model)
-  options = {name: getattr(args, name) for name in ("steps", "temperature", "guidance", "guidance_schedule")}
+  names = [field.name for field in dataclasses.fields(sampling.Sampling)]
+  given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
   labels = columns = None
   if args.label is not None:
     classes = parse_labels(args.label, model.objective.num_classes)
     each = max(args.count // len(classes), 1)
     labels = [label for label in classes for _ in range(each)]
     columns = each if len(classes) > 1 else None
-  pictures = model.generate(
-    seed=args.seed,
-    batch=args.count if labels is None else None,
-    label=labels,
-    **{name: value for name, value in options.items() if value is not None},
-  )
+  count = args.count if labels is None else len(labels)
+  pictures = model.generate(seed=args.seed, batch=count, label=labels, **given)
   images.write_png(args.out, images.enlarge(images.grid(pictures, columns)))
-  print(f"wrote {len(pictures)} images to {args.out}")
+  print(f"wrote {count} images to {args.out}")
+  if args.trajectory is not None:
+    rows = min(count, _ROWS)
+    made = model.trajectory(seed=args.seed, batch=rows, label=labels and labels[:rows], **given)
+    images.write_png(args.trajectory, images.enlarge(draw_trajectory(*made), smallest=1024))
+    print(f"wrote how they come into being to {args.trajectory}")
 
 
 def parse_labels(text: str, num_classes: int) -> list[int]:
@@ -60,6 +77,27 @@ def parse_labels(text: str, num_classes: int) -> list[int]:
     return [int(part) for part in text.split(",")]
   except ValueError:
     raise UserError(f"--label={text}: give class ids such as 3 or 0,4,7, or all") from None
+
+
+def draw_trajectory(pictures: np.ndarray, unknown: np.ndarray) -> np.ndarray:
+  """Draws each image as a row that begins in grey and ends with the image.
+
+  Args:
+    pictures: float [b, steps, h, w, c] in [0, 1], after each step.
+    unknown: bool [b, steps, h', w']; the pixels of these tokens are grey, and show as a shade what was drawn.
+
+  Returns:
+    uint8 [H, W, 3]; of many steps about as many columns as fit, the first and the last among them.
+  """
+  from maskgen import images
+
+  steps = pictures.shape[1]
+  shown = np.unique(np.linspace(0, steps - 1, min(steps, _COLUMNS)).round().astype(int))
+  pictures, unknown = pictures[:, shown], unknown[:, shown]
+  factor = np.array(pictures.shape[2:4]) // unknown.shape[2:]
+  hidden = unknown.repeat(factor[0], axis=2).repeat(factor[1], axis=3)[..., None]
+  faded = np.where(hidden, _GREY + 0.25 * (pictures - _GREY), pictures)
+  return images.grid(faded.reshape(-1, *faded.shape[2:]), columns=len(shown))
 
 
 if __name__ == "__main__":
