@@ -238,6 +238,16 @@ def test_sample_takes_the_steps_of_the_config(capsys):
   assert (numbers["sampling_steps"], numbers["batch_size"], numbers["stage"]) == (3, 8, None)
 
 
+def test_sample_compares_the_reuse_of_features(capsys):
+  main(["sample", TINY, "--sampling_steps=4", "--reuse=2,4", "--repeats=2"])
+  lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+  assert [line.get("reuse") for line in lines] == [None, 2, 4]
+  for line in lines[1:]:
+    expected = lines[0]["batch_seconds"] / line["batch_seconds"]
+    assert line["ratio"] == pytest.approx(expected)
+    assert line["ratio_min"] <= line["ratio_max"]
+
+
 def test_steps_and_samples_are_without_tensorflow():
   code = f"""
 import sys
@@ -393,6 +403,8 @@ def test_kinds_of_operations(function, shapes, kinds):
     (["sample", TINY, "--stage=tokenizer"], "'tokenizer' does not generate: .* objective 'mage'"),
     (["sample", TINY, "--batch_size=12"], "config.batch_size=12 is not divisible by 8"),
     (["sample", TINY, "--sampling_steps=0"], "--sampling_steps=0: give at least 1"),
+    (["sample", TINY, "--reuse=2,x"], "--reuse=2,x: give numbers of at least 1"),
+    (["sample", TINY, "--reuse=2"], "reuse is 2: it must divide the number of steps, 3"),
     (["sample", TINY, "--repeats=0"], "--repeats=0: give at least 1"),
     (["tokens", TINY, "--steps=0"], "--steps=0: give at least 1"),
     (["tokens", TINY, "--batch_size=0"], "--batch_size=0: give at least 1"),

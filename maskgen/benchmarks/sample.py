@@ -1,5 +1,6 @@
 """How fast images are generated."""
 
+import dataclasses
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,18 +23,25 @@ def main(argv: Sequence[str]) -> Iterator[dict[str, Any]]:
   parser = cli.Parser(
     "Measures the generation of images on the devices that are here: compilation, seconds per batch, images "
     "per second, memory. Weights are random, so no trained model is needed. One line for each batch size; "
-    "size 1 tells how long one image takes.",
+    "size 1 tells how long one image takes. With --reuse, also a line for each such Sampling.reuse, measured "
+    "in turns with the full evaluation that it is compared with.",
     "python -m maskgen.tools.bench sample --config=configs/mage_base.py --batch_size=1,64",
   )
   common.add_config(parser)
   common.add_batch_sizes(parser)
   parser.add_argument("--sampling_steps", type=int, help="decoding steps, by default the config's")
+  parser.add_argument("--reuse", help="steps from one full evaluation to the next, such as 2,4")
   parser.add_argument("--repeats", type=int, default=5, help="how many batches are measured, after one")
   args, config = common.parse(parser, argv)
   common.check_at_least(args, 1, "repeats")
   if args.sampling_steps is not None:
     common.check_at_least(args, 1, "sampling_steps")
-  sizes = common.batch_sizes(args, config)
+  sizes, reuses = common.batch_sizes(args, config), [1]
+  if args.reuse is not None:
+    values = args.reuse.split(",")
+    if not all(value.isdecimal() and int(value) for value in values):
+      raise UserError(f"--reuse={args.reuse}: give numbers of at least 1, such as 2 or 2,4")
+    reuses = sorted({1, *map(int, values)})
 
   import jax
 
@@ -43,13 +51,13 @@ def main(argv: Sequence[str]) -> Iterator[dict[str, Any]]:
   processes.start(None, None, None)
   for size in sizes:
     with devices.enough_memory(size):
-      result = _measure(config | {"batch_size": size, "accumulation": 1}, args)
+      results = _measure(config | {"batch_size": size, "accumulation": 1}, args, reuses)
     if jax.process_index() == 0:
-      yield {"config": args.config, "stage": args.stage} | result
+      yield from ({"config": args.config, "stage": args.stage} | result for result in results)
 
 
-def _measure(config: Mapping[str, Any], args: Any) -> dict[str, Any]:
-  """Everything about one batch size."""
+def _measure(config: Mapping[str, Any], args: Any, reuses: Sequence[int]) -> list[dict[str, Any]]:
+  """Everything about one batch size; a result for each way to reuse features."""
   import jax
 
   from maskgen import sharding
@@ -67,28 +75,37 @@ def _measure(config: Mapping[str, Any], args: Any) -> dict[str, Any]:
   variables = random_state.random_tree(experiment.targets["state"].variables(experiment.targets["frozen"]))
   split = jax.jit(jax.random.split, static_argnums=1, out_shardings=sharding.batch_sharding(experiment.mesh))
   batch = {"key": split(jax.random.key(0), size)}
-  log.info("batches of %d in %d steps: compiling", size, steps)
-  began = time.monotonic()
-  compiled = generate_fn.lower(variables, batch, jax.random.key(0), steps=steps).compile()
-  compile_seconds = time.monotonic() - began
+  compile_seconds, functions = {}, {}
+  for reuse in reuses:
+    log.info("batches of %d in %d steps, reuse %d: compiling", size, steps, reuse)
+    dataclasses.replace(objective.sampling, steps=steps, reuse=reuse)  # which checks them
+    began = time.monotonic()
+    compiled = generate_fn.lower(variables, batch, jax.random.key(0), steps=steps, reuse=reuse).compile()
+    compile_seconds[reuse] = time.monotonic() - began
 
-  def generate() -> None:
-    jax.block_until_ready(compiled(variables, batch, jax.random.key(0)))
+    def generate(compiled: Any = compiled) -> None:
+      jax.block_until_ready(compiled(variables, batch, jax.random.key(0)))
 
-  generate()
-  result = common.spread(
-    "batch_seconds", common.seconds_per_call({"generate": generate}, args.repeats)["generate"]
-  )
-  log.info("batches of %d: %.3g s", size, result["batch_seconds"])
-  return (
-    devices.describe()
-    | {
-      "batch_size": size,
-      "sampling_steps": steps,
-      "dtype": common.compute_dtype(objective),
-      "compile_seconds": compile_seconds,
-      "images_per_second": size / result["batch_seconds"],
-    }
-    | result
-    | devices.peak_memory()
-  )
+    generate()
+    functions[f"reuse {reuse}"] = generate
+  seconds = common.seconds_per_call(functions, args.repeats)
+  results = []
+  for reuse in reuses:
+    own = seconds[f"reuse {reuse}"]
+    result = common.spread("batch_seconds", own)
+    log.info("batches of %d, reuse %d: %.3g s", size, reuse, result["batch_seconds"])
+    if reuse > 1:
+      result |= {"reuse": reuse} | common.ratios(seconds["reuse 1"], own)
+    results.append(
+      devices.describe()
+      | {
+        "batch_size": size,
+        "sampling_steps": steps,
+        "dtype": common.compute_dtype(objective),
+        "compile_seconds": compile_seconds[reuse],
+        "images_per_second": size / result["batch_seconds"],
+      }
+      | result
+      | devices.peak_memory()
+    )
+  return results
