@@ -114,14 +114,32 @@ class Evaluator:
   @one_blas_thread
   def run(self, variables: Any, rng: jax.Array) -> Report:
     """Evaluates; `rng` is a typed key."""
-    predict, name = self.context.predict, f"frechet_{self.features}"
-    num_classes = self.context.num_classes
+    report, predict = self.measure(variables, rng, **self._options), self.context.predict
+    numbers = dict(report.numbers)
+
+    def uniform_features():
+      for images, count in self._draws(predict["generate_uniform"], variables, rng):
+        yield gather(self._space(images))[:count]
+
+    if "generate_uniform" in predict:
+      uniform = frechet.fit(uniform_features())
+      numbers[f"frechet_{self.features}_uniform_codes"] = frechet.distance(uniform, self._real)
+    if self.classifier is not None:
+      numbers[f"{self.classifier}_top1"] = self._real_classes[1]
+    return Report(numbers, report.pictures)
+
+  @one_blas_thread
+  def measure(self, variables: Any, rng: jax.Array, **options: Any) -> Report:
+    """The part of `run` that depends on how images are sampled, with these options of `sampling.Sampling`."""
+    name, num_classes = f"frechet_{self.features}", self.context.num_classes
     shown: list[np.ndarray] = []
     classes: list[np.ndarray] = []
 
     def generated_features():
-      options = {**self._options, "num_classes": num_classes}
-      for images, count in self._draws(predict["generate"], variables, rng, **options):
+      draws = self._draws(
+        self.context.predict["generate"], variables, rng, num_classes=num_classes, **options
+      )
+      for images, count in draws:
         num_shown = sum(map(len, shown))
         if num_shown < self.num_pictures:
           shown.append(gather(images)[: min(count, self.num_pictures - num_shown)])
@@ -129,19 +147,11 @@ class Evaluator:
           classes.append(self._real_classes[0].predict(_flat(gather(images)[:count])))
         yield gather(self._space(images))[:count]
 
-    def uniform_features():
-      for images, count in self._draws(predict["generate_uniform"], variables, rng):
-        yield gather(self._space(images))[:count]
-
     numbers = {
       name: frechet.distance(frechet.fit(generated_features()), self._real),
       f"{name}_floor": self._floor,
     }
-    if "generate_uniform" in predict:
-      uniform = frechet.fit(uniform_features())
-      numbers[f"{name}_uniform_codes"] = frechet.distance(uniform, self._real)
     if self.classifier is not None:
-      numbers[f"{self.classifier}_top1"] = self._real_classes[1]
       seen = np.concatenate(classes)
       numbers |= class_balance(seen, len(self.context.class_names or ()))
       if num_classes:
@@ -150,7 +160,7 @@ class Evaluator:
     made = {"generated": images_lib.grid(np.concatenate(shown))}
     if num_classes:
       made["generated_by_class"] = pictures.generated(
-        self.context, variables, rng, self.num_pictures, self.seed, **self._options
+        self.context, variables, rng, self.num_pictures, self.seed, **options
       )
     return Report(numbers, made)
 

@@ -1,0 +1,247 @@
+"""Measures settings of sampling: python -m maskgen.tools.sweep --model=DIR --temperature=1,2,4 --out=DIR"""
+
+import argparse
+import csv
+import dataclasses
+import io
+import itertools
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from maskgen import cli, files
+from maskgen.errors import UserError
+
+TABLE, SHEET, PICTURES = "sweep.csv", "sweep.png", "pictures"
+_SHOWN = 16  # images of each setting, in one row
+_CALLS = 3  # that are timed; the fastest counts
+log = logging.getLogger("maskgen")
+
+
+def main(argv: Sequence[str]) -> None:
+  """Parses the command line and measures.
+
+  Raises:
+    UserError: if the model, a setting or the folder is wrong.
+  """
+  from maskgen import checkpoint
+  from maskgen.sampling import Sampling
+
+  parser = cli.Parser(
+    "Generates images with every combination of the given settings of sampling, compares them with the data "
+    f"that the model was trained on, and writes {TABLE}, the best first, and {SHEET}, a row of images for "
+    "each setting. A sweep that was ended continues with the same command: what is in the table is not "
+    "measured again.",
+    "python -m maskgen.tools.sweep --model=runs/quickstart/mage --temperature=1,2.5,6 --steps=8,16 "
+    "--order=confidence,halton --out=runs/sweep",
+  )
+  parser.add_argument("--model", required=True, help="workdir of a run, or an export, whose data is at hand")
+  parser.add_argument("--out", required=True, help="folder to write, or to continue")
+  parser.add_argument(
+    "--num_images",
+    type=int,
+    default=500,
+    help="images per setting; distances of other numbers do not compare",
+  )
+  fields = parser.add_argument_group("values to combine, separated by commas; by default the config's")
+  for field in dataclasses.fields(Sampling):
+    fields.add_argument(f"--{field.name}", help=f"such as {field.default}")
+  args = parser.parse_args(argv)
+  if args.num_images < 2:
+    raise UserError(f"--num_images={args.num_images}: give at least 2")
+  config = checkpoint.load_config(args.model)
+  out = epath.Path(args.out)
+  if not cli.writable(out) or (out.exists() and not out.is_dir()):
+    raise UserError(f"--out={args.out}: it is no folder that can be written, give another")
+
+  from maskgen import objectives
+
+  defaults = getattr(objectives.build(config.get("objective", {})), "sampling", None)
+  if defaults is None:
+    raise UserError(
+      f"--model={args.model} does not generate: give a model that was trained to, such as mage's"
+    )
+  sweep(args.model, config, settings(defaults, args), out, args.num_images)
+
+
+def settings(defaults: Any, args: argparse.Namespace) -> list[Any]:
+  """Every combination of the flags, checked; those that differ in nothing that matters come once.
+
+  Args:
+    defaults: the model's `sampling.Sampling`, for what no flag gives.
+    args: flags with the names of its fields, texts or None.
+
+  Raises:
+    UserError: if a value is wrong, or does not go with another.
+  """
+  choices: dict[str, list[Any]] = {}
+  for field in dataclasses.fields(defaults):
+    text: str | None = getattr(args, field.name)
+    kind: Any = type(field.default)
+    try:
+      choices[field.name] = (
+        [getattr(defaults, field.name)] if text is None else [kind(value) for value in text.split(",")]
+      )
+    except ValueError:
+      what = "whole numbers" if kind is int else "numbers"
+      raise UserError(f"--{field.name}={text}: give {what}, separated by commas") from None
+  found = []
+  for values in itertools.product(*choices.values()):
+    setting = type(defaults)(**dict(zip(choices, values, strict=True)))
+    if setting.order != "confidence":  # which has no use for it
+      setting = dataclasses.replace(setting, temperature=defaults.temperature)
+    found.append(setting)
+  return list(dict.fromkeys(found))
+
+
+def sweep(
+  model: str, config: Mapping[str, Any], wanted: Sequence[Any], out: epath.Path, num_images: int
+) -> None:
+  """Measures the settings that are not in the table yet, then sorts it and draws the sheet."""
+  import jax
+
+  from maskgen import checkpoint, images, tree
+  from maskgen.experiment import Experiment
+
+  # The run's own evaluation of generated images, if it has one: its feature space and its classifier.
+  sections = (section for section in config.get("evals", {}).values() if section["type"] == "generation")
+  section = next(sections, {"type": "generation", "every_steps": 1}) | {"num_images": num_images}
+  own = {key: value for key, value in config.items() if key != "version"}  # of maskgen, not of the run
+  experiment = Experiment({**own, "evals": {"sweep": section}})
+  evaluator: Any = experiment.evaluators["sweep"][1]
+  variables = checkpoint.load_variables(
+    model, experiment.targets["state"].variables(experiment.targets["frozen"])
+  )
+  base = {"weights": tree.fingerprint(variables)[:12], "num_images": num_images}
+  rows = read_table(out / TABLE, base)
+  (out / PICTURES).mkdir(parents=True, exist_ok=True)
+  todo = [setting for setting in wanted if not find(rows, setting)]
+  log.info("%d settings, %d of them measured before", len(wanted), len(wanted) - len(todo))
+  rng, began = jax.random.key(0), time.monotonic()
+  for number, setting in enumerate(todo, 1):
+    options = dataclasses.asdict(setting)
+    seconds, made = _time(experiment, variables, options)
+    report = evaluator.measure(variables, rng, **options)
+    strip = images.enlarge(images.grid(made[:_SHOWN], columns=_SHOWN), smallest=1000)
+    images.write_png(out / PICTURES / f"{_name(options)}.png", strip)
+    measured = {"seconds_per_image": seconds, **report.numbers}
+    rows.append({name: str(value) for name, value in (options | base | measured).items()})
+    write_table(out / TABLE, rows)
+    left = (time.monotonic() - began) / number * (len(todo) - number)
+    shown = ", ".join(f"{name} {value:.4g}" for name, value in measured.items())
+    log.info("%d of %d: %s: %s; %.0f s left", number, len(todo), _name(options), shown, left)
+  rank = f"frechet_{evaluator.features}"
+  rows.sort(key=lambda row: float(row[rank]))
+  write_table(out / TABLE, rows)
+  chosen = [row for row in rows if any(find([row], setting) for setting in wanted)]
+  print("\n".join(_markdown(chosen, wanted)))
+  _draw(out, chosen, wanted, rank)
+  print(f"wrote {out / TABLE} and {out / SHEET}")
+
+
+def _time(experiment: Any, variables: Any, options: dict[str, Any]) -> tuple[float, np.ndarray]:
+  """Seconds per image in a batch, compilation apart, and the images."""
+  import jax
+
+  from maskgen import sharding
+  from maskgen.evaluators import batches
+
+  like = jax.ShapeDtypeStruct((experiment.eval_batch_size,), bool)
+  like = jax.device_put(np.ones(like.shape, bool), sharding.batch_sharding(experiment.mesh))
+  batch, seconds = {"key": batches.make_keys({"valid": like}, seed=0)}, []
+  for _ in range(1 + _CALLS):
+    began = time.monotonic()
+    made = jax.block_until_ready(
+      experiment.predict["generate"](variables, batch, jax.random.key(0), **options)
+    )
+    seconds.append(time.monotonic() - began)
+  return min(seconds[1:]) / experiment.eval_batch_size, batches.gather(made)
+
+
+def read_table(path: epath.Path, base: Mapping[str, Any]) -> list[dict[str, str]]:
+  """The rows of a table that an earlier sweep wrote, if there is one.
+
+  Raises:
+    UserError: if it is of other weights, or another number of images.
+  """
+  if not path.exists():
+    return []
+  rows = list(csv.DictReader(io.StringIO(path.read_text())))
+  for row in rows:
+    for name, value in base.items():
+      if row.get(name) != str(value):
+        raise UserError(
+          f"{path} has measurements with {name} {row.get(name)}, and this is {value}: give another --out"
+        )
+  return rows
+
+
+def write_table(path: epath.Path, rows: Sequence[Mapping[str, str]]) -> None:
+  """Writes rows as CSV, complete or not at all."""
+  text = io.StringIO()
+  writer = csv.DictWriter(
+    text, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n"
+  )
+  writer.writeheader()
+  writer.writerows(rows)
+  files.replace(path, text.getvalue())
+
+
+def find(rows: Sequence[Mapping[str, str]], setting: Any) -> bool:
+  """Whether a setting has been measured."""
+  options = dataclasses.asdict(setting).items()
+  return any(all(row.get(name) == str(value) for name, value in options) for row in rows)
+
+
+def _name(options: Mapping[str, Any]) -> str:
+  return ",".join(f"{name}={value}" for name, value in options.items())
+
+
+def _varied(wanted: Sequence[Any]) -> list[str]:
+  """The options that are not the same in all settings."""
+  names = [field.name for field in dataclasses.fields(wanted[0])]
+  return [name for name in names if len({getattr(setting, name) for setting in wanted}) > 1]
+
+
+def _markdown(rows: Sequence[Mapping[str, str]], wanted: Sequence[Any]) -> Iterator[str]:
+  hidden = {field.name for field in dataclasses.fields(wanted[0])} - {*_varied(wanted)} | {
+    "weights",
+    "num_images",
+  }
+  names = [name for name in rows[0] if name not in hidden]
+  yield "| " + " | ".join(names) + " |"
+  yield "|" + " --- |" * len(names)
+  for row in rows:
+    yield "| " + " | ".join(_short(row[name]) for name in names) + " |"
+
+
+def _short(value: str) -> str:
+  try:
+    return f"{float(value):.4g}"
+  except ValueError:
+    return value
+
+
+def _draw(out: epath.Path, rows: Sequence[Mapping[str, str]], wanted: Sequence[Any], rank: str) -> None:
+  """Draws the rows' pictures, each under its setting and its figures."""
+  from PIL import Image
+
+  from maskgen import images, sheet
+
+  sections = {}
+  for place, row in enumerate(rows, 1):
+    options = {field.name: row[field.name] for field in dataclasses.fields(wanted[0])}
+    title = ", ".join(f"{name} {row[name]}" for name in _varied(wanted)) or "the config's setting"
+    speed = f"{1e3 * float(row['seconds_per_image']):.3g} ms per image"
+    title = f"{place}. {title}: {rank} {_short(row[rank])}, {speed}"
+    strip = np.asarray(Image.open(io.BytesIO((out / PICTURES / f"{_name(options)}.png").read_bytes())))
+    sections[title] = [sheet.Card([strip], [], "")]
+  images.write_png(out / SHEET, sheet.draw(sections))
+
+
+if __name__ == "__main__":
+  cli.run(main)
