@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from maskgen import checkpoint, images, objectives, sampling
+from maskgen import checkpoint, editing, images, objectives, sampling
 from maskgen.errors import UserError, nearest
+from maskgen.images import to_float
 
 
 def load(path: epath.PathLike) -> "Model":
@@ -117,32 +119,89 @@ class Model:
     pixel_mask: np.ndarray,
     seed: int = 0,
     label: int | Sequence[int] | np.ndarray | None = None,
+    *,
+    feather: int = 0,
     **options: Any,
   ) -> np.ndarray:
     """Makes the masked pixels anew; all others keep their values.
 
+    Images may have any size: the model fills a window around the hole, scaled to its own size and back.
+
     Args:
       images: [b, h, w, c], or one image [h, w, c].
       pixel_mask: bool [b, h, w] or [h, w], True where pixels are to be made anew.
-      seed: of the randomness.
+      seed: of the randomness; image i depends on the seed and i alone.
       label: as for `generate`.
+      feather: width in pixels of a band around the hole that is made anew, too, and fades into the image.
       **options: as for `generate`.
 
     Returns:
       Images of the shape and dtype that came in.
     """
     single = np.ndim(images) == 3
-    checked = self._images(np.asarray(images)[None] if single else images)
+    checked = self._pixels(np.asarray(images)[None] if single else images)
     shape = checked.shape[:3]
+    if 0 in shape:
+      raise UserError(f"images have shape {checked.shape}: give at least one of at least one pixel")
     pixel_mask = np.asarray(pixel_mask)
     if pixel_mask.ndim == 2 and pixel_mask.shape == shape[1:]:
       pixel_mask = np.broadcast_to(pixel_mask, shape)
     pixel_mask = _mask(pixel_mask, shape, "pixel_mask")
-    batch = {"image": checked, "mask": pixel_mask, "key": _keys(seed, len(checked))}
-    batch |= self._label(label, len(checked))
-    filled = self._call("inpaint", batch, **self._options(options))
-    result = np.where(pixel_mask[..., None], _like(checked, filled), checked)
+    if not isinstance(feather, int) or feather < 0:
+      raise UserError(f"feather is {feather!r}: give a whole number of pixels")
+    wanted, options = self._wanted(seed, len(checked), label), self._options(options)
+    floats = np.asarray(to_float(jnp.asarray(checked)))
+    result = _like(checked, self._fill(floats, pixel_mask, wanted, feather, options))
     return result[0] if single else result
+
+  def outpaint(
+    self,
+    images: np.ndarray,
+    top: int | float = 0,
+    right: int | float = 0,
+    bottom: int | float = 0,
+    left: int | float = 0,
+    seed: int = 0,
+    **options: Any,
+  ) -> np.ndarray:
+    """Continues images beyond their sides.
+
+    Args:
+      images: [b, h, w, c], or one image [h, w, c].
+      top: what is added there: an int in pixels, or a float as a share of h or w, as for the others.
+      right: see `top`.
+      bottom: see `top`.
+      left: see `top`.
+      seed: of the randomness.
+      **options: as for `inpaint`, `label` and `feather` among them.
+
+    Returns:
+      Larger images, of the dtype that came in.
+    """
+    single = np.ndim(images) == 3
+    checked = self._pixels(np.asarray(images)[None] if single else images)
+    canvas, added = editing.extend(checked, (top, right, bottom, left))
+    result = self.inpaint(canvas, added, seed, **options)
+    return result[0] if single else result
+
+  def _fill(
+    self,
+    images: np.ndarray,
+    holes: np.ndarray,
+    wanted: Mapping[str, Any],
+    feather: int,
+    options: dict[str, Any],
+  ) -> np.ndarray:
+    """Fills holes bool [b, h, w] of float32 images [b, h, w, c] of any size, each in a window of its own."""
+    size = self.objective.image_shape[:2]
+    factor = math.isqrt(math.prod(size) // self.num_tokens)
+    grown = [editing.grow(hole, feather) for hole in holes]
+    windows = [editing.choose_window(hole, size, factor) for hole in grown]
+    cuts = [w.cut(image, hole, size) for w, image, hole in zip(windows, images, grown, strict=True)]
+    image, mask = (np.stack(part) for part in zip(*cuts, strict=True))
+    made = self._call("inpaint", {"image": image, "mask": mask, **wanted}, **options)
+    parts = zip(windows, images, made, holes, strict=True)
+    return np.stack([w.paste(image, new, editing.opacity(hole, feather)) for w, image, new, hole in parts])
 
   def _call(self, name: str, batch: Mapping[str, Any], **options: Any) -> Any:
     if name not in self._fns:
@@ -152,9 +211,12 @@ class Model:
       )
     return jax.tree.map(np.asarray, self._fns[name](self.variables, batch, jax.random.key(0), **options))
 
+  def _pixels(self, given: np.ndarray) -> np.ndarray:
+    """Images of any size."""
+    return images.check_images(given, channels=self.objective.image_shape[-1])
+
   def _images(self, given: np.ndarray) -> np.ndarray:
-    shape = self.objective.image_shape
-    checked = images.check_images(given, channels=shape[-1])
+    shape, checked = self.objective.image_shape, self._pixels(given)
     if checked.shape[1:] != shape:
       raise UserError(
         f"images are {checked.shape[1]}x{checked.shape[2]} pixels: this model takes "

@@ -1,0 +1,189 @@
+"""Edits a picture: python -m maskgen.tools.edit --model=DIR --image=FILE --mask=FILE --out=FILE.png"""
+
+import argparse
+import io
+from collections.abc import Sequence
+
+import numpy as np
+from etils import epath
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+from maskgen import cli, editing, images, sheet
+from maskgen.errors import UserError
+
+_HOLE_COLOUR = (255, 0, 255)  # magenta: rare in images
+# Pictures on the sheet of candidates, in pixels: about this long.
+_SIDE = 256
+# Below, a pixel of the picture is transparent, and above, one of a mask is white.
+_HALF = 128
+
+
+def main(argv: Sequence[str]) -> None:
+  """Parses the command line and edits.
+
+  Raises:
+    UserError: for anything from outside that is wrong.
+  """
+  args = _parse(argv)
+  stem = args.out.removesuffix(".png")
+  picture, transparent = _read_picture(args.image)
+
+  from maskgen import api
+
+  model = api.load(args.model)
+  image = np.asarray(picture.convert("L" if model.objective.image_shape[-1] == 1 else "RGB"))
+  image = image.reshape(*image.shape[:2], -1)
+  image, hole = _find_hole(args, image, transparent)
+  names = ("steps", "temperature", "label", "guidance")
+  options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+  edited = [
+    model.inpaint(image, hole, args.seed + i, feather=args.feather, **options)
+    for i in tqdm(range(args.candidates), desc="editing", disable=args.candidates == 1)
+  ]
+  if args.candidates == 1:
+    _write(args.out, edited[0])
+    print(f"wrote {args.out}: {image.shape[1]} x {image.shape[0]} pixels, {hole.mean():.1%} of them new")
+    return
+  for i, candidate in enumerate(edited):
+    _write(f"{stem}_{i}.png", candidate)
+  holed = np.where(hole[..., None], np.array(_HOLE_COLOUR, np.uint8), image)
+  shown = {"input": image, "hole": holed} | {f"{i}: --seed={args.seed + i}": e for i, e in enumerate(edited)}
+  cards = [sheet.Card([_small(shown[text])], [text], "") for text in shown]
+  images.write_png(args.out, sheet.draw({f"{args.image}, {hole.mean():.1%} made anew": cards}))
+  print(f"wrote {stem}_0.png to {stem}_{args.candidates - 1}.png, and {args.out}, which shows them all")
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+  parser = cli.Parser(
+    "Makes a part of a picture anew: a hole (--mask, --box, or where the picture is transparent) or what "
+    "lies beyond its sides (--outpaint). The picture may have any size. All other pixels keep their values.",
+    "python -m maskgen.tools.edit --model=runs/quickstart/mage --image=in.png --mask=mask.png --out=out.png",
+  )
+  parser.add_argument("--model", required=True, help="workdir of a run, or an export")
+  parser.add_argument("--image", required=True, help="picture file to edit")
+  parser.add_argument("--out", required=True, help="PNG file to write")
+  parser.add_argument("--mask", help="picture file of the same size, white where pixels are to be made anew")
+  parser.add_argument("--box", metavar="X0,Y0,X1,Y1", help="make a box anew; X1 and Y1 are the first outside")
+  parser.add_argument(
+    "--outpaint",
+    metavar="TOP,RIGHT,BOTTOM,LEFT",
+    help="add to the sides: pixels such as 64, or shares such as 0.5; one number is for all four",
+  )
+  parser.add_argument("--grow", type=int, default=0, help="enlarge the hole by so many pixels")
+  parser.add_argument(
+    "--feather", type=int, default=0, help="fade into the picture over so many pixels around the hole"
+  )
+  parser.add_argument(
+    "--candidates", type=int, default=1, help="how many; each in a file, and all on a sheet"
+  )
+  parser.add_argument("--seed", type=int, default=0, help="seed; candidate i is made with seed + i")
+  parser.add_argument("--steps", type=int, help="decoding steps, by default the config's")
+  parser.add_argument("--temperature", type=float, help="choice temperature, by default the config's")
+  parser.add_argument("--label", type=int, help="class of what is made, for class-conditional models")
+  parser.add_argument("--guidance", type=float, help="guidance scale, for conditional models")
+  args = parser.parse_args(argv)
+  cli.check_out(args.out)
+  for name, least in (("candidates", 1), ("grow", 0), ("feather", 0)):
+    if getattr(args, name) < least:
+      raise UserError(f"--{name}={getattr(args, name)}: give at least {least}")
+  given = [f"--{name}" for name in ("mask", "box", "outpaint") if getattr(args, name) is not None]
+  if len(given) > 1:
+    raise UserError(f"{' and '.join(given)} contradict each other: give one of them")
+  if args.box is not None:
+    args.box = _numbers("box", args.box, "four whole numbers, X0,Y0,X1,Y1", (4,), whole=True)
+  if args.outpaint is not None:
+    what = "one number or four, pixels such as 64 or shares such as 0.5"
+    args.outpaint = _numbers("outpaint", args.outpaint, what, (1, 4), whole=False)
+  return args
+
+
+def _numbers(name: str, text: str, what: str, counts: Sequence[int], *, whole: bool) -> list[int | float]:
+  """The numbers of a flag; those with a point are floats."""
+  try:
+    numbers = [float(part) if "." in part and not whole else int(part) for part in text.split(",")]
+  except ValueError:
+    numbers = []
+  if len(numbers) not in counts:
+    raise UserError(f"--{name}={text}: give {what}")
+  return numbers
+
+
+def _find_hole(
+  args: argparse.Namespace, image: np.ndarray, transparent: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+  """The picture [h, w, c], with what outpainting adds to it, and what is to be made anew, bool [h, w]."""
+  shape = image.shape[:2]
+  if args.outpaint is not None:
+    sides = args.outpaint * (4 // len(args.outpaint))
+    (image,), hole = editing.extend(image[None], sides)
+    source = f"--outpaint={','.join(map(str, sides))}"
+  elif args.box is not None:
+    hole, source = editing.box_hole(args.box, shape), "--box"
+  elif args.mask is not None:
+    hole, source = _read_mask(args.mask), f"--mask={args.mask}"
+    if hole.shape != shape:
+      raise UserError(
+        f"{source} has {hole.shape[1]} x {hole.shape[0]} pixels, the picture has {shape[1]} x {shape[0]}: "
+        "make them equal"
+      )
+  else:
+    hole, source = transparent, f"--image={args.image}"
+    if not hole.any():
+      raise UserError(
+        f"{source} has no transparent pixels, which would tell what to make anew: give --mask, --box or "
+        "--outpaint"
+      )
+  if not hole.any():
+    raise UserError(f"{source} is black everywhere: make white what is to be made anew")
+  hole = editing.grow(hole, args.grow)
+  if hole.all():
+    raise UserError(f"{source} leaves no pixel known: make it smaller, or use maskgen.tools.generate")
+  return image, hole
+
+
+def _read_picture(path: str) -> tuple[Image.Image, np.ndarray]:
+  """A picture as viewers show it, RGB on white, and where it is transparent, bool [h, w]."""
+  picture = _open("image", path)
+  if not picture.has_transparency_data:
+    return picture.convert("RGB"), np.zeros(picture.size[::-1], bool)
+  picture = picture.convert("RGBA")
+  transparent = np.asarray(picture.getchannel("A")) < _HALF
+  return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB"), transparent
+
+
+def _read_mask(path: str) -> np.ndarray:
+  """Where a picture is white, bool [h, w]; what is transparent counts as black."""
+  mask = _open("mask", path).convert("RGBA")
+  mask = Image.alpha_composite(Image.new("RGBA", mask.size, "black"), mask)
+  return np.asarray(mask.convert("L")) >= _HALF
+
+
+def _open(flag: str, path: str) -> Image.Image:
+  """Reads a picture file and turns it upright."""
+  if not epath.Path(path).is_file():
+    raise UserError(f"--{flag}={path}: there is no such file")
+  try:
+    picture: Image.Image = Image.open(io.BytesIO(epath.Path(path).read_bytes()))
+    picture.load()
+    picture = ImageOps.exif_transpose(picture)
+  except Exception as error:  # Pillow's plugins raise many kinds.
+    raise UserError(f"--{flag}={path} cannot be read as a picture: {error}") from error
+  if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
+    raise UserError(f"--{flag}={path} has more than 8 bits per channel: save it with 8")
+  return picture
+
+
+def _small(image: np.ndarray) -> np.ndarray:
+  """A picture for the sheet, uint8 [h, w, c]."""
+  picture = Image.fromarray(images.enlarge(np.broadcast_to(image, (*image.shape[:2], 3)), _SIDE // 2))
+  picture.thumbnail((_SIDE, _SIDE))
+  return np.asarray(picture)
+
+
+def _write(path: str, image: np.ndarray) -> None:
+  images.write_png(path, np.broadcast_to(image, (*image.shape[:2], 3)))
+
+
+if __name__ == "__main__":
+  cli.run(main)
