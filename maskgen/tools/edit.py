@@ -14,7 +14,7 @@ from maskgen.errors import UserError
 
 _HOLE_COLOUR = (255, 0, 255)  # magenta: rare in images
 # Pictures on the sheet of candidates, in pixels: about this long.
-_SIDE = 256
+_SIDE = 384
 # Below, a pixel of the picture is transparent, and above, one of a mask is white.
 _HALF = 128
 
@@ -27,14 +27,13 @@ def main(argv: Sequence[str]) -> None:
   """
   args = _parse(argv)
   stem = args.out.removesuffix(".png")
-  picture, transparent = _read_picture(args.image)
+  image, hole = _find_hole(args, *_read_picture(args.image))
 
   from maskgen import api
 
   model = api.load(args.model)
-  image = np.asarray(picture.convert("L" if model.objective.image_shape[-1] == 1 else "RGB"))
-  image = image.reshape(*image.shape[:2], -1)
-  image, hole = _find_hole(args, image, transparent)
+  if model.objective.image_shape[-1] == 1:
+    image = np.asarray(Image.fromarray(image).convert("L"))[..., None]
   names = ("steps", "temperature", "label", "guidance")
   options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
   edited = [
@@ -112,7 +111,7 @@ def _numbers(name: str, text: str, what: str, counts: Sequence[int], *, whole: b
 def _find_hole(
   args: argparse.Namespace, image: np.ndarray, transparent: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-  """The picture [h, w, c], with what outpainting adds to it, and what is to be made anew, bool [h, w]."""
+  """The picture [h, w, 3], with what outpainting adds to it, and what is to be made anew, bool [h, w]."""
   shape = image.shape[:2]
   if args.outpaint is not None:
     sides = args.outpaint * (4 // len(args.outpaint))
@@ -142,14 +141,15 @@ def _find_hole(
   return image, hole
 
 
-def _read_picture(path: str) -> tuple[Image.Image, np.ndarray]:
-  """A picture as viewers show it, RGB on white, and where it is transparent, bool [h, w]."""
+def _read_picture(path: str) -> tuple[np.ndarray, np.ndarray]:
+  """A picture as viewers show it, on white, uint8 [h, w, 3], and where it is transparent, bool [h, w]."""
   picture = _open("image", path)
   if not picture.has_transparency_data:
-    return picture.convert("RGB"), np.zeros(picture.size[::-1], bool)
+    return np.asarray(picture.convert("RGB")), np.zeros(picture.size[::-1], bool)
   picture = picture.convert("RGBA")
   transparent = np.asarray(picture.getchannel("A")) < _HALF
-  return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB"), transparent
+  opaque = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+  return np.asarray(opaque.convert("RGB")), transparent
 
 
 def _read_mask(path: str) -> np.ndarray:
