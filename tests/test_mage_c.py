@@ -1,6 +1,7 @@
 """MAGE-C: the contrastive loss, and that its batch is the global one wherever the rows are."""
 
 import json
+import os
 import pathlib
 
 import jax
@@ -139,13 +140,16 @@ import test_mage_c
 np.savez(sys.argv[4], **test_mage_c.loss_and_gradients(test_mage_c.experiment((8, 1, 1))))
 """
 
+# Compiled as here, with as many devices as the script says.
+FLAGS = os.environ["XLA_FLAGS"].replace("--xla_force_host_platform_device_count=8", "")
+
 
 def test_two_processes_give_the_same_loss_and_gradients(alone, tmp_path):
   address = f"127.0.0.1:{tiny.free_port()}"
   folder = str(pathlib.Path(__file__).parent)
   files = [tmp_path / f"{index}.npz" for index in range(2)]
   processes = [
-    tiny.python("-c", SCRIPT, address, str(index), folder, str(file), env={"XLA_FLAGS": ""})
+    tiny.python("-c", SCRIPT, address, str(index), folder, str(file), env={"XLA_FLAGS": FLAGS})
     for index, file in enumerate(files)
   ]
   for process, file in zip(processes, files, strict=True):
