@@ -413,15 +413,3 @@ def test_a_run_starts_from_the_trained_encoder(trained, tmp_path, changes):
   p = model.classify(np.zeros((2, 16, 16, 3), np.uint8))
   assert p.shape == (2, 10) and p.dtype == np.float32
   np.testing.assert_allclose(p.sum(axis=1), 1.0, rtol=1e-5)
-
-
-def test_debug_configs_run(tmp_path):
-  """The first brings a model of its own, which the others take."""
-  for name, model in (("finetune_mage", ""), ("probe_mage", "first/mage"), ("fewshot_mage", "first/mage")):
-    workdir = tmp_path / name if model else tmp_path / "first"
-    given = f",model={tmp_path / model}" if model else ""
-    main.main([f"--config=configs/{name}.py:debug{given}", f"--workdir={workdir}"])
-    results = json.loads((workdir / "results.json").read_text())
-    assert "accuracy/top1" in (results if model else results["classify"])
-  chosen = json.loads((tmp_path / "fewshot_mage" / "data.json").read_text())["training"]
-  assert (chosen["size"], chosen["source"]) == (100, "100 records of synthetic")

@@ -9,7 +9,6 @@ import pytest
 import tiny
 
 import maskgen
-from maskgen import config as config_lib
 from maskgen import main, objectives, sampling, tree
 from maskgen.benchmarks.random_state import NoData
 from maskgen.errors import UserError
@@ -396,13 +395,3 @@ def test_what_is_pretrained_must_be_the_same_network(objective, trained):
     dataclasses.replace(objective, depth=2).check_pretrained("mage", found)
   with pytest.raises(UserError, match="it is no MAGE"):
     objective.check_pretrained("mage", maskgen.load(trained / "tokenizer").config)
-
-
-def test_the_config_runs(repository, tmp_path):
-  path = repository / "configs" / "mage_class_cond.py"
-  config = config_lib.load(f"{path}:debug")
-  assert config.stages == ("tokenizer", "mage", "mage_class_cond")
-  main.main([f"--config={path}:debug", f"--workdir={tmp_path / 'run'}"])
-  assert (tmp_path / "run" / "mage_class_cond" / "results.json").exists()
-  full = config_lib.load(str(path))
-  objectives.build(config_lib.to_dict(full)["objective"])

@@ -508,7 +508,15 @@ def test_operational_keys_may_change_on_the_way(trained, tmp_path):
   )
 
 
-@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+# What differs from another config in numbers alone; test_config.py builds all.
+ALIKE = ("mage_base", "mage_large", "mage_c_large", "probe_mage", "fewshot_mage")
+
+
+@pytest.mark.parametrize(
+  "file",
+  [pytest.param(file, marks=[pytest.mark.slow] * (file.stem in ALIKE)) for file in CONFIGS],
+  ids=lambda file: file.stem,
+)
 def test_every_config_runs_with_debug(file, tmp_path):
   main.main([f"--config={file}:debug", f"--workdir={tmp_path / 'run'}"])
   results = json.loads((tmp_path / "run" / "results.json").read_text())
