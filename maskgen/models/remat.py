@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 
 from maskgen.errors import UserError, nearest
@@ -32,5 +33,13 @@ def remat(fn: Callable[..., Any], how: str, *, in_scan: bool = False) -> Callabl
   """
   if how == "none":
     return fn
-  policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if how == "dots" else None
-  return jax.checkpoint(fn, policy=policy, prevent_cse=not in_scan)
+  return jax.checkpoint(fn, policy=_policy(how), prevent_cse=not in_scan)
+
+
+def remat_module(module: type[nn.Module], how: str) -> type[nn.Module]:
+  """The same for a class of modules; names of parameters do not change."""
+  return module if how == "none" else nn.remat(module, policy=_policy(how))
+
+
+def _policy(how: str) -> Callable[..., Any] | None:
+  return jax.checkpoint_policies.dots_with_no_batch_dims_saveable if how == "dots" else None
