@@ -14,6 +14,7 @@ import re
 import unicodedata
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -23,6 +24,9 @@ from maskgen.errors import UserError, nearest
 # CLIP uses so many of the merges in its file, which has more.
 _CLIP_MERGES = 49_152 - 256 - 2
 _WORD_END = "</w>"
+_START, _END = "<|startoftext|>", "<|endoftext|>"
+# Of a folder, files that may say what to pad with.
+_PADDING_FILES = ("tokenizer_config.json", "special_tokens_map.json")
 
 
 class Tokenizer(abc.ABC):
@@ -30,7 +34,7 @@ class Tokenizer(abc.ABC):
 
   Attributes:
     vocabulary_size: the number of ids, special ones included.
-    padding_id: 0.
+    padding_id: what follows the end id; it may be any id, also the end id again.
     start_id: the id before a caption.
     end_id: the id after it, which nothing else has.
   """
@@ -98,16 +102,18 @@ class BytePairTokenizer(Tokenizer):
   Ids are the 256 bytes, the 256 bytes at the end of a word, the merges in their order, start and end; with
   CLIP's 48,894 merges the last two are 49,406 and 49,407. Text is NFC-normalised, lower-cased and freed of
   repeated white space, as `transformers.CLIPTokenizer` has it; the original also repairs broken encodings.
-  Padding shares its id with "!", as in the original: what follows the end id is padding.
+  What follows the first end id is padding, whatever its id; in a text "!" is a word, also where it pads, as
+  when the models were trained (transformers takes it for padding there).
 
   Args:
     merges: pairs of pieces to join, the most frequent first.
+    padding: the token to pad with, a piece or a special token; the original has that of id 0, "!".
 
   Raises:
-    UserError: if a pair joins a piece that is not made before.
+    UserError: if a pair joins a piece that is not made before, or there is no such padding.
   """
 
-  def __init__(self, merges: Sequence[tuple[str, str]]):
+  def __init__(self, merges: Sequence[tuple[str, str]], padding: str = "!"):
     alphabet = _byte_alphabet()
     self._bytes = {char: byte for byte, char in alphabet.items()}
     self._pieces = [*alphabet.values(), *(char + _WORD_END for char in alphabet.values())]
@@ -122,6 +128,9 @@ class BytePairTokenizer(Tokenizer):
     self.start_id = len(self._pieces)
     self.end_id = self.start_id + 1
     self.vocabulary_size = self.start_id + 2
+    if padding not in self.vocabulary:
+      raise UserError(f"the padding '{padding}' is no token of this vocabulary: check the folder")
+    self.padding_id = self.vocabulary[padding]
     self._word_ids = functools.lru_cache(65_536)(self._merge)
 
   def encode(self, text: str) -> list[int]:
@@ -135,8 +144,8 @@ class BytePairTokenizer(Tokenizer):
 
   @property
   def vocabulary(self) -> dict[str, int]:
-    """The id of each piece, without the special ones."""
-    return dict(self._ids)
+    """The id of each token, special ones included."""
+    return self._ids | {_START: self.start_id, _END: self.end_id}
 
   def _merge(self, word: str) -> tuple[int, ...]:
     """Joins the pair of lowest rank, wherever it stands, until there is none."""
@@ -162,7 +171,9 @@ def open_tokenizer(spec: str) -> Tokenizer:
 
   Args:
     spec: "words:/path/words.txt", a file with one word on each line; or "bpe:/path", CLIP's
-      `bpe_simple_vocab_16e6.txt.gz` or a folder with `vocab.json` and `merges.txt`.
+      `bpe_simple_vocab_16e6.txt.gz` or a folder with `vocab.json` and `merges.txt` (or with
+      `tokenizer.json`), and with `tokenizer_config.json` or `special_tokens_map.json` where padding is other
+      than in the original.
 
   Raises:
     UserError: if there is no such tokenizer, or its files are missing or malformed.
@@ -190,11 +201,34 @@ def _open_words(path: epath.Path) -> WordTokenizer:
 def _open_byte_pairs(path: epath.Path) -> BytePairTokenizer:
   if not path.is_dir():
     return BytePairTokenizer(_read_merges(path))
-  tokenizer = BytePairTokenizer(_read_merges(path / "merges.txt"))
-  specials = {"<|startoftext|>": tokenizer.start_id, "<|endoftext|>": tokenizer.end_id}
-  if json.loads((path / "vocab.json").read_text(encoding="utf-8")) != tokenizer.vocabulary | specials:
-    raise UserError("the ids in vocab.json are not those of CLIP: give the folder of a CLIP tokenizer")
+  merges = path / "merges.txt"
+  if merges.exists() or not (path / "tokenizer.json").exists():
+    vocabulary, pairs = _read_object(path / "vocab.json"), _read_merges(merges)
+  else:
+    saved = _read_object(path / "tokenizer.json").get("model", {})
+    pairs = [_pair(merge) for merge in saved.get("merges", ())]
+    vocabulary = saved.get("vocab", {})
+  tokenizer = BytePairTokenizer(pairs, _read_padding(path))
+  if vocabulary != tokenizer.vocabulary:
+    raise UserError("the ids in its vocabulary are not those of CLIP: give the folder of a CLIP tokenizer")
   return tokenizer
+
+
+def _read_object(path: epath.Path) -> dict[str, Any]:
+  content = json.loads(path.read_text(encoding="utf-8"))
+  if not isinstance(content, dict):
+    raise ValueError(f"{path.name} holds no JSON object")
+  return content
+
+
+def _read_padding(path: epath.Path) -> str:
+  """Stable Diffusion 1 pads with the end, 2 with "!"; `transformers` with the end where files do not say."""
+  files = [path / name for name in _PADDING_FILES if (path / name).exists()]
+  for file in files:
+    padding = _read_object(file).get("pad_token")
+    if padding:
+      return padding if isinstance(padding, str) else padding["content"]
+  return _END if files else "!"
 
 
 def _read_merges(path: epath.Path) -> list[tuple[str, str]]:
@@ -202,13 +236,14 @@ def _read_merges(path: epath.Path) -> list[tuple[str, str]]:
   lines = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode().split("\n")
   if "#version" in lines[0]:
     lines = lines[1:]
-  merges = []
-  for line in filter(None, lines[:_CLIP_MERGES]):
-    if line.count(" ") != 1:
-      raise UserError(f"'{line}' in the merges is not two pieces: check the file")
-    first, _, second = line.partition(" ")
-    merges.append((first, second))
-  return merges
+  return [_pair(line) for line in filter(None, lines[:_CLIP_MERGES])]
+
+
+def _pair(merge: str | Sequence[str]) -> tuple[str, str]:
+  pieces = merge.split(" ") if isinstance(merge, str) else merge
+  if len(pieces) != 2:
+    raise UserError(f"'{merge}' in the merges is not two pieces: check the file")
+  return pieces[0], pieces[1]
 
 
 def _words(text: str) -> list[str]:

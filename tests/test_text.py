@@ -97,7 +97,8 @@ def test_files_of_hugging_face(tmp_path):
   tokenizer = BytePairTokenizer(MERGES)
   lines = "\n".join(" ".join(pair) for pair in MERGES)
   (tmp_path / "merges.txt").write_text(f"#version: 0.2\n{lines}\n")
-  vocabulary = tokenizer.vocabulary | {"<|startoftext|>": 518, "<|endoftext|>": 519}
+  vocabulary = tokenizer.vocabulary
+  assert (vocabulary["<|startoftext|>"], vocabulary["<|endoftext|>"]) == (518, 519)
   (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
   text = "The cat's bat"
   assert open_tokenizer(f"bpe:{tmp_path}").encode(text) == tokenizer.encode(text)
@@ -106,7 +107,7 @@ def test_files_of_hugging_face(tmp_path):
   assert open_tokenizer(f"bpe:{packed}").encode(text) == tokenizer.encode(text)
 
   (tmp_path / "vocab.json").write_text(json.dumps(vocabulary | {"the</w>": 3}))
-  with pytest.raises(UserError, match=r"vocab.json are not those of CLIP"):
+  with pytest.raises(UserError, match="ids in its vocabulary are not those of CLIP"):
     open_tokenizer(f"bpe:{tmp_path}")
   (tmp_path / "vocab.json").write_text("{")
   with pytest.raises(UserError, match="is damaged"):
@@ -114,6 +115,31 @@ def test_files_of_hugging_face(tmp_path):
   packed.write_bytes(packed.read_bytes()[:-9])
   with pytest.raises(UserError, match="is damaged"):
     open_tokenizer(f"bpe:{packed}")
+
+
+@pytest.mark.parametrize(
+  ("files", "padding"),
+  [
+    ({}, 0),
+    ({"tokenizer_config.json": {}}, 519),
+    ({"tokenizer_config.json": {"pad_token": "!"}}, 0),
+    ({"tokenizer_config.json": {}, "special_tokens_map.json": {"pad_token": {"content": "!"}}}, 0),
+    ({"special_tokens_map.json": {"pad_token": "<|endoftext|>"}}, 519),
+    ({"special_tokens_map.json": {"pad_token": "?!?"}}, None),
+  ],
+)
+def test_padding_is_that_of_the_folder(tmp_path, files, padding):
+  (tmp_path / "merges.txt").write_text("\n".join(" ".join(pair) for pair in MERGES))
+  (tmp_path / "vocab.json").write_text(json.dumps(BytePairTokenizer(MERGES).vocabulary))
+  for name, content in files.items():
+    (tmp_path / name).write_text(json.dumps(content))
+  if padding is None:
+    with pytest.raises(UserError, match=r"padding '\?!\?' is no token"):
+      open_tokenizer(f"bpe:{tmp_path}")
+  else:
+    tokenizer = open_tokenizer(f"bpe:{tmp_path}")
+    assert list(tokenizer.pad("cat", 5)) == [518, *tokenizer.encode("cat"), 519, padding, padding]
+    assert tokenizer.decode(tokenizer.pad("cat", 5)) == "cat"
 
 
 @pytest.mark.parametrize(
