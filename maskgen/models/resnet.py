@@ -1,0 +1,70 @@
+"""What the U-Net and the autoencoder of latent diffusion share (Rombach et al. 2022).
+
+Names of submodules are those of published weights, an index behind an underscore where they have it behind a
+dot. Letters: b batch, h w c image, t time width.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+Padding = tuple[tuple[int, int], tuple[int, int]]
+
+
+def conv(channels: int, size: int, dtype: str, name: str) -> nn.Conv:
+  """A convolution that keeps the image size."""
+  return nn.Conv(channels, (size, size), padding=size // 2, dtype=dtype, name=name)
+
+
+def group_norm(groups: int, epsilon: float, dtype: str, name: str) -> nn.GroupNorm:
+  """Group normalisation; statistics in float32, whatever the type of the computation."""
+  return nn.GroupNorm(groups, epsilon=epsilon, dtype=dtype, use_fast_variance=False, name=name)
+
+
+def layer_norm(epsilon: float, dtype: str, name: str | None = None) -> nn.LayerNorm:
+  """Layer normalisation; statistics in float32, whatever the type of the computation."""
+  return nn.LayerNorm(epsilon=epsilon, dtype=dtype, use_fast_variance=False, name=name)
+
+
+class ResnetBlock(nn.Module):
+  """(norm, swish, 3x3 convolution) twice plus a shortcut; a time embedding is added in between."""
+
+  channels: int
+  groups: int
+  epsilon: float
+  dtype: str
+
+  @nn.compact
+  def __call__(self, x: jax.Array, time: jax.Array | None = None) -> jax.Array:  # [b, h, w, c], [b, t]
+    y = nn.swish(group_norm(self.groups, self.epsilon, self.dtype, "norm1")(x))
+    y = conv(self.channels, 3, self.dtype, "conv1")(y)
+    if time is not None:
+      shift = nn.Dense(self.channels, dtype=self.dtype, name="time_emb_proj")(nn.swish(time))
+      y = y + shift[:, None, None]
+    y = nn.swish(group_norm(self.groups, self.epsilon, self.dtype, "norm2")(y))
+    y = conv(self.channels, 3, self.dtype, "conv2")(y)
+    if x.shape[-1] != self.channels:
+      x = conv(self.channels, 1, self.dtype, "conv_shortcut")(x)
+    return x + y
+
+
+class Downsample(nn.Module):
+  """A convolution of stride 2; the U-Net pads all sides, the autoencoder's encoder below and right alone."""
+
+  padding: Padding
+  dtype: str
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:  # [b, h, w, c] -> [b, h / 2, w / 2, c]
+    return nn.Conv(x.shape[-1], (3, 3), strides=2, padding=self.padding, dtype=self.dtype, name="conv")(x)
+
+
+class Upsample(nn.Module):
+  """Each pixel four times, then a convolution."""
+
+  dtype: str
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:  # [b, h, w, c] -> [b, 2 h, 2 w, c]
+    x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
+    return conv(x.shape[-1], 3, self.dtype, "conv")(x)

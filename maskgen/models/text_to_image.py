@@ -1,0 +1,155 @@
+"""A latent text-to-image model put together: text encoders, U-Net, autoencoder and noise schedule.
+
+Parameters are `{part: tree}` with the parts "text_encoder", "text_encoder_2" where there are two, "unet" and
+"vae", as in a published folder. Letters: b batch, l positions, h w latent image, c its channels.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from maskgen import diffusion
+from maskgen.models.autoencoder_kl import AutoencoderKL, Gaussian
+from maskgen.models.text_encoder import Encoded, TextEncoder
+from maskgen.models.unet import NUM_SIZES, Condition, UNet
+
+TEXT_PARTS = ("text_encoder", "text_encoder_2")
+
+
+@dataclasses.dataclass(frozen=True)
+class TextToImage:
+  """The modules, and pure functions of their parameters.
+
+  Attributes:
+    text_encoders: one, or for SDXL two, whose hidden states are put side by side.
+    unet: predicts what the schedule says.
+    autoencoder: between images and latents.
+    schedule: of the noise.
+    zero_null: whether no prompt means a condition of zeros, as in SDXL, or that of an empty text.
+  """
+
+  text_encoders: tuple[TextEncoder, ...]
+  unet: UNet
+  autoencoder: AutoencoderKL
+  schedule: diffusion.Schedule
+  zero_null: bool = False
+
+  @property
+  def text_widths(self) -> tuple[int, ...]:
+    """The width of each text encoder's embeddings."""
+    return tuple(encoder.width for encoder in self.text_encoders)
+
+  def shapes(self) -> dict[str, Any]:
+    """The shapes of all parameters, `{part: tree}`."""
+    key, ids = jax.random.key(0), jax.ShapeDtypeStruct((1, 2), jnp.int32)
+    one = jax.ShapeDtypeStruct((1,), jnp.int32)
+    shapes = {
+      part: jax.eval_shape(encoder.init, key, ids, one)["params"]
+      for part, encoder in zip(TEXT_PARTS, self.text_encoders, strict=False)
+    }
+    pooled, sizes = _floats(1, self.unet.pooled_width), _floats(1, NUM_SIZES)
+    condition = Condition(_floats(1, 2, self.unet.context_width), pooled, sizes)
+    noisy = _floats(1, self.unet.factor, self.unet.factor, self.unet.in_channels)
+    shapes["unet"] = jax.eval_shape(self.unet.init, key, noisy, one, condition)["params"]
+    side = self.autoencoder.factor
+    images = _floats(1, side, side, self.autoencoder.image_channels)
+    shapes["vae"] = jax.eval_shape(self.autoencoder.init, key, images)["params"]
+    return shapes
+
+  def embed(self, params: Any, ids: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+    """Looks ids int32 [b, l] of each text encoder's tokenizer up; float32 [b, l, d] for each."""
+    return tuple(
+      _run(encoder, params[part], "embed", one)
+      for part, encoder, one in zip(TEXT_PARTS, self.text_encoders, ids, strict=False)
+    )
+
+  def condition(
+    self,
+    params: Any,
+    embeddings: Sequence[jax.Array],
+    end: jax.Array,
+    size: tuple[int, int] = (1024, 1024),
+  ) -> Condition:
+    """What a prompt of embeddings means to the U-Net.
+
+    Args:
+      params: of all parts.
+      embeddings: for each text encoder float [b, l, d], of `embed` or made otherwise.
+      end: int32 [b], the position of the first end id.
+      size: of the image, (height, width) in pixels; matters to models that take sizes alone, SDXL, to which
+        it is the size of original and target, not cropped.
+    """
+    encoded: list[Encoded] = [
+      _run(encoder, params[part], "encode", one, end)
+      for part, encoder, one in zip(TEXT_PARTS, self.text_encoders, embeddings, strict=False)
+    ]
+    if not self.unet.pooled_width:
+      return Condition(encoded[0].last)
+    context = jnp.concatenate([one.penultimate for one in encoded], axis=-1)
+    sizes = jnp.asarray([*size, 0, 0, *size], jnp.float32)
+    return Condition(context, encoded[-1].pooled, jnp.tile(sizes[None], (len(context), 1)))
+
+  def null(self, empty: Condition) -> Condition:
+    """What guidance leads away from, given the condition of an empty text (or of a negative one)."""
+    if not self.zero_null:
+      return empty
+    pooled = None if empty.pooled is None else jnp.zeros_like(empty.pooled)
+    return Condition(jnp.zeros_like(empty.context), pooled, empty.sizes)
+
+  def predict(self, params: Any, noisy: jax.Array, t: jax.Array, condition: Condition) -> jax.Array:
+    """The U-Net on noisy latents float [b, h, w, c] at steps t int32 [b]; float32 [b, h, w, c]."""
+    return _run(self.unet, params["unet"], "__call__", noisy, t, condition)
+
+  def encode(self, params: Any, images: jax.Array) -> Gaussian:
+    """Images float32 [b, height, width, 3] in [0, 1] to the distribution of their latents."""
+    return _run(self.autoencoder, params["vae"], "encode", images)
+
+  def decode(self, params: Any, latents: jax.Array) -> jax.Array:
+    """Latents float32 [b, h, w, c] to images float32 [b, height, width, 3] in [0, 1]."""
+    return jnp.clip(_run(self.autoencoder, params["vae"], "decode", latents), 0.0, 1.0)
+
+  def generate(
+    self,
+    params: Any,
+    noise: jax.Array,
+    condition: Condition,
+    null: Condition,
+    *,
+    guidance: float | jax.Array = 7.5,
+    sampler: str = "dpm",
+    steps: int = 25,
+  ) -> jax.Array:
+    """Draws images.
+
+    Args:
+      params: of all parts.
+      noise: float32 [b, h, w, c], standard normal.
+      condition: what to draw.
+      null: what guidance leads away from, see `null`.
+      guidance: see `maskgen.diffusion.guide`.
+      sampler: see `maskgen.diffusion.sample`.
+      steps: likewise.
+
+    Returns:
+      float32 [b, height, width, 3] in [0, 1].
+    """
+    both = jax.tree.map(lambda *pair: jnp.concatenate(pair), null, condition)
+
+    def predict(x: jax.Array, t: jax.Array) -> jax.Array:
+      twice = jnp.concatenate([x, x])
+      away, towards = jnp.split(self.predict(params, twice, jnp.tile(t, len(twice)), both), 2)
+      return diffusion.guide(away, towards, guidance)
+
+    return self.decode(params, diffusion.sample(predict, noise, self.schedule, sampler=sampler, steps=steps))
+
+
+def _run(module: nn.Module, params: Any, method: str, *args: Any) -> Any:
+  return module.apply({"params": params}, *args, method=method)
+
+
+def _floats(*shape: int) -> Any:
+  return jax.ShapeDtypeStruct(shape, jnp.float32)
