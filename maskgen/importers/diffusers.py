@@ -1,0 +1,188 @@
+"""Text-to-image models from folders in the layout of diffusers: Stable Diffusion 1.5, 2.1 and XL.
+
+```
+model_index.json                  scheduler/scheduler_config.json
+tokenizer/ (tokenizer_2/)         vocab.json, merges.txt, and a JSON file with the padding
+text_encoder/ (text_encoder_2/)   config.json, model.safetensors
+unet/ vae/                        config.json, diffusion_pytorch_model.safetensors
+```
+"""
+
+import os
+import pathlib
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from maskgen.config import check_dtype
+from maskgen.errors import UserError, nearest
+from maskgen.importers import diffusers_configs, torch_tensors
+from maskgen.models.text_to_image import TEXT_PARTS, TextToImage
+from maskgen.text import Tokenizer, open_tokenizer
+
+FAMILIES = {
+  "sd15": "Stable Diffusion 1 (one CLIP text encoder, quick-GELU)",
+  "sd21": "Stable Diffusion 2 (one OpenCLIP text encoder, GELU)",
+  "sdxl": "Stable Diffusion XL (two text encoders)",
+}
+STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"} | dict.fromkeys(
+  TEXT_PARTS, "model"
+)
+# Of each part, tensors that are no parameters: CLIP used to save the numbers 0 .. 76.
+BUFFERS = dict.fromkeys(TEXT_PARTS, ("embeddings.position_ids",))
+# Attentions of the autoencoder had other names until 2023.
+_OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+
+class Loaded(NamedTuple):
+  """A published model.
+
+  Attributes:
+    model: its modules.
+    params: numpy arrays, `{part: tree}`.
+    tokenizers: one for each text encoder.
+  """
+
+  model: TextToImage
+  params: dict[str, Any]
+  tokenizers: tuple[Tokenizer, ...]
+
+  def tokenize(self, texts: Sequence[str]) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
+    """Ids of texts for each text encoder, int32 [b, l], and where they end, int32 [b]."""
+    ids = tuple(
+      np.stack([tokenizer.pad(text, encoder.positions) for text in texts])
+      for tokenizer, encoder in zip(self.tokenizers, self.model.text_encoders, strict=True)
+    )
+    return ids, np.argmax(ids[0] == self.tokenizers[0].end_id, axis=-1).astype(np.int32)
+
+
+def load(
+  folder: str | os.PathLike, *, family: str = "", param_dtype: str = "float32", **options: Any
+) -> Loaded:
+  """Reads a model.
+
+  Args:
+    folder: on a local disk; weights are mapped into memory, not copied twice.
+    family: one of `FAMILIES` if only that will do.
+    param_dtype: of the arrays, as a frozen network may have them in bfloat16.
+    **options: `dtype`, `attention`, `remat` of U-Net and text encoders; the autoencoder gets `remat`
+      alone, and stays in float32.
+
+  Raises:
+    UserError: if it is no such model, a part or a tensor is missing, left over or of another shape, or an
+      option in its configs is not supported. What is wrong with configs and tokenizers shows before weights
+      are read.
+  """
+  check_dtype(param_dtype)
+  root = pathlib.Path(os.path.expanduser(folder))
+  model = read_model(root, family=family, **options)
+  parts = TEXT_PARTS[: len(model.text_encoders)]
+  tokenizers = tuple(_tokenizer(root / part.replace("text_encoder", "tokenizer")) for part in parts)
+  for part, encoder, tokenizer in zip(parts, model.text_encoders, tokenizers, strict=True):
+    if tokenizer.vocabulary_size > encoder.vocabulary_size:
+      raise UserError(
+        f"{root}: the tokenizer of {part} has {tokenizer.vocabulary_size} ids, the encoder embeds "
+        f"{encoder.vocabulary_size}: give tokenizer and encoder of the same model"
+      )
+  files = {part: torch_tensors.find(root / part, STEMS[part]) for part in (*parts, "unet", "vae")}
+  params = {
+    part: torch_tensors.load(
+      files[part],
+      shapes,
+      str(root / part),
+      dtype=np.dtype(param_dtype),
+      rename=rename,
+      buffers=BUFFERS.get(part, ()),
+    )
+    for part, shapes in model.shapes().items()
+  }
+  return Loaded(model, params, tokenizers)
+
+
+def read_model(folder: str | os.PathLike, *, family: str = "", **options: Any) -> TextToImage:
+  """Reads the modules from the JSON files alone; arguments and errors as for `load`."""
+  root = pathlib.Path(os.path.expanduser(folder))
+  if not (root / "model_index.json").exists():
+    raise UserError(f"{root} has no model_index.json: give the folder of a text-to-image model of diffusers")
+  index = torch_tensors.read_json(root / "model_index.json")
+  # A part is given as [library, class]; one that a model does without, as [null, null].
+  texts = [part for part in TEXT_PARTS if any(index.get(part) or ())] or TEXT_PARTS[:1]
+  for part in ("unet", "vae", "scheduler", *texts):
+    if not (root / part).is_dir():
+      raise UserError(f"{root} has no part '{part}': give the complete folder of a text-to-image model")
+
+  def config(part: str, name: str = "config.json") -> tuple[dict[str, Any], str]:
+    path = root / part / name
+    return torch_tensors.read_json(path), str(path)
+
+  remat = {key: value for key, value in options.items() if key == "remat"}
+  model = TextToImage(
+    text_encoders=tuple(diffusers_configs.text_encoder(*config(part), **options) for part in texts),
+    unet=diffusers_configs.unet(*config("unet"), **options),
+    autoencoder=diffusers_configs.autoencoder(*config("vae"), **remat),
+    schedule=diffusers_configs.schedule(*config("scheduler", "scheduler_config.json")),
+    zero_null=bool(index.get("force_zeros_for_empty_prompt", len(texts) > 1)),
+  )
+  _check_widths(model, root)
+  if family:
+    check_family(model, family, root)
+  return model
+
+
+def family_of(model: TextToImage) -> str:
+  """The key in `FAMILIES` of a model, whatever its size."""
+  if len(model.text_encoders) > 1:
+    return "sdxl"
+  return "sd15" if model.text_encoders[0].activation == "quick_gelu" else "sd21"
+
+
+def check_family(model: TextToImage, family: str, what: Any) -> None:
+  """Checks that a model is of a family.
+
+  Raises:
+    UserError: if it is of another, or there is no such family.
+  """
+  if family not in FAMILIES:
+    raise UserError(f"family '{family}' does not exist{nearest(family, FAMILIES)}")
+  found = family_of(model)
+  if found != family:
+    raise UserError(
+      f"{what} is {FAMILIES[found]} with text of width {' and '.join(map(str, model.text_widths))}, where "
+      f"{FAMILIES[family]} is needed: give its folder"
+    )
+
+
+def rename(name: str) -> str:
+  """The name of a tensor today: without `text_model.`, and attentions as in `to_q`."""
+  name = name.removeprefix("text_model.")
+  return re.sub(
+    r"(attentions\.\d+)\.(query|key|value|proj_attn)\.", lambda m: f"{m[1]}.{_OLD_NAMES[m[2]]}.", name
+  )
+
+
+def _check_widths(model: TextToImage, root: pathlib.Path) -> None:
+  widths, unet = model.text_widths, model.unet
+  if sum(widths) != unet.context_width:
+    raise UserError(
+      f"{root}: text of width {' and '.join(map(str, widths))} does not fit a U-Net for "
+      f"{unet.context_width}: give parts of the same model"
+    )
+  pooled = model.text_encoders[-1].pooled_width
+  if bool(unet.pooled_width) != (len(widths) > 1) or (unet.pooled_width and pooled != unet.pooled_width):
+    raise UserError(
+      f"{root}: {len(widths)} text encoders, the last pooling to {pooled}, do not fit a U-Net for a pooled "
+      f"text of {unet.pooled_width}: give parts of the same model"
+    )
+  if not unet.in_channels == unet.out_channels == model.autoencoder.latent_channels:
+    raise UserError(
+      f"{root}: the U-Net takes {unet.in_channels} and gives {unet.out_channels} channels, latents have "
+      f"{model.autoencoder.latent_channels}: give a plain text-to-image model, not one for inpainting"
+    )
+
+
+def _tokenizer(folder: pathlib.Path) -> Tokenizer:
+  if not folder.is_dir():
+    raise UserError(f"{folder} is missing: give the complete folder of a text-to-image model")
+  return open_tokenizer(f"bpe:{folder}")
