@@ -169,13 +169,16 @@ def test_a_sweep_measures_each_setting_once_and_goes_on(trained, tmp_path, capsy
 
 
 def test_a_sweep_says_what_the_evaluation_says(trained, tmp_path):
+  from maskgen import checkpoint
   from maskgen.experiment import Experiment
 
   sweep.main([f"--model={trained / 'mage'}", f"--out={tmp_path}", "--num_images=8"])
   (row,) = read(tmp_path)
   section = dict(type="generation", every_steps=1, num_images=8)
   experiment = Experiment(tiny.stage("mage") | {"evals": {"generation": section}})
-  report = experiment.evaluators["generation"][1].run(model(trained).variables, jax.random.key(0))
+  targets = experiment.targets["state"].variables(experiment.targets["frozen"])
+  variables = checkpoint.load_variables(trained / "mage", targets)
+  report = experiment.evaluators["generation"][1].run(variables, jax.random.key(0))
   assert float(row["frechet_pixels"]) == pytest.approx(report.numbers["frechet_pixels"], rel=1e-3)
 
 
@@ -187,6 +190,7 @@ def test_a_sweep_says_what_the_evaluation_says(trained, tmp_path):
     (["--order=haltn"], "'haltn'.*did you mean 'halton'"),
     (["--steps=4,6", "--reuse=1,4"], "reuse is 4: it must divide the number of steps, 6"),
     (["--num_images=1"], "--num_images=1: give at least 2"),
+    (["--guidance=2"], "--guidance=2: this model was trained without classes, leave it out"),
     (["--model=nowhere"], "nowhere does not exist"),
   ],
 )

@@ -60,7 +60,11 @@ def main(argv: Sequence[str]) -> None:
 
   from maskgen import objectives
 
-  defaults = getattr(objectives.build(config.get("objective", {})), "sampling", None)
+  objective = objectives.build(config.get("objective", {}))
+  defaults = getattr(objective, "sampling", None)
+  for name in ("guidance", "guidance_schedule"):
+    if getattr(args, name) is not None and not objective.num_classes:
+      raise UserError(f"--{name}={getattr(args, name)}: this model was trained without classes, leave it out")
   if defaults is None:
     raise UserError(
       f"--model={args.model} does not generate: give a model that was trained to, such as mage's"
@@ -92,8 +96,10 @@ def settings(defaults: Any, args: argparse.Namespace) -> list[Any]:
   found = []
   for values in itertools.product(*choices.values()):
     setting = type(defaults)(**dict(zip(choices, values, strict=True)))
-    if setting.order != "confidence":  # which has no use for it
+    if setting.order != "confidence":  # which alone has a use for it
       setting = dataclasses.replace(setting, temperature=defaults.temperature)
+    if setting.guidance == 1:
+      setting = dataclasses.replace(setting, guidance_schedule=defaults.guidance_schedule)
     found.append(setting)
   return list(dict.fromkeys(found))
 
@@ -153,6 +159,8 @@ def _time(experiment: Any, variables: Any, options: dict[str, Any]) -> tuple[flo
   like = jax.ShapeDtypeStruct((experiment.eval_batch_size,), bool)
   like = jax.device_put(np.ones(like.shape, bool), sharding.batch_sharding(experiment.mesh))
   batch, seconds = {"key": batches.make_keys({"valid": like}, seed=0)}, []
+  if num_classes := experiment.objective.num_classes:
+    batch["label"] = batches.make_labels({"valid": like}, num_classes)
   for _ in range(1 + _CALLS):
     began = time.monotonic()
     made = jax.block_until_ready(
