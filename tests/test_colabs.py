@@ -1,0 +1,276 @@
+"""The notebooks run from top to bottom, and are stored as they were written."""
+
+import ast
+import base64
+import contextlib
+import importlib
+import inspect
+import io
+import json
+import os
+import pathlib
+import re
+import shlex
+import sys
+import tomllib
+
+import jax
+import nbformat
+import numpy as np
+import pytest
+from IPython.core.inputtransformer2 import TransformerManager
+from nbclient import NotebookClient
+from packaging.requirements import Requirement
+from PIL import Image
+
+import maskgen
+from maskgen import config as config_lib
+from maskgen import main, sampling
+
+ROOT = pathlib.Path(__file__).parents[1]
+FOLDER = ROOT / "docs" / "colabs"
+NAMES = sorted(path.stem for path in FOLDER.glob("*.ipynb"))
+SHOWS = re.compile(r"^(show|display|Image\.fromarray)\(|^  display\(", re.MULTILINE)
+
+every_notebook = pytest.mark.parametrize("name", NAMES)
+
+
+def read(name: str) -> nbformat.NotebookNode:
+  return nbformat.read(FOLDER / f"{name}.ipynb", as_version=nbformat.NO_CONVERT)
+
+
+def tags(cell: nbformat.NotebookNode) -> list[str]:
+  return cell.metadata.get("tags", [])
+
+
+def code_cells(name: str, *, installs: bool = False) -> list[nbformat.NotebookNode]:
+  cells = [cell for cell in read(name).cells if cell.cell_type == "code"]
+  return [cell for cell in cells if installs or "install" not in tags(cell)]
+
+
+def tagged(name: str, tag: str) -> str:
+  (cell,) = (cell for cell in code_cells(name, installs=True) if tag in tags(cell))
+  return cell.source
+
+
+def parameters(name: str) -> dict[str, str]:
+  """What the cell of parameters sets."""
+  values: dict[str, str] = {}
+  exec(tagged(name, "parameters"), {}, values)
+  return values
+
+
+def syntax(name: str) -> ast.Module:
+  """The code of a notebook, without its installs, as IPython reads it."""
+  transform = TransformerManager().transform_cell
+  return ast.parse("\n".join(transform(cell.source) for cell in code_cells(name)))
+
+
+def commands(name: str) -> list[str]:
+  """The commands that a notebook runs or shows, with its parameters in place."""
+  text = "\n".join(cell.source for cell in read(name).cells)
+  found = re.findall(r"^!?(python -m maskgen\..*)$", text, flags=re.MULTILINE)
+  values = {"CONFIG": "configs/folder_256.py:tiny,path=pictures", "LOOK": "look.png"} | parameters(name)
+  return [re.sub(r"\$(\w+)", lambda match: values[match[1]], command) for command in found]
+
+
+# As they are stored
+
+
+def test_all_notebooks_are_here():
+  assert NAMES == ["edit", "features", "generate", "train_on_your_own_pictures"]
+
+
+@every_notebook
+def test_is_a_valid_notebook_without_outputs(name):
+  notebook = read(name)
+  nbformat.validate(notebook)
+  assert set(notebook.metadata) == {"kernelspec", "language_info"}
+  assert notebook.metadata.language_info == {"name": "python"}  # the version would change with the machine
+  for cell in notebook.cells:
+    assert set(cell.metadata) <= {"tags"}
+    if cell.cell_type == "code":
+      assert not cell.outputs
+      assert cell.execution_count is None
+
+
+@every_notebook
+def test_begins_with_a_title_its_time_and_the_install(name):
+  cells = read(name).cells
+  assert cells[0].source.startswith("# ")
+  assert "minute" in cells[0].source
+  assert tags(next(cell for cell in cells if cell.cell_type == "code")) == ["install"]
+  assert "%pip install -q -r docs/colabs/requirements.txt -e ." in tagged(name, "install")
+  assert parameters(name)
+
+
+@every_notebook
+def test_links_lead_somewhere(name):
+  text = "\n".join(cell.source for cell in read(name).cells if cell.cell_type == "markdown")
+  for link in re.findall(r"\]\((.*?)\)", text):
+    assert (FOLDER / link).is_file(), link
+
+
+def test_pins_are_what_the_package_allows():
+  project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+  lines = (FOLDER / "requirements.txt").read_text().splitlines()
+  pins = [Requirement(line) for line in lines if not line.startswith("#")]
+  allowed = [Requirement(line) for line in project["dependencies"]]
+  assert [(p.name, p.extras, p.marker) for p in pins] == [(a.name, a.extras, a.marker) for a in allowed]
+  for pin, requirement in zip(pins, allowed, strict=True):
+    (pinned,) = pin.specifier
+    assert pinned.operator == "=="
+    assert requirement.specifier.contains(pinned.version), pin
+
+
+# What they use
+
+
+@every_notebook
+def test_names_of_the_package_exist(name):
+  modules = {"maskgen": maskgen}
+  for node in ast.walk(syntax(name)):
+    if isinstance(node, ast.ImportFrom) and node.module.startswith("maskgen"):
+      for alias in node.names:
+        with contextlib.suppress(ImportError):
+          modules[alias.name] = importlib.import_module(f"{node.module}.{alias.name}")
+        assert hasattr(importlib.import_module(node.module), alias.name), ast.unparse(node)
+  for node in ast.walk(syntax(name)):
+    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in modules:
+      assert hasattr(modules[node.value.id], node.attr), ast.unparse(node)
+
+
+@every_notebook
+def test_arguments_of_the_model_exist(name):
+  options = set(inspect.signature(sampling.Sampling).parameters)
+  for node in ast.walk(syntax(name)):
+    if not isinstance(node, ast.Call) or not ast.unparse(node.func).startswith("model."):
+      continue
+    if isinstance(node.func.value, ast.Name):  # not model.objective.init()
+      known = set(inspect.signature(getattr(maskgen.Model, node.func.attr)).parameters)
+      known |= options if "options" in known else set()
+      assert {keyword.arg for keyword in node.keywords} <= known, ast.unparse(node)
+
+
+@every_notebook
+def test_commands_have_arguments_that_exist(name):
+  assert commands(name)
+  for command in commands(name):
+    _, _, module_name, *arguments = shlex.split(command)
+    module = importlib.import_module(module_name)
+    text = io.StringIO()
+    with contextlib.redirect_stdout(text), pytest.raises(SystemExit):
+      module.main(["--help"])
+    plain = [argument.partition("=") for argument in arguments if not argument.startswith("--config.")]
+    assert {flag for flag, _, _ in plain} <= {*re.findall(r"--\w+", text.getvalue())}, command
+    overrides = main.parse_overrides([a for a in arguments if a.startswith("--config.")])
+    for flag, _, value in plain:
+      if flag == "--config":
+        config_lib.load(value, overrides)
+
+
+@every_notebook
+def test_cells_that_show_pictures_are_found(name):
+  assert sum(bool(SHOWS.search(cell.source)) for cell in code_cells(name)) >= 3
+
+
+# As they run
+
+SHORT = " ".join(
+  f"--config.{key}={value}"
+  for key, value in {
+    "tokenizer.total_steps": 2,
+    "tokenizer.log_every_steps": 1,
+    "tokenizer.optimizer.generator.warmup_steps": 0,
+    "mage.total_steps": 2,
+    "mage.log_every_steps": 1,
+    "mage.optimizer.main.warmup_steps": 0,
+    "mage.objective.sampling.steps": 2,
+    "mage.evals.samples.num_generated": 4,
+    "mage.evals.samples.num_examples": 4,
+  }.items()
+)
+
+
+def execute(name: str, given: dict[str, str], home: pathlib.Path) -> list[nbformat.NotebookNode]:
+  """Runs a notebook in a fresh kernel in the repository, and returns its cells of code but the install."""
+  assert given.keys() == parameters(name).keys()
+  notebook = read(name)
+  notebook.cells = [cell for cell in notebook.cells if "install" not in tags(cell)]
+  place = next(i for i, cell in enumerate(notebook.cells) if "parameters" in tags(cell))
+  source = "\n".join(f"{key} = {value!r}" for key, value in given.items())
+  notebook.cells.insert(place + 1, nbformat.v4.new_code_cell(source, id="given"))
+  env = {
+    "IPYTHONDIR": str(home / "ipython"),
+    "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    "PATH": os.pathsep.join((str(pathlib.Path(sys.executable).parent), os.environ["PATH"])),
+    "PYTHONPATH": str(ROOT),
+  }
+  client = NotebookClient(
+    notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": str(ROOT)}}
+  )
+  client.execute(env=os.environ | env)
+  return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def pictures(cell: nbformat.NotebookNode) -> list[np.ndarray]:
+  found = [output.data["image/png"] for output in cell.outputs if "image/png" in output.get("data", {})]
+  return [np.asarray(Image.open(io.BytesIO(base64.b64decode(png))).convert("RGB")) for png in found]
+
+
+def check(cells: list[nbformat.NotebookNode]) -> None:
+  """Every cell ran, in order, and those that show pictures show some."""
+  assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+  for cell in cells:
+    assert all(output.output_type != "error" for output in cell.outputs), cell.source
+    found = pictures(cell)
+    assert bool(found) == bool(SHOWS.search(cell.source)), cell.source
+    assert all(np.ptp(picture) > 0 for picture in found), cell.source
+
+
+def text(cells: list[nbformat.NotebookNode], id_: str) -> str:
+  """What a cell printed, or its value."""
+  (cell,) = (cell for cell in cells if cell.id == id_)
+  return "".join(output.get("text", output.get("data", {}).get("text/plain", "")) for output in cell.outputs)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+  """The quickstart's model after two steps."""
+  root = tmp_path_factory.mktemp("quickstart")
+  main.main(["--config=configs/quickstart.py:debug", f"--workdir={root}"])
+  return str(root / "mage")
+
+
+@pytest.mark.slow
+def test_generate_runs(model, tmp_path):
+  cells = execute("generate", {"MODEL": model, "OUT": str(tmp_path / "out")}, tmp_path)
+  check(cells)
+  assert len(list((tmp_path / "out").glob("*.png"))) == 32
+
+
+@pytest.mark.slow
+def test_edit_runs(model, tmp_path):
+  cells = execute("edit", {"MODEL": model}, tmp_path)
+  check(cells)
+  assert text(cells, "bits") == "np.True_"
+
+
+@pytest.mark.slow
+def test_features_runs(model, tmp_path):
+  cells = execute("features", {"MODEL": model}, tmp_path)
+  check(cells)
+  assert text(cells, "probe").count("%") == 3
+
+
+@pytest.mark.slow
+def test_training_runs(tmp_path):
+  workdir = tmp_path / "runs" / "try"
+  given = {"PICTURES": "", "WORKDIR": str(workdir), "OPTIONS": SHORT}
+  cells = execute("train_on_your_own_pictures", given, tmp_path)
+  check(cells)
+  assert set(json.loads((workdir / "results.json").read_text())) == {"tokenizer", "mage", "run"}
+  assert "damaged: none" in text(cells, "look")
+  assert len(pictures(next(cell for cell in cells if cell.id == "samples"))) >= 3
