@@ -218,6 +218,7 @@ def test_sample(capsys):
   numbers = _numbers(capsys)
   seconds = _check_spread(numbers, "batch_seconds")
   assert numbers.pop("images_per_second") == pytest.approx(8 / seconds)
+  assert numbers.pop("model_flops_per_image") > 1e3
   assert numbers.pop("compile_seconds") > 0
   assert numbers.pop("peak_memory_bytes") > 1e7
   assert numbers == {

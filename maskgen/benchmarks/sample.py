@@ -1,6 +1,7 @@
 """How fast images are generated."""
 
 import dataclasses
+import functools
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -62,6 +63,7 @@ def _measure(config: Mapping[str, Any], args: Any, reuses: Sequence[int]) -> lis
 
   from maskgen import sharding
   from maskgen.benchmarks import devices, random_state
+  from maskgen.costs import flops
 
   experiment = random_state.build(config)
   objective: Any = experiment.objective
@@ -75,10 +77,13 @@ def _measure(config: Mapping[str, Any], args: Any, reuses: Sequence[int]) -> lis
   variables = random_state.random_tree(experiment.targets["state"].variables(experiment.targets["frozen"]))
   split = jax.jit(jax.random.split, static_argnums=1, out_shardings=sharding.batch_sharding(experiment.mesh))
   batch = {"key": split(jax.random.key(0), size)}
-  compile_seconds, functions = {}, {}
+  plain: Any = objective.predict_fns()["generate"]
+  compile_seconds, functions, counts = {}, {}, {}
   for reuse in reuses:
     log.info("batches of %d in %d steps, reuse %d: compiling", size, steps, reuse)
     dataclasses.replace(objective.sampling, steps=steps, reuse=reuse)  # which checks them
+    counted = functools.partial(plain, steps=steps, reuse=reuse)
+    counts[reuse] = flops.count(counted, variables, batch, jax.random.key(0))
     began = time.monotonic()
     compiled = generate_fn.lower(variables, batch, jax.random.key(0), steps=steps, reuse=reuse).compile()
     compile_seconds[reuse] = time.monotonic() - began
@@ -103,6 +108,7 @@ def _measure(config: Mapping[str, Any], args: Any, reuses: Sequence[int]) -> lis
         "sampling_steps": steps,
         "dtype": common.compute_dtype(objective),
         "compile_seconds": compile_seconds[reuse],
+        "model_flops_per_image": counts[reuse] / size,
         "images_per_second": size / result["batch_seconds"],
       }
       | result
