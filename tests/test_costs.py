@@ -307,6 +307,9 @@ def entry(*lines):
   )
 
 
+PAIRS = ((0, 1), (2, 3), (4, 5), (6, 7))
+
+
 @pytest.mark.parametrize(
   "written,groups",
   [
@@ -318,6 +321,8 @@ def entry(*lines):
     ("mesh['axis_0'=8,'axis_1'=1] {'axis_0'}", (tuple(range(8)),)),
     ("mesh['axis_0'=2,'axis_1'=4] {'axis_0'}", ((0, 4), (1, 5), (2, 6), (3, 7))),
     ("mesh['axis_0'=2,'axis_1'=2,'axis_2'=2] {'axis_0','axis_2'}", ((0, 1, 4, 5), (2, 3, 6, 7))),
+    ("mesh['axis_0'=1,'axis_1'=2,'axis_2'=4], device_ids=([4,2]T(1,0)) {'axis_1'}", PAIRS),
+    ("mesh['axis_0'=4,'axis_1'=2], device_ids=([8]) {'axis_1'}", PAIRS),
   ],
 )
 def test_groups_of_devices(written, groups):

@@ -231,7 +231,7 @@ class _Reader:
 
   def _groups(self, attributes: str) -> tuple[tuple[int, ...], ...]:
     written = re.search(
-      r"(?:replica_groups|source_target_pairs)=(\{\}|mesh\[.*?\] ?\{.*?\}|\{\{.*?\}\}|\[\S*)", attributes
+      r"(?:replica_groups|source_target_pairs)=(\{\}|mesh\[[^{]*\{.*?\}|\{\{.*?\}\}|\[\S*)", attributes
     )
     if written is None:
       raise ValueError(f"a collective without groups: {attributes}")
@@ -325,25 +325,38 @@ def _is_piece(instruction: Instruction) -> bool:
   return instruction.opcode in KINDS and "chain_id=" in instruction.rest
 
 
+# The numbers of an array of this shape, transposed by these axes.
+_IOTA = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
+
+
+def _iota(shape: str, order: str | None) -> np.ndarray:
+  dims = [int(size) for size in shape.split(",")]
+  axes = [int(axis) for axis in order.split(",")] if order else None
+  return np.arange(math.prod(dims)).reshape(dims).transpose(axes)
+
+
 @functools.cache
 def _parse_groups(text: str, num_devices: int) -> tuple[tuple[int, ...], ...]:
   """Groups of devices as HLO writes them.
 
   `{{0,1},{2,3}}`, `{}` for all in one, `[2,4]<=[4,2]T(1,0)` for the rows of a transposed iota, and
-  `mesh['a'=4,'b'=2] {'a'}` for those that differ along some axes of a mesh.
+  `mesh['a'=4,'b'=2] {'a'}` for those that differ along some axes of a mesh, whose devices may be an iota:
+  `mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}`.
   """
   if text == "{}":
     return (tuple(range(num_devices)),)
   if text.startswith("{{"):
     return tuple(tuple(map(int, group.split(","))) for group in re.findall(r"\{([\d,]+)\}", text))
-  if iota := re.fullmatch(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
-    shape, dims, order = ([int(size) for size in part.split(",")] if part else [] for part in iota.groups())
-    ids = np.arange(math.prod(dims)).reshape(dims).transpose(order or None).reshape(shape)
-  elif mesh := re.fullmatch(r"mesh\[((?:'\w+'=\d+,?)+)\] ?\{((?:'\w+',?)+)\}", text):
+  if iota := re.fullmatch(rf"\[([\d,]+)\]<={_IOTA}", text):
+    ids = _iota(*iota.groups()[1:]).reshape([int(size) for size in iota[1].split(",")])
+  elif mesh := re.fullmatch(
+    rf"mesh\[((?:'\w+'=\d+,?)+)\](?:, device_ids=\({_IOTA}\))? ?\{{((?:'\w+',?)+)\}}", text
+  ):
     sizes = {axis: int(size) for axis, size in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
-    inside = re.findall(r"'(\w+)'", mesh[2])
+    inside = re.findall(r"'(\w+)'", mesh[4])
     order = [list(sizes).index(axis) for axis in sorted(sizes, key=inside.__contains__)]
-    ids = np.arange(math.prod(sizes.values())).reshape(list(sizes.values())).transpose(order)
+    ids = _iota(mesh[2] or str(math.prod(sizes.values())), mesh[3])
+    ids = ids.reshape(list(sizes.values())).transpose(order)
     ids = ids.reshape(-1, math.prod(sizes[axis] for axis in inside))
   else:
     raise ValueError(f"groups of devices that are written in an unknown way: {text}")
