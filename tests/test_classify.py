@@ -128,6 +128,7 @@ def test_codes_do_instead_of_images():
 # Batch normalisation
 
 
+@pytest.mark.slow
 def test_running_statistics_converge_and_are_what_evaluation_uses():
   objective = build(**PROBE)
   parts, batch = make_parts(objective), make_batch()

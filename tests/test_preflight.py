@@ -92,6 +92,7 @@ def test_remedies_are_tried_in_order():
   assert remedies.show(next(used)) == "--config.accumulation=2"
 
 
+@pytest.mark.slow
 def test_the_first_remedy_that_fits_is_found_by_compiling(monkeypatch, tmp_path, capsys):
   arguments = [f"--config={tiny.FILE}", "--stage=mage", "--config.mage.batch_size=128"]
   needs = [

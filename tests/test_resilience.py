@@ -101,6 +101,7 @@ def test_a_run_continues_on_another_mesh_and_is_carried_out_otherwise(
     np.testing.assert_allclose(value, tree.flatten(there.params)[name], atol=1e-5, err_msg=name)
 
 
+@pytest.mark.slow
 def test_a_preempted_command_ends_well(tmp_path):
   arguments = [f"--config={tiny.FILE}:steps=100000,log_every_steps=5", f"--workdir={tmp_path / 'run'}"]
   process = tiny.python("-m", "maskgen.main", *arguments)

@@ -68,6 +68,7 @@ def normal(*shape, seed=0):
 # Sizes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("model", "counts"),
   [

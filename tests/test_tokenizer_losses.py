@@ -127,6 +127,7 @@ def test_every_mesh_gives_the_same_numbers(regularised):
     np.testing.assert_allclose(anchor, regularised[1].extra["anchors"][kind], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_anchors_move_with_every_micro_batch():
   built = experiment(batch_size=4, accumulation=2, lecam_weight=0.5)
   _, state = run(built, steps=1)
