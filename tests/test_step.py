@@ -20,6 +20,17 @@ from maskgen.step import make_update
 NETWORK = dict(
   channels=8, multipliers=(1, 2), strides=(4,), blocks=1, norm_groups=2, codebook_size=8, code_width=8
 )
+MAGE = dict(
+  image_size=(16, 16),
+  tokenizer=NETWORK,
+  width=16,
+  depth=1,
+  heads=4,
+  decoder_width=8,
+  decoder_depth=1,
+  decoder_heads=2,
+  dropout=0.0,
+)
 TINY = {
   "tokenizer": dict(
     image_size=(16, 16),
@@ -32,17 +43,9 @@ TINY = {
     entropy_temperature=1.0,
     revive_weight=1.0,
   ),
-  "mage": dict(
-    image_size=(16, 16),
-    tokenizer=NETWORK,
-    width=16,
-    depth=1,
-    heads=4,
-    decoder_width=8,
-    decoder_depth=1,
-    decoder_heads=2,
-    dropout=0.0,
-  ),
+  "mage": MAGE,
+  "mage_c": MAGE | dict(projection_hidden=16, projection_width=8, contrastive_weight=1.0),
+  "mage_conditional": MAGE | dict(classes=10, condition_width=8),
   "classify": dict(
     image_size=(16, 16),
     classes=10,
@@ -59,13 +62,18 @@ TINY = {
 PER_EXAMPLE = {
   "tokenizer": dict(entropy_weight=0.0, revive_weight=0.0),
   "mage": {},
+  "mage_c": dict(contrastive_weight=0.0),
+  "mage_conditional": {},
   "classify": dict(mixup=0.0, cutmix=0.0),
 }
+BLOCK_RULES = (("mlp/up/kernel", ("fsdp", "tensor")), ("query/kernel", (None, ("fsdp", "tensor"))))
 # Each objective's rules for a mesh with tensor parallelism.
 RULES = {
   "tokenizer": (("conv_0/kernel", (None, None, "fsdp", "tensor")), ("codebook", ("tensor", None))),
-  "mage": (("mlp/up/kernel", ("fsdp", "tensor")), ("query/kernel", (None, ("fsdp", "tensor")))),
-  "classify": (("mlp/up/kernel", ("fsdp", "tensor")), ("query/kernel", (None, ("fsdp", "tensor")))),
+  "mage": BLOCK_RULES,
+  "mage_c": BLOCK_RULES,
+  "mage_conditional": BLOCK_RULES,
+  "classify": BLOCK_RULES,
 }
 BATCH = 8
 every_objective = pytest.mark.parametrize("name", sorted(TINY))
@@ -91,6 +99,7 @@ def make_batch():
   rng = np.random.default_rng(3)
   return {
     "image": rng.integers(0, 256, (BATCH, 16, 16, 3), dtype=np.uint8),
+    "image2": rng.integers(0, 256, (BATCH, 16, 16, 3), dtype=np.uint8),
     "label": rng.integers(0, 10, BATCH, dtype=np.int32),
   }
 
