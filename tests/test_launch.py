@@ -62,6 +62,8 @@ child = subprocess.Popen(["sleep", "300"]).pid if "child" in do else None
 with open(folder / "calls.jsonl", "a") as file:
   file.write(json.dumps(dict(call=["python", *arguments], pid=os.getpid(), child=child)) + "\\n")
 time.sleep(300 if "sleep" in do else 0.1)
+while "after" in do and (folder / "calls.jsonl").read_text().count("--process_index=0") <= attempt:
+  time.sleep(0.01)  # until process 0 is there
 print("last words", end="", flush=True)
 last = do.split()[-1]
 sys.exit(int(last) if last.isdigit() else 0)
@@ -642,7 +644,7 @@ def test_local_prints_its_processes_in_a_dry_run(place):
 
 
 def test_local_ends_the_others_when_one_dies_and_starts_all_again(place):
-  place.plan(p0=["child sleep", "exit 0"], p1=["exit 9", "exit 0"])
+  place.plan(p0=["child sleep", "exit 0"], p1=["after exit 9", "exit 0"])
   began = time.monotonic()
   out, err = place.run("local.sh 2")
   assert time.monotonic() - began < 8
@@ -655,7 +657,7 @@ def test_local_ends_the_others_when_one_dies_and_starts_all_again(place):
 
 
 def test_local_kills_who_does_not_listen(place):
-  place.plan(p0=["deaf child sleep"], p1=["exit 9"])
+  place.plan(p0=["deaf child sleep"], p1=["after exit 9"])
   began = time.monotonic()
   _, err = place.run("local.sh 2", status=9, GRACE_SECONDS="1", MAX_RESTARTS="0")
   assert time.monotonic() - began < 6
@@ -664,7 +666,7 @@ def test_local_kills_who_does_not_listen(place):
 
 
 def test_local_tries_again_what_time_may_mend(place):
-  place.plan(p0=["sleep", "exit 0"], p1=["exit 75", "exit 0"])
+  place.plan(p0=["sleep", "exit 0"], p1=["after exit 75", "exit 0"])
   _, err = place.run("local.sh 2")
   assert "process 1 ended with status 75" in err and "restart 1 of 10" in err
   assert len(place.calls()) == 4
@@ -682,7 +684,7 @@ def test_local_gives_up_after_many_crashes_in_a_row(place):
 
 
 def test_local_does_not_try_a_users_error_again(place):
-  place.plan(p0=["sleep"], p1=["exit 2"])
+  place.plan(p0=["sleep"], p1=["after exit 2"])
   _, err = place.run("local.sh 2", status=2)
   assert "a restart does not mend" in err
   assert len(place.calls()) == 2
