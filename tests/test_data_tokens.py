@@ -152,7 +152,7 @@ def test_a_cache_of_another_tokenizer_is_refused(cache, trained, tmp_path):
   overrides = {"data__preprocess": "take_crop", "data__eval_source": "synthetic"}
   experiment = Experiment(mage(trained, data__source=f"tokens:{tmp_path}/other", **overrides))
   with pytest.raises(
-    UserError, match=r"other was made with another tokenizer than config.pretrained.tokenizer=.*"
+    UserError, match=r"other was made with another tokenizer than that of config.pretrained.tokenizer=.*"
   ):
     experiment.check_pretrained(epath.Path(tmp_path))
   Experiment(mage(trained, data__source=f"tokens:{cache}", **overrides)).check_pretrained(
