@@ -13,7 +13,7 @@ import tiny
 import maskgen
 from maskgen import config as config_lib
 from maskgen import losses, main, objectives, optim, sharding, tree
-from maskgen.benchmarks import random_state
+from maskgen.benchmarks import dataless
 from maskgen.errors import UserError
 from maskgen.evaluators.accuracy import Evaluator
 from maskgen.experiment import Experiment
@@ -306,10 +306,10 @@ def section(**changes) -> dict:
 def test_data_must_have_the_classes():
   unlabelled = objectives.build(tiny.stage("mage")["objective"])
   with pytest.raises(UserError, match="gives no labels, and objective 'classify' needs them"):
-    Experiment(section(), data=random_state.NoData(unlabelled))
+    Experiment(section(), data=dataless.NoData(unlabelled))
   seven = objectives.build(section()["objective"] | {"classes": 7})
   with pytest.raises(UserError, match=r"has 7 classes, config\.objective\.classes is 10"):
-    Experiment(section(), data=random_state.NoData(seven))
+    Experiment(section(), data=dataless.NoData(seven))
 
 
 @pytest.mark.parametrize(
@@ -350,9 +350,9 @@ def test_a_frozen_encoder_is_taken_from_where_it_was_trained(trained, monkeypatc
 
 
 def test_random_batches_have_labels():
-  experiment = random_state.build(section())
+  experiment = dataless.build(section())
   for source in ("synthetic", "tokens"):
-    batch = random_state.random_batch(experiment, source)
+    batch = dataless.random_batch(experiment, source)
     assert batch["label"].shape == (8,) and int(batch["label"].max()) < 10
 
 

@@ -10,7 +10,7 @@ import pytest
 import tiny
 
 from maskgen import losses, masking, objectives, sharding, tree
-from maskgen.benchmarks import random_state
+from maskgen.benchmarks import dataless
 from maskgen.costs import hlo
 from maskgen.errors import UserError
 from maskgen.experiment import Experiment
@@ -87,7 +87,7 @@ def test_nt_xent_at_its_extremes():
 
 def loss_and_gradients(built):
   """Of the first batch, from parameters that are the same for all: the metrics and the gradients."""
-  state, frozen = random_state.random_state(built)
+  state, frozen = dataless.random_state(built)
   batches = built.train_batches(0)
   batch = next(batches)
   batches.close()
@@ -160,7 +160,7 @@ def test_two_processes_give_the_same_loss_and_gradients(alone, tmp_path):
 def test_embeddings_cross_devices_and_pictures_do_not():
   """Beside the sum of gradients: both views' embeddings forwards, and their gradient backwards."""
   built = experiment((8, 1, 1))
-  batch = random_state.batch_spec(built, "config")
+  batch = dataless.batch_spec(built, "config")
   collectives = hlo.analyse(built.compile(batch).as_text()).collectives
   size = 4 * 2 * built.config.batch_size * built.objective.projection_width
   assert set(collectives) <= {"all-gather", "all-reduce", "reduce-scatter"}
@@ -259,10 +259,10 @@ def test_it_is_a_mage():
 def test_it_can_be_measured_without_data(source):
   config = plain_config()
   config["objective"]["name"] = "mage_c"
-  built = random_state.build(config, source)
-  batch = random_state.random_batch(built, source)
+  built = dataless.build(config, source)
+  batch = dataless.random_batch(built, source)
   assert len(batch) == 2
-  state, frozen = random_state.random_state(built)
+  state, frozen = dataless.random_state(built)
   _, metrics = built.update(state, frozen, batch)
   assert np.isfinite(metrics["loss/main"])
 

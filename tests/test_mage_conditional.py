@@ -10,7 +10,7 @@ import tiny
 
 import maskgen
 from maskgen import main, objectives, sampling, tree
-from maskgen.benchmarks.random_state import NoData
+from maskgen.benchmarks.dataless import NoData
 from maskgen.errors import UserError
 from maskgen.experiment import Experiment
 from maskgen.models.mage import Mage

@@ -9,7 +9,7 @@ import pytest
 import tiny
 
 from maskgen import sharding, tree
-from maskgen.benchmarks.random_state import random_state
+from maskgen.benchmarks.dataless import random_state
 from maskgen.experiment import Experiment
 
 STEPS = 5

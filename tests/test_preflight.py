@@ -8,7 +8,7 @@ import pytest
 import tiny
 
 from maskgen import tree
-from maskgen.benchmarks.random_state import build
+from maskgen.benchmarks.dataless import build
 from maskgen.errors import UserError
 from maskgen.preflight import estimate as estimate_lib
 from maskgen.preflight import remedies, table, topology

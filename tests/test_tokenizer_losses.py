@@ -7,7 +7,7 @@ import pytest
 import tiny
 
 from maskgen import losses, objectives, sharding, tree
-from maskgen.benchmarks.random_state import random_state
+from maskgen.benchmarks.dataless import random_state
 from maskgen.errors import UserError
 from maskgen.experiment import Experiment
 from maskgen.objectives import tokenizer

@@ -10,7 +10,7 @@ import tiny
 from PIL import Image
 
 from maskgen import sharding
-from maskgen.benchmarks import common, devices, random_state, recording
+from maskgen.benchmarks import common, dataless, devices, recording
 from maskgen.benchmarks.model_flops import model_flops
 from maskgen.costs import flops
 from maskgen.data.handwritten import Handwritten
@@ -178,7 +178,7 @@ def _check_step(numbers):
 
 
 def _experiment(stage, source="synthetic", **overrides):
-  return random_state.build(tiny.stage(stage, **overrides), source)
+  return dataless.build(tiny.stage(stage, **overrides), source)
 
 
 def test_step(capsys, tmp_path):
@@ -269,11 +269,11 @@ print("tensorflow" in sys.modules)
 # What a step is made of
 
 
-@pytest.mark.parametrize("source", random_state.SOURCES)
+@pytest.mark.parametrize("source", dataless.SOURCES)
 def test_batches_are_what_their_spec_says(source):
   experiment = _experiment("mage", source, objective__tokenizer__codebook_size="300")
-  spec = random_state.batch_spec(experiment, source)
-  batches = random_state.batches(experiment, source)
+  spec = dataless.batch_spec(experiment, source)
+  batches = dataless.batches(experiment, source)
   batch = next(batches)
   batches.close()
   assert batch.keys() == spec.keys()
@@ -291,11 +291,11 @@ def test_batches_are_what_their_spec_says(source):
 def test_live_tokens_cost_what_the_tokenizer_does():
   experiment = _experiment("mage", "tokens")
   live, cached = (
-    model_flops(experiment, random_state.batch_spec(experiment, source)) for source in ("synthetic", "tokens")
+    model_flops(experiment, dataless.batch_spec(experiment, source)) for source in ("synthetic", "tokens")
   )
   variables = experiment.targets["state"].variables(experiment.targets["frozen"])
   encode = experiment.objective.predict_fns()["encode"]
-  image = random_state.batch_spec(experiment, "synthetic")
+  image = dataless.batch_spec(experiment, "synthetic")
   assert live - cached == flops.count(encode, variables, image, jax.random.key(0))
   assert cached > 0
 
@@ -304,7 +304,7 @@ def test_live_tokens_cost_what_the_tokenizer_does():
 def test_model_flops_are_without_recomputation(stage):
   experiment = _experiment(stage, objective__remat="full")
   plain = _experiment(stage)
-  spec = random_state.batch_spec(plain, "synthetic")
+  spec = dataless.batch_spec(plain, "synthetic")
   target = experiment.targets
   assert model_flops(experiment, spec) == model_flops(plain, spec)
   again = flops.count(experiment.make_update(experiment.objective), target["state"], target["frozen"], spec)
@@ -313,7 +313,7 @@ def test_model_flops_are_without_recomputation(stage):
 
 def test_accumulation_changes_no_flops_but_those_of_the_sums():
   whole, split = _experiment("mage", batch_size="16"), _experiment("mage", batch_size="16", accumulation="2")
-  spec = random_state.batch_spec(whole, "synthetic")
+  spec = dataless.batch_spec(whole, "synthetic")
   assert model_flops(whole, spec) == model_flops(split, spec)
 
 

@@ -62,10 +62,10 @@ def _measure(config: Mapping[str, Any], args: Any, reuses: Sequence[int]) -> lis
   import jax
 
   from maskgen import sharding
-  from maskgen.benchmarks import devices, random_state
+  from maskgen.benchmarks import dataless, devices
   from maskgen.costs import flops
 
-  experiment = random_state.build(config)
+  experiment = dataless.build(config)
   objective: Any = experiment.objective
   generate_fn: Any = experiment.predict.get("generate")
   if generate_fn is None:
@@ -74,7 +74,7 @@ def _measure(config: Mapping[str, Any], args: Any, reuses: Sequence[int]) -> lis
       "objective 'mage'"
     )
   size, steps = experiment.config.batch_size, args.sampling_steps or objective.sampling.steps
-  variables = random_state.random_tree(experiment.targets["state"].variables(experiment.targets["frozen"]))
+  variables = dataless.random_tree(experiment.targets["state"].variables(experiment.targets["frozen"]))
   split = jax.jit(jax.random.split, static_argnums=1, out_shardings=sharding.batch_sharding(experiment.mesh))
   batch = {"key": split(jax.random.key(0), size)}
   plain: Any = objective.predict_fns()["generate"]

@@ -69,11 +69,11 @@ def _measure(config: Mapping[str, Any], args: Any) -> dict[str, Any]:
   """Everything about one batch size that needs no peak."""
   import jax
 
-  from maskgen.benchmarks import devices, random_state, recording
+  from maskgen.benchmarks import dataless, devices, recording
   from maskgen.benchmarks.model_flops import model_flops
 
-  experiment = random_state.build(config, args.source)
-  spec = random_state.batch_spec(experiment, args.source)
+  experiment = dataless.build(config, args.source)
+  spec = dataless.batch_spec(experiment, args.source)
   size = experiment.config.batch_size
   log.info("batches of %d: counting and compiling", size)
   flops = model_flops(experiment, spec)
@@ -81,8 +81,8 @@ def _measure(config: Mapping[str, Any], args: Any) -> dict[str, Any]:
   compiled = experiment.compile(spec)
   compile_seconds = time.monotonic() - began
   memory: Any = compiled.memory_analysis()
-  state, frozen = random_state.random_state(experiment)
-  batches = random_state.batches(experiment, args.source)
+  state, frozen = dataless.random_state(experiment)
+  batches = dataless.batches(experiment, args.source)
 
   def step() -> Any:
     nonlocal state

@@ -34,20 +34,20 @@ def main(argv: Sequence[str]) -> Iterator[dict[str, Any]]:
 
   import jax
 
-  from maskgen.benchmarks import devices, random_state
+  from maskgen.benchmarks import dataless, devices
   from maskgen.benchmarks.model_flops import model_flops
 
-  experiment = random_state.build(config, "tokens")
+  experiment = dataless.build(config, "tokens")
   batches = {
-    "live": random_state.random_batch(experiment, "synthetic"),
-    "cached": random_state.random_batch(experiment, "tokens"),
+    "live": dataless.random_batch(experiment, "synthetic"),
+    "cached": dataless.random_batch(experiment, "tokens"),
   }
   compiled = {}
   for name, batch in batches.items():
     log.info("compiling the step, %s", name)
     compiled[name] = experiment.compile(batch)
   log.info("making random parameters")
-  state, frozen = random_state.random_state(experiment)
+  state, frozen = dataless.random_state(experiment)
 
   def step(name: str) -> Callable[[], None]:
     def run() -> None:

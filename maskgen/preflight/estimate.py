@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from maskgen import sharding
-from maskgen.benchmarks import random_state
+from maskgen.benchmarks import dataless
 from maskgen.benchmarks.model_flops import model_flops
 from maskgen.costs import chips, flops, hlo
 from maskgen.experiment import Experiment
@@ -34,8 +34,8 @@ def estimate(
   Raises:
     UserError: if the config is wrong, or its batch or a parameter does not divide over its mesh.
   """
-  experiment = random_state.build(config, source, devices)
-  batch = random_state.batch_spec(experiment, source)
+  experiment = dataless.build(config, source, devices)
+  batch = dataless.batch_spec(experiment, source)
   target = experiment.targets
   chip = chips.chip_of(devices[0])
   needed = model_flops(experiment, batch)
