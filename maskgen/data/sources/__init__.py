@@ -1,4 +1,4 @@
-"""Where records come from: `digits`, `folder:`, `synthetic`, `tar:`, `tfds:`, `tokens:`.
+"""Where records come from: `captioned_digits`, `digits`, `folder:`, `synthetic`, `tar:`, `tfds:`, `tokens:`.
 
 A source offers random access: the record of an index is the same whatever was fetched before. All else
 (order, epochs, resuming, slices per process, damaged records) is the pipeline's.

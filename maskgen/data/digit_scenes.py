@@ -1,0 +1,161 @@
+"""What can be said of a picture of one coloured digit, and what can be read from it; without TensorFlow.
+
+A picture shows a digit of one colour on a background of another, small or large, at one of nine places. All
+this is said in a caption of `WORDS`. How the digit is written is not: a picture holds more than its words.
+Letters: b batch, s the side of a picture, g the side of a glyph.
+"""
+
+import re
+from collections.abc import Mapping
+
+import numpy as np
+
+SIDE = 16
+GLYPH_SIDE = 8
+
+_DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+_SIZES = ("small", "large")
+COLOURS = {
+  "red": (225, 45, 45),
+  "green": (45, 180, 60),
+  "blue": (50, 80, 235),
+  "yellow": (245, 215, 50),
+  "white": (245, 245, 245),
+  "black": (15, 15, 15),
+}
+# Row by row.
+_PLACES = (
+  "at the top left",
+  "at the top",
+  "at the top right",
+  "at the left",
+  "in the middle",
+  "at the right",
+  "at the bottom left",
+  "at the bottom",
+  "at the bottom right",
+)
+# What is said of a picture, and the words for each value of it.
+KINDS: Mapping[str, tuple[str, ...]] = {
+  "class": _DIGITS,
+  "colour": tuple(COLOURS),
+  "background": tuple(COLOURS),
+  "size": _SIZES,
+  "place": _PLACES,
+}
+# All words of captions.
+WORDS = tuple(
+  dict.fromkeys(" ".join(["a", *_SIZES, *COLOURS, *_DIGITS, *_PLACES, "on", "background"]).split())
+)
+# The height in pixels of the ink of small and of large digits: least and most.
+HEIGHTS = ((6.5, 7.5), (10.0, 11.0))
+# Where between one side and the other the first, second and third place are: least and most.
+THIRDS = ((0.0, 0.15), (0.425, 0.575), (0.85, 1.0))
+
+_CAPTION = re.compile(
+  "a (?:(?P<size>{size}) )?(?:(?P<colour>{colour}) )?(?P<class>{class})(?: (?P<place>{place}))?"
+  "(?: on a (?P<background>{background}) background)?".format_map(
+    {kind: "|".join(words) for kind, words in KINDS.items()}
+  )
+)
+_PALETTE = np.array(list(COLOURS.values()), np.float32) / 255.0
+# What counts as ink, of the opacity of a pixel.
+_INK = 0.35
+# Between heights of small and large digits, and between centres of the three places along a side, in pixels.
+_SIZE_BORDER = 8.75
+_PLACE_BORDERS = (6.9, 9.1)
+# So many of the most opaque pixels tell the colour.
+_PIXELS_OF_COLOUR = 6
+
+
+def describe(said: Mapping[str, int]) -> str:
+  """The caption of a picture, given for `class` and any other of `KINDS` the number of its value."""
+  words = {kind: KINDS[kind][value] for kind, value in said.items()}
+  ground = f"on a {words['background']} background" if "background" in words else None
+  parts = ["a", *(words.get(kind) for kind in ("size", "colour", "class", "place")), ground]
+  return " ".join(filter(None, parts))
+
+
+def understand(caption: str) -> dict[str, int] | None:
+  """The inverse of `describe`, or None for any other text."""
+  match = _CAPTION.fullmatch(caption)
+  if match is None:
+    return None
+  return {kind: KINDS[kind].index(word) for kind, word in match.groupdict().items() if word}
+
+
+def contradict(said: Mapping[str, int], kind: str) -> dict[str, int]:
+  """The same with another value of one kind; colour and background remain different."""
+  number, taken = len(KINDS[kind]), {said[kind]}
+  if kind in ("colour", "background"):
+    taken |= {value for other, value in said.items() if other in ("colour", "background")}
+  turned = ((said[kind] + number // 2 + turn) % number for turn in range(number))
+  return {**said, kind: next(value for value in turned if value not in taken)}
+
+
+def ink_box(opacity: np.ndarray) -> np.ndarray:
+  """The box around the ink of pictures float [b, s, s]: top, bottom, left, right, float32 [b, 4].
+
+  Without ink it is the whole picture.
+  """
+  side = opacity.shape[-1]
+  ink = opacity > _INK
+  edges = []
+  for lines in (ink.any(axis=2), ink.any(axis=1)):
+    first, last = lines.argmax(axis=1), side - lines[:, ::-1].argmax(axis=1)
+    edges += [first, last]
+  return np.stack(edges, axis=1).astype(np.float32)
+
+
+def read(images: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
+  """Reads pictures: all but the class, for which a classifier must look at the glyph.
+
+  The background is the median of the border. The colour is that of the pixels farthest from it, and how far
+  each pixel is on the way to it is its opacity.
+
+  Args:
+    images: float32 [b, s, s, 3] in [0, 1], s being `SIDE`.
+
+  Returns:
+    The number of the value of each kind but `class`, int [b]; and the ink of the digit, cut out as a square
+    of its height and scaled: float32 [b, g, g].
+  """
+  border = np.concatenate([images[:, 0], images[:, -1], images[:, 1:-1, 0], images[:, 1:-1, -1]], axis=1)
+  ground = np.median(border, axis=1)
+  pixels = images.reshape(len(images), -1, 3) - ground[:, None]
+  farthest = np.argsort(-np.square(pixels).sum(axis=-1), axis=1)[:, :_PIXELS_OF_COLOUR]
+  contrast = np.take_along_axis(pixels, farthest[..., None], axis=1).mean(axis=1)
+  background = _nearest_colour(ground)
+  colour = _nearest_colour(ground + contrast, other_than=background)
+  scale = np.maximum(np.square(contrast).sum(axis=-1), 1e-6)
+  opacity = np.clip(np.einsum("bpc,bc->bp", pixels, contrast) / scale[:, None], 0.0, 1.0)
+  opacity = opacity.reshape(images.shape[:3])
+  top, bottom, left, right = ink_box(opacity).T
+  height = bottom - top
+  row, column = (
+    np.digitize((low + high) / 2, _PLACE_BORDERS) for low, high in ((top, bottom), (left, right))
+  )
+  values = {
+    "colour": colour,
+    "background": background,
+    "size": (height > _SIZE_BORDER).astype(int),
+    "place": 3 * row + column,
+  }
+  rows = _shrink((top + bottom) / 2, height)
+  columns = _shrink((left + right) / 2, height)
+  return values, np.einsum("bgy,byx,bhx->bgh", rows, opacity, columns).astype(np.float32)
+
+
+def _nearest_colour(colours: np.ndarray, other_than: np.ndarray | None = None) -> np.ndarray:
+  """The numbers of the nearest of `COLOURS` to colours [b, 3]."""
+  distances = np.square(colours[:, None] - _PALETTE).sum(axis=-1)
+  if other_than is not None:
+    distances[np.arange(len(distances)), other_than] = np.inf
+  return distances.argmin(axis=1)
+
+
+def _shrink(centre: np.ndarray, length: np.ndarray) -> np.ndarray:
+  """Weights [b, g, s] that take g samples of s pixels, of so many around a centre, linear in between."""
+  samples = (np.arange(GLYPH_SIDE) + 0.5) / GLYPH_SIDE - 0.5
+  places = centre[:, None] + length[:, None] * samples - 0.5
+  return np.maximum(1.0 - np.abs(places[..., None] - np.arange(SIDE)), 0.0)

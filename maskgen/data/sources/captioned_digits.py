@@ -1,0 +1,108 @@
+"""The embedded digits in colour, on coloured backgrounds, with captions: see `maskgen.data.digit_scenes`."""
+
+import numpy as np
+
+from maskgen.data import digit_scenes as scenes
+from maskgen.data.cpu_tf import tf
+from maskgen.data.sources import Source, check_split, source
+from maskgen.data.sources.digits import SPLITS, Digits, load
+
+# Pictures of each digit, by split.
+_PICTURES = {"train": 64, "test": 4}
+# How often a phrase is left out of a training caption.
+_UNSAID = 0.2
+# Colours vary by so much, of 255.
+_JITTER = 12.0
+# Numbers that are drawn for a picture.
+_DRAWS = 18
+
+
+@source("captioned_digits")
+def open_captioned_digits(argument: str, split: str) -> Source:
+  """Opens a split; pictures uint8 [16, 16, 3] are drawn when they are fetched.
+
+  Record i shows digit i % n of the split's n digits. Captions for training leave phrases out at random, so
+  that a model knows short captions as well; those for testing say all.
+  """
+  del argument
+  check_split("captioned_digits", split, SPLITS)
+  files, labels = load(split)
+  glyphs = np.stack([tf.io.decode_png(file).numpy()[..., 0] for file in files]).astype(np.float32) / 255.0
+  boxes = scenes.ink_box(glyphs)
+  opacities, centres = tf.constant(glyphs), tf.constant((boxes[:, ::2] + boxes[:, 1::2]) / 2)
+  unsaid = _UNSAID if split == "train" else 0.0
+
+  def fetch(index: tf.Tensor) -> dict[str, tf.Tensor]:
+    which = index % len(glyphs)
+    seed = tf.stack([tf.constant(SPLITS.index(split), tf.int64), index])
+    draws = tf.random.stateless_uniform([_DRAWS], seed)
+    said = _choose(draws[:5]) | {"class": tf.gather(labels, which)}
+    image = _draw(tf.gather(opacities, which), tf.gather(centres, which), said, draws[5:14])
+    return {"image": image, "label": said["class"], "caption": _describe(said, draws[14:] >= unsaid)[None]}
+
+  version = f"{Digits.VERSION} {split} 1"
+  size = _PICTURES[split] * len(glyphs)
+  return Source("captioned_digits", size, scenes.KINDS["class"], fetch, version)
+
+
+def _choose(draws: tf.Tensor) -> dict[str, tf.Tensor]:
+  """The values of all kinds but the class, int64 scalars."""
+
+  def choose(draw: tf.Tensor, number: int) -> tf.Tensor:
+    return tf.cast(draw * number, tf.int64)
+
+  colours = len(scenes.COLOURS)
+  colour = choose(draws[0], colours)
+  return {
+    "colour": colour,
+    "background": (colour + 1 + choose(draws[1], colours - 1)) % colours,
+    "size": choose(draws[2], 2),
+    "place": 3 * choose(draws[3], 3) + choose(draws[4], 3),
+  }
+
+
+def _draw(glyph: tf.Tensor, centre: tf.Tensor, said: dict[str, tf.Tensor], draws: tf.Tensor) -> tf.Tensor:
+  """Draws a glyph float32 [g, g] whose ink has this centre [2], as said: uint8 [16, 16, 3]."""
+
+  def between(bounds: tuple[tuple[float, float], ...], which: tf.Tensor, draw: tf.Tensor) -> tf.Tensor:
+    low, high = tf.unstack(tf.gather(tf.constant(bounds), which))
+    return low + (high - low) * draw
+
+  height = between(scenes.HEIGHTS, said["size"], draws[0])
+  weights = []
+  for axis, third in enumerate((said["place"] // 3, said["place"] % 3)):
+    place = height / 2 + (scenes.SIDE - height) * between(scenes.THIRDS, third, draws[1 + axis])
+    # Where the pixels of the picture lie among those of the glyph.
+    pixels = tf.range(scenes.SIDE, dtype=tf.float32) + 0.5 - place
+    samples = pixels * scenes.GLYPH_SIDE / height + centre[axis] - 0.5
+    weights.append(tf.nn.relu(1.0 - tf.abs(samples[:, None] - tf.range(scenes.GLYPH_SIDE, dtype=tf.float32))))
+  opacity = (weights[0] @ glyph @ tf.transpose(weights[1]))[..., None]
+  palette = tf.constant(list(scenes.COLOURS.values()), tf.float32)
+  colour, background = (
+    tf.gather(palette, said[kind]) + _JITTER * (2.0 * draw - 1.0)
+    for kind, draw in (("colour", draws[3:6]), ("background", draws[6:9]))
+  )
+  image = background + opacity * (colour - background)
+  return tf.cast(tf.round(tf.clip_by_value(image, 0.0, 255.0)), tf.uint8)
+
+
+def _describe(said: dict[str, tf.Tensor], is_said: tf.Tensor) -> tf.Tensor:
+  """The caption, as of `scenes.describe`, of what is said; is_said is bool [4], not of the class."""
+  empty = tf.constant("")
+
+  def phrase(kind: str, form: str) -> tf.Tensor:
+    return tf.gather(tf.constant([form.format(word) for word in scenes.KINDS[kind]]), said[kind])
+
+  def perhaps(which: int, text: tf.Tensor) -> tf.Tensor:
+    return tf.where(is_said[which], text, empty)
+
+  return tf.strings.join(
+    [
+      "a ",
+      perhaps(0, phrase("size", "{} ")),
+      perhaps(1, phrase("colour", "{} ")),
+      phrase("class", "{}"),
+      perhaps(2, phrase("place", " {}")),
+      perhaps(3, phrase("background", " on a {} background")),
+    ]
+  )
