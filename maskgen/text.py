@@ -5,6 +5,7 @@ fits, the end id, and padding. `open_tokenizer` opens the one that a configurati
 """
 
 import abc
+import dataclasses
 import functools
 import gzip
 import itertools
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from maskgen.config import check_at_least
 from maskgen.errors import UserError, nearest
 
 # CLIP uses so many of the merges in its file, which has more.
@@ -51,6 +53,10 @@ class Tokenizer(abc.ABC):
   @abc.abstractmethod
   def decode(self, ids: Iterable[int]) -> str:
     """Returns the text up to the first end id, in lower case."""
+
+  def unknown(self, text: str) -> str | None:
+    """Returns the first word of a text that has no id, and the nearest one that has; None if all have."""
+    return None
 
   def pad(self, text: str, length: int) -> np.ndarray:
     """Returns start, text, end and padding as int32 [length], length being at least 2."""
@@ -91,6 +97,10 @@ class WordTokenizer(Tokenizer):
 
   def encode(self, text: str) -> list[int]:
     return [self._ids.get(word, self.unknown_id) for word in _words(text)]
+
+  def unknown(self, text: str) -> str | None:
+    words = (word for word in _words(text) if word not in self._ids)
+    return next((f"'{word}'{nearest(word, self._ids)}" for word in words), None)
 
   def decode(self, ids: Iterable[int]) -> str:
     return " ".join(filter(None, (self._words[i] for i in self._content(ids))))
@@ -166,26 +176,64 @@ class BytePairTokenizer(Tokenizer):
     return tuple(self._ids[piece] for piece in pieces)
 
 
+@dataclasses.dataclass(frozen=True)
+class Captions:
+  """How a model reads texts.
+
+  Attributes:
+    tokenizer: see `open_tokenizer`.
+    length: how many ids a caption has, special ones included.
+  """
+
+  tokenizer: str
+  length: int
+
+  def __post_init__(self):
+    check_at_least(self, 2, "length")
+
+  @functools.cached_property
+  def opened(self) -> Tokenizer:
+    """The tokenizer."""
+    return open_tokenizer(self.tokenizer)
+
+  def read(self, prompts: Sequence[str]) -> np.ndarray:
+    """The ids of prompts, int32 [b, length].
+
+    Raises:
+      UserError: if a prompt is too long or has an unknown word.
+    """
+    for prompt in prompts:
+      unknown = self.opened.unknown(prompt)
+      if unknown is not None:
+        raise UserError(f"the prompt '{prompt}' has a word that this model never read, {unknown}")
+      found, most = len(self.opened.encode(prompt)), self.length - 2
+      if found > most:
+        raise UserError(
+          f"the prompt '{prompt}' has {found} words (or pieces of them): shorten it, this model reads {most}"
+        )
+    return np.stack([self.opened(prompt, self.length) for prompt in prompts])
+
+
 def open_tokenizer(spec: str) -> Tokenizer:
   """Opens a tokenizer.
 
   Args:
-    spec: "words:/path/words.txt", a file with one word on each line; or "bpe:/path", CLIP's
-      `bpe_simple_vocab_16e6.txt.gz` or a folder with `vocab.json` and `merges.txt` (or with
-      `tokenizer.json`), and with `tokenizer_config.json` or `special_tokens_map.json` where padding is other
-      than in the original.
+    spec: "list:a red fox", the words themselves; "words:/path/words.txt", a file with one word on each line;
+      or "bpe:/path", CLIP's `bpe_simple_vocab_16e6.txt.gz` or a folder with `vocab.json` and `merges.txt` (or
+      with `tokenizer.json`), and with `tokenizer_config.json` or `special_tokens_map.json` where padding is
+      other than in the original.
 
   Raises:
     UserError: if there is no such tokenizer, or its files are missing or malformed.
   """
   kind, _, path = spec.partition(":")
-  openers = {"words": _open_words, "bpe": _open_byte_pairs}
+  openers = {"list": _open_list, "words": _open_words, "bpe": _open_byte_pairs}
   if kind not in openers:
     raise UserError(f"tokenizer '{spec}' is unknown{nearest(kind, openers)}")
   if not path:
     raise UserError(f"tokenizer '{spec}' is malformed: write it as '{kind}:/path'")
   try:
-    return openers[kind](epath.Path(os.path.expanduser(path)))
+    return openers[kind](path)
   except UserError as error:
     raise UserError(f"tokenizer '{spec}': {error}") from error
   except (EOFError, ValueError, gzip.BadGzipFile, zlib.error) as error:
@@ -194,11 +242,16 @@ def open_tokenizer(spec: str) -> Tokenizer:
     raise UserError(f"tokenizer '{spec}' cannot be read ({error}): check the path") from error
 
 
-def _open_words(path: epath.Path) -> WordTokenizer:
-  return WordTokenizer(path.read_text(encoding="utf-8").split())
+def _open_list(words: str) -> WordTokenizer:
+  return WordTokenizer(words.split())
 
 
-def _open_byte_pairs(path: epath.Path) -> BytePairTokenizer:
+def _open_words(file: str) -> WordTokenizer:
+  return WordTokenizer(epath.Path(os.path.expanduser(file)).read_text(encoding="utf-8").split())
+
+
+def _open_byte_pairs(folder: str) -> BytePairTokenizer:
+  path = epath.Path(os.path.expanduser(folder))
   if not path.is_dir():
     return BytePairTokenizer(_read_merges(path))
   merges = path / "merges.txt"
