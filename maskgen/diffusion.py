@@ -77,6 +77,27 @@ class Schedule:
     return np.cumprod(1 - BETAS[self.betas](self.steps, self.beta_first, self.beta_last))
 
 
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+  """How images are drawn.
+
+  Attributes:
+    steps: how often the network is called.
+    sampler: one of `SAMPLERS`; "dpm" needs fewer steps.
+    guidance: how much the prompt counts: 0 not at all, 1 as trained, above 1 it shows more and variety less.
+  """
+
+  steps: int = 25
+  sampler: str = "dpm"
+  guidance: float = 7.5
+
+  def __post_init__(self):
+    check_at_least(self, 1, "steps")
+    check_at_least(self, 0, "guidance")
+    if self.sampler not in SAMPLERS:
+      raise UserError(f"sampler '{self.sampler}' does not exist{nearest(self.sampler, SAMPLERS)}")
+
+
 def signal_and_noise(schedule: Schedule, t: jax.Array) -> tuple[jax.Array, jax.Array]:
   """alpha_t and sigma_t, float32, for steps t int32 [...]."""
   squared = schedule.alphas_squared

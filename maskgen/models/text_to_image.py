@@ -1,7 +1,8 @@
-"""A latent text-to-image model put together: text encoders, U-Net, autoencoder and noise schedule.
+"""A text-to-image model put together: text encoders, U-Net, autoencoder and noise schedule.
 
 Parameters are `{part: tree}` with the parts "text_encoder", "text_encoder_2" where there are two, "unet" and
-"vae", as in a published folder. Letters: b batch, l positions, h w latent image, c its channels.
+"vae", as in a published folder; the last is empty for a model of pixels. Letters: b batch, l positions, h w
+latent image, c its channels.
 """
 
 import dataclasses
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 
 from maskgen import diffusion
 from maskgen.models.autoencoder_kl import AutoencoderKL, Gaussian
+from maskgen.models.patches import Patches
 from maskgen.models.text_encoder import Encoded, TextEncoder
 from maskgen.models.unet import NUM_SIZES, Condition, UNet
 
@@ -27,14 +29,14 @@ class TextToImage:
   Attributes:
     text_encoders: one, or for SDXL two, whose hidden states are put side by side.
     unet: predicts what the schedule says.
-    autoencoder: between images and latents.
+    autoencoder: between images and latents, or pixels by the square.
     schedule: of the noise.
     zero_null: whether no prompt means a condition of zeros, as in SDXL, or that of an empty text.
   """
 
   text_encoders: tuple[TextEncoder, ...]
   unet: UNet
-  autoencoder: AutoencoderKL
+  autoencoder: AutoencoderKL | Patches
   schedule: diffusion.Schedule
   zero_null: bool = False
 
@@ -43,22 +45,26 @@ class TextToImage:
     """The width of each text encoder's embeddings."""
     return tuple(encoder.width for encoder in self.text_encoders)
 
-  def shapes(self) -> dict[str, Any]:
-    """The shapes of all parameters, `{part: tree}`."""
-    key, ids = jax.random.key(0), jax.ShapeDtypeStruct((1, 2), jnp.int32)
-    one = jax.ShapeDtypeStruct((1,), jnp.int32)
-    shapes = {
-      part: jax.eval_shape(encoder.init, key, ids, one)["params"]
+  def init(self, key: jax.Array) -> dict[str, Any]:
+    """Fresh parameters of all parts, `{part: tree}`."""
+    keys = iter(jax.random.split(key, len(self.text_encoders) + 2))
+    one = jnp.zeros((1,), jnp.int32)
+    params = {
+      part: encoder.init(next(keys), jnp.zeros((1, 2), jnp.int32), one)["params"]
       for part, encoder in zip(TEXT_PARTS, self.text_encoders, strict=False)
     }
-    pooled, sizes = _floats(1, self.unet.pooled_width), _floats(1, NUM_SIZES)
-    condition = Condition(_floats(1, 2, self.unet.context_width), pooled, sizes)
-    noisy = _floats(1, self.unet.factor, self.unet.factor, self.unet.in_channels)
-    shapes["unet"] = jax.eval_shape(self.unet.init, key, noisy, one, condition)["params"]
+    pooled, sizes = jnp.zeros((1, self.unet.pooled_width)), jnp.zeros((1, NUM_SIZES))
+    condition = Condition(jnp.zeros((1, 2, self.unet.context_width)), pooled, sizes)
+    noisy = jnp.zeros((1, self.unet.factor, self.unet.factor, self.unet.in_channels))
+    params["unet"] = self.unet.init(next(keys), noisy, one, condition)["params"]
     side = self.autoencoder.factor
-    images = _floats(1, side, side, self.autoencoder.image_channels)
-    shapes["vae"] = jax.eval_shape(self.autoencoder.init, key, images)["params"]
-    return shapes
+    images = jnp.zeros((1, side, side, self.autoencoder.image_channels))
+    params["vae"] = self.autoencoder.init(next(keys), images).get("params", {})
+    return params
+
+  def shapes(self) -> dict[str, Any]:
+    """The shapes of all parameters, `{part: tree}`."""
+    return jax.eval_shape(self.init, jax.random.key(0))
 
   def embed(self, params: Any, ids: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
     """Looks ids int32 [b, l] of each text encoder's tokenizer up; float32 [b, l, d] for each."""
@@ -89,6 +95,8 @@ class TextToImage:
     ]
     if not self.unet.pooled_width:
       return Condition(encoded[0].last)
+    if not self.unet.size_width:
+      return Condition(encoded[0].last, encoded[0].pooled)
     context = jnp.concatenate([one.penultimate for one in encoded], axis=-1)
     sizes = jnp.asarray([*size, 0, 0, *size], jnp.float32)
     return Condition(context, encoded[-1].pooled, jnp.tile(sizes[None], (len(context), 1)))
@@ -137,9 +145,12 @@ class TextToImage:
     Returns:
       float32 [b, height, width, 3] in [0, 1].
     """
+    unguided = isinstance(guidance, int | float) and guidance == 1  # else it is traced, and may be anything
     both = jax.tree.map(lambda *pair: jnp.concatenate(pair), null, condition)
 
     def predict(x: jax.Array, t: jax.Array) -> jax.Array:
+      if unguided:
+        return self.predict(params, x, jnp.tile(t, len(x)), condition)
       twice = jnp.concatenate([x, x])
       away, towards = jnp.split(self.predict(params, twice, jnp.tile(t, len(twice)), both), 2)
       return diffusion.guide(away, towards, guidance)
@@ -149,7 +160,3 @@ class TextToImage:
 
 def _run(module: nn.Module, params: Any, method: str, *args: Any) -> Any:
   return module.apply({"params": params}, *args, method=method)
-
-
-def _floats(*shape: int) -> Any:
-  return jax.ShapeDtypeStruct(shape, jnp.float32)

@@ -196,6 +196,20 @@ class UpBlock(nn.Module):
     return self.upsample(name="upsamplers_0")(x) if self.upsample else x
 
 
+class Layout(nn.Module):
+  """A coarse image made of a pooled text, and enlarged."""
+
+  side: int
+  channels: int
+  dtype: str
+
+  @nn.compact
+  def __call__(self, pooled: jax.Array, size: tuple[int, int]) -> jax.Array:  # [b, p] -> [b, *size, c]
+    x = nn.Dense(self.side**2 * self.channels, dtype=self.dtype, name="proj")(pooled)
+    x = x.reshape(-1, self.side, self.side, self.channels)
+    return jax.image.resize(x, (len(x), *size, self.channels), "bilinear")
+
+
 class UNet(nn.Module):
   """The network that predicts noise, or another `maskgen.diffusion.PREDICTIONS`; by default SD 1.5's.
 
@@ -208,7 +222,9 @@ class UNet(nn.Module):
     in_channels, out_channels: c, of what comes in and what goes out.
     context_width: d.
     pooled_width: p, the width of a pooled text that is added to the time, as in SDXL; 0 for none.
-    size_width: sinusoids for each of the six sizes that go with it.
+    size_width: sinusoids for each of the six sizes that go with it; 0 for a model that takes no sizes.
+    layout: side of a coarse image, made of the pooled text, that is added to the first layer's output; 0 for
+      none. No published model has it. Small ones that learn from scratch need it to heed words of place.
     groups, epsilon: of the group normalisations.
     dtype: the type of the computation; parameters are float32, and so are softmax, statistics and output.
     attention: see `maskgen.models.transformer.attend`.
@@ -226,6 +242,7 @@ class UNet(nn.Module):
   context_width: int = 768
   pooled_width: int = 0
   size_width: int = 256
+  layout: int = 0
   groups: int = 32
   epsilon: float = 1e-5
   dtype: str = "float32"
@@ -234,8 +251,8 @@ class UNet(nn.Module):
 
   def __post_init__(self):
     positive = ("channels", "layers", "middle_depth", "heads", "in_channels", "out_channels", "context_width")
-    check_at_least(self, 1, *positive, "size_width", "groups")
-    check_at_least(self, 0, "depths", "pooled_width", "epsilon")
+    check_at_least(self, 1, *positive, "groups")
+    check_at_least(self, 0, "depths", "pooled_width", "size_width", "layout", "epsilon")
     check_dtype(self.dtype)
     check_attention(self.attention, self.dtype, 0.0)
     remat_lib.check_remat(self.remat)
@@ -292,6 +309,9 @@ class UNet(nn.Module):
     downsample: Layer = functools.partial(Downsample, ((1, 1), (1, 1)), self.dtype)
     upsample: Layer = functools.partial(Upsample, self.dtype)
     x = conv(self.channels[0], 3, self.dtype, "conv_in")(noisy)
+    if self.layout:
+      layout = Layout(self.layout, self.channels[0], self.dtype, name="layout_in")
+      x = x + layout(self._pooled(condition), (x.shape[1], x.shape[2]))
     skips = [x]
     for level in range(last + 1):
       parts = resnet(level), transformer(level, self.depths[level]), downsample if level < last else None
@@ -307,7 +327,15 @@ class UNet(nn.Module):
 
   def _added(self, condition: Condition) -> jax.Array:
     """Pooled text and sinusoids of the sizes (Podell et al. 2023, section 2.2): [b, p + 6 * size_width]."""
-    if condition.pooled is None or condition.sizes is None:
-      raise UserError("this U-Net takes a pooled text and sizes, which the condition lacks: give both")
+    pooled = self._pooled(condition)
+    if not self.size_width:
+      return pooled
+    assert condition.sizes is not None  # as `_pooled` has checked
     sizes = sinusoids(condition.sizes, self.size_width).reshape(len(condition.sizes), -1)
-    return jnp.concatenate([condition.pooled.astype(jnp.float32), sizes], axis=-1)
+    return jnp.concatenate([pooled, sizes], axis=-1)
+
+  def _pooled(self, condition: Condition) -> jax.Array:
+    if condition.pooled is None or (self.size_width and condition.sizes is None):
+      taken = "a pooled text and sizes" if self.size_width else "a pooled text"
+      raise UserError(f"this U-Net takes {taken}, which the condition lacks: give it all")
+    return condition.pooled.astype(jnp.float32)

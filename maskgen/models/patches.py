@@ -1,0 +1,54 @@
+"""What stands in for an autoencoder where diffusion works on pixels: squares of them as channels.
+
+Letters: b batch, h w image, h' w' squares, c channels of an image, d channels of a square.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from maskgen.config import check_at_least
+from maskgen.models.autoencoder_kl import Gaussian
+
+
+class Patches(nn.Module):
+  """Has the methods of `AutoencoderKL` and no parameters.
+
+  Attributes:
+    side: of a square in pixels; images must divide into them.
+    image_channels: c.
+  """
+
+  side: int = 1
+  image_channels: int = 3
+
+  def __post_init__(self):
+    check_at_least(self, 1, "side", "image_channels")
+    super().__post_init__()
+
+  @property
+  def factor(self) -> int:
+    """Pixels per latent pixel along each side."""
+    return self.side
+
+  @property
+  def latent_channels(self) -> int:
+    """Numbers of a square."""
+    return self.side**2 * self.image_channels
+
+  def encode(self, images: jax.Array) -> Gaussian:
+    """Images float32 [b, h, w, c] in [0, 1] to [b, h', w', d] in [-1, 1], for certain."""
+    b, h, w, c = images.shape
+    x = images.reshape(b, h // self.side, self.side, w // self.side, self.side, c).swapaxes(2, 3)
+    mean = 2.0 * x.reshape(*x.shape[:3], -1) - 1.0
+    return Gaussian(mean, jnp.zeros_like(mean))
+
+  def decode(self, latents: jax.Array) -> jax.Array:
+    """The inverse of `encode`, not clipped: float32 [b, h, w, c]."""
+    b, h, w, _ = latents.shape
+    x = latents.reshape(b, h, w, self.side, self.side, self.image_channels).swapaxes(2, 3)
+    return x.reshape(b, h * self.side, w * self.side, self.image_channels) / 2.0 + 0.5
+
+  def __call__(self, images: jax.Array) -> jax.Array:
+    """Encodes and decodes."""
+    return self.decode(self.encode(images).mean)
