@@ -98,6 +98,12 @@ class Experiment:
       raise UserError(
         f"config.data has {found} classes, config.objective.classes is {wanted}: make them equal"
       )
+    if objective.captions is not None and objective.captions != self.data.captions:
+      raise UserError(
+        f"config.data gives {self.data.captions or 'no captions'}, objective '{name}' reads "
+        f"{objective.captions}: give data with captions, and let preprocess and eval_preprocess end with "
+        "tokenize and this tokenizer and length"
+      )
 
   def _build_state(self) -> None:
     cfg = self.config
@@ -258,6 +264,10 @@ class Experiment:
     batch = {"image": jax.ShapeDtypeStruct((self.eval_batch_size, *self.data.image_shape), jnp.uint8)}
     if self.objective.num_classes:
       batch["label"] = jax.ShapeDtypeStruct((self.eval_batch_size,), jnp.int32)
+    if self.objective.captions is not None:
+      batch["caption"] = jax.ShapeDtypeStruct(
+        (self.eval_batch_size, self.objective.captions.length), jnp.int32
+      )
     for name in ("loss", "encode", "reconstruct", "features", "classify"):
       if name in self.predict:
         jax.eval_shape(self.predict[name], variables, batch, jax.random.key(0))
@@ -267,9 +277,10 @@ class Experiment:
       predict=self.predict,
       batches=self._eval_batches,
       fresh_variables=self._fresh_variables,
-      codebook_size=self.objective.codebook_size,
+      codebook_size=self.objective.codebook_size or None,
       class_names=self.data.class_names,
       num_classes=self.objective.num_classes,
+      captions=self.objective.captions,
     )
     self.evaluators: dict[str, tuple[int, evaluators.Evaluator]] = {}
     for name, section in self.config.evals.items():

@@ -12,6 +12,7 @@ from maskgen import objectives, sharding
 from maskgen.errors import UserError
 from maskgen.experiment import Experiment
 from maskgen.state import TrainState
+from maskgen.text import Captions
 
 # What a batch is made of: random images, random codes, or what the config's own pipeline gives.
 SOURCES = ("synthetic", "tokens", "config")
@@ -39,6 +40,10 @@ class NoData:
     return tuple(map(str, range(self.objective.num_classes))) or None
 
   @property
+  def captions(self) -> Captions | None:
+    return self.objective.captions
+
+  @property
   def codes(self) -> None:
     return None
 
@@ -49,12 +54,14 @@ class NoData:
 
 
 def _batch_of(objective: objectives.Objective, name: str, leaf: jax.ShapeDtypeStruct) -> _Spec:
-  """A batch of what an objective takes: one or two views of `name` [b, ...], and labels if it needs them."""
+  """A batch of what an objective takes: one or two views of `name` [b, ...], and labels and captions."""
   spec = {name: leaf}
   if objective.views == 2:
     spec[f"{name}2"] = leaf
   if objective.num_classes:
     spec["label"] = jax.ShapeDtypeStruct(leaf.shape[:1], jnp.int32)
+  if objective.captions is not None:
+    spec["caption"] = jax.ShapeDtypeStruct((leaf.shape[0], objective.captions.length), jnp.int32)
   return spec
 
 
@@ -114,6 +121,8 @@ def random_batch(experiment: Experiment, source: str) -> dict[str, jax.Array]:
   spec = batch_spec(experiment, source)
   objective = experiment.objective
   below = {"image": 256, "tokens": objective.codebook_size, "label": objective.num_classes}
+  if objective.captions is not None:
+    below["caption"] = objective.captions.opened.vocabulary_size
 
   def make(key: jax.Array) -> dict[str, jax.Array]:
     return {

@@ -101,7 +101,8 @@ def ink_box(opacity: np.ndarray) -> np.ndarray:
   side = opacity.shape[-1]
   ink = opacity > _INK
   edges = []
-  for lines in (ink.any(axis=2), ink.any(axis=1)):
+  for axis in (2, 1):
+    lines = np.any(ink, axis=axis)
     first, last = lines.argmax(axis=1), side - lines[:, ::-1].argmax(axis=1)
     edges += [first, last]
   return np.stack(edges, axis=1).astype(np.float32)

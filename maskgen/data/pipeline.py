@@ -23,8 +23,9 @@ from maskgen.data.cpu_tf import tf
 from maskgen.data.reader import Batch, Reader
 from maskgen.data.skipped import TRAINING, Skipped
 from maskgen.data.sources import Codes, Source, open_source
-from maskgen.data.spec import parse_spec
+from maskgen.data.spec import Stage, parse_spec
 from maskgen.errors import UserError
+from maskgen.text import Captions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,6 +197,15 @@ class Data:
     return self._train.source.class_names if self._eval.source.class_names else None
 
   @property
+  def captions(self) -> Captions | None:
+    """How captions are read; None where training or evaluation has none, or they differ in it."""
+    found = {
+      Captions(**stage.arguments) if stage else None
+      for stage in (_tokenizing(self._train), _tokenizing(self._eval))
+    }
+    return found.pop() if len(found) == 1 else None
+
+  @property
   def codes(self) -> Codes | None:
     """What the codes are, where training reads a token cache."""
     return self._train.source.codes
@@ -309,6 +319,12 @@ def to_device(
   finally:
     closed.set()
     thread.join(timeout=10.0)
+
+
+def _tokenizing(reader: Reader) -> Stage | None:
+  """The last op that tokenizes captions."""
+  stages = [stage for stage in reader.preprocess.stages if stage.name == "tokenize"]
+  return stages[-1] if stages else None
 
 
 def _shuffle(position: tf.Tensor, size: int, seed: int, epoch: tf.Tensor | int) -> tf.Tensor:

@@ -7,6 +7,8 @@ from typing import Any, ClassVar, Protocol
 import jax
 import numpy as np
 
+from maskgen.text import Captions
+
 Batch = Mapping[str, jax.Array]
 
 
@@ -18,11 +20,13 @@ class Context:
     predict: prediction functions `fn(variables, batch, rng, **static)`, compiled, by name.
     batches: gives one pass over split "train" or "eval" with the evaluation preprocessing, as global
       arrays on the devices: "image" uint8 [b, h, w, c], "label" int32 [b] where the data has classes,
-      "valid" bool [b], False for padding. Every batch has the same size.
+      "caption" int32 [b, length] where it has captions and they are tokenized, "valid" bool [b], False for
+      padding. Every batch has the same size.
     fresh_variables: (seed, frozen) -> untrained variables of the same shapes beside these frozen parts.
     codebook_size: the number of codes, or None where the objective has no codebook.
     class_names: the classes, or None where the data has no labels.
     num_classes: how many classes `generate` and `inpaint` take a `label` of; 0 where they take none.
+    captions: how the `caption` of `loss` and `generate` is read; None where they take none.
   """
 
   predict: Mapping[str, Callable[..., Any]]
@@ -31,6 +35,7 @@ class Context:
   codebook_size: int | None
   class_names: tuple[str, ...] | None
   num_classes: int = 0
+  captions: Captions | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,12 +17,13 @@ from maskgen import config as config_lib
 from maskgen import sharding
 from maskgen.errors import UserError, nearest
 from maskgen.models.vqgan import VQGAN
+from maskgen.text import Captions
 
 Tree = Any
 Batch = Mapping[str, jax.Array]
 Metrics = dict[str, jax.Array]
 # Options of prediction functions that set array sizes or choose what is computed.
-STATIC_OPTIONS = ("steps", "schedule", "order", "reuse", "guidance_schedule")
+STATIC_OPTIONS = ("steps", "schedule", "order", "reuse", "guidance_schedule", "sampler")
 # (variables, batch, rng) -> arrays; variables = {"params": {group: tree}, "frozen": tree, "extra": tree}.
 PredictFn = Callable[..., Any]
 
@@ -42,7 +43,7 @@ class Objective(Protocol):
 
   @property
   def codebook_size(self) -> int:
-    """The number of image codes."""
+    """The number of image codes; 0 where it has none."""
 
   @property
   def image_shape(self) -> tuple[int, int, int]:
@@ -51,6 +52,10 @@ class Objective(Protocol):
   @property
   def num_classes(self) -> int:
     """How many classes the `label` of its batches tells apart; 0 where it takes no labels."""
+
+  @property
+  def captions(self) -> Captions | None:
+    """How the `caption` of its batches is read; None where it takes none."""
 
   def pretrained_shapes(self) -> dict[str, Tree]:
     """For each name that `config.pretrained` must give: the part of that model's variables it needs."""
@@ -83,7 +88,8 @@ class Objective(Protocol):
       frozen: as made by `init`.
       extra: as made by `init`, or by the step before.
       batch: leading axis b; one of `inputs`: `image` uint8 or float32 [b, h, w, c], or `tokens` [b, n] of
-        any integer type; `label` integer [b] where `num_classes` says so; `key` one PRNG key per example,
+        any integer type; `label` integer [b] where `num_classes` says so; `caption` int32 [b, length] where
+        `captions` does; `key` one PRNG key per example,
         for randomness that must not depend on how the batch is split.
       rng: for randomness of the model, such as dropout.
       step: completed updates, int32 scalar.
@@ -105,7 +111,8 @@ class Objective(Protocol):
     that `losses` masks.
 
     Where `num_classes` is not 0, loss takes `label` [b] as well, and so do logits, generate, trajectory and
-    inpaint, for which `num_classes` stands for no class, as does its absence.
+    inpaint, for which `num_classes` stands for no class, as does its absence. Where there are `captions`,
+    loss takes `caption` [b, length], and so does generate, which can do without.
     """
 
 

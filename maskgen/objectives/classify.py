@@ -132,6 +132,10 @@ class Objective:
     return self.classes
 
   @property
+  def captions(self) -> None:
+    return None
+
+  @property
   def codebook_size(self) -> int:
     return self.tokenizer.codebook_size
 

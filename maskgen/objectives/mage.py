@@ -99,6 +99,10 @@ class Objective:
     return 0
 
   @property
+  def captions(self) -> None:
+    return None
+
+  @property
   def grid(self) -> tuple[int, int]:
     """The token grid (h', w')."""
     return self.tokenizer.token_grid(self.image_shape)

@@ -104,6 +104,10 @@ class Objective:
   def num_classes(self) -> int:
     return 0
 
+  @property
+  def captions(self) -> None:
+    return None
+
   def pretrained_shapes(self) -> dict[str, Tree]:
     if not self.perceptual_weight:
       return {}

@@ -1,0 +1,168 @@
+"""The diffusion objective: a text-to-image model of pixels (Ho et al. 2020; Rombach et al. 2022).
+
+Letters: b batch, h w image, l positions of a caption.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+
+from maskgen import config as config_lib
+from maskgen import diffusion
+from maskgen import images as images_lib
+from maskgen import losses as losses_lib
+from maskgen.errors import UserError
+from maskgen.models.patches import Patches
+from maskgen.models.text_encoder import TextEncoder
+from maskgen.models.text_to_image import TextToImage
+from maskgen.models.unet import Condition, UNet
+from maskgen.objectives import Batch, Metrics, PredictFn, Tree, check_image_size
+from maskgen.text import Captions
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Objective:
+  """Trains `main`, a text encoder and a U-Net together, to take noise out of captioned images.
+
+  The U-Net also takes the pooled text, added to the time.
+
+  Attributes:
+    image_size: (h, w) of the images.
+    patch: side in pixels of the squares that the U-Net sees as single pixels; larger ones cost less.
+    captions: how captions are read.
+    text_encoder: its vocabulary and number of positions follow from `captions`, whatever is said here.
+    unet: its channels in and out follow from `patch`, and its widths of context and pooled text from the text
+      encoder, likewise.
+    schedule: of the noise; each step is trained equally often, with the mean squared error.
+    caption_dropout: the share of examples that are trained with an empty caption, which lets the model be
+      guided.
+    sampling: defaults for generation.
+  """
+
+  inputs: ClassVar[tuple[str, ...]] = ("image",)
+  views: ClassVar[int] = 1
+  whole_batch: ClassVar[bool] = False
+
+  image_size: tuple[int, int]
+  patch: int = 1
+  captions: Captions
+  text_encoder: TextEncoder = TextEncoder()
+  unet: UNet = UNet()
+  schedule: diffusion.Schedule = diffusion.Schedule()
+  caption_dropout: float = 0.1
+  sampling: diffusion.Sampling = diffusion.Sampling()
+
+  def __post_init__(self):
+    check_image_size(self.image_size)
+    config_lib.check_at_least(self, 1, "patch")
+    if not 0.0 <= self.caption_dropout < 1.0:
+      raise UserError(f"caption_dropout is {self.caption_dropout}: it is at least 0 and less than 1")
+    side = self.patch * self.unet.factor
+    if self.image_size[0] % side or self.image_size[1] % side:
+      raise UserError(
+        f"image_size is {self.image_size}: height and width must divide by {side}, patch times the U-Net's "
+        "factor"
+      )
+    diffusion.visited(self.schedule, self.sampling.sampler, self.sampling.steps)
+
+  @property
+  def codebook_size(self) -> int:
+    return 0
+
+  @property
+  def image_shape(self) -> tuple[int, int, int]:
+    return (*self.image_size, 3)
+
+  @property
+  def num_classes(self) -> int:
+    return 0
+
+  @property
+  def model(self) -> TextToImage:
+    """The networks."""
+    encoder = self.text_encoder.clone(
+      vocabulary_size=self.captions.opened.vocabulary_size, positions=self.captions.length
+    )
+    patches = Patches(self.patch)
+    unet = self.unet.clone(
+      in_channels=patches.latent_channels,
+      out_channels=patches.latent_channels,
+      context_width=encoder.width,
+      pooled_width=encoder.pooled_width,
+      size_width=0,
+    )
+    return TextToImage((encoder,), unet, patches, self.schedule)
+
+  def pretrained_shapes(self) -> dict[str, Tree]:
+    return {}
+
+  def check_pretrained(self, name: str, config: Mapping[str, Any]) -> None:
+    """Nothing is pretrained."""
+
+  def init(self, rng: jax.Array, pretrained: Mapping[str, Tree]) -> dict[str, Tree]:
+    return {"params": {"main": self.model.init(rng)}, "frozen": {}, "extra": {}}
+
+  def losses(
+    self,
+    params: Mapping[str, Tree],
+    frozen: Tree,
+    extra: Tree,
+    batch: Batch,
+    rng: jax.Array,
+    step: jax.Array,
+    *,
+    train: bool,
+  ) -> tuple[dict[str, jax.Array], Metrics, Tree]:
+    captions = batch["caption"]
+    if train:
+      drop = jax.vmap(lambda key: jax.random.bernoulli(key, self.caption_dropout))(self._keys(batch, 2))
+      captions = jnp.where(drop[:, None], self._empty, captions)
+    return {"main": self._errors(params["main"], batch, captions).mean()}, {}, extra
+
+  def _errors(self, params: Tree, batch: Batch, captions: jax.Array) -> jax.Array:
+    """The mean squared error of each example at a step and with noise of its own, [b]."""
+    model, schedule = self.model, self.schedule
+    clean = model.encode(params, images_lib.to_float(batch["image"])).mean
+    t = jax.vmap(lambda key: jax.random.randint(key, (), 0, schedule.steps))(self._keys(batch, 0))
+    noise = jax.vmap(lambda key: jax.random.normal(key, clean.shape[1:]))(self._keys(batch, 1))
+    noisy = diffusion.add_noise(schedule, clean, noise, t)
+    predicted = model.predict(params, noisy, t, self._condition(params, captions))
+    return losses_lib.mean_per_example(jnp.square(predicted - diffusion.target(schedule, clean, noise, t)))
+
+  def _keys(self, batch: Batch, number: int) -> jax.Array:
+    """A key of each example: 0 is for its step, 1 for its noise, 2 for whether its caption is dropped."""
+    return jax.vmap(lambda key: jax.random.fold_in(key, number))(batch["key"])
+
+  def _condition(self, params: Tree, captions: jax.Array) -> Condition:
+    """What captions int32 [b, l] mean to the U-Net."""
+    end = (captions == self.captions.opened.end_id).argmax(axis=1)
+    return self.model.condition(params, self.model.embed(params, [captions]), end)
+
+  @property
+  def _empty(self) -> jax.Array:
+    """An empty caption, int32 [1, l]."""
+    return jnp.asarray(self.captions.read([""]))
+
+  def predict_fns(self) -> dict[str, PredictFn]:
+    def loss(variables, batch, rng):
+      batch = {**batch, "key": jax.random.split(rng, len(batch["image"]))}
+      return {"loss": self._errors(variables["params"]["main"], batch, batch["caption"])}
+
+    def generate(variables, batch, rng, **options):
+      params, options = variables["params"]["main"], dataclasses.asdict(self.sampling) | options
+      model, count = self.model, len(batch["key"])
+      null = self._condition(params, jnp.tile(self._empty, (count, 1)))
+      condition = null
+      if "caption" in batch:
+        condition = self._condition(params, batch["caption"])
+      else:
+        options["guidance"] = 1.0
+      grid = [side // self.patch for side in self.image_size]
+      shape = (*grid, model.unet.in_channels)
+      noise = jax.vmap(lambda key: jax.random.normal(key, shape))(batch["key"])
+      return model.generate(params, noise, condition, null, **options)
+
+    return {"loss": loss, "generate": generate}
