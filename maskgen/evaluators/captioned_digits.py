@@ -1,0 +1,146 @@
+"""Whether generated digits are what their captions say, and whether each kind of word matters."""
+
+import dataclasses
+import functools
+import itertools
+from typing import Any, ClassVar
+
+import jax
+import numpy as np
+from sklearn import svm
+
+from maskgen import diffusion, sheet
+from maskgen import images as images_lib
+from maskgen.data import digit_scenes as scenes
+from maskgen.errors import UserError
+from maskgen.evaluators.batches import gather, make_keys, one_blas_thread, place, stream
+from maskgen.evaluators.context import Batch, Context, Report
+
+# Real pictures that the classifier of glyphs learns from, and side of pictures on the sheet.
+_TRAINING, _SHOWN_SIDE = 4096, 128
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluator:
+  """Generates a picture for each caption of the evaluation split, and reads it; see `data.digit_scenes`.
+
+  Numbers, with K each of the kinds of words class, colour, background, size, place:
+    `K`: the share of generated pictures that show what the caption says; `all`: in all kinds.
+    `K_real`, `all_real`: the same of the real pictures of these captions, the best that can be had.
+    `K_matters`: how much the prediction function `loss` is higher with another word of this kind, noise being
+      the same; about 0 for a word that the model does not heed.
+  Picture `captions`: pictures over their captions, and over what was read where that is something else.
+
+  Attributes:
+    num_images: captions to evaluate, of at most the whole split.
+    num_pictures: how many the sheet shows.
+    seed: image i depends on this and its caption alone, at every step of the training.
+    steps: of the sampler; None here and below for the objective's own default.
+    sampler, guidance: see `maskgen.diffusion.Sampling`.
+  """
+
+  requires: ClassVar[tuple[str, ...]] = ("generate", "loss")
+
+  context: Context
+  num_images: int = 500
+  num_pictures: int = 32
+  seed: int = 0
+  steps: int | None = None
+  sampler: str | None = None
+  guidance: float | None = None
+
+  def __post_init__(self):
+    if self.context.captions is None:
+      raise UserError("the objective reads no captions: remove this evaluation")
+    if self.num_images < 1 or self.num_pictures < 1:
+      raise UserError(
+        f"num_images is {self.num_images} and num_pictures is {self.num_pictures}: give at least 1"
+      )
+    diffusion.Sampling(**self._options)  # which checks them
+
+  @property
+  def _options(self) -> dict[str, Any]:
+    options = {"steps": self.steps, "sampler": self.sampler, "guidance": self.guidance}
+    return {name: value for name, value in options.items() if value is not None}
+
+  @one_blas_thread
+  def run(self, variables: Any, rng: jax.Array) -> Report:
+    """Evaluates; `rng` is a typed key, folded with each batch's index."""
+    parts: list[dict[str, Any]] = []
+    for index, batch in enumerate(self.context.batches("eval")):
+      if sum(len(part["said"]) for part in parts) >= self.num_images:
+        break
+      parts.append(self._measure(variables, batch, jax.random.fold_in(rng, index), index))
+    said = list(itertools.chain.from_iterable(part["said"] for part in parts))[: self.num_images]
+    arrays = {
+      name: np.concatenate([part[name] for part in parts])[: self.num_images]
+      for name in parts[0]
+      if name != "said"
+    }
+    wanted = {kind: np.array([one[kind] for one in said]) for kind in scenes.KINDS}
+    read = self._read(arrays["made"])
+    numbers: dict[str, float] = {}
+    for end, values in (("", read), ("_real", self._read(arrays["real"]))):
+      hits = {kind: values[kind] == wanted[kind] for kind in scenes.KINDS}
+      numbers |= {f"{kind}{end}": float(hits[kind].mean()) for kind in hits}
+      numbers[f"all{end}"] = float(np.all(list(hits.values()), axis=0).mean())
+    for kind in scenes.KINDS:
+      numbers[f"{kind}_matters"] = float(arrays[kind].mean(dtype="float64"))
+    cards = [
+      self._card(arrays["made"][i], said[i], {kind: int(read[kind][i]) for kind in read})
+      for i in range(min(self.num_pictures, len(said)))
+    ]
+    return Report(numbers, {"captions": sheet.draw({"captions": cards})})
+
+  def _measure(self, variables: Any, batch: Batch, rng: jax.Array, index: int) -> dict[str, Any]:
+    """What is said of a batch's pictures, and real and generated ones and costs of wrong words, [b] each."""
+    valid = gather(batch["valid"])
+    said = [
+      self._understand(ids) if ok else None for ids, ok in zip(gather(batch["caption"]), valid, strict=True)
+    ]
+    keys = make_keys(batch, self.seed, index * len(valid))
+    inputs = {"key": keys, "caption": batch["caption"]}
+    made = self.context.predict["generate"](variables, inputs, rng, **self._options)
+    found = {"real": images_lib.to_float(batch["image"]), "made": made}
+    loss = self.context.predict["loss"]
+    right = loss(variables, batch, rng)["loss"]
+    for kind in scenes.KINDS:
+      texts = [scenes.describe(scenes.contradict(one, kind)) if one else "" for one in said]
+      wrong = place(batch, self._captions.read(texts))
+      found[kind] = loss(variables, {**batch, "caption": wrong}, rng)["loss"] - right
+    arrays = {name: gather(value)[valid] for name, value in found.items()}
+    return {**arrays, "said": [one for one in said if one is not None]}
+
+  @property
+  def _captions(self):
+    assert self.context.captions is not None
+    return self.context.captions
+
+  def _understand(self, ids: np.ndarray) -> dict[str, int]:
+    text = self._captions.opened.decode(ids)
+    said = scenes.understand(text)
+    if said is None or said.keys() != scenes.KINDS.keys():
+      raise UserError(f"'{text}' is no caption of the evaluation split of captioned_digits: evaluate on that")
+    return said
+
+  def _read(self, pictures: np.ndarray) -> dict[str, np.ndarray]:
+    """The values of all kinds that pictures float [b, h, w, c] show, int [b]."""
+    values, glyphs = scenes.read(pictures)
+    return {**values, "class": self._classifier.predict(glyphs.reshape(len(glyphs), -1))}
+
+  def _card(self, picture: np.ndarray, said: dict[str, int], read: dict[str, int]) -> sheet.Card:
+    large = images_lib.enlarge(images_lib.to_uint8(picture), _SHOWN_SIDE)
+    wrong = [scenes.KINDS[kind][read[kind]] for kind in scenes.KINDS if read[kind] != said[kind]]
+    return sheet.Card([large], [scenes.describe(said)], ", ".join(wrong))
+
+  @functools.cached_property
+  def _classifier(self) -> svm.SVC:
+    """Tells classes of glyphs; trained on real pictures at the first evaluation, then kept."""
+    found: list[dict[str, np.ndarray]] = []
+    for part in stream(self.context, "train", lambda batch: {key: batch[key] for key in ("image", "label")}):
+      found.append(part)
+      if sum(len(one["label"]) for one in found) >= _TRAINING:
+        break
+    pictures, labels = (np.concatenate([one[key] for one in found]) for key in ("image", "label"))
+    _, glyphs = scenes.read(pictures.astype(np.float32) / 255.0)
+    return svm.SVC().fit(glyphs.reshape(len(glyphs), -1), labels)
