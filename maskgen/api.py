@@ -90,17 +90,20 @@ class Model:
     seed: int = 0,
     batch: int | None = None,
     label: int | Sequence[int] | np.ndarray | None = None,
+    prompt: str | Sequence[str] | None = None,
     **options: Any,
   ) -> np.ndarray:
-    """New images, float32 [batch, h, w, c] in [0, 1]; image i depends on the seed, i and its label alone.
+    """New images, float32 [batch, h, w, c] in [0, 1]; image i depends on the seed, i and its label or prompt.
 
     Args:
       seed: of the randomness.
-      batch: how many; by default one per label, or 16.
+      batch: how many; by default one per label or prompt, or 16.
       label: a class, or one per image, of a model that was trained with classes; None for no class.
-      **options: the fields of `maskgen.sampling.Sampling`; by default those of the config.
+      prompt: a text, or one per image, for a model that was trained with captions; None for no text.
+      **options: the fields of `maskgen.sampling.Sampling`, or of `maskgen.diffusion.Sampling` for a diffusion
+        model; by default those of the config.
     """
-    return self._call("generate", self._wanted(seed, batch, label), **self._options(options))
+    return self._call("generate", self._wanted(seed, batch, label, prompt), **self._options(options))
 
   def trajectory(
     self, seed: int = 0, batch: int | None = None, label: Any = None, **options: Any
@@ -204,12 +207,16 @@ class Model:
     return np.stack([w.paste(image, new, editing.opacity(hole, feather)) for w, image, new, hole in parts])
 
   def _call(self, name: str, batch: Mapping[str, Any], **options: Any) -> Any:
+    made = self._function(name)(self.variables, batch, jax.random.key(0), **options)
+    return jax.tree.map(np.asarray, made)
+
+  def _function(self, name: str) -> objectives.PredictFn:
     if name not in self._fns:
       raise UserError(
         f"a model of objective '{self.config['objective']['name']}' cannot {name}; it can "
         f"{', '.join(sorted(self._fns))}"
       )
-    return jax.tree.map(np.asarray, self._fns[name](self.variables, batch, jax.random.key(0), **options))
+    return self._fns[name]
 
   def _pixels(self, given: np.ndarray) -> np.ndarray:
     """Images of any size."""
@@ -239,16 +246,34 @@ class Model:
   def num_tokens(self) -> int:
     """The number of codes of an image."""
     images = jax.ShapeDtypeStruct((1, *self.objective.image_shape), jnp.uint8)
-    tokens = jax.eval_shape(self._fns["encode"], self.variables, {"image": images}, None)
+    tokens = jax.eval_shape(self._function("encode"), self.variables, {"image": images}, None)
     return tokens.shape[1]
 
-  def _wanted(self, seed: int, batch: int | None, label: Any) -> dict[str, Any]:
+  def _wanted(self, seed: int, batch: int | None, label: Any, prompt: Any = None) -> dict[str, Any]:
     """A batch of images to be made, see `generate`."""
     if batch is None:
-      batch = np.size(label) if label is not None and np.ndim(label) else 16
+      several = [given for given in (label, prompt) if given is not None and np.ndim(given)]
+      batch = np.size(several[0]) if several else 16
     if batch < 1:
       raise UserError(f"batch is {batch}: give at least 1")
-    return {"key": _keys(seed, batch), **self._label(label, batch)}
+    return {"key": _keys(seed, batch), **self._label(label, batch), **self._caption(prompt, batch)}
+
+  def _caption(self, prompt: Any, batch: int) -> dict[str, np.ndarray]:
+    """The part of a batch that says what is to be seen."""
+    if prompt is None:
+      return {}
+    captions = self.objective.captions
+    if captions is None:
+      raise UserError("prompt is given: this model was trained without captions, leave it out")
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    if not all(isinstance(one, str) for one in prompts):
+      raise UserError(f"prompt is {prompt!r}: give a text, or one per image")
+    if len(prompts) not in (1, batch):
+      raise UserError(
+        f"prompt has {len(prompts)} entries for {batch} images: give one per image, or a single one"
+      )
+    ids = captions.read(prompts)
+    return {"caption": np.broadcast_to(ids, (batch, captions.length))}
 
   def _label(self, label: Any, batch: int) -> dict[str, np.ndarray]:
     """The part of a batch that says which classes are wanted."""
@@ -268,13 +293,14 @@ class Model:
     return {"label": np.broadcast_to(labels, (batch,)).astype(np.int32)}
 
   def _options(self, options: dict[str, Any]) -> dict[str, Any]:
-    known = [field.name for field in dataclasses.fields(sampling.Sampling)]
+    defaults = getattr(self.objective, "sampling", sampling.Sampling())
+    known = [field.name for field in dataclasses.fields(defaults)]
+    guided = self.objective.num_classes or self.objective.captions is not None
     for name in options:
       if name not in known:
         raise UserError(f"sampling has no option '{name}'{nearest(name, known)}")
-      if name.startswith("guidance") and not self.objective.num_classes:
+      if name.startswith("guidance") and not guided:
         raise UserError(f"{name} is given: this model was trained without classes to guide to, leave it out")
-    defaults = getattr(self.objective, "sampling", sampling.Sampling())
     dataclasses.replace(defaults, **options)  # which checks them
     return options
 

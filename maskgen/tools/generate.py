@@ -16,7 +16,8 @@ _GREY = 0.5
 def main(argv: Sequence[str]) -> None:
   """Parses the command line and generates."""
   parser = cli.Parser(
-    "Generates images with a trained model and writes them as one grid; with several classes a row for each.",
+    "Generates images with a trained model and writes them as one grid; with several classes or prompts a "
+    "row for each.",
     "python -m maskgen.tools.generate --model=runs/quickstart/mage --out=digits.png --count=64",
   )
   parser.add_argument("--model", required=True, help="workdir of a run, or an export")
@@ -24,6 +25,9 @@ def main(argv: Sequence[str]) -> None:
   parser.add_argument("--count", type=int, default=64, help="how many images")
   parser.add_argument("--seed", type=int, default=0, help="seed; image i depends on seed and i alone")
   parser.add_argument("--label", help="class ids, such as 3 or 0,4,7 or all, if it was trained with classes")
+  parser.add_argument(
+    "--prompt", action="append", help="a text, if it was trained with captions; may be given several times"
+  )
   parser.add_argument("--trajectory", help="PNG file that shows how the first images come into being")
   options = parser.add_argument_group("sampling, by default as in the config; docs/sampling.md explains all")
   options.add_argument("--steps", type=int, help="decoding steps")
@@ -32,8 +36,9 @@ def main(argv: Sequence[str]) -> None:
   options.add_argument("--order", help="which tokens come first: confidence, halton or random")
   options.add_argument("--softmax_temperature", type=float, help="divides the logits of the tokens")
   options.add_argument("--reuse", type=int, help="steps from one full evaluation to the next")
-  options.add_argument("--guidance", type=float, help="how much the class counts")
+  options.add_argument("--guidance", type=float, help="how much the class or the prompt counts")
   options.add_argument("--guidance_schedule", help="how guidance grows over the steps")
+  options.add_argument("--sampler", help="of a diffusion model: dpm or ddim")
   args = parser.parse_args(argv)
   cli.check_out(args.out)
   if args.trajectory is not None:
@@ -41,24 +46,27 @@ def main(argv: Sequence[str]) -> None:
   if args.count < 1:
     raise UserError(f"--count={args.count}: give at least 1")
 
-  from maskgen import api, images, sampling
+  from maskgen import api, diffusion, images, sampling
 
   model = api.load(args.model)
-  names = [field.name for field in dataclasses.fields(sampling.Sampling)]
+  names = [
+    field.name for kind in (sampling.Sampling, diffusion.Sampling) for field in dataclasses.fields(kind)
+  ]
   given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-  labels = columns = None
-  if args.label is not None:
-    classes = parse_labels(args.label, model.objective.num_classes)
-    each = max(args.count // len(classes), 1)
-    labels = [label for label in classes for _ in range(each)]
-    columns = each if len(classes) > 1 else None
-  count = args.count if labels is None else len(labels)
-  pictures = model.generate(seed=args.seed, batch=count, label=labels, **given)
+  classes = None if args.label is None else parse_labels(args.label, model.objective.num_classes)
+  if classes and args.prompt:
+    raise UserError(f"--label={args.label} and --prompt={args.prompt[0]}: give one of them")
+  rows = len(classes or args.prompt or "1")
+  each = max(args.count // rows, 1)
+  labels = classes and [label for label in classes for _ in range(each)]
+  prompts = args.prompt and [prompt for prompt in args.prompt for _ in range(each)]
+  count, columns = rows * each, each if rows > 1 else None
+  pictures = model.generate(seed=args.seed, batch=count, label=labels, prompt=prompts, **given)
   images.write_png(args.out, images.enlarge(images.grid(pictures, columns)))
   print(f"wrote {count} images to {args.out}")
   if args.trajectory is not None:
-    rows = min(count, _ROWS)
-    made = model.trajectory(seed=args.seed, batch=rows, label=labels and labels[:rows], **given)
+    shown = min(count, _ROWS)
+    made = model.trajectory(seed=args.seed, batch=shown, label=labels and labels[:shown], **given)
     images.write_png(args.trajectory, images.enlarge(draw_trajectory(*made), smallest=1024))
     print(f"wrote how they come into being to {args.trajectory}")
 
