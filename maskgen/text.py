@@ -231,7 +231,8 @@ def open_tokenizer(spec: str) -> Tokenizer:
   if kind not in openers:
     raise UserError(f"tokenizer '{spec}' is unknown{nearest(kind, openers)}")
   if not path:
-    raise UserError(f"tokenizer '{spec}' is malformed: write it as '{kind}:/path'")
+    form = "list:some words" if kind == "list" else f"{kind}:/path"
+    raise UserError(f"tokenizer '{spec}' is malformed: write it as '{form}'")
   try:
     return openers[kind](path)
   except UserError as error:

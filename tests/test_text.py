@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from maskgen.errors import UserError
-from maskgen.text import BytePairTokenizer, WordTokenizer, open_tokenizer
+from maskgen.text import BytePairTokenizer, Captions, WordTokenizer, open_tokenizer
 
 # Makes "cat", "the" and "'s" at the end of a word, and "ca" and "th" elsewhere.
 MERGES = [("c", "a"), ("ca", "t</w>"), ("t", "h"), ("th", "e</w>"), ("'", "s</w>"), ("a", "t</w>")]
@@ -171,11 +171,32 @@ def test_word_files(tmp_path):
       open_tokenizer(f"words:{path}")
 
 
+def test_lists_of_words():
+  assert open_tokenizer("list:a dog .").encode("a cat.") == [4, 3, 6]
+  with pytest.raises(UserError, match="'a' is twice"):
+    open_tokenizer("list:a a")
+
+
+def test_prompts_are_read_or_refused():
+  captions = Captions("list:a red dog", 5)
+  np.testing.assert_array_equal(captions.read(["A dog", ""]), [[1, 4, 6, 2, 0], [1, 2, 0, 0, 0]])
+  assert captions.opened.unknown("a dog") is None
+  for prompt, message in (
+    ("a rad dog", "'rad'; did you mean 'red'"),
+    ("a red red dog", "has 4 words .* reads 3"),
+  ):
+    with pytest.raises(UserError, match=message):
+      captions.read(["a dog", prompt])
+  with pytest.raises(UserError, match="length is 1"):
+    Captions("list:a", 1)
+
+
 @pytest.mark.parametrize(
   ("spec", "message"),
   [
     ("word:/tmp/words.txt", "'word:/tmp/words.txt' is unknown; did you mean 'words'"),
     ("bpe", "write it as 'bpe:/path'"),
+    ("list", "write it as 'list:some words'"),
     ("bpe:/does/not/exist", "'bpe:/does/not/exist' cannot be read .*check the path"),
     ("words:/does/not/exist", "cannot be read"),
   ],
