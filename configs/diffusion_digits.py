@@ -28,7 +28,7 @@ WORDS = (
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   args = parse_arg(arg, debug=False, tiny=False, seed=0)
-  steps = 2 if args.debug else 300 if args.tiny else 3000
+  steps = 2 if args.debug else 300 if args.tiny else 2500
   captions = dict(tokenizer=f"list:{WORDS}", length=16)
   preprocess = f"decode(3)|tokenize({captions['tokenizer']!r}, {captions['length']})"
   return ml_collections.ConfigDict(
@@ -52,7 +52,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
           hidden=16 if args.debug else 256,
         ),
         unet=dict(
-          channels=(8,) if args.debug else (64, 96),
+          channels=(8,) if args.debug else (48, 64),
           layers=1,
           depths=(0,) if args.debug else (1, 1),
           heads=(2,) if args.debug else (4, 4),
@@ -76,9 +76,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
       mesh=dict(data=-1, fsdp=1, tensor=1),
       ema=dict(main=0.99 if args.tiny else 0.998),
       evals=dict(
-        validation=dict(type="loss", every_steps=1000),
+        validation=dict(type="loss", every_steps=1250),
         captions=dict(
-          type="captioned_digits", every_steps=1000, num_images=16 if args.debug else 500, num_pictures=16
+          type="captioned_digits", every_steps=1250, num_images=16 if args.debug else 500, num_pictures=16
         ),
       ),
     )
