@@ -5,8 +5,6 @@ for each: `NN.q` uint8 [kh, kw, in / groups, out], scalars `NN.scale` and `NN.ze
 float [out], with kernel = (q - zero) * scale and batch norm already folded in.
 """
 
-import zipfile
-import zlib
 from typing import Any
 
 import jax
@@ -17,12 +15,10 @@ from flax import traverse_util
 
 from maskgen.errors import UserError
 from maskgen.importers import Converted
+from maskgen.importers import tensors as tensors_lib
 from maskgen.models.mobilenet import MobileNetV2
 
 PARTS = ("q", "scale", "zero", "b")
-
-# What numpy and zipfile raise on bytes that are not an npz file, or no longer one.
-DAMAGE = (ValueError, EOFError, NotImplementedError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 
 def convert(path: epath.PathLike) -> Converted:
@@ -45,7 +41,7 @@ def load(path: epath.PathLike, network: MobileNetV2 | None = None) -> dict[str, 
       or type than the network's, or not finite.
   """
   network = network or MobileNetV2()
-  tensors = _read_npz(path)
+  tensors = tensors_lib.read_npz(path)
   layers = convolutions(network)
   expected = {f"{i:02}.{part}" for i in range(len(layers)) for part in PARTS}
   if missing := sorted(expected - tensors.keys()):
@@ -76,19 +72,6 @@ def convolutions(network: MobileNetV2) -> list[tuple[str, ...]]:
     expand = ("expand",) if block.expansion > 1 else ()
     layers += [(f"block_{i:02}", name) for name in (*expand, "depthwise", "project")]
   return [*layers, ("head",), ("classifier",)]
-
-
-def _read_npz(path: epath.PathLike) -> dict[str, np.ndarray]:
-  try:
-    with epath.Path(path).open("rb") as file:
-      archive = np.load(file, allow_pickle=False)
-      if not isinstance(archive, np.lib.npyio.NpzFile):
-        raise ValueError("a single array")
-      return {name: np.asarray(archive[name]) for name in archive.files}
-  except OSError as error:
-    raise UserError(f"{path} cannot be read ({error}): give the path of an npz file") from error
-  except DAMAGE as error:
-    raise UserError(f"{path} is not an intact npz file: fetch or convert it again") from error
 
 
 def _check(path: epath.PathLike, name: str, tensor: np.ndarray, shape: tuple[int, ...]) -> None:

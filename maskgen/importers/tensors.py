@@ -8,6 +8,8 @@ import argparse
 import io
 import pickle
 import re
+import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -24,6 +26,9 @@ from maskgen.errors import UserError
 
 # Where checkpoints keep their weights, the first that there is: averages before what they average.
 WRAPPERS = ("model_ema", "model", "state_dict")
+
+# What numpy and zipfile raise on bytes that are not an npz file, or no longer one.
+DAMAGE = (ValueError, EOFError, NotImplementedError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 Tensors = dict[str, np.ndarray]
 # Our parameters to {name of theirs: array in their layout}.
@@ -64,6 +69,24 @@ def read_msgpack(path: epath.PathLike) -> Tensors:
     return {name: _float32(value) for name, value in flat.items() if isinstance(value, np.ndarray)}
   except Exception as error:  # msgpack raises many kinds on bytes that are not its own.
     raise UserError(f"{path} is no intact Flax msgpack file: give another, or fetch it again") from error
+
+
+def read_npz(path: epath.PathLike) -> Tensors:
+  """Reads an npz file, its arrays as they are.
+
+  Raises:
+    UserError: if the file cannot be read, or is none.
+  """
+  try:
+    with epath.Path(path).open("rb") as file:
+      archive = np.load(file, allow_pickle=False)
+      if not isinstance(archive, np.lib.npyio.NpzFile):
+        raise ValueError("a single array")
+      return {name: np.asarray(archive[name]) for name in archive.files}
+  except OSError as error:
+    raise UserError(f"{path} cannot be read ({error}): give the path of an npz file") from error
+  except DAMAGE as error:
+    raise UserError(f"{path} is not an intact npz file: fetch or convert it again") from error
 
 
 def need(path: epath.PathLike, tensors: Mapping[str, np.ndarray], name: str, ndim: int) -> np.ndarray:

@@ -137,29 +137,32 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-  """Two layers with an exact (erf) GELU between, dropout after each."""
+  """Two layers with a GELU between, exact (erf) or with tanh, and dropout after each."""
 
   hidden: int
   dropout: float = 0.0
   dtype: str = "float32"
+  tanh_gelu: bool = False
 
   @nn.compact
   def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:  # [..., d] -> [..., d]
     y = nn.Dense(self.hidden, kernel_init=kernel_init, dtype=self.dtype, name="up")(x)
     y = sharding.constrain_batch(y, "tensor")
-    y = Dropout(self.dropout)(nn.gelu(y, approximate=False), train=train)
+    y = Dropout(self.dropout)(nn.gelu(y, approximate=self.tanh_gelu), train=train)
     y = nn.Dense(x.shape[-1], kernel_init=kernel_init, dtype=self.dtype, name="down")(y)
     y = sharding.constrain_batch(y)
     return Dropout(self.dropout)(y, train=train)
 
 
 class Block(nn.Module):
-  """x + attention(norm(x)), then x + mlp(norm(x))."""
+  """x + attention(norm(x)), then x + mlp(norm(x)); the fields are those of `Transformer`."""
 
   heads: int
   dropout: float = 0.0
   dtype: str = "float32"
   attention: str = "auto"
+  hidden: int = 0
+  tanh_gelu: bool = False
 
   @nn.compact
   def __call__(
@@ -180,7 +183,8 @@ class Block(nn.Module):
     )
     x = x + branch(Dropout(self.dropout)(y, train=train))
     y = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="mlp_norm")(x)
-    return x + branch(Mlp(4 * x.shape[-1], self.dropout, self.dtype, name="mlp")(y, train=train))
+    hidden = self.hidden or 4 * x.shape[-1]
+    return x + branch(Mlp(hidden, self.dropout, self.dtype, self.tanh_gelu, name="mlp")(y, train=train))
 
 
 class Transformer(nn.Module):
@@ -195,6 +199,8 @@ class Transformer(nn.Module):
       blocks are stacked when they are used, so that names, rules and checkpoints do not depend on it.
     drop_path: how likely an example skips each of the last block's two branches while training; 0 for the
       first block, and linear between.
+    hidden: width inside the MLPs, by default 4 d.
+    tanh_gelu: whether their GELU is the approximation by tanh.
   """
 
   depth: int
@@ -205,11 +211,13 @@ class Transformer(nn.Module):
   remat: str = "none"
   scan: bool = False
   drop_path: float = 0.0
+  hidden: int = 0
+  tanh_gelu: bool = False
 
   @nn.compact
   def __call__(self, x: jax.Array, *, train: bool, at: jax.Array | None = None) -> jax.Array:
     """[b, n, d] -> [b, n, d]; what `at` and the collection `cache` do, see `Attention`."""
-    options = (self.heads, self.dropout, self.dtype, self.attention)
+    options = (self.heads, self.dropout, self.dtype, self.attention, self.hidden, self.tanh_gelu)
     shape, length = x.shape, x.shape[1]
     x = x.reshape(-1, x.shape[-1])
     if self.is_initializing():

@@ -14,6 +14,7 @@ FORMATS: dict[str, tuple[str, ...]] = {
   "vqgan_pytorch": ("image_size",),
   "maskgit_flax": ("image_size",),
   "mobilenet_v2": (),
+  "siglip": ("encoder_heads",),
 }
 
 
@@ -24,14 +25,15 @@ def main(argv: Sequence[str]) -> None:
     "mage: tokenizer and transformer of the PyTorch reference, as safetensors or PyTorch file. "
     "vqgan_pytorch: its tokenizer alone. maskgit_flax: MaskGIT's tokenizer, a Flax msgpack file. "
     "mobilenet_v2: an .npz of quantized convolutions, the feature network of the perceptual loss. "
+    "siglip: an image encoder, as safetensors of transformers or .npz of big_vision. "
     "docs/weights.md says where published files are.",
     "python -m maskgen.tools.convert --format=mage --weights=mage-vitb-1600.pth --out=weights/mage_vit_base",
   )
   parser.add_argument("--format", required=True, choices=FORMATS, help="what the file holds")
   parser.add_argument("--weights", required=True, help="the weights file")
   parser.add_argument("--out", required=True, help="new folder")
-  parser.add_argument("--encoder_heads", type=int, help="mage: by default those of the published models")
-  parser.add_argument("--decoder_heads", type=int, help="mage: by default those of the published models")
+  parser.add_argument("--encoder_heads", type=int, help="mage, siglip: by default as published")
+  parser.add_argument("--decoder_heads", type=int, help="mage: by default as published")
   parser.add_argument("--image_size", type=int, help="tokenizers: pixels per side, by default 256")
   args = parser.parse_args(argv)
   given = {name: getattr(args, name) for name in ("encoder_heads", "decoder_heads", "image_size")}

@@ -1,0 +1,47 @@
+"""What transformers' SigLIP computes, written to files for tests/test_siglip.py.
+
+A program of its own: TensorFlow and transformers cannot share a process. Usage: FOLDER.
+"""
+
+import pathlib
+import sys
+
+import numpy as np
+import torch
+import transformers
+from safetensors.numpy import save_file
+
+VISION = dict(
+  hidden_size=24,
+  intermediate_size=40,
+  num_hidden_layers=2,
+  num_attention_heads=3,
+  image_size=12,
+  patch_size=4,
+)
+TEXT = dict(hidden_size=24, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, vocab_size=20)
+
+
+def main():
+  folder = pathlib.Path(sys.argv[1])
+  torch.manual_seed(0)
+  model = transformers.SiglipModel(transformers.SiglipConfig(text_config=TEXT, vision_config=VISION)).eval()
+  with torch.no_grad():
+    for parameter in model.parameters():
+      parameter.add_(0.3 * torch.randn_like(parameter))
+  model.save_pretrained(folder / "whole")
+  vision = transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**VISION)).eval()
+  vision.load_state_dict(
+    {k: v for k, v in model.state_dict().items() if k in vision.state_dict()}
+    or {k: model.state_dict()[f"vision_model.{k}"] for k in vision.state_dict()}
+  )
+  vision.save_pretrained(folder / "vision")
+  images = torch.rand(2, 3, 12, 12)
+  with torch.no_grad():
+    patches = vision(pixel_values=2 * images - 1).last_hidden_state
+  arrays = {"images": np.ascontiguousarray(images.permute(0, 2, 3, 1).numpy()), "patches": patches.numpy()}
+  save_file(arrays, folder / "reference.safetensors")
+
+
+if __name__ == "__main__":
+  main()
