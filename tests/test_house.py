@@ -21,7 +21,8 @@ from maskgen.models.vqgan import VQGAN
 PACKAGE = pathlib.Path(maskgen.__file__).parent
 # A file imports from rows above its own, or from its own row without a cycle.
 ROWS = (
-  "errors files tree images sheet text vocab masking editing mixing sampling diffusion losses config cli",
+  "errors files tree images sheet config cli",
+  "text vocab masking editing mixing sampling diffusion prompts losses",
   "sharding optim lock processes checkpoint metrics costs",
   "data",
   "models",
