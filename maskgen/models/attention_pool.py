@@ -1,0 +1,112 @@
+"""Attention pooling: learned queries turn the patches of an image into a few vectors of given scale.
+
+De-Diffusion has five layers of it (Wei et al. 2023, section 3); what ViLex has, its paper does not say.
+Letters: b batch, n patches, c their width, k queries, d what comes out, p width inside.
+"""
+
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from maskgen import sharding
+from maskgen.config import check_at_least, check_dtype
+from maskgen.errors import UserError
+from maskgen.models.transformer import Attention, Mlp, attend, check_attention, kernel_init, qkv_init
+
+EPSILON = 1e-6
+
+
+class CrossAttention(nn.Module):
+  """Multi-head attention of queries to patches; softmax in float32."""
+
+  heads: int
+  dtype: str
+  attention: str
+
+  @nn.compact
+  def __call__(self, x: jax.Array, patches: jax.Array) -> jax.Array:  # [b, k, p], [b, n, c] -> [b, k, p]
+    width = x.shape[-1]
+
+    def project(y: jax.Array, name: str) -> jax.Array:  # [b, k or n, h, p / h]
+      y = nn.Dense(width, kernel_init=qkv_init, dtype=self.dtype, name=name)(y)
+      return sharding.constrain_batch(y, "tensor").reshape(*y.shape[:2], self.heads, width // self.heads)
+
+    query, key, value = project(x, "query"), project(patches, "key"), project(patches, "value")
+    y = attend(query, key, value, attention=self.attention).reshape(x.shape)
+    y = nn.Dense(width, kernel_init=kernel_init, dtype=self.dtype, name="out")(y)
+    return sharding.constrain_batch(y)
+
+
+class Layer(nn.Module):
+  """Self-attention if wanted, cross-attention and MLP, each on the normalised x and added to x."""
+
+  heads: int
+  self_attention: bool
+  dtype: str
+  attention: str
+
+  @nn.compact
+  def __call__(self, x: jax.Array, patches: jax.Array) -> jax.Array:  # [b, k, p], [b, n, c] -> [b, k, p]
+    def norm(y: jax.Array, name: str) -> jax.Array:
+      return nn.LayerNorm(epsilon=EPSILON, dtype=self.dtype, name=name)(y)
+
+    if self.self_attention:
+      y = norm(x, "attention_norm").reshape(-1, x.shape[-1])
+      attention = Attention(self.heads, 0.0, self.dtype, self.attention, name="attention")
+      x = x + attention(y, x.shape[1], train=False).reshape(x.shape)
+    y = norm(x, "cross_attention_norm")
+    cross_attention = CrossAttention(self.heads, self.dtype, self.attention, name="cross_attention")
+    x = x + cross_attention(y, norm(patches, "patches_norm"))
+    return x + Mlp(4 * x.shape[-1], 0.0, self.dtype, name="mlp")(norm(x, "mlp_norm"), train=False)
+
+
+class AttentionPool(nn.Module):
+  """Learned queries over patches.
+
+  Attributes:
+    queries: k.
+    widths: of the spaces the vectors are for, side by side: d is their sum. In each space a vector has the
+      root mean square 1 before the learned `scale`.
+    width: p.
+    depth: the number of layers.
+    heads: of each attention.
+    self_attention: whether queries attend to each other, too.
+    dtype: the type of the computation; parameters and what comes out are float32.
+    attention: see `maskgen.models.transformer.attend`.
+  """
+
+  queries: int
+  widths: Sequence[int]
+  width: int = 1024
+  depth: int = 5
+  heads: int = 16
+  self_attention: bool = True
+  dtype: str = "float32"
+  attention: str = "auto"
+
+  def __post_init__(self):
+    check_at_least(self, 1, "queries", "width", "depth", "heads")
+    check_dtype(self.dtype)
+    check_attention(self.attention, self.dtype, 0.0)
+    if self.width % self.heads:
+      raise UserError(f"a width of {self.width} does not divide into {self.heads} heads")
+    super().__post_init__()
+
+  @nn.compact
+  def __call__(self, patches: jax.Array) -> jax.Array:  # [b, n, c] -> float32 [b, k, d]
+    init = nn.initializers.truncated_normal(0.02)
+    query = sharding.gather(self.param("query", init, (self.queries, self.width)))
+    x = jnp.broadcast_to(query.astype(self.dtype)[None], (patches.shape[0], *query.shape))
+    for i in range(self.depth):
+      layer = Layer(self.heads, self.self_attention, self.dtype, self.attention, name=f"layer_{i}")
+      x = layer(sharding.constrain_batch(x), patches)
+    x = nn.LayerNorm(epsilon=EPSILON, dtype=self.dtype, name="norm")(x)
+    total = sum(self.widths)
+    x = nn.Dense(total, kernel_init=kernel_init, dtype=self.dtype, name="out")(x).astype(jnp.float32)
+    ends = [sum(self.widths[: i + 1]) for i in range(len(self.widths) - 1)]
+    parts = [
+      y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + EPSILON) for y in jnp.split(x, ends, -1)
+    ]
+    return jnp.concatenate(parts, axis=-1) * self.param("scale", nn.initializers.ones, (total,))[None, None]
