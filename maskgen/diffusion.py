@@ -6,7 +6,7 @@ Kingma et al. 2021). Steps t are 0 .. T - 1 for data of little to much noise. Le
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -131,6 +131,18 @@ def to_clean(
 def guide(unconditional: jax.Array, conditional: jax.Array, scale: float | jax.Array) -> jax.Array:
   """Classifier-free guidance (Ho and Salimans 2022, eq. 6, with w = scale - 1): 1 is no guidance."""
   return unconditional + scale * (conditional - unconditional)
+
+
+def guide_in_turn(predictions: Sequence[jax.Array], scales: Sequence[float | jax.Array]) -> jax.Array:
+  """Guidance by conditions each of which says more than the one before: p_0 + sum of s_i (p_i - p_(i-1)).
+
+  With two predictions it is `guide`. Where all scales are 1, the last prediction is left; a scale of 0 leaves
+  out what its condition adds.
+  """
+  guided = predictions[0]
+  for less, more, scale in zip(predictions[:-1], predictions[1:], scales, strict=True):
+    guided = guided + scale * (more - less)
+  return guided
 
 
 def visited(schedule: Schedule, sampler: str, steps: int) -> np.ndarray:

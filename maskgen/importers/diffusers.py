@@ -8,19 +8,21 @@ unet/ vae/                        config.json, diffusion_pytorch_model.safetenso
 ```
 """
 
+import dataclasses
 import os
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from maskgen.config import check_dtype
+from maskgen.config import build_dataclass, check_dtype
 from maskgen.errors import UserError, nearest
-from maskgen.importers import diffusers_configs, torch_tensors
+from maskgen.importers import Converted, diffusers_configs, torch_tensors
 from maskgen.models.text_to_image import TEXT_PARTS, TextToImage
-from maskgen.text import Tokenizer, open_tokenizer
+from maskgen.models.vilex import Renderer
+from maskgen.text import Captions, Tokenizer, open_tokenizer
 
 FAMILIES = {
   "sd15": "Stable Diffusion 1 (one CLIP text encoder, quick-GELU)",
@@ -78,15 +80,9 @@ def load(
   check_dtype(param_dtype)
   root = pathlib.Path(os.path.expanduser(folder))
   model = read_model(root, family=family, **options)
-  parts = TEXT_PARTS[: len(model.text_encoders)]
-  tokenizers = tuple(_tokenizer(root / part.replace("text_encoder", "tokenizer")) for part in parts)
-  for part, encoder, tokenizer in zip(parts, model.text_encoders, tokenizers, strict=True):
-    if tokenizer.vocabulary_size > encoder.vocabulary_size:
-      raise UserError(
-        f"{root}: the tokenizer of {part} has {tokenizer.vocabulary_size} ids, the encoder embeds "
-        f"{encoder.vocabulary_size}: give tokenizer and encoder of the same model"
-      )
-  files = {part: torch_tensors.find(root / part, STEMS[part]) for part in (*parts, "unet", "vae")}
+  tokenizers = read_tokenizers(root, model)
+  parts = (*TEXT_PARTS[: len(tokenizers)], "unet", "vae")
+  files = {part: torch_tensors.find(root / part, STEMS[part]) for part in parts}
   params = {
     part: torch_tensors.load(
       files[part],
@@ -129,6 +125,69 @@ def read_model(folder: str | os.PathLike, *, family: str = "", **options: Any) -
   if family:
     check_family(model, family, root)
   return model
+
+
+def read_tokenizers(root: pathlib.Path, model: TextToImage) -> tuple[Tokenizer, ...]:
+  """Reads the tokenizer of each text encoder; errors as for `load`."""
+  parts = TEXT_PARTS[: len(model.text_encoders)]
+  tokenizers = tuple(_tokenizer(root / part.replace("text_encoder", "tokenizer")) for part in parts)
+  for part, encoder, tokenizer in zip(parts, model.text_encoders, tokenizers, strict=True):
+    if tokenizer.vocabulary_size > encoder.vocabulary_size:
+      raise UserError(
+        f"{root}: the tokenizer of {part} has {tokenizer.vocabulary_size} ids, the encoder embeds "
+        f"{encoder.vocabulary_size}: give tokenizer and encoder of the same model"
+      )
+  return tokenizers
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Folder:
+  """A model as a config describes it; the folder's JSON files and tokenizers are read whenever it is used.
+
+  Attributes:
+    folder: where they are; its weights are not needed once they are converted.
+    image_size: (h, w) of the images it is to make.
+    dtype, attention, remat: how it is run, see `load`.
+  """
+
+  folder: str
+  image_size: tuple[int, int]
+  dtype: str = "float32"
+  attention: str = "auto"
+  remat: str = "none"
+
+  @property
+  def root(self) -> pathlib.Path:
+    """The path."""
+    return pathlib.Path(os.path.expanduser(self.folder))
+
+
+def read_renderer(section: Mapping[str, Any]) -> tuple[Renderer, Captions]:
+  """The model that a config section with name="diffusers" describes, and how it reads captions.
+
+  Raises:
+    UserError: for a wrong section, or as `load`.
+  """
+  options = {key: value for key, value in section.items() if key != "name"}
+  given: Folder = build_dataclass(Folder, options, "config.objective.decoder")
+  model = read_model(given.root, dtype=given.dtype, attention=given.attention, remat=given.remat)
+  tokenizers, length = read_tokenizers(given.root, model), model.text_encoders[0].positions
+  side = model.autoencoder.factor * model.unet.factor
+  if len(given.image_size) != 2 or any(size < 1 or size % side for size in given.image_size):
+    raise UserError(f"image_size is {given.image_size}: give (height, width), multiples of {side}")
+  ids = (tokenizers[0].start_id, tokenizers[0].end_id, tuple(one.padding_id for one in tokenizers))
+  captions = Captions(f"bpe:{given.root / 'tokenizer'}", length)
+  return Renderer(model, given.image_size, length, *ids), captions
+
+
+def convert(path: str | os.PathLike) -> Converted:
+  """Converts a folder for `config.pretrained.decoder` of the vilex objective; errors as for `load`."""
+  root = pathlib.Path(os.path.expanduser(path)).absolute()
+  loaded = load(root)
+  side = torch_tensors.read_json(root / "unet" / "config.json").get("sample_size") or 64
+  size = (side * loaded.model.autoencoder.factor,) * 2
+  section = dict(name="diffusers", folder=str(root), image_size=size)
+  return Converted({"network": "text_to_image", "decoder": section}, {"params": {"main": loaded.params}})
 
 
 def family_of(model: TextToImage) -> str:

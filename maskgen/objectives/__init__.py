@@ -5,6 +5,7 @@ the section. The training loop, evaluators and API know objectives by the protoc
 """
 
 import dataclasses
+import functools
 import importlib
 import inspect
 import pkgutil
@@ -24,6 +25,8 @@ Batch = Mapping[str, jax.Array]
 Metrics = dict[str, jax.Array]
 # Options of prediction functions that set array sizes or choose what is computed.
 STATIC_OPTIONS = ("steps", "schedule", "order", "reuse", "guidance_schedule", "sampler")
+# Fields of networks that say how they are run, not what they are.
+HOW = ("dtype", "attention", "remat", "scan", "parent", "name")
 # (variables, batch, rng) -> arrays; variables = {"params": {group: tree}, "frozen": tree, "extra": tree}.
 PredictFn = Callable[..., Any]
 
@@ -113,6 +116,11 @@ class Objective(Protocol):
     Where `num_classes` is not 0, loss takes `label` [b] as well, and so do logits, generate, trajectory and
     inpaint, for which `num_classes` stands for no class, as does its absence. Where there are `captions`,
     loss takes `caption` [b, length], and so does generate, which can do without.
+
+    A visual lexicon has its own: encode -> tokens float32 [b, n, d]; generate (batch: key; `vectors`
+    [b, s, n, d] and `number` [b, s] for the images of a prompt, `words` [b, s + 1, m] and `num_words`
+    [b, s + 1] for what is said before, between and behind them), reconstruct (batch: image; `number` [b, 1],
+    key).
     """
 
 
@@ -154,6 +162,35 @@ def check_tokenizer(found: VQGAN, expected: VQGAN) -> None:
       raise UserError(
         f"its tokenizer has {field.name}={theirs}, config.objective.tokenizer has {ours}: make them equal"
       )
+
+
+def check_same(found: Any, expected: Any) -> None:
+  """Checks that networks of a pretrained model are those of `config.objective`, but for how they are run.
+
+  Raises:
+    UserError: naming a field that differs.
+  """
+  theirs, ours = _described(found), _described(expected)
+  for field in sorted(theirs.keys() | ours.keys()):
+    if theirs.get(field) != ours.get(field):
+      raise UserError(
+        f"it has {field}={theirs.get(field)}, config.objective has {ours.get(field)}: make them equal"
+      )
+
+
+def _described(value: Any, prefix: str = "") -> dict[str, Any]:
+  """The fields of nested dataclasses by their path."""
+  if isinstance(value, tuple) and any(map(dataclasses.is_dataclass, value)):
+    parts = {str(i): one for i, one in enumerate(value)}
+  elif dataclasses.is_dataclass(value):
+    names = (field.name for field in dataclasses.fields(value) if field.name not in HOW)
+    parts = {name: getattr(value, name) for name in names}
+  else:
+    return {prefix: value}
+  kind = {f"{prefix}.kind".lstrip("."): type(value).__name__}
+  return functools.reduce(
+    lambda known, part: known | _described(part[1], f"{prefix}.{part[0]}".lstrip(".")), parts.items(), kind
+  )
 
 
 def compile_predict_fns(objective: Objective, mesh: jax.sharding.Mesh | None = None) -> dict[str, PredictFn]:

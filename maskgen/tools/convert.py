@@ -15,6 +15,7 @@ FORMATS: dict[str, tuple[str, ...]] = {
   "maskgit_flax": ("image_size",),
   "mobilenet_v2": (),
   "siglip": ("encoder_heads",),
+  "diffusers": (),
 }
 
 
@@ -26,11 +27,12 @@ def main(argv: Sequence[str]) -> None:
     "vqgan_pytorch: its tokenizer alone. maskgit_flax: MaskGIT's tokenizer, a Flax msgpack file. "
     "mobilenet_v2: an .npz of quantized convolutions, the feature network of the perceptual loss. "
     "siglip: an image encoder, as safetensors of transformers or .npz of big_vision. "
+    "diffusers: a text-to-image model, a folder. "
     "docs/weights.md says where published files are.",
     "python -m maskgen.tools.convert --format=mage --weights=mage-vitb-1600.pth --out=weights/mage_vit_base",
   )
   parser.add_argument("--format", required=True, choices=FORMATS, help="what the file holds")
-  parser.add_argument("--weights", required=True, help="the weights file")
+  parser.add_argument("--weights", required=True, help="the weights file; for diffusers a folder")
   parser.add_argument("--out", required=True, help="new folder")
   parser.add_argument("--encoder_heads", type=int, help="mage, siglip: by default as published")
   parser.add_argument("--decoder_heads", type=int, help="mage: by default as published")

@@ -1,0 +1,200 @@
+"""A frozen text-to-image model whose prompts hold images as well as words (ViLex, Wang et al. 2024).
+
+Vectors of images and embeddings of words stand side by side before the text encoder; of several text encoders
+the spaces are put behind each other, d in all. Letters: b batch, l positions, n vectors, h w image.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from maskgen import diffusion, prompts
+from maskgen import losses as losses_lib
+from maskgen.config import check_at_least
+from maskgen.models.text_to_image import TextToImage
+from maskgen.models.unet import Condition
+from maskgen.prompts import Frame, Run
+
+# Numbers of an example's keys, folded in: for its step, its noise and its latent.
+_STEP, _NOISE, _LATENT = range(3)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+  """How images are drawn.
+
+  Attributes:
+    steps: how often the network is called.
+    sampler: one of `maskgen.diffusion.SAMPLERS`.
+    image_guidance: how much the images of a prompt count: 0 not at all, 1 as trained.
+    text_guidance: how much its words count beside them, likewise; text-free guidance (section 3.3).
+  """
+
+  steps: int = 25
+  sampler: str = "dpm"
+  image_guidance: float = 2.0
+  text_guidance: float = 2.0
+
+  def __post_init__(self):
+    diffusion.Sampling(self.steps, self.sampler)  # which checks them
+    check_at_least(self, 0, "image_guidance", "text_guidance")
+
+
+@dataclasses.dataclass(frozen=True)
+class Renderer:
+  """Pure functions of the frozen parameters.
+
+  Attributes:
+    model: the networks.
+    image_size: (h, w).
+    length: l.
+    start_id, end_id: of the tokenizers.
+    padding_ids: of each text encoder's tokenizer.
+  """
+
+  model: TextToImage
+  image_size: tuple[int, int]
+  length: int
+  start_id: int
+  end_id: int
+  padding_ids: tuple[int, ...]
+
+  @property
+  def room(self) -> int:
+    """How many vectors and words a prompt holds."""
+    return self.length - 2
+
+  @property
+  def latent_shape(self) -> tuple[int, int, int]:
+    """Of one image's latent."""
+    height, width = (side // self.model.autoencoder.factor for side in self.image_size)
+    return height, width, self.model.unet.in_channels
+
+  def scale(self, params: Any) -> jax.Array:
+    """The root mean square of each text encoder's vocabulary, float32 [d], alike within its space."""
+    tables = self.model.embed(
+      params, [jnp.arange(encoder.vocabulary_size)[None] for encoder in self.model.text_encoders]
+    )
+    return jnp.concatenate(
+      [jnp.full(table.shape[-1], jnp.sqrt(jnp.square(table).mean()), jnp.float32) for table in tables]
+    )
+
+  def words(self, params: Any, ids: jax.Array, number: jax.Array) -> Run:
+    """The first words, int32 [b], of ids int32 [b, n]."""
+    return Run(self._embed(params, [ids] * len(self.padding_ids)), number)
+
+  def caption(self, params: Any, ids: jax.Array) -> Run:
+    """The words of captions int32 [b, n] that begin with the start id and have an end id."""
+    return self.words(params, ids[:, 1:-1], (ids == self.end_id).argmax(axis=1).astype(jnp.int32) - 1)
+
+  def condition(self, params: Any, runs: Sequence[Run]) -> tuple[Condition, jax.Array]:
+    """What a prompt of these runs means to the U-Net, and where it ends, int32 [b]."""
+    special = [jnp.array([[self.start_id, self.end_id, padding]]) for padding in self.padding_ids]
+    prompt = prompts.assemble(runs, Frame(*self._embed(params, special)[0]), self.length)
+    ends = np.cumsum(self.model.text_widths)[:-1]
+    parts = jnp.split(prompt.embeddings, ends, axis=-1)
+    return self.model.condition(params, parts, prompt.end, self.image_size), prompt.end
+
+  def nothing(self, params: Any, batch: int) -> Condition:
+    """What guidance leads away from."""
+    none = jnp.zeros((batch,), jnp.int32)
+    empty, _ = self.condition(params, [self.words(params, none[:, None], none)])
+    return self.model.null(empty)
+
+  def errors(
+    self, params: Any, images: jax.Array, conditions: Sequence[Condition], keys: jax.Array
+  ) -> jax.Array:
+    """How badly noise is found in images: the loss that the frozen model was trained with, unweighted.
+
+    Args:
+      params: frozen.
+      images: float32 [b, h, w, c] in [0, 1].
+      conditions: s of them, which share step and noise.
+      keys: one per example.
+
+    Returns:
+      Mean squared errors, float32 [s, b].
+    """
+    schedule, shape = self.model.schedule, self.latent_shape
+
+    def draw(key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+      step, noise, latent = (jax.random.fold_in(key, i) for i in (_STEP, _NOISE, _LATENT))
+      t = jax.random.randint(step, (), 0, schedule.steps)
+      return t, jax.random.normal(noise, shape), jax.random.normal(latent, shape)
+
+    t, noise, latent_noise = jax.vmap(draw)(keys)
+    latents = self.model.encode(params, images)
+    clean = jax.lax.stop_gradient(latents.mean + latents.std * latent_noise)
+    noisy, target = (fn(schedule, clean, noise, t) for fn in (diffusion.add_noise, diffusion.target))
+
+    def error(condition: Condition) -> jax.Array:
+      predicted = self.model.predict(params, noisy, t, condition)
+      return losses_lib.mean_per_example(jnp.square(predicted - target))
+
+    if len(conditions) == 1:
+      return error(conditions[0])[None]
+    return jax.lax.map(error, jax.tree.map(lambda *leaves: jnp.stack(leaves), *conditions))
+
+  def misalignment(self, params: Any, tokens: Run, caption: Run) -> jax.Array:
+    """The mean squared distance between the ends of two prompts, after the text encoder; a scalar."""
+
+    def at_end(run: Run) -> jax.Array:
+      condition, end = self.condition(params, [run])
+      return jnp.take_along_axis(condition.context, end[:, None, None], axis=1)[:, 0]
+
+    return jnp.square(at_end(tokens) - jax.lax.stop_gradient(at_end(caption))).mean()
+
+  def draw(
+    self,
+    params: Any,
+    keys: jax.Array,
+    words: Sequence[Run],
+    images: Sequence[Run],
+    *,
+    image_guidance: float | jax.Array,
+    text_guidance: float | jax.Array,
+    sampler: str,
+    steps: int,
+  ) -> jax.Array:
+    """Draws images float32 [b, h, w, c] in [0, 1].
+
+    Guidance leads from nothing to the images of the prompt, and from there to images and words. With an
+    image_guidance of 1 that is text-free guidance (Wang et al. 2024, section 3.3).
+
+    Args:
+      params: frozen.
+      keys: one per image.
+      words: of the prompt: what is before, between and behind its images; or none.
+      images: of the prompt.
+      image_guidance: see `Sampling`, as for the others.
+      text_guidance: likewise.
+      sampler: likewise.
+      steps: likewise.
+    """
+    conditions, scales = [self.nothing(params, len(keys))], []
+    if images:
+      conditions.append(self.condition(params, images)[0])
+      scales.append(image_guidance)
+    if words:
+      pairs = zip(words[1:], images, strict=True)
+      both = [words[0], *(run for said, image in pairs for run in (image, said))]
+      conditions.append(self.condition(params, both)[0])
+      scales.append(text_guidance)
+    together = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *conditions)
+
+    def predict(x: jax.Array, t: jax.Array) -> jax.Array:
+      copies = jnp.concatenate([x] * len(conditions))
+      found = self.model.predict(params, copies, jnp.tile(t, len(copies)), together)
+      return diffusion.guide_in_turn(jnp.split(found, len(conditions)), scales)
+
+    noise = jax.vmap(lambda key: jax.random.normal(key, self.latent_shape))(keys)
+    latents = diffusion.sample(predict, noise, self.model.schedule, sampler=sampler, steps=steps)
+    return self.model.decode(params, latents)
+
+  def _embed(self, params: Any, ids: Sequence[jax.Array]) -> jax.Array:
+    """Ids int32 [b, n] of each tokenizer to float32 [b, n, d]."""
+    return jnp.concatenate(self.model.embed(params, ids), axis=-1)

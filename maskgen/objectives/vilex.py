@@ -1,0 +1,319 @@
+"""The ViLex objective: an image as words for a frozen text-to-image model (Wang et al. 2024, section 3).
+
+Letters: b batch, s images of a prompt, n tokens of an image, m words, l positions, d width of the embeddings.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from maskgen import config as config_lib
+from maskgen import diffusion, objectives, prompts, sharding
+from maskgen import images as images_lib
+from maskgen.errors import UserError, nearest
+from maskgen.importers import diffusers
+from maskgen.models.attention_pool import AttentionPool
+from maskgen.models.image_encoder import IMAGE_CHANNELS, MageEncoder, VitEncoder
+from maskgen.models.mage import Encoder
+from maskgen.models.vilex import Renderer, Sampling
+from maskgen.models.vit import ViT
+from maskgen.objectives import Batch, Metrics, PredictFn, Tree, check_same, mage
+from maskgen.objectives import diffusion as diffusion_objective
+from maskgen.prompts import Run, TailDrop
+from maskgen.text import Captions
+
+# Which children of an example's key decide on its tokens and its caption; the first ones are the renderer's.
+_KEEP, _SAY = 3, 4
+ENCODERS = ("vit", "mage", "mage_c")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Objective:
+  """Trains `main`, an image encoder and a pooling, by the loss of a frozen text-to-image model.
+
+  The tokens of an image stand where embeddings of words would: gradients go through U-Net and text encoder,
+  which have no gradients or optimizer state of their own. The encoder is usually trained with a smaller
+  learning rate, by a rule ("^encoder/", factor) among the optimizer's `multipliers`.
+
+  Attributes:
+    decoder: the `config.objective` of `config.pretrained.decoder`, a model of the diffusion objective; or
+      what `maskgen.tools.convert --format=diffusers` wrote of a published one.
+    encoder: name="vit" and the fields of `ViT`; or the `config.objective` of `config.pretrained.encoder`, a
+      MAGE model.
+    pretrained_encoder: whether a ViT starts as `config.pretrained.encoder`, or from scratch.
+    tokens: n, at most what a prompt of the decoder holds.
+    pool_width, pool_depth, pool_heads, pool_self_attention: see `AttentionPool`.
+    tail_drop: how many of the n tokens examples are trained with.
+    caption_share: the share of examples that are trained with their caption beside the image.
+    words_first: whether the caption comes before the image, not behind it. Later positions see earlier ones.
+    warm_start_steps: for so many steps the end of a prompt of tokens is to mean what the end of the image's
+      caption means to the text encoder, without the U-Net; for an encoder from scratch. Not in the paper.
+    dtype: of the pooling.
+    attention: likewise, see `maskgen.models.transformer.attend`.
+    sampling: defaults for generation.
+  """
+
+  inputs: ClassVar[tuple[str, ...]] = ("image",)
+  views: ClassVar[int] = 1
+  whole_batch: ClassVar[bool] = False
+
+  decoder: Mapping[str, Any]
+  encoder: Mapping[str, Any]
+  pretrained_encoder: bool = False
+  tokens: int = 75
+  pool_width: int = 1024
+  pool_depth: int = 5
+  pool_heads: int = 16
+  pool_self_attention: bool = True
+  tail_drop: TailDrop = TailDrop()
+  caption_share: float = 0.0
+  words_first: bool = False
+  warm_start_steps: int = 0
+  dtype: str = "float32"
+  attention: str = "auto"
+  sampling: Sampling = Sampling()
+
+  def __post_init__(self):
+    config_lib.check_at_least(self, 0, "warm_start_steps")
+    if not 0.0 <= self.caption_share <= 1.0:
+      raise UserError(f"caption_share is {self.caption_share}: it is a share, from 0 to 1")
+    room = self.renderer.room
+    if not 1 <= self.tokens <= room:
+      raise UserError(f"tokens is {self.tokens}: a prompt of this decoder holds 1 to {room}")
+    encoder, _ = self.image_encoder, self.pool  # which check their fields
+    if self.pretrained_encoder and isinstance(encoder, MageEncoder):
+      raise UserError("pretrained_encoder is for a ViT: a MAGE encoder is pretrained anyway, leave it out")
+    diffusion.visited(self.renderer.model.schedule, self.sampling.sampler, self.sampling.steps)
+
+  @property
+  def codebook_size(self) -> int:
+    return 0
+
+  @property
+  def num_classes(self) -> int:
+    return 0
+
+  @property
+  def captions(self) -> Captions | None:
+    return self.texts if self.caption_share or self.warm_start_steps else None
+
+  @property
+  def texts(self) -> Captions:
+    """How the decoder reads texts."""
+    return self._decoder[1]
+
+  @property
+  def image_shape(self) -> tuple[int, int, int]:
+    return (*self.renderer.image_size, IMAGE_CHANNELS)
+
+  @property
+  def renderer(self) -> Renderer:
+    """The frozen model."""
+    return self._decoder[0]
+
+  @functools.cached_property
+  def _decoder(self) -> tuple[Renderer, Captions]:
+    return _read_decoder(self.decoder)
+
+  @functools.cached_property
+  def image_encoder(self) -> VitEncoder | MageEncoder:
+    """The image encoder."""
+    name = self.encoder.get("name")
+    if name not in ENCODERS:
+      raise UserError(f"encoder.name '{name}' does not exist{nearest(str(name), ENCODERS)}")
+    return _mage_encoder(self.encoder) if name != "vit" else _vit(self.encoder, "config.objective.encoder")
+
+  @property
+  def pool(self) -> AttentionPool:
+    """What makes tokens of patches."""
+    return AttentionPool(
+      queries=self.tokens,
+      widths=self.renderer.model.text_widths,
+      width=self.pool_width,
+      depth=self.pool_depth,
+      heads=self.pool_heads,
+      self_attention=self.pool_self_attention,
+      dtype=self.dtype,
+      attention=self.attention,
+    )
+
+  def pretrained_shapes(self) -> dict[str, Tree]:
+    shapes: dict[str, Tree] = {"decoder": {"params": {"main": self.renderer.model.shapes()}}}
+    encoder, key = self.image_encoder, jax.random.key(0)
+    params = {"main": jax.eval_shape(encoder.init, key)}
+    if isinstance(encoder, MageEncoder):
+      images = jnp.zeros((1, *encoder.image_size, IMAGE_CHANNELS))
+      tokenizer = jax.eval_shape(encoder.tokenizer.init, key, images)["params"]
+      shapes["encoder"] = {"params": params, "frozen": {"tokenizer": tokenizer}}
+    elif self.pretrained_encoder:
+      shapes["encoder"] = {"params": params}
+    return shapes
+
+  def check_pretrained(self, name: str, config: Mapping[str, Any]) -> None:
+    section: Mapping[str, Any] = config.get("objective", {})
+    if name == "decoder" and "decoder" in config:  # a converted one, which draws images of any size
+      found = diffusers.read_renderer(config["decoder"])[0]
+      check_same(dataclasses.replace(found, image_size=self.renderer.image_size), self.renderer)
+    elif name == "decoder":
+      check_same(_read_decoder(section)[0], self.renderer)
+    elif isinstance(self.image_encoder, MageEncoder):
+      check_same(_mage_encoder(section), self.image_encoder)
+    elif "vit" not in config:
+      raise UserError("it is no ViT: give one that maskgen.tools.convert made with --format=siglip")
+    else:
+      check_same(_vit(config["vit"], "its config"), self.image_encoder)
+
+  def init(self, rng: jax.Array, pretrained: Mapping[str, Tree]) -> dict[str, Tree]:
+    encoder_rng, pool_rng = jax.random.split(rng)
+    frozen = {"decoder": pretrained["decoder"]["params"]["main"], "tokenizer": {}}
+    if "encoder" in pretrained:
+      encoder = pretrained["encoder"]["params"]["main"]
+      frozen["tokenizer"] = pretrained["encoder"].get("frozen", {}).get("tokenizer", {})
+    else:
+      encoder = self.image_encoder.init(encoder_rng)
+    images = jnp.zeros((1, *self.image_shape))
+    patches = jax.eval_shape(self.image_encoder.encode, encoder, frozen["tokenizer"], images)
+    pool = self.pool.init(pool_rng, jnp.zeros(patches.shape, patches.dtype))["params"]
+    # A token is born as long as a word is: a frozen text encoder never saw longer ones.
+    pool = {**pool, "scale": self.renderer.scale(frozen["decoder"])}
+    return {"params": {"main": {"encoder": encoder, "pool": pool}}, "frozen": frozen, "extra": {}}
+
+  def losses(
+    self,
+    params: Mapping[str, Tree],
+    frozen: Tree,
+    extra: Tree,
+    batch: Batch,
+    rng: jax.Array,
+    step: jax.Array,
+    *,
+    train: bool,
+  ) -> tuple[dict[str, jax.Array], Metrics, Tree]:
+    images = images_lib.to_float(batch["image"])
+    vectors = self._vectors(params["main"], frozen, images)
+    image = Run(vectors, self.tail_drop.draw(_keys(batch, _KEEP), self.tokens))
+    runs = [image]
+    if self.caption_share:
+      said = self.renderer.caption(frozen["decoder"], batch["caption"])
+      say = jax.vmap(lambda key: jax.random.bernoulli(key, self.caption_share))(_keys(batch, _SAY))
+      said = said._replace(number=jnp.where(say, said.number, 0))
+      fitting = prompts.room(image.number, said.number, self.renderer.length)
+      runs = self._in_order(image._replace(number=fitting), said)
+
+    def denoise() -> jax.Array:
+      condition, _ = self.renderer.condition(frozen["decoder"], runs)
+      return self.renderer.errors(frozen["decoder"], images, [condition], batch["key"])[0].mean()
+
+    if self.warm_start_steps:
+      said = self.renderer.caption(frozen["decoder"], batch["caption"])
+      align = functools.partial(self.renderer.misalignment, frozen["decoder"], image, said)
+      loss = jax.lax.cond(step < self.warm_start_steps, align, denoise)
+    else:
+      loss = denoise()
+    return {"main": loss}, self._health(frozen, vectors) | {"kept_tokens": image.number.mean()}, extra
+
+  def _vectors(self, params: Tree, frozen: Tree, images: jax.Array) -> jax.Array:
+    """The tokens of images float32 [b, h, w, c] in [0, 1]; float32 [b, n, d]."""
+    patches = self.image_encoder.encode(params["encoder"], frozen["tokenizer"], images)
+    vectors: Any = self.pool.apply({"params": params["pool"]}, patches)
+    return sharding.constrain_batch(vectors)
+
+  def _in_order(self, image: Run, words: Run) -> list[Run]:
+    return [words, image] if self.words_first else [image, words]
+
+  def _health(self, frozen: Tree, vectors: jax.Array) -> Metrics:
+    """How long tokens are for words, and how much of that differs between images: 0 when they collapse."""
+    scaled = jax.lax.stop_gradient(vectors / self.renderer.scale(frozen["decoder"])[None, None])
+    length = jnp.sqrt(jnp.square(scaled).mean())
+    return {"token_scale": length, "token_spread": jnp.sqrt(scaled.var(axis=0).mean()) / length}
+
+  def predict_fns(self) -> dict[str, PredictFn]:
+    renderer = self.renderer
+
+    def encode(variables, batch, rng):
+      images = images_lib.to_float(batch["image"])
+      return self._vectors(variables["params"]["main"], variables["frozen"], images)
+
+    def loss(variables, batch, rng):
+      frozen, images = variables["frozen"]["decoder"], images_lib.to_float(batch["image"])
+      vectors, b = encode(variables, batch, rng), len(images)
+      numbers = {"loss": self.tokens, "loss_1_token": 1, "loss_no_prompt": 0}
+      runs = {name: Run(vectors, jnp.full((b,), number)) for name, number in numbers.items()}
+      if "caption" in batch:
+        runs["loss_caption"] = renderer.caption(frozen, batch["caption"])
+      conditions = [renderer.condition(frozen, [run])[0] for run in runs.values()]
+      errors = renderer.errors(frozen, images, conditions, jax.random.split(rng, b))
+      return dict(zip(runs, errors, strict=True))
+
+    def features(variables, batch, rng):
+      images, frozen = images_lib.to_float(batch["image"]), variables["frozen"]["tokenizer"]
+      patches = self.image_encoder.encode(variables["params"]["main"]["encoder"], frozen, images)
+      return nn.standardize(patches.astype(jnp.float32).mean(axis=1), axis=-1, epsilon=1e-6)
+
+    def generate(variables, batch, rng, **options):
+      frozen, chosen = variables["frozen"]["decoder"], dataclasses.asdict(self.sampling) | options
+      words, images = [], []
+      if "words" in batch:
+        pieces, number = batch["words"], batch["num_words"]
+        words = [renderer.words(frozen, pieces[:, i], number[:, i]) for i in range(pieces.shape[1])]
+      if "vectors" in batch:
+        vectors, number = batch["vectors"], batch["number"]
+        images = [Run(vectors[:, i], number[:, i]) for i in range(vectors.shape[1])]
+      return renderer.draw(frozen, batch["key"], words, images, **chosen)
+
+    def reconstruct(variables, batch, rng, **options):
+      vectors = encode(variables, batch, rng)
+      b = len(vectors)
+      number = batch.get("number", jnp.full((b, 1), self.tokens))
+      key = batch["key"] if "key" in batch else jax.random.split(rng, b)
+      return generate(variables, {"vectors": vectors[:, None], "number": number, "key": key}, rng, **options)
+
+    return {
+      "loss": loss,
+      "encode": encode,
+      "features": features,
+      "reconstruct": reconstruct,
+      "generate": generate,
+    }
+
+
+def _read_decoder(section: Mapping[str, Any]) -> tuple[Renderer, Captions]:
+  """A text-to-image model, and how it reads captions."""
+  if section.get("name") == "diffusers":
+    return diffusers.read_renderer(section)
+  found = objectives.build(section)
+  if not isinstance(found, diffusion_objective.Objective):
+    raise UserError("it makes no images of texts: give a model trained by the diffusion objective")
+  tokenizer = found.captions.opened
+  ids = (tokenizer.start_id, tokenizer.end_id, (tokenizer.padding_id,))
+  return Renderer(found.model, found.image_size, found.captions.length, *ids), found.captions
+
+
+def _vit(section: Mapping[str, Any], where: str) -> VitEncoder:
+  fields = {key: value for key, value in section.items() if key != "name"}
+  found: ViT = config_lib.build_dataclass(ViT, fields, where)
+  return VitEncoder(found.clone(hidden=found.hidden or 4 * found.width))
+
+
+def _mage_encoder(section: Mapping[str, Any]) -> MageEncoder:
+  found = objectives.build(section)
+  if not isinstance(found, mage.Objective):
+    raise UserError("it is no masked generative encoder: give a model trained by the mage objective")
+  names = ("width", "depth", "heads", "dtype", "attention", "remat", "scan")
+  network = Encoder(
+    vocab=found.model.vocab,
+    num_tokens=found.num_tokens,
+    dropout=0.0,
+    **{name: getattr(found, name) for name in names},
+  )
+  return MageEncoder(network, found.tokenizer, found.image_size)
+
+
+def _keys(batch: Batch, number: int) -> jax.Array:
+  """A key of each example for one purpose."""
+  return jax.vmap(lambda key: jax.random.fold_in(key, number))(batch["key"])

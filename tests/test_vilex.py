@@ -1,0 +1,299 @@
+"""ViLex: what is trained and what is not, tokens as words, guidance."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import test_text_to_image
+import tiny
+
+from maskgen import checkpoint, lexicon, objectives, optim, tree
+from maskgen.errors import UserError
+from maskgen.prompts import Run
+from maskgen.state import TrainState
+from maskgen.step import make_update
+from maskgen.tools import convert
+
+folders = test_text_to_image.folders
+SIZE, TOKENS, LENGTH = 8, 4, 10
+DECODER = dict(
+  name="diffusion",
+  image_size=(SIZE, SIZE),
+  patch=2,
+  captions=dict(tokenizer="list:a red blue cat on background", length=LENGTH),
+  text_encoder=dict(width=8, depth=1, heads=2, hidden=8),
+  unet=dict(channels=(4,), layers=1, depths=(1,), heads=(2,), groups=2),
+  schedule=dict(prediction="v", betas="cosine"),
+  sampling=dict(steps=2, guidance=1.0),
+)
+SECTION = dict(
+  name="vilex",
+  decoder=DECODER,
+  encoder=dict(name="vit", image_size=(8, 8), patch=4, width=8, depth=1, heads=2),
+  tokens=TOKENS,
+  pool_width=8,
+  pool_depth=1,
+  pool_heads=2,
+  sampling=dict(steps=2),
+)
+
+
+@functools.cache
+def setup(**changes):
+  """The objective and its variables, with random frozen parameters."""
+  objective = objectives.build(SECTION | changes)
+  rng = np.random.default_rng(0)
+
+  def draw(leaf):
+    return rng.normal(size=leaf.shape).astype(leaf.dtype) / np.sqrt(max(leaf.shape[0], 4))
+
+  pretrained = jax.tree.map(draw, objective.pretrained_shapes())
+  parts = jax.jit(objective.init)(jax.random.key(0), pretrained)
+  return objective, parts, objectives.compile_predict_fns(objective)
+
+
+def batch(size=4, seed=0):
+  rng = np.random.default_rng(seed)
+  images = rng.integers(0, 256, (size, SIZE, SIZE, 3), np.uint8)
+  captions = objectives.build(DECODER).captions.read(["a red cat", "a cat on blue background", "", "blue"])
+  return {"image": images, "caption": captions[np.arange(size) % 4]}
+
+
+def keys(size, seed=0):
+  return jax.random.split(jax.random.key(seed), size)
+
+
+@functools.cache
+def gradient(**changes):
+  objective, parts, _ = setup(**changes)
+
+  def loss(params, frozen, step):
+    values, metrics, _ = objective.losses(
+      params, frozen, {}, batch() | {"key": keys(4)}, jax.random.key(1), step, train=True
+    )
+    return values["main"], metrics
+
+  return jax.jit(jax.value_and_grad(loss, has_aux=True)), parts
+
+
+def test_gradients_reach_everything_that_is_trained():
+  compute, parts = gradient(caption_share=0.5)
+  (loss, metrics), slopes = compute(parts["params"], parts["frozen"], 0)
+  assert np.isfinite(loss)
+  flat = tree.flatten(slopes["main"])
+  assert {name.split("/")[0] for name in flat} == {"encoder", "pool"}
+  # A bias of keys changes no softmax.
+  zero = [name for name, slope in flat.items() if not np.abs(slope).max() > 0]
+  assert not [name for name in zero if not name.endswith("key/bias")], zero
+  assert metrics["token_spread"] > 0 and 1 <= metrics["kept_tokens"] <= TOKENS
+  np.testing.assert_allclose(metrics["token_scale"], 1, rtol=1e-3)  # as long as words, at first
+
+
+def test_only_encoder_and_pool_are_trained():
+  objective, parts, _ = setup()
+  optimizer = optim.Optimizer(learning_rate=1e-2, schedule="constant", multipliers=(("^encoder/", 0.0),))
+  schedule = optimizer.make_schedule(3, 4, 100)
+  transform = optimizer.make_transform(schedule, parts["params"]["main"])
+  update = jax.jit(
+    make_update(objective, {"main": transform}, {"main": schedule}, seed=0, ema={}, accumulation=1)
+  )
+  params = parts["params"]
+  state = TrainState(jnp.int32(0), params, {"main": transform.init(params["main"])}, {}, {})
+  frozen = jax.tree.map(np.array, parts["frozen"])
+  for _ in range(2):
+    state, metrics = update(state, parts["frozen"], {"image": batch()["image"]})
+  tiny.assert_same_bits(frozen, parts["frozen"])
+  tiny.assert_same_bits(state.params["main"]["encoder"], params["main"]["encoder"])  # by its multiplier
+  moved = jax.tree.map(
+    lambda a, b: float(np.abs(a - b).max()), state.params["main"]["pool"], params["main"]["pool"]
+  )
+  assert min(value for name, value in tree.flatten(moved).items() if not name.endswith("key/bias")) > 0
+  assert np.isfinite(metrics["loss/main"])
+  held = tree.count(state.params) + tree.count(state.opt_state)
+  assert held < 3 * tree.count(params) + 10
+
+
+def test_fewer_tokens_are_a_shorter_prompt():
+  """What TailDrop trains with k of n tokens is what a prompt of the first k tokens shows."""
+  objective, variables, predict = setup()
+  vectors = predict["encode"](variables, batch(), None)
+  assert vectors.shape == (4, TOKENS, 8)
+  condition = jax.jit(objective.renderer.condition)
+  for k in range(1, TOKENS + 1):
+    number = jnp.full((4,), k)
+    dropped, end = condition(variables["frozen"]["decoder"], [Run(vectors, number)])
+    short, _ = condition(variables["frozen"]["decoder"], [Run(vectors[:, :k], number)])
+    np.testing.assert_allclose(dropped.context, short.context, atol=1e-6)
+    np.testing.assert_array_equal(end, k + 1)
+
+
+def test_other_numbers_of_tokens_compile_nothing_anew():
+  _, variables, predict = setup()
+  vectors = predict["encode"](variables, batch(), None)
+  drawn = []
+  for k in range(1, TOKENS + 1):
+    number = np.full((4, 1), k, np.int32)
+    images = [
+      predict["generate"](variables, {"vectors": v[:, None], "number": number, "key": keys(4)}, None)
+      for v in (vectors, vectors.at[:, k:].set(7.0))  # nothing is seen of the tail
+    ]
+    np.testing.assert_array_equal(*images)
+    drawn.append(images[0])
+  assert predict["generate"]._cache_size() == 1
+  assert all(np.abs(more - less).max() > 0 for less, more in itertools.pairwise(drawn))
+
+
+def words(*texts):
+  """The words of one prompt for two examples, piece by piece."""
+  tokenizer = objectives.build(DECODER).captions.opened
+  ids = np.zeros((2, len(texts), LENGTH - 2), np.int32)
+  for i, text in enumerate(texts):
+    encoded = tokenizer.encode(text)
+    ids[:, i, : len(encoded)] = encoded
+  number = np.int32([[len(tokenizer.encode(text)) for text in texts]] * 2)
+  return {"words": ids, "num_words": number}
+
+
+@functools.cache
+def drawn(text, **guidance):
+  _, variables, predict = setup()
+  vectors = predict["encode"](variables, {"image": batch(2)["image"]}, None)
+  given = {"vectors": vectors[:, None], "number": np.full((2, 1), 2, np.int32), "key": keys(2)}
+  given |= words("a", text) if text is not None else {}
+  return np.asarray(predict["generate"](variables, given, None, **guidance))
+
+
+def test_text_free_guidance():
+  """Section 3.3: 0 is the image alone, 1 the mixed prompt as it is, and more is more of the words."""
+  alone = drawn(None, image_guidance=1.0)
+  np.testing.assert_allclose(drawn("on blue", image_guidance=1.0, text_guidance=0.0), alone, atol=1e-5)
+  mixed = drawn("on blue", image_guidance=1.0, text_guidance=1.0)
+  assert np.abs(mixed - alone).max() > 1e-4
+  stronger = drawn("on blue", image_guidance=1.0, text_guidance=2.0)
+  assert np.abs(stronger - mixed).max() > 1e-4
+  assert np.abs(drawn("on red", image_guidance=1.0, text_guidance=1.0) - mixed).max() > 1e-4
+
+
+def test_a_prompt_of_words_alone_is_what_the_frozen_model_draws():
+  _, variables, predict = setup()
+  decoder = objectives.build(DECODER)
+  text = "a blue cat"
+  expected = objectives.compile_predict_fns(decoder)["generate"](
+    {"params": {"main": variables["frozen"]["decoder"]}, "frozen": {}, "extra": {}},
+    {"caption": decoder.captions.read([text] * 2), "key": keys(2)},
+    None,
+    guidance=jnp.float32(3.0),
+  )
+  found = predict["generate"](variables, words(text) | {"key": keys(2)}, None, text_guidance=3.0)
+  np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_losses_of_prompts():
+  _, variables, predict = setup()
+  found = predict["loss"](variables, batch(), jax.random.key(0))
+  assert found.keys() == {"loss", "loss_1_token", "loss_no_prompt", "loss_caption"}
+  assert all(value.shape == (4,) and np.isfinite(value).all() for value in found.values())
+  assert "loss_caption" not in predict["loss"](variables, {"image": batch()["image"]}, jax.random.key(0))
+
+
+def test_warm_start_is_without_the_unet():
+  compute, parts = gradient(warm_start_steps=2)
+  blind = jax.tree.map(jnp.zeros_like, parts["frozen"]["decoder"]["unet"])
+  frozen = {**parts["frozen"], "decoder": {**parts["frozen"]["decoder"], "unet": blind}}
+  (_, _), warm = compute(parts["params"], frozen, 1)
+  assert max(np.abs(slope).max() for slope in jax.tree.leaves(warm)) > 0
+  (_, _), denoising = compute(parts["params"], frozen, 2)
+  assert max(np.abs(slope).max() for slope in jax.tree.leaves(denoising)) == 0
+
+
+def test_features_and_reconstructions():
+  _, variables, predict = setup()
+  given = {"image": batch()["image"]}
+  assert predict["features"](variables, given, None).shape == (4, 8)
+  images = predict["reconstruct"](variables, given, jax.random.key(0))
+  assert images.shape == (4, SIZE, SIZE, 3) and images.min() >= 0 and images.max() <= 1
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    (dict(tokens=LENGTH - 1), f"tokens is {LENGTH - 1}: a prompt of this decoder holds 1 to {LENGTH - 2}"),
+    (dict(encoder=dict(name="resnet")), "encoder.name 'resnet' does not exist"),
+    (dict(encoder=DECODER), "encoder.name 'diffusion' does not exist"),
+    (dict(caption_share=2.0), "caption_share is 2.0"),
+    (dict(pool_heads=3), "does not divide into 3 heads"),
+    (dict(sampling=dict(sampler="euler")), "sampler 'euler' does not exist"),
+    (dict(tail_drop=dict(distribution="pow")), "distribution 'pow' does not exist"),
+  ],
+)
+def test_wrong_configs(changes, message):
+  with pytest.raises(UserError, match=message):
+    objectives.build(SECTION | changes)
+
+
+def test_pretrained_models_of_another_kind():
+  objective, _, _ = setup()
+  objective.check_pretrained("decoder", {"objective": DECODER})
+  other = DECODER | dict(unet=DECODER["unet"] | dict(layers=2))
+  with pytest.raises(UserError, match=r"it has model.unet.layers=2, config.objective has 1: make them equal"):
+    objective.check_pretrained("decoder", {"objective": other})
+  with pytest.raises(UserError, match="it makes no images of texts"):
+    objective.check_pretrained("decoder", {"objective": tiny.stage("tokenizer")["objective"]})
+
+
+def test_a_mage_encoder():
+  """Its tokenizer is frozen, its encoder is trained."""
+  section = tiny.stage("mage")["objective"]
+  objective, variables, predict = setup.__wrapped__(encoder=section)
+  assert variables["frozen"]["tokenizer"].keys() >= {"encoder", "decoder"}
+  assert "embedding" in variables["params"]["main"]["encoder"]
+  assert predict["encode"](variables, {"image": batch()["image"]}, None).shape == (4, TOKENS, 8)
+  objective.check_pretrained("encoder", {"objective": section})
+  with pytest.raises(UserError, match=r"it has network.width=32, config.objective has 16"):
+    objective.check_pretrained("encoder", {"objective": section | dict(width=32)})
+
+
+def test_a_pretrained_vit():
+  objective = objectives.build(SECTION | dict(pretrained_encoder=True))
+  fields = {key: value for key, value in SECTION["encoder"].items() if key != "name"}
+  objective.check_pretrained("encoder", {"network": "vit", "vit": fields | dict(hidden=32)})
+  with pytest.raises(UserError, match=r"it has network.hidden=40, config.objective has 32"):
+    objective.check_pretrained("encoder", {"network": "vit", "vit": fields | dict(hidden=40)})
+  with pytest.raises(UserError, match="it is no ViT: give one that"):
+    objective.check_pretrained("encoder", {"objective": DECODER})
+  ones = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), objective.pretrained_shapes())
+  main = jax.jit(objective.init)(jax.random.key(0), ones)["params"]["main"]
+  tiny.assert_same_bits(main["encoder"], ones["encoder"]["params"]["main"])
+  with pytest.raises(UserError, match="pretrained_encoder is for a ViT"):
+    objectives.build(SECTION | dict(pretrained_encoder=True, encoder=tiny.stage("mage")["objective"]))
+
+
+@pytest.mark.parametrize(("name", "widths"), [("sd", (8,)), ("xl", (4, 8))])
+def test_published_decoders(folders, tmp_path, name, widths):
+  """Of one and of two text encoders."""
+  convert.main(["--format=diffusers", f"--weights={folders / name}", f"--out={tmp_path / 'out'}"])
+  config = checkpoint.load_config(tmp_path / "out")
+  assert config["decoder"]["image_size"] == [16, 16]
+  section = SECTION | dict(decoder=config["decoder"] | dict(image_size=(8, 8)), tokens=3)
+  objective = objectives.build(section)
+  objective.check_pretrained("decoder", config)
+  decoder = checkpoint.load_variables(tmp_path / "out", objective.pretrained_shapes()["decoder"])
+  variables = jax.jit(objective.init)(jax.random.key(0), {"decoder": decoder})
+  tables = [
+    decoder["params"]["main"][part]["embeddings"]["token_embedding"]["embedding"]
+    for part in ("text_encoder", "text_encoder_2")[: len(widths)]
+  ]
+  expected = [np.full(len(table.T), np.sqrt(np.square(table).mean())) for table in tables]
+  np.testing.assert_allclose(
+    variables["params"]["main"]["pool"]["scale"], np.concatenate(expected), rtol=1e-5
+  )
+  predict = objectives.compile_predict_fns(objective)
+  vectors = predict["encode"](variables, batch(2), None)
+  assert vectors.shape == (2, 3, sum(widths))
+  given = lexicon.lay_out(objective, "{} b", list(vectors[:1]))
+  given = {name: np.stack([value] * 2) for name, value in given.items()} | {"key": keys(2)}
+  images = predict["generate"](variables, given, None)
+  assert images.shape == (2, 8, 8, 3) and np.isfinite(images).all()
