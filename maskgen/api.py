@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from maskgen import checkpoint, editing, images, objectives, sampling
+from maskgen import checkpoint, editing, images, lexicon, objectives, sampling
 from maskgen.errors import UserError, nearest
 from maskgen.images import to_float
+from maskgen.objectives import vilex
 
 
 def load(path: epath.PathLike) -> "Model":
@@ -50,18 +51,46 @@ class Model:
     self.variables = variables
     self._fns = objectives.compile_predict_fns(objective)
 
-  def encode(self, images: np.ndarray) -> np.ndarray:
-    """The codes of images, int32 [b, n], row by row of the token grid."""
+  def encode(self, images: np.ndarray, num_tokens: int | None = None) -> np.ndarray:
+    """The codes of images, int32 [b, n], row by row of the token grid.
+
+    Of a visual lexicon the tokens of images, float32 [b, k, d], k being num_tokens, by default all: vectors
+    that can stand among words. The first tokens say what matters most.
+    """
+    if num_tokens is not None or isinstance(self.objective, vilex.Objective):
+      number = lexicon.check_number(self._lexicon, num_tokens)
+      return self._call("encode", {"image": self._images(images)})[:, :number]
     return self._call("encode", {"image": self._images(images)})
 
   def decode(self, tokens: np.ndarray) -> np.ndarray:
     """The images of codes int32 [b, n]; float32 [b, h, w, c] in [0, 1]."""
     return self._call("decode", {"tokens": self._tokens(tokens)})
 
-  def reconstruct(self, images: np.ndarray) -> np.ndarray:
-    """Images through the tokenizer and back, in the dtype they came in."""
+  def reconstruct(
+    self, images: np.ndarray, num_tokens: int | None = None, seed: int = 0, **options: Any
+  ) -> np.ndarray:
+    """Images through the tokenizer and back, in the dtype they came in.
+
+    A visual lexicon draws them anew from num_tokens of their tokens, by default all; another seed makes
+    variations. Its options are those of `generate`.
+    """
     checked = self._images(images)
-    return _like(checked, self._call("reconstruct", {"image": checked}))
+    batch: dict[str, Any] = {"image": checked}
+    if num_tokens is not None or options or isinstance(self.objective, vilex.Objective):
+      number = np.full((len(checked), 1), lexicon.check_number(self._lexicon, num_tokens), np.int32)
+      batch |= {"number": number, "key": _keys(seed, len(checked))}
+    return _like(checked, self._call("reconstruct", batch, **self._options(options)))
+
+  def interpolate(
+    self, first: np.ndarray, second: np.ndarray, count: int = 5, seed: int = 0, **options: Any
+  ) -> np.ndarray:
+    """Images between two [h, w, c] of a visual lexicon, of the same noise; float32 [count, h, w, c]."""
+    start, end = self.encode(np.stack([first, second]))
+    shares = np.linspace(0.0, 1.0, count)
+    made = [
+      self.generate(seed, 1, images=[lexicon.between(start, end, share)], **options) for share in shares
+    ]
+    return np.concatenate(made)
 
   def features(self, images: np.ndarray) -> np.ndarray:
     """Representations, float32 [b, d]: the mean of the last encoder block's tokens, normalised."""
@@ -91,6 +120,8 @@ class Model:
     batch: int | None = None,
     label: int | Sequence[int] | np.ndarray | None = None,
     prompt: str | Sequence[str] | None = None,
+    images: Sequence[np.ndarray] | None = None,
+    num_tokens: int | None = None,
     **options: Any,
   ) -> np.ndarray:
     """New images, float32 [batch, h, w, c] in [0, 1]; image i depends on the seed, i and its label or prompt.
@@ -99,11 +130,19 @@ class Model:
       seed: of the randomness.
       batch: how many; by default one per label or prompt, or 16.
       label: a class, or one per image, of a model that was trained with classes; None for no class.
-      prompt: a text, or one per image, for a model that was trained with captions; None for no text.
+      prompt: a text, or one per image, for a model that was trained with captions; None for no text. For a
+        visual lexicon one text, with "{}" where an image is to stand, see `maskgen.lexicon.lay_out`.
+      images: those of the prompt of a visual lexicon: each [h, w, c], or its tokens [k, d] from `encode`.
+      num_tokens: of each of them; by default as many as there are, or as fit beside the words.
       **options: the fields of `maskgen.sampling.Sampling`, or of `maskgen.diffusion.Sampling` for a diffusion
-        model; by default those of the config.
+        model, or of `maskgen.models.vilex.Sampling` for a visual lexicon; by default those of the config.
     """
-    return self._call("generate", self._wanted(seed, batch, label, prompt), **self._options(options))
+    if images is None and num_tokens is None and not isinstance(self.objective, vilex.Objective):
+      return self._call("generate", self._wanted(seed, batch, label, prompt), **self._options(options))
+    laid = self._lay_out(prompt, images or (), num_tokens)
+    wanted = self._wanted(seed, batch, label)
+    together = {name: np.stack([value] * len(wanted["key"])) for name, value in laid.items()}
+    return self._call("generate", wanted | together, **self._options(options))
 
   def trajectory(
     self, seed: int = 0, batch: int | None = None, label: Any = None, **options: Any
@@ -248,6 +287,30 @@ class Model:
     images = jax.ShapeDtypeStruct((1, *self.objective.image_shape), jnp.uint8)
     tokens = jax.eval_shape(self._function("encode"), self.variables, {"image": images}, None)
     return tokens.shape[1]
+
+  @property
+  def _lexicon(self) -> vilex.Objective:
+    if not isinstance(self.objective, vilex.Objective):
+      raise UserError(
+        f"a model of objective '{self.config['objective']['name']}' knows no tokens of images: leave images, "
+        "num_tokens and options out, or give a model trained by the vilex objective"
+      )
+    return self.objective
+
+  def _lay_out(
+    self, prompt: str | Sequence[str] | None, given: Sequence[np.ndarray], num_tokens: int | None
+  ) -> dict[str, np.ndarray]:
+    """One prompt with images, see `generate`."""
+    objective = self._lexicon
+    if prompt is not None and not isinstance(prompt, str):
+      raise UserError(f"prompt is {prompt!r}: give one text for all images that are made")
+    width, vectors = sum(objective.renderer.model.text_widths), []
+    for one in map(np.asarray, given):
+      if one.ndim == 2 and one.shape[1] == width and 1 <= len(one) <= objective.tokens:
+        vectors.append(one)
+      else:
+        vectors.append(self.encode(one[None])[0])
+    return lexicon.lay_out(objective, prompt or "", vectors, num_tokens)
 
   def _wanted(self, seed: int, batch: int | None, label: Any, prompt: Any = None) -> dict[str, Any]:
     """A batch of images to be made, see `generate`."""

@@ -30,7 +30,7 @@ ROWS = (
   "objectives",
   "evaluators",
   "state step experiment clock train",
-  "api __init__",
+  "api lexicon __init__",
   "main tools benchmarks preflight",
 )
 ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names.split()}
