@@ -1,0 +1,87 @@
+"""Images as words for a text-to-image model of handwritten digits (ViLex); no download.
+
+  python -m maskgen.main --config=configs/vilex_digits.py --workdir=runs/vilex_digits
+  python -m maskgen.main --config=configs/vilex_digits.py:decoder=runs/diffusion_digits --workdir=runs/vilex
+
+The first command trains the text-to-image model of configs/diffusion_digits.py, too. An image becomes up to
+eight vectors that stand among the words of a prompt, see docs/vilex.md. The encoder starts from scratch here,
+so that it is first told what captions mean.
+
+Hardware: two CPU cores and 2 GB of memory. Its `:debug` version was run, and no other.
+
+Arguments:
+  :decoder  a trained model of configs/diffusion_digits.py; by default it is trained first
+  :mage     a trained MAGE model whose encoder is used in place of a small ViT
+  :seed     of everything
+  :tiny     a few minutes of training, to see everything at work
+  :debug    2 steps of tiny networks
+"""
+
+import ml_collections
+
+from maskgen import checkpoint
+from maskgen import config as config_lib
+from maskgen.config import parse_arg
+
+
+def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
+  args = parse_arg(arg, decoder="", mage="", debug=False, tiny=False, seed=0)
+  if args.decoder:
+    return ml_collections.ConfigDict(vilex(args, args.decoder, checkpoint.load_config(args.decoder)))
+  chosen = "".join(f"{name}," for name in ("debug", "tiny") if getattr(args, name))
+  decoder = config_lib.to_dict(config_lib.load(f"diffusion_digits.py:{chosen}seed={args.seed}"))
+  stages = dict(decoder=decoder, vilex=vilex(args, "stage:decoder", decoder))
+  return ml_collections.ConfigDict(dict(stages=tuple(stages), **stages))
+
+
+def vilex(args, path: str, decoder: dict) -> dict:
+  warm, steps = (1, 2) if args.debug else (200, 500) if args.tiny else (1200, 4000)
+  small = args.debug
+  encoder = dict(
+    name="vit",
+    image_size=(16, 16),
+    patch=4,
+    width=16 if small else 96,
+    depth=1 if small else 4,
+    heads=4,
+  )
+  if args.mage:
+    encoder = checkpoint.load_config(args.mage)["objective"]
+  return dict(
+    seed=args.seed,
+    batch_size=8 if small else 64,
+    total_steps=steps,
+    log_every_steps=min(50, steps),
+    checkpoint=dict(save_steps=500, save_minutes=5.0, keep=2),
+    data={key: decoder["data"][key] for key in ("source", "preprocess", "eval_preprocess")},
+    pretrained=dict(decoder=path, **(dict(encoder=args.mage) if args.mage else {})),
+    objective=dict(
+      name="vilex",
+      decoder=decoder["objective"],
+      encoder=encoder,
+      tokens=8,
+      pool_width=16 if small else 96,
+      pool_depth=1 if small else 2,
+      pool_heads=4,
+      tail_drop=dict(distribution="uniform", full=0.25),
+      warm_start_steps=warm,
+      sampling=dict(steps=20, sampler="dpm", image_guidance=1.5, text_guidance=1.5),
+    ),
+    optimizer=dict(
+      main=dict(
+        learning_rate=2e-3,
+        warmup_steps=0 if small else 100,
+        b2=0.99,
+        weight_decay=0.01,
+        clip_norm=1.0,
+        # The paper's encoder, pretrained, has 1/30 of the learning rate of the pooling.
+        multipliers=(("^encoder/", 1 / 30),) if args.mage else (),
+      )
+    ),
+    mesh=dict(data=-1, fsdp=1, tensor=1),
+    ema=dict(main=0.99 if args.tiny else 0.998),
+    evals=dict(
+      validation=dict(type="loss", every_steps=1000),
+      reconstruction=dict(type="reconstruction", every_steps=1000),
+    ),
+  )
