@@ -145,7 +145,7 @@ class Model:
     return self._call("generate", wanted | together, **self._options(options))
 
   def trajectory(
-    self, seed: int = 0, batch: int | None = None, label: Any = None, **options: Any
+    self, seed: int = 0, batch: int | None = None, label: Any = None, prompt: Any = None, **options: Any
   ) -> tuple[np.ndarray, np.ndarray]:
     """How the images of `generate`, with the same arguments, come into being.
 
@@ -153,7 +153,7 @@ class Model:
       Images float32 [batch, steps, h, w, c] in [0, 1] after each step, in which unknown tokens are as drawn
       last; and which tokens are unknown, bool [batch, steps, h', w'].
     """
-    return self._call("trajectory", self._wanted(seed, batch, label), **self._options(options))
+    return self._call("trajectory", self._wanted(seed, batch, label, prompt), **self._options(options))
 
   def inpaint(
     self,
@@ -161,6 +161,7 @@ class Model:
     pixel_mask: np.ndarray,
     seed: int = 0,
     label: int | Sequence[int] | np.ndarray | None = None,
+    prompt: str | Sequence[str] | None = None,
     *,
     feather: int = 0,
     **options: Any,
@@ -174,6 +175,7 @@ class Model:
       pixel_mask: bool [b, h, w] or [h, w], True where pixels are to be made anew.
       seed: of the randomness; image i depends on the seed and i alone.
       label: as for `generate`.
+      prompt: likewise.
       feather: width in pixels of a band around the hole that is made anew, too, and fades into the image.
       **options: as for `generate`.
 
@@ -191,7 +193,7 @@ class Model:
     pixel_mask = _mask(pixel_mask, shape, "pixel_mask")
     if not isinstance(feather, int) or feather < 0:
       raise UserError(f"feather is {feather!r}: give a whole number of pixels")
-    wanted, options = self._wanted(seed, len(checked), label), self._options(options)
+    wanted, options = self._wanted(seed, len(checked), label, prompt), self._options(options)
     floats = np.asarray(to_float(jnp.asarray(checked)))
     result = _like(checked, self._fill(floats, pixel_mask, wanted, feather, options))
     return result[0] if single else result

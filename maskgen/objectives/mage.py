@@ -18,6 +18,7 @@ from maskgen.models.remat import check_remat
 from maskgen.models.transformer import check_attention
 from maskgen.models.vqgan import VQGAN
 from maskgen.objectives import Batch, Metrics, PredictFn, Tree, check_image_size, check_tokenizer
+from maskgen.text import Captions
 from maskgen.vocab import Vocab
 
 
@@ -40,6 +41,7 @@ class Objective:
   inputs: ClassVar[tuple[str, ...]] = ("image", "tokens")
   views: ClassVar[int] = 1
   whole_batch: ClassVar[bool] = False
+  captions: ClassVar[Captions | None] = None
 
   image_size: tuple[int, int]
   tokenizer: VQGAN = VQGAN()
@@ -81,7 +83,7 @@ class Objective:
       raise UserError(
         f"mask_ratio.low={self.mask_ratio.low} leaves the encoder none of {self.num_tokens} tokens"
       )
-    if self.sampling.guidance != 1 and not self.num_classes:
+    if self.sampling.guidance != 1 and not self.num_classes and self.captions is None:
       raise UserError(
         f"sampling.guidance is {self.sampling.guidance}: this objective has no classes to guide to, remove it"
       )
@@ -97,10 +99,6 @@ class Objective:
   @property
   def num_classes(self) -> int:
     return 0
-
-  @property
-  def captions(self) -> None:
-    return None
 
   @property
   def grid(self) -> tuple[int, int]:

@@ -1,12 +1,13 @@
-"""Class-conditional MAGE: a frozen encoder, a decoder that learns classes (Li et al. 2023, appendix A.2).
+"""Conditional MAGE: a frozen encoder, a decoder that learns classes (Li et al. 2023, appendix A.2), or more.
 
 Letters: b batch, n tokens, k tokens the encoder sees, l positions of the condition, c their width.
 """
 
+import abc
 import dataclasses
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -26,31 +27,28 @@ _DROPOUT = 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Objective(mage.Objective):
-  """Trains `main`, the decoder and a table of class embeddings, on the latents of a frozen encoder.
+class Conditional(mage.Objective, abc.ABC):
+  """Trains `main`, the decoder and what makes its condition, on the latents of a frozen encoder.
 
   The encoder's features remain those of the pretrained model. The decoder starts where that one's ended.
 
   Attributes:
-    classes: how many there are; labels count them from 0.
-    condition_width: c, the width of a class embedding.
-    condition_dropout: the share of examples that are trained without their class, which lets the model
+    told: the key of a batch that the condition is made of.
+    condition_width: c.
+    condition_dropout: the share of examples that are trained without their condition, which lets the model
       generate without one, and be guided.
   """
 
-  classes: int
+  told: ClassVar[str]
+
   condition_width: int = 768
   condition_dropout: float = 0.1
 
   def __post_init__(self):
     super().__post_init__()
-    config_lib.check_at_least(self, 1, "classes", "condition_width")
+    config_lib.check_at_least(self, 1, "condition_width")
     if not 0.0 <= self.condition_dropout < 1.0:
       raise UserError(f"condition_dropout is {self.condition_dropout}: it is at least 0 and less than 1")
-
-  @property
-  def num_classes(self) -> int:
-    return self.classes
 
   @property
   def model(self) -> Mage:
@@ -77,13 +75,12 @@ class Objective(mage.Objective):
         raise UserError(f"its objective has {field}={theirs}, config.objective has {ours}: make them equal")
 
   def init(self, rng: jax.Array, pretrained: Mapping[str, Tree]) -> dict[str, Tree]:
-    network_rng, table_rng = jax.random.split(rng)
+    network_rng, condition_rng = jax.random.split(rng)
     tokens = jnp.zeros((1, self.num_tokens), jnp.int32)
     fresh = self.model.init(network_rng, tokens, tokens > 0)["params"]
     params = {**fresh, **pretrained["mage"]["params"]["main"]}
     main = {name: value for name, value in params.items() if _TRAINED.match(name)}
-    # The last row stands for no class.
-    main["class_embedding"] = embedding_init(table_rng, (self.classes + 1, self.condition_width))
+    main |= self._init_condition(condition_rng)
     encoder = {name: value for name, value in params.items() if not _TRAINED.match(name)}
     frozen = {"tokenizer": pretrained["mage"]["frozen"]["tokenizer"], "encoder": encoder}
     return {"params": {"main": main}, "frozen": frozen, "extra": {}}
@@ -91,13 +88,17 @@ class Objective(mage.Objective):
   def _network_params(self, params: Mapping[str, Tree], frozen: Tree) -> Tree:
     return {**frozen["encoder"], **params["main"]}
 
+  @abc.abstractmethod
+  def _init_condition(self, rng: jax.Array) -> dict[str, Tree]:
+    """Fresh parameters of what makes the condition."""
+
+  @abc.abstractmethod
   def _condition(self, params: Mapping[str, Tree], batch: Batch) -> jax.Array:
     """What the decoder is told of each example, float32 [b, l, c]."""
-    return sharding.gather(params["main"]["class_embedding"])[batch["label"]][:, None]
 
+  @abc.abstractmethod
   def _no_condition(self, params: Mapping[str, Tree]) -> jax.Array:
     """What it is told instead of a condition, float32 [1, l, c]."""
-    return params["main"]["class_embedding"][None, -1:]
 
   def _logits(
     self,
@@ -112,7 +113,7 @@ class Objective(mage.Objective):
     # The encoder is no longer trained: no dropout in it.
     latents = self._apply("encode", params, frozen, tokens, mask, kept)
     condition = nothing = jnp.repeat(self._no_condition(params), len(tokens), axis=0)
-    if "label" in batch:
+    if self.told in batch:
       condition = self._condition(params, batch)
     if rng is not None:
       drop = jax.vmap(self._drops)(batch["key"])
@@ -130,7 +131,7 @@ class Objective(mage.Objective):
     self, variables: Tree, batch: Batch, guidance: float | jax.Array, guidance_schedule: str
   ) -> sampling_lib.LogitsFn:
     unguided = isinstance(guidance, int | float) and guidance == 1  # else it is traced, and may be anything
-    if unguided or "label" not in batch:
+    if unguided or self.told not in batch:
       return super()._logits_fn(variables, batch, guidance, guidance_schedule)
     params, frozen = variables["params"], variables["frozen"]
     condition = self._condition(params, batch)
@@ -151,3 +152,34 @@ class Objective(mage.Objective):
 
   def _reusing_fn(self, variables: Tree) -> None:
     """Features would have to be kept for both answers of guidance, and for the condition."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Objective(Conditional):
+  """Tells the decoder of a class by an embedding, whose width is `condition_width`.
+
+  Attributes:
+    classes: how many there are; labels count them from 0.
+  """
+
+  told: ClassVar[str] = "label"
+
+  classes: int
+
+  def __post_init__(self):
+    super().__post_init__()
+    config_lib.check_at_least(self, 1, "classes")
+
+  @property
+  def num_classes(self) -> int:
+    return self.classes
+
+  def _init_condition(self, rng: jax.Array) -> dict[str, Tree]:
+    # The last row stands for no class.
+    return {"class_embedding": embedding_init(rng, (self.classes + 1, self.condition_width))}
+
+  def _condition(self, params: Mapping[str, Tree], batch: Batch) -> jax.Array:
+    return sharding.gather(params["main"]["class_embedding"])[batch["label"]][:, None]
+
+  def _no_condition(self, params: Mapping[str, Tree]) -> jax.Array:
+    return params["main"]["class_embedding"][None, -1:]

@@ -66,7 +66,13 @@ def main(argv: Sequence[str]) -> None:
   print(f"wrote {count} images to {args.out}")
   if args.trajectory is not None:
     shown = min(count, _ROWS)
-    made = model.trajectory(seed=args.seed, batch=shown, label=labels and labels[:shown], **given)
+    made = model.trajectory(
+      seed=args.seed,
+      batch=shown,
+      label=labels and labels[:shown],
+      prompt=prompts and prompts[:shown],
+      **given,
+    )
     images.write_png(args.trajectory, images.enlarge(draw_trajectory(*made), smallest=1024))
     print(f"wrote how they come into being to {args.trajectory}")
 
