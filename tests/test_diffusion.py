@@ -12,7 +12,7 @@ import pytest
 import maskgen
 from maskgen import config as config_lib
 from maskgen import diffusion, evaluators, main, objectives, tree
-from maskgen.benchmarks.random_state import NoData
+from maskgen.benchmarks.dataless import NoData
 from maskgen.data import digit_scenes as scenes
 from maskgen.data.pipeline import Data
 from maskgen.errors import UserError
