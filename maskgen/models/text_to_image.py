@@ -14,12 +14,15 @@ import jax
 import jax.numpy as jnp
 
 from maskgen import diffusion
+from maskgen import losses as losses_lib
 from maskgen.models.autoencoder_kl import AutoencoderKL, Gaussian
 from maskgen.models.patches import Patches
 from maskgen.models.text_encoder import Encoded, TextEncoder
 from maskgen.models.unet import NUM_SIZES, Condition, UNet
 
 TEXT_PARTS = ("text_encoder", "text_encoder_2")
+# `errors` draws step, noise and latent from these many first children of an example's key.
+ERROR_KEYS = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +122,40 @@ class TextToImage:
   def decode(self, params: Any, latents: jax.Array) -> jax.Array:
     """Latents float32 [b, h, w, c] to images float32 [b, height, width, 3] in [0, 1]."""
     return jnp.clip(_run(self.autoencoder, params["vae"], "decode", latents), 0.0, 1.0)
+
+  def errors(
+    self, params: Any, images: jax.Array, conditions: Sequence[Condition], keys: jax.Array
+  ) -> jax.Array:
+    """How badly noise is found in images: the loss of diffusion, unweighted, at steps drawn uniformly.
+
+    Args:
+      params: of all parts; no gradients go through the autoencoder.
+      images: float32 [b, height, width, 3] in [0, 1].
+      conditions: s of them, which share step and noise.
+      keys: one per example, of which `ERROR_KEYS` children are used.
+
+    Returns:
+      Mean squared errors, float32 [s, b].
+    """
+    latents = self.encode(params, images)
+
+    def draw(key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+      step, noise, latent = (jax.random.fold_in(key, i) for i in range(ERROR_KEYS))
+      t = jax.random.randint(step, (), 0, self.schedule.steps)
+      shape = latents.mean.shape[1:]
+      return t, jax.random.normal(noise, shape), jax.random.normal(latent, shape)
+
+    t, noise, latent_noise = jax.vmap(draw)(keys)
+    clean = jax.lax.stop_gradient(latents.mean + latents.std * latent_noise)
+    noisy, target = (fn(self.schedule, clean, noise, t) for fn in (diffusion.add_noise, diffusion.target))
+
+    def error(condition: Condition) -> jax.Array:
+      predicted = self.predict(params, noisy, t, condition)
+      return losses_lib.mean_per_example(jnp.square(predicted - target))
+
+    if len(conditions) == 1:
+      return error(conditions[0])[None]
+    return jax.lax.map(error, jax.tree.map(lambda *leaves: jnp.stack(leaves), *conditions))
 
   def generate(
     self,

@@ -13,14 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from maskgen import diffusion, prompts
-from maskgen import losses as losses_lib
 from maskgen.config import check_at_least
 from maskgen.models.text_to_image import TextToImage
 from maskgen.models.unet import Condition
 from maskgen.prompts import Frame, Run
-
-# Numbers of an example's keys, folded in: for its step, its noise and its latent.
-_STEP, _NOISE, _LATENT = range(3)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,40 +100,6 @@ class Renderer:
     none = jnp.zeros((batch,), jnp.int32)
     empty, _ = self.condition(params, [self.words(params, none[:, None], none)])
     return self.model.null(empty)
-
-  def errors(
-    self, params: Any, images: jax.Array, conditions: Sequence[Condition], keys: jax.Array
-  ) -> jax.Array:
-    """How badly noise is found in images: the loss that the frozen model was trained with, unweighted.
-
-    Args:
-      params: frozen.
-      images: float32 [b, h, w, c] in [0, 1].
-      conditions: s of them, which share step and noise.
-      keys: one per example.
-
-    Returns:
-      Mean squared errors, float32 [s, b].
-    """
-    schedule, shape = self.model.schedule, self.latent_shape
-
-    def draw(key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-      step, noise, latent = (jax.random.fold_in(key, i) for i in (_STEP, _NOISE, _LATENT))
-      t = jax.random.randint(step, (), 0, schedule.steps)
-      return t, jax.random.normal(noise, shape), jax.random.normal(latent, shape)
-
-    t, noise, latent_noise = jax.vmap(draw)(keys)
-    latents = self.model.encode(params, images)
-    clean = jax.lax.stop_gradient(latents.mean + latents.std * latent_noise)
-    noisy, target = (fn(schedule, clean, noise, t) for fn in (diffusion.add_noise, diffusion.target))
-
-    def error(condition: Condition) -> jax.Array:
-      predicted = self.model.predict(params, noisy, t, condition)
-      return losses_lib.mean_per_example(jnp.square(predicted - target))
-
-    if len(conditions) == 1:
-      return error(conditions[0])[None]
-    return jax.lax.map(error, jax.tree.map(lambda *leaves: jnp.stack(leaves), *conditions))
 
   def misalignment(self, params: Any, tokens: Run, caption: Run) -> jax.Array:
     """The mean squared distance between the ends of two prompts, after the text encoder; a scalar."""

@@ -13,11 +13,10 @@ import jax.numpy as jnp
 from maskgen import config as config_lib
 from maskgen import diffusion
 from maskgen import images as images_lib
-from maskgen import losses as losses_lib
 from maskgen.errors import UserError
 from maskgen.models.patches import Patches
 from maskgen.models.text_encoder import TextEncoder
-from maskgen.models.text_to_image import TextToImage
+from maskgen.models.text_to_image import ERROR_KEYS, TextToImage
 from maskgen.models.unet import Condition, UNet
 from maskgen.objectives import Batch, Metrics, PredictFn, Tree, check_image_size
 from maskgen.text import Captions
@@ -118,23 +117,15 @@ class Objective:
   ) -> tuple[dict[str, jax.Array], Metrics, Tree]:
     captions = batch["caption"]
     if train:
-      drop = jax.vmap(lambda key: jax.random.bernoulli(key, self.caption_dropout))(self._keys(batch, 2))
+      keys = jax.vmap(lambda key: jax.random.fold_in(key, ERROR_KEYS))(batch["key"])
+      drop = jax.vmap(lambda key: jax.random.bernoulli(key, self.caption_dropout))(keys)
       captions = jnp.where(drop[:, None], self._empty, captions)
     return {"main": self._errors(params["main"], batch, captions).mean()}, {}, extra
 
   def _errors(self, params: Tree, batch: Batch, captions: jax.Array) -> jax.Array:
     """The mean squared error of each example at a step and with noise of its own, [b]."""
-    model, schedule = self.model, self.schedule
-    clean = model.encode(params, images_lib.to_float(batch["image"])).mean
-    t = jax.vmap(lambda key: jax.random.randint(key, (), 0, schedule.steps))(self._keys(batch, 0))
-    noise = jax.vmap(lambda key: jax.random.normal(key, clean.shape[1:]))(self._keys(batch, 1))
-    noisy = diffusion.add_noise(schedule, clean, noise, t)
-    predicted = model.predict(params, noisy, t, self._condition(params, captions))
-    return losses_lib.mean_per_example(jnp.square(predicted - diffusion.target(schedule, clean, noise, t)))
-
-  def _keys(self, batch: Batch, number: int) -> jax.Array:
-    """A key of each example: 0 is for its step, 1 for its noise, 2 for whether its caption is dropped."""
-    return jax.vmap(lambda key: jax.random.fold_in(key, number))(batch["key"])
+    images = images_lib.to_float(batch["image"])
+    return self.model.errors(params, images, [self._condition(params, captions)], batch["key"])[0]
 
   def _condition(self, params: Tree, captions: jax.Array) -> Condition:
     """What captions int32 [b, l] mean to the U-Net."""

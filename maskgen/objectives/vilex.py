@@ -20,6 +20,7 @@ from maskgen.importers import diffusers
 from maskgen.models.attention_pool import AttentionPool
 from maskgen.models.image_encoder import IMAGE_CHANNELS, MageEncoder, VitEncoder
 from maskgen.models.mage import Encoder
+from maskgen.models.text_to_image import ERROR_KEYS
 from maskgen.models.vilex import Renderer, Sampling
 from maskgen.models.vit import ViT
 from maskgen.objectives import Batch, Metrics, PredictFn, Tree, check_same, mage
@@ -27,8 +28,8 @@ from maskgen.objectives import diffusion as diffusion_objective
 from maskgen.prompts import Run, TailDrop
 from maskgen.text import Captions
 
-# Which children of an example's key decide on its tokens and its caption; the first ones are the renderer's.
-_KEEP, _SAY = 3, 4
+# Which children of an example's key decide on its tokens and its caption.
+_KEEP, _SAY = ERROR_KEYS, ERROR_KEYS + 1
 ENCODERS = ("vit", "mage", "mage_c")
 
 
@@ -207,7 +208,7 @@ class Objective:
 
     def denoise() -> jax.Array:
       condition, _ = self.renderer.condition(frozen["decoder"], runs)
-      return self.renderer.errors(frozen["decoder"], images, [condition], batch["key"])[0].mean()
+      return self.renderer.model.errors(frozen["decoder"], images, [condition], batch["key"])[0].mean()
 
     if self.warm_start_steps:
       said = self.renderer.caption(frozen["decoder"], batch["caption"])
@@ -247,7 +248,7 @@ class Objective:
       if "caption" in batch:
         runs["loss_caption"] = renderer.caption(frozen, batch["caption"])
       conditions = [renderer.condition(frozen, [run])[0] for run in runs.values()]
-      errors = renderer.errors(frozen, images, conditions, jax.random.split(rng, b))
+      errors = renderer.model.errors(frozen, images, conditions, jax.random.split(rng, b))
       return dict(zip(runs, errors, strict=True))
 
     def features(variables, batch, rng):
