@@ -17,9 +17,9 @@ from maskgen.evaluators.context import Batch, Context
 one_blas_thread = threadpool_limits.wrap(limits=1, user_api="blas")
 
 
-def gather(array: jax.Array) -> np.ndarray:
-  """The whole of a global array, in the memory of every process."""
-  if array.is_fully_addressable:
+def gather(array: jax.Array | np.ndarray) -> np.ndarray:
+  """The whole of a global array, in the memory of every process; what is there already stays."""
+  if isinstance(array, np.ndarray) or array.is_fully_addressable:
     return np.asarray(array)
   return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
@@ -30,7 +30,7 @@ def valid_rows(batch: Batch, array: jax.Array) -> np.ndarray:
 
 
 def stream(
-  context: Context, split: str, fn: Callable[[Batch], Mapping[str, jax.Array]]
+  context: Context, split: str, fn: Callable[[Batch], Mapping[str, jax.Array | np.ndarray]]
 ) -> Iterator[dict[str, np.ndarray]]:
   """Yields `fn(batch)` for each batch of a split: arrays with leading axis b, without the padding."""
   for batch in context.batches(split):

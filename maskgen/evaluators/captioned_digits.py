@@ -7,17 +7,16 @@ from typing import Any, ClassVar
 
 import jax
 import numpy as np
-from sklearn import svm
 
 from maskgen import diffusion, sheet
 from maskgen import images as images_lib
 from maskgen.data import digit_scenes as scenes
 from maskgen.errors import UserError
-from maskgen.evaluators.batches import gather, make_keys, one_blas_thread, place, stream
+from maskgen.evaluators.batches import gather, make_keys, one_blas_thread, place
 from maskgen.evaluators.context import Batch, Context, Report
+from maskgen.evaluators.digit_reader import Reader
 
-# Real pictures that the classifier of glyphs learns from, and side of pictures on the sheet.
-_TRAINING, _SHOWN_SIDE = 4096, 128
+_SHOWN_SIDE = 128  # of pictures on the sheet
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,9 +77,9 @@ class Evaluator:
       if name != "said"
     }
     wanted = {kind: np.array([one[kind] for one in said]) for kind in scenes.KINDS}
-    read = self._read(arrays["made"])
+    read = self._reader.read(arrays["made"])
     numbers: dict[str, float] = {}
-    for end, values in (("", read), ("_real", self._read(arrays["real"]))):
+    for end, values in (("", read), ("_real", self._reader.read(arrays["real"]))):
       hits = {kind: values[kind] == wanted[kind] for kind in scenes.KINDS}
       numbers |= {f"{kind}{end}": float(hits[kind].mean()) for kind in hits}
       numbers[f"all{end}"] = float(np.all(list(hits.values()), axis=0).mean())
@@ -123,24 +122,11 @@ class Evaluator:
       raise UserError(f"'{text}' is no caption of the evaluation split of captioned_digits: evaluate on that")
     return said
 
-  def _read(self, pictures: np.ndarray) -> dict[str, np.ndarray]:
-    """The values of all kinds that pictures float [b, h, w, c] show, int [b]."""
-    values, glyphs = scenes.read(pictures)
-    return {**values, "class": self._classifier.predict(glyphs.reshape(len(glyphs), -1))}
+  @functools.cached_property
+  def _reader(self) -> Reader:
+    return Reader(self.context)
 
   def _card(self, picture: np.ndarray, said: dict[str, int], read: dict[str, int]) -> sheet.Card:
     large = images_lib.enlarge(images_lib.to_uint8(picture), _SHOWN_SIDE)
     wrong = [scenes.KINDS[kind][read[kind]] for kind in scenes.KINDS if read[kind] != said[kind]]
     return sheet.Card([large], [scenes.describe(said)], ", ".join(wrong))
-
-  @functools.cached_property
-  def _classifier(self) -> svm.SVC:
-    """Tells classes of glyphs; trained on real pictures at the first evaluation, then kept."""
-    found: list[dict[str, np.ndarray]] = []
-    for part in stream(self.context, "train", lambda batch: {key: batch[key] for key in ("image", "label")}):
-      found.append(part)
-      if sum(len(one["label"]) for one in found) >= _TRAINING:
-        break
-    pictures, labels = (np.concatenate([one[key] for one in found]) for key in ("image", "label"))
-    _, glyphs = scenes.read(pictures.astype(np.float32) / 255.0)
-    return svm.SVC().fit(glyphs.reshape(len(glyphs), -1), labels)

@@ -1,10 +1,23 @@
-"""Feature spaces in which sets of images are compared, by name."""
+"""Feature spaces in which images are compared, by name."""
 
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from maskgen import images as images_lib
+from maskgen.data import digit_scenes as scenes
+from maskgen.errors import UserError, nearest
+from maskgen.evaluators.batches import gather
+from maskgen.evaluators.context import Context
+from maskgen.importers import mobilenet_v2
+from maskgen.models import perceptual
+from maskgen.models.mobilenet import MobileNetV2
+
+# Global images [b, h, w, c], uint8 or float32 in [0, 1], to float32 features [b, d].
+Space = Callable[[jax.Array], jax.Array | np.ndarray]
 
 _PIXELS_SIDE = 8
 
@@ -17,13 +30,68 @@ def area_weights(size: int, target: int) -> np.ndarray:
   return np.maximum(overlap, 0.0) * (target / size)
 
 
+@jax.jit
 def pixels(images: jax.Array) -> jax.Array:
-  """Images float32 [b, h, w, c], averaged over areas to 8 x 8: float32 [b, 64 * c]."""
+  """Images averaged over areas to 8 x 8: float32 [b, 64 * c]."""
+  images = images_lib.to_float(images)
   rows = area_weights(images.shape[1], _PIXELS_SIDE).astype(np.float32)
   columns = area_weights(images.shape[2], _PIXELS_SIDE).astype(np.float32)
   small = jnp.einsum("yh,bhwc,xw->byxc", rows, images, columns, precision="highest")
   return small.reshape(len(images), -1)
 
 
-# float32 images [b, h, w, c] in [0, 1] -> float32 features [b, d].
-SPACES: dict[str, Callable[[jax.Array], jax.Array]] = {"pixels": pixels}
+def glyphs(images: jax.Array) -> np.ndarray:
+  """How digits of `data.digit_scenes` look, whatever their colours, size and place: float32 [b, 64]."""
+  _, ink = scenes.read(gather(images_lib.to_float(images)))
+  return ink.reshape(len(ink), -1)
+
+
+@jax.jit
+def _pooled(params, images: jax.Array) -> jax.Array:
+  maps = perceptual.feature_maps(MobileNetV2(), params, images_lib.to_float(images))
+  return maps[-1].mean(axis=(1, 2))
+
+
+def _open_pixels(path: str, context: Context) -> Space:
+  return pixels
+
+
+def _open_glyphs(path: str, context: Context) -> Space:
+  if context.class_names != scenes.KINDS["class"]:
+    raise UserError("feature space 'glyphs' is for data.source='captioned_digits': take 'pixels'")
+  return glyphs
+
+
+def _open_mobilenet(path: str, context: Context) -> Space:
+  if not path:
+    raise UserError("feature space 'mobilenet_v2' needs weights: write it as 'mobilenet_v2:/path/to.npz'")
+  return functools.partial(_pooled, mobilenet_v2.load(path))
+
+
+SPACES: dict[str, Callable[[str, Context], Space]] = {
+  "pixels": _open_pixels,
+  "glyphs": _open_glyphs,
+  "mobilenet_v2": _open_mobilenet,
+}
+
+
+def name_of(spec: str) -> str:
+  """The name of a feature space, for metrics."""
+  return spec.partition(":")[0]
+
+
+def open_space(spec: str, context: Context) -> Space:
+  """Opens a feature space.
+
+  Args:
+    spec: "pixels"; "glyphs" for captioned digits; or "mobilenet_v2:/path/to.npz", the last hidden layer of a
+      network for photographs, see `importers.mobilenet_v2`.
+    context: of the run whose images it is for.
+
+  Raises:
+    UserError: if there is no such space, its file is missing or malformed, or it is for other data.
+  """
+  name, _, path = spec.partition(":")
+  if name not in SPACES:
+    raise UserError(f"feature space '{spec}' does not exist{nearest(name, SPACES)}")
+  return SPACES[name](path, context)

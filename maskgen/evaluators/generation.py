@@ -2,17 +2,15 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any, ClassVar
 
 import jax
 import numpy as np
-from sklearn import svm
 
 from maskgen import images as images_lib
 from maskgen import sampling
-from maskgen.errors import UserError, nearest
-from maskgen.evaluators import frechet, pictures
+from maskgen.errors import UserError
+from maskgen.evaluators import classifiers, frechet, pictures
 from maskgen.evaluators.batches import (
   collect,
   first_batch,
@@ -22,10 +20,7 @@ from maskgen.evaluators.batches import (
   stream,
 )
 from maskgen.evaluators.context import Batch, Context, Report
-from maskgen.evaluators.feature_spaces import SPACES
-
-# Classifiers of flattened pixels [n, h * w * c], trained on the real training images.
-CLASSIFIERS: dict[str, Callable[[], Any]] = {"svc": lambda: svm.SVC(kernel="rbf", gamma="scale")}
+from maskgen.evaluators.feature_spaces import Space, name_of, open_space
 
 
 def class_balance(classes: np.ndarray, num_classes: int) -> dict[str, float]:
@@ -61,8 +56,8 @@ class Evaluator:
 
   Attributes:
     num_images: how many images are generated.
-    features: a name from `feature_spaces.SPACES`.
-    classifier: a name from `CLASSIFIERS`, for small labelled data, or None.
+    features: see `feature_spaces.open_space`.
+    classifier: a name from `classifiers.CLASSIFIERS`, for small labelled data, or None.
     num_pictures: how many samples the picture shows.
     seed: image i depends on this and i alone, at every step of the training.
     steps: decoding steps; None here and below for the objective's own default.
@@ -86,12 +81,8 @@ class Evaluator:
   guidance_schedule: str | None = None
 
   def __post_init__(self):
-    if self.features not in SPACES:
-      raise UserError(f"feature space '{self.features}' does not exist{nearest(self.features, SPACES)}")
-    if self.classifier is not None and self.classifier not in CLASSIFIERS:
-      raise UserError(f"classifier '{self.classifier}' does not exist{nearest(self.classifier, CLASSIFIERS)}")
-    if self.classifier is not None and self.context.class_names is None:
-      raise UserError(f"the data has no labels for the classifier '{self.classifier}': set classifier=None")
+    _ = self._space  # which checks `features`
+    classifiers.check(self.classifier, self.context)
     sampling.Sampling(**self._options)  # which checks them
     if not self.context.num_classes and not {"guidance", "guidance_schedule"}.isdisjoint(self._options):
       raise UserError("guidance needs an objective that generates by class: remove it")
@@ -123,7 +114,7 @@ class Evaluator:
 
     if "generate_uniform" in predict:
       uniform = frechet.fit(uniform_features())
-      numbers[f"frechet_{self.features}_uniform_codes"] = frechet.distance(uniform, self._real)
+      numbers[f"frechet_{name_of(self.features)}_uniform_codes"] = frechet.distance(uniform, self._real)
     if self.classifier is not None:
       numbers[f"{self.classifier}_top1"] = self._real_classes[1]
     return Report(numbers, report.pictures)
@@ -131,7 +122,7 @@ class Evaluator:
   @one_blas_thread
   def measure(self, variables: Any, rng: jax.Array, **options: Any) -> Report:
     """The part of `run` that depends on how images are sampled, with these options of `sampling.Sampling`."""
-    name, num_classes = f"frechet_{self.features}", self.context.num_classes
+    name, num_classes = f"frechet_{name_of(self.features)}", self.context.num_classes
     shown: list[np.ndarray] = []
     classes: list[np.ndarray] = []
 
@@ -178,8 +169,8 @@ class Evaluator:
   # What follows does not depend on the variables: computed at the first evaluation, then kept.
 
   @functools.cached_property
-  def _space(self) -> Callable[[jax.Array], jax.Array]:
-    return jax.jit(lambda images: SPACES[self.features](images_lib.to_float(images)))
+  def _space(self) -> Space:
+    return open_space(self.features, self.context)
 
   @functools.cached_property
   def _like(self) -> Batch:
@@ -201,11 +192,8 @@ class Evaluator:
   def _real_classes(self) -> tuple[Any, float]:
     """The classifier, trained, and its accuracy on the evaluation split."""
     assert self.classifier is not None
-    train, test = (
-      collect(self.context, split, lambda batch: {key: batch[key] for key in ("image", "label")})
-      for split in ("train", "eval")
-    )
-    model = CLASSIFIERS[self.classifier]().fit(_flat(train["image"]), train["label"])
+    model = classifiers.train(self.classifier, self.context, lambda images: _flat(gather(images)))
+    test = collect(self.context, "eval", lambda batch: {key: batch[key] for key in ("image", "label")})
     return model, float(model.score(_flat(test["image"]), test["label"]))
 
 
