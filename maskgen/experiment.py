@@ -11,6 +11,7 @@ from etils import epath
 from maskgen import checkpoint, evaluators, files, objectives, optim, processes, sharding, tree
 from maskgen import config as config_lib
 from maskgen.errors import UserError, nearest
+from maskgen.objectives import vilex
 from maskgen.state import TrainState
 from maskgen.step import Update, make_update
 
@@ -281,6 +282,7 @@ class Experiment:
       class_names=self.data.class_names,
       num_classes=self.objective.num_classes,
       captions=self.objective.captions,
+      image_tokens=self.objective.tokens if isinstance(self.objective, vilex.Objective) else 0,
     )
     self.evaluators: dict[str, tuple[int, evaluators.Evaluator]] = {}
     for name, section in self.config.evals.items():

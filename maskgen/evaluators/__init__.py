@@ -13,7 +13,17 @@ from maskgen.evaluators.context import Context, Evaluator, Report
 
 __all__ = ["EVALUATORS", "Context", "Evaluator", "Report", "build"]
 
-EVALUATORS = ("accuracy", "captioned_digits", "generation", "loss", "probe", "reconstruction", "samples")
+EVALUATORS = (
+  "accuracy",
+  "captioned_digits",
+  "digit_edits",
+  "generation",
+  "lexicon",
+  "loss",
+  "probe",
+  "reconstruction",
+  "samples",
+)
 
 # Keys of an evaluation's section that are read elsewhere: here, and by the training loop.
 _NOT_OPTIONS = ("type", "every_steps")

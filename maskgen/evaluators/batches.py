@@ -24,7 +24,7 @@ def gather(array: jax.Array | np.ndarray) -> np.ndarray:
   return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
-def valid_rows(batch: Batch, array: jax.Array) -> np.ndarray:
+def valid_rows(batch: Batch, array: jax.Array | np.ndarray) -> np.ndarray:
   """Gathers a global array with leading axis b that belongs to `batch`, without the padding."""
   return gather(array)[gather(batch["valid"])]
 

@@ -27,6 +27,8 @@ class Context:
     class_names: the classes, or None where the data has no labels.
     num_classes: how many classes `generate` and `inpaint` take a `label` of; 0 where they take none.
     captions: how the `caption` of `loss` and `generate` is read; None where they take none.
+    image_tokens: how many tokens an image has that stand among words, of which `reconstruct` takes a
+      `number`; 0 where it takes none.
   """
 
   predict: Mapping[str, Callable[..., Any]]
@@ -36,6 +38,7 @@ class Context:
   class_names: tuple[str, ...] | None
   num_classes: int = 0
   captions: Captions | None = None
+  image_tokens: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

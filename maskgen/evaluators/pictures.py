@@ -1,17 +1,19 @@
 """Grids of images for people."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from maskgen import images as images_lib
+from maskgen import sheet
 from maskgen.evaluators.batches import first_batch, gather, generate, make_keys, place, valid_rows
 from maskgen.evaluators.context import Context
 
 _COLUMNS = 16
 _CLASSES = 16
+_NAMED_SIDE = 64  # at least
 _HOLE_COLOUR = (255, 0, 255)  # magenta: rare in images
 
 # What an inpainting mask hides, of an image of height h and width w: (rows, columns).
@@ -39,6 +41,15 @@ def stacked(rows: Sequence[np.ndarray], columns: int = _COLUMNS) -> np.ndarray:
   full = [np.concatenate([images_lib.to_uint8(row), blank]) for row in rows]
   chunks = [row[i : i + columns] for i in range(0, count, columns) for row in full]
   return images_lib.grid(np.concatenate(chunks), columns)
+
+
+def named(rows: Mapping[str, np.ndarray]) -> np.ndarray:
+  """A picture of rows of images [n, h, w, c], each under its name; uint8 [H, W, 3]."""
+  cards = {
+    name: sheet.Card([images_lib.enlarge(one, _NAMED_SIDE) for one in images_lib.to_uint8(images)], [], "")
+    for name, images in rows.items()
+  }
+  return sheet.draw({name: [card] for name, card in cards.items()})
 
 
 def reconstructions(context: Context, variables: Any, rng: jax.Array, count: int) -> np.ndarray:

@@ -1,0 +1,196 @@
+"""Whether pictures of an image and words follow both: the digit stays, and a word changes one thing."""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import jax
+import numpy as np
+
+from maskgen.data import digit_scenes as scenes
+from maskgen.errors import UserError, nearest
+from maskgen.evaluators import pictures
+from maskgen.evaluators.batches import gather, make_keys, one_blas_thread, place, valid_rows
+from maskgen.evaluators.context import Batch, Context, Report
+from maskgen.evaluators.digit_reader import Reader
+from maskgen.evaluators.lexicon import as_words, check_tokens
+from maskgen.models.vilex import Sampling
+
+# Where the image stands in a prompt, and where the new word does.
+_IMAGE, _WORD = "{}", "*"
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluator:
+  """Edits evaluation images of captioned digits by words beside their tokens; see `data.digit_scenes`.
+
+  A prompt changes one kind K of what can be said of an image, such as its background, to another value. The
+  digit's colour and the background remain different. Numbers end in _k<tokens of the image>_s<text guidance>:
+    `K_followed`: the share of pictures that show what the word says.
+    `K_class_kept`: in which the classifier sees the class of the source.
+    `K_both`: both.
+    `K_rest_kept`: that show what the source does in all other kinds but the class.
+  `class_real`: in how many sources the classifier sees their class, the best that can be had.
+  Picture `edits`: images, and a row for each word, with the most tokens and the highest guidance.
+
+  One image costs 3 * steps calls of the frozen network for each kind, number of tokens and guidance.
+
+  Attributes:
+    prompts: for each kind that is changed the prompt: "{}" is the image, "*" the word or the words.
+    num_tokens: numbers of tokens of the image; none for powers of two, and all.
+    text_guidance: numbers, how much words count.
+    num_images: how many images are edited, of at most the whole split.
+    num_pictures: how many the picture shows.
+    seed: image i depends on this, i and its source, at every step of the training.
+    steps: of the sampler; None here and below for the objective's own default.
+    sampler, image_guidance: see `maskgen.models.vilex.Sampling`.
+  """
+
+  requires: ClassVar[tuple[str, ...]] = ("encode", "generate")
+
+  context: Context
+  prompts: Mapping[str, str] = dataclasses.field(
+    default_factory=lambda: {"background": "{} on a * background", "colour": "a * {}"}
+  )
+  num_tokens: tuple[int, ...] = ()
+  text_guidance: tuple[float, ...] = (2.0, 4.0)
+  num_images: int = 128
+  num_pictures: int = 12
+  seed: int = 0
+  steps: int | None = None
+  sampler: str | None = None
+  image_guidance: float | None = None
+
+  def __post_init__(self):
+    if self.context.class_names != scenes.KINDS["class"] or self.context.captions is None:
+      raise UserError(
+        "it is for data.source='captioned_digits' and objectives that read captions: remove this evaluation"
+      )
+    if self.num_images < 1 or self.num_pictures < 1 or not self.text_guidance:
+      raise UserError(
+        f"num_images is {self.num_images}, num_pictures {self.num_pictures} and text_guidance "
+        f"{self.text_guidance}: give at least 1 of each"
+      )
+    for guidance in self.text_guidance:
+      Sampling(**self._options, text_guidance=guidance)  # which checks them
+    if not isinstance(self.prompts, Mapping) or not self.prompts:
+      raise UserError(f"prompts is {self.prompts!r}: give a prompt for each kind that is to be changed")
+    for kind in self.prompts:
+      self._check_prompt(kind)
+
+  def _check_prompt(self, kind: str) -> None:
+    prompt, kinds = self.prompts[kind], [kind for kind in scenes.KINDS if kind != "class"]
+    if kind not in kinds:
+      raise UserError(f"prompts has '{kind}', which is nothing to change{nearest(kind, kinds)}")
+    if not isinstance(prompt, str) or prompt.count(_IMAGE) != 1 or prompt.count(_WORD) != 1:
+      raise UserError(f"prompts.{kind} is {prompt!r}: give a text with one {_IMAGE} and one {_WORD}")
+    said = [self._words([prompt.replace(_WORD, word)])["num_words"].sum() for word in scenes.KINDS[kind]]
+    assert self.context.captions is not None
+    room = self.context.captions.length - 2 - max(self._numbers)
+    if max(said) > room:
+      raise UserError(
+        f"prompts.{kind} is '{prompt}': beside {max(self._numbers)} tokens {room} words fit, shorten it"
+      )
+
+  @property
+  def _options(self) -> dict[str, Any]:
+    options = {"steps": self.steps, "sampler": self.sampler, "image_guidance": self.image_guidance}
+    return {name: value for name, value in options.items() if value is not None}
+
+  @property
+  def _numbers(self) -> tuple[int, ...]:
+    return check_tokens(self.context, self.num_tokens)
+
+  @functools.cached_property
+  def _reader(self) -> Reader:
+    return Reader(self.context)
+
+  @one_blas_thread
+  def run(self, variables: Any, rng: jax.Array) -> Report:
+    """Evaluates; `rng` is a typed key."""
+    like, sources = self._collect(variables, rng)
+    real = self._reader.read(np.asarray(sources["image"], np.float32) / 255.0)
+    said = [{kind: int(real[kind][i]) for kind in real} for i in range(len(sources["image"]))]
+    numbers = {"class_real": float(np.mean(real["class"] == sources["label"]))}
+    for kind, prompt in self.prompts.items():
+      wanted = np.array([scenes.contradict(one, kind)[kind] for one in said])
+      texts = [prompt.replace(_WORD, scenes.KINDS[kind][value]) for value in wanted]
+      for k, guidance in itertools.product(self._numbers, self.text_guidance):
+        read = self._reader.read(self._draw(variables, rng, like, sources, texts, k, guidance))
+        followed, kept = read[kind] == wanted, read["class"] == sources["label"]
+        rest = [read[other] == real[other] for other in scenes.KINDS if other not in (kind, "class")]
+        hits = {
+          "followed": followed,
+          "class_kept": kept,
+          "both": followed & kept,
+          "rest_kept": np.all(rest, 0),
+        }
+        end = f"k{k}_s{guidance:g}"
+        numbers |= {f"{kind}_{name}_{end}": float(np.mean(hit)) for name, hit in hits.items()}
+    return Report(numbers, {"edits": self._sheet(variables, rng, like, sources)})
+
+  def _collect(self, variables: Any, rng: jax.Array) -> tuple[Batch, dict[str, np.ndarray]]:
+    """A batch to be like; of all sources image, label, tokens float32 [n, d] and the data of their key."""
+    parts: list[dict[str, np.ndarray]] = []
+    like: dict[str, jax.Array] = {}
+    for index, batch in enumerate(self.context.batches("eval")):
+      if sum(len(part["label"]) for part in parts) >= self.num_images:
+        break
+      like = {"valid": batch["valid"]}
+      found = {
+        "image": batch["image"],
+        "label": batch["label"],
+        "tokens": self.context.predict["encode"](variables, batch, rng),
+        "key": jax.random.key_data(make_keys(batch, self.seed, index * len(batch["valid"]))),
+      }
+      parts.append({name: valid_rows(batch, value) for name, value in found.items()})
+    return like, {
+      name: np.concatenate([part[name] for part in parts])[: self.num_images] for name in parts[0]
+    }
+
+  def _draw(
+    self,
+    variables: Any,
+    rng: jax.Array,
+    like: Batch,
+    sources: Mapping[str, np.ndarray],
+    texts: Sequence[str],
+    k: int,
+    guidance: float,
+  ) -> np.ndarray:
+    """Pictures float32 [m, h, w, c] of m prompts for m sources, with k of their tokens."""
+    size, made = len(like["valid"]), []
+    arrays = {"vectors": sources["tokens"][:, None], **self._words(texts)}
+    for start in range(0, len(texts), size):
+      rows = np.arange(start, start + size) % len(texts)  # what is too many begins again
+      batch = {name: place(like, value[rows]) for name, value in arrays.items()}
+      batch["number"] = place(like, np.full((size, 1), k, np.int32))
+      batch["key"] = jax.random.wrap_key_data(place(like, sources["key"][rows]))
+      drawn = self.context.predict["generate"](variables, batch, rng, text_guidance=guidance, **self._options)
+      made.append(gather(drawn)[: len(texts) - start])
+    return np.concatenate(made)
+
+  def _words(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
+    """What is before and behind the image in each prompt."""
+    captions = self.context.captions
+    assert captions is not None
+    pieces = zip(*(text.split(_IMAGE) for text in texts), strict=True)
+    return as_words(captions, np.stack([captions.read(piece) for piece in pieces], axis=1))
+
+  def _sheet(
+    self, variables: Any, rng: jax.Array, like: Batch, sources: Mapping[str, np.ndarray]
+  ) -> np.ndarray:
+    texts = [_IMAGE]
+    for kind, prompt in self.prompts.items():
+      texts += [prompt.replace(_WORD, word) for word in scenes.KINDS[kind]]
+    first = {name: values[: self.num_pictures] for name, values in sources.items()}
+    count = len(first["label"])
+    repeated = {name: np.concatenate([values] * len(texts)) for name, values in first.items()}
+    prompts = [text for text in texts for _ in range(count)]
+    most = max(self._numbers), max(self.text_guidance)
+    made = self._draw(variables, rng, like, repeated, prompts, *most)
+    rows = {"images": first["image"]}
+    rows |= {f"'{text}'": made[i * count : (i + 1) * count] for i, text in enumerate(texts)}
+    return pictures.named(rows)

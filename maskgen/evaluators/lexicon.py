@@ -1,0 +1,200 @@
+"""How much of an image its tokens say, the more of them a prompt holds, and how much its caption says."""
+
+import dataclasses
+import functools
+from typing import Any, ClassVar
+
+import jax
+import numpy as np
+
+from maskgen import images as images_lib
+from maskgen.errors import UserError
+from maskgen.evaluators import classifiers, frechet, pictures
+from maskgen.evaluators.batches import gather, make_keys, one_blas_thread, place, valid_rows
+from maskgen.evaluators.context import Batch, Context, Report
+from maskgen.evaluators.feature_spaces import Space, name_of, open_space
+from maskgen.evaluators.reconstruction import compare
+from maskgen.models.vilex import Sampling
+from maskgen.prompts import TailDrop
+from maskgen.text import Captions
+
+_TRAINING = 4096  # real images that the classifier learns from
+
+
+def check_tokens(context: Context, numbers: tuple[int, ...]) -> tuple[int, ...]:
+  """How many tokens of an image are asked for in turn, by default powers of two and all, in rising order.
+
+  Raises:
+    UserError: for a number that the model does not have, or a model without tokens among words.
+  """
+  most = context.image_tokens
+  if not most:
+    raise UserError("the objective makes no words of images: remove this evaluation")
+  for number in numbers:
+    if not isinstance(number, int) or not 1 <= number <= most:
+      raise UserError(f"num_tokens has {number!r}: this model has 1 to {most} for an image")
+  return tuple(sorted(set(numbers))) or tuple(int(k) for k in TailDrop("powers").choices(most))
+
+
+def as_words(captions: Captions, ids: np.ndarray) -> dict[str, np.ndarray]:
+  """The words of a prompt, piece by piece, as `generate` of a lexicon takes them.
+
+  Args:
+    captions: how they were read.
+    ids: int32 [b, p, length], special ids included.
+  """
+  number = (ids == captions.opened.end_id).argmax(axis=-1) - 1
+  return {"words": ids[..., 1:-1], "num_words": number.astype(np.int32)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluator:
+  """Draws evaluation images anew from the first k of their tokens, from their captions, and from nothing.
+
+  An image gets the same noise every time. Numbers end in _k1, _k2, ..., in _caption where the objective reads
+  captions, and in _nothing. Features are those of a space S, less their mean over the images:
+    `feature_cosine`: between features of what was drawn and of its source.
+    `retrieval_top1`: how often no other image evaluated is nearer to it by that cosine than its source; by
+      chance 1 / num_images.
+    `frechet_S`: the Frechet distance between what was drawn and the sources; it falls with their number, too.
+    `class_agreement`: with a classifier, how often it sees the class of the source. It is trained on features
+      of real training images, at most 4096; `class_agreement_real` is what it sees in the sources themselves.
+  `psnr` (dB), `ssim` and `l1` compare what was drawn from the most tokens with the sources.
+  Picture `reconstructions`: a row for each way of drawing.
+
+  One image costs steps * (2 K + 3) calls of the frozen network, with K numbers of tokens.
+
+  Attributes:
+    num_tokens: the numbers k; none for powers of two, and all.
+    features: see `feature_spaces.open_space`.
+    classifier: a name from `classifiers.CLASSIFIERS`, for small labelled data, or None.
+    num_images: how many images are drawn anew, of at most the whole split.
+    num_pictures: how many the picture shows.
+    seed: image i depends on this, i and its source, at every step of the training.
+    steps: of the sampler; None here and below for the objective's own default.
+    sampler, image_guidance, text_guidance: see `maskgen.models.vilex.Sampling`.
+  """
+
+  requires: ClassVar[tuple[str, ...]] = ("reconstruct", "generate")
+
+  context: Context
+  num_tokens: tuple[int, ...] = ()
+  features: str = "pixels"
+  classifier: str | None = None
+  num_images: int = 256
+  num_pictures: int = 16
+  seed: int = 0
+  steps: int | None = None
+  sampler: str | None = None
+  image_guidance: float | None = None
+  text_guidance: float | None = None
+
+  def __post_init__(self):
+    if self.num_images < 2 or self.num_pictures < 1:
+      raise UserError(
+        f"num_images is {self.num_images} and num_pictures is {self.num_pictures}: give at least 2 and 1"
+      )
+    check_tokens(self.context, self.num_tokens)
+    _ = self._space  # which checks `features`
+    classifiers.check(self.classifier, self.context)
+    Sampling(**self._options)  # which checks them
+
+  @property
+  def _options(self) -> dict[str, Any]:
+    options = {
+      "steps": self.steps,
+      "sampler": self.sampler,
+      "image_guidance": self.image_guidance,
+      "text_guidance": self.text_guidance,
+    }
+    return {name: value for name, value in options.items() if value is not None}
+
+  @one_blas_thread
+  def run(self, variables: Any, rng: jax.Array) -> Report:
+    """Evaluates; `rng` is a typed key, folded with each batch's index."""
+    parts: list[tuple[dict[str, np.ndarray], ...]] = []
+    count = 0
+    for index, batch in enumerate(self.context.batches("eval")):
+      if count >= self.num_images:
+        break
+      key = jax.random.fold_in(rng, index)
+      parts.append(self._measure(variables, batch, key, index, max(self.num_pictures - count, 0)))
+      count += len(parts[-1][0]["source"])
+    features, shown, known = (
+      {name: np.concatenate([part[name] for part in kind])[: self.num_images] for name in kind[0]}
+      for kind in zip(*parts, strict=True)
+    )
+    rows = {_title(way): images for way, images in shown.items()}
+    return Report(self._compare(features, known), {"reconstructions": pictures.named(rows)})
+
+  def _measure(
+    self, variables: Any, batch: Batch, rng: jax.Array, index: int, num_shown: int
+  ) -> tuple[dict[str, np.ndarray], ...]:
+    """Features [b, d] and first pictures, of sources and of what is drawn; and what else is known, [b]."""
+    keys = make_keys(batch, self.seed, index * len(batch["valid"]))
+    made = {"source": batch["image"], **self._draw(variables, batch, rng, keys)}
+    features = {way: valid_rows(batch, self._space(images)) for way, images in made.items()}
+    shown = {way: images_lib.to_uint8(valid_rows(batch, images)[:num_shown]) for way, images in made.items()}
+    known = compare(batch["image"], made[f"k{self._numbers[-1]}"])
+    if self.classifier is not None:
+      known["label"] = batch["label"]
+    return features, shown, {name: valid_rows(batch, value) for name, value in known.items()}
+
+  def _draw(self, variables: Any, batch: Batch, rng: jax.Array, keys: jax.Array) -> dict[str, jax.Array]:
+    """Images [b, h, w, c] by way of drawing."""
+    predict, captions, options = self.context.predict, self.context.captions, self._options
+    made = {"nothing": predict["generate"](variables, {"key": keys}, rng, **options)}
+    if captions is not None:
+      words = as_words(captions, gather(batch["caption"])[:, None])
+      inputs = {"key": keys, **{name: place(batch, value) for name, value in words.items()}}
+      made["caption"] = predict["generate"](variables, inputs, rng, **options)
+    for k in self._numbers:
+      number = place(batch, np.full((len(batch["valid"]), 1), k, np.int32))
+      inputs = {"image": batch["image"], "key": keys, "number": number}
+      made[f"k{k}"] = predict["reconstruct"](variables, inputs, rng, **options)
+    return made
+
+  def _compare(self, features: dict[str, np.ndarray], known: dict[str, np.ndarray]) -> dict[str, float]:
+    numbers = {name: float(known[name].mean(dtype="float64")) for name in ("psnr", "ssim", "l1")}
+    source, own = features["source"], np.arange(len(features["source"]))
+    mean, real = source.mean(axis=0), frechet.fit([source])
+    for way, values in features.items():
+      if self.classifier is not None:
+        end = "real" if way == "source" else way
+        numbers[f"class_agreement_{end}"] = float(self._classifier.score(values, known["label"]))
+      if way != "source":
+        cosines = _directions(values - mean) @ _directions(source - mean).T
+        numbers[f"feature_cosine_{way}"] = float(cosines[own, own].mean(dtype="float64"))
+        numbers[f"retrieval_top1_{way}"] = float(np.mean(cosines.argmax(axis=1) == own))
+        name = f"frechet_{name_of(self.features)}_{way}"
+        numbers[name] = frechet.distance(frechet.fit([values]), real)
+    return numbers
+
+  @property
+  def _numbers(self) -> tuple[int, ...]:
+    return check_tokens(self.context, self.num_tokens)
+
+  # What follows does not depend on the variables: computed at the first evaluation, then kept.
+
+  @functools.cached_property
+  def _space(self) -> Space:
+    return open_space(self.features, self.context)
+
+  @functools.cached_property
+  def _classifier(self) -> Any:
+    assert self.classifier is not None
+    return classifiers.train(self.classifier, self.context, self._space, _TRAINING)
+
+
+def _directions(x: np.ndarray) -> np.ndarray:
+  return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
+
+
+def _title(way: str) -> str:
+  named = {
+    "source": "images",
+    "nothing": "from nothing",
+    "caption": "from captions alone",
+    "k1": "from 1 token",
+  }
+  return named.get(way, f"from {way[1:]} tokens")
