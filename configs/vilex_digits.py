@@ -37,6 +37,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
 def vilex(args, path: str, decoder: dict) -> dict:
   warm, steps = (1, 2) if args.debug else (200, 500) if args.tiny else (1200, 4000)
   small = args.debug
+  few = dict(num_images=8, num_pictures=2) if small else {}
   encoder = dict(
     name="vit",
     image_size=(16, 16),
@@ -82,6 +83,7 @@ def vilex(args, path: str, decoder: dict) -> dict:
     ema=dict(main=0.99 if args.tiny else 0.998),
     evals=dict(
       validation=dict(type="loss", every_steps=1000),
-      reconstruction=dict(type="reconstruction", every_steps=1000),
+      reconstruction=dict(type="lexicon", every_steps=2000, features="glyphs", classifier="svc", **few),
+      edits=dict(type="digit_edits", every_steps=2000, num_tokens=(2, 8), **few),
     ),
   )

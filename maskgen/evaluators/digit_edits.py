@@ -192,5 +192,5 @@ class Evaluator:
     most = max(self._numbers), max(self.text_guidance)
     made = self._draw(variables, rng, like, repeated, prompts, *most)
     rows = {"images": first["image"]}
-    rows |= {f"'{text}'": made[i * count : (i + 1) * count] for i, text in enumerate(texts)}
+    rows |= {text: made[i * count : (i + 1) * count] for i, text in enumerate(texts)}
     return pictures.named(rows)

@@ -13,7 +13,7 @@ from maskgen.evaluators.context import Context
 
 _COLUMNS = 16
 _CLASSES = 16
-_NAMED_SIDE = 64  # at least
+_NAMED_SIDE, _NAME_WIDTH = 64, 128  # the former at least
 _HOLE_COLOUR = (255, 0, 255)  # magenta: rare in images
 
 # What an inpainting mask hides, of an image of height h and width w: (rows, columns).
@@ -44,12 +44,13 @@ def stacked(rows: Sequence[np.ndarray], columns: int = _COLUMNS) -> np.ndarray:
 
 
 def named(rows: Mapping[str, np.ndarray]) -> np.ndarray:
-  """A picture of rows of images [n, h, w, c], each under its name; uint8 [H, W, 3]."""
-  cards = {
-    name: sheet.Card([images_lib.enlarge(one, _NAMED_SIDE) for one in images_lib.to_uint8(images)], [], "")
-    for name, images in rows.items()
-  }
-  return sheet.draw({name: [card] for name, card in cards.items()})
+  """A picture of rows of as many images [n, h, w, c] each, behind their names; uint8 [H, W, 3]."""
+  lines = []
+  for name, images in rows.items():
+    large = np.stack([images_lib.enlarge(one, _NAMED_SIDE) for one in images_lib.to_uint8(images)])
+    row = images_lib.grid(large, len(large))
+    lines.append(np.concatenate([sheet.page(name, len(row), _NAME_WIDTH), row], axis=1))
+  return np.concatenate(lines)
 
 
 def reconstructions(context: Context, variables: Any, rng: jax.Array, count: int) -> np.ndarray:
