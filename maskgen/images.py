@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from PIL import Image
+from PIL import Image, ImageOps
 
 from maskgen.errors import UserError
 
@@ -54,6 +54,37 @@ def check_images(images: np.ndarray, *, channels: int = 3) -> np.ndarray:
       f"float images range over [{low:g}, {high:g}]: scale them to [0, 1], or give uint8 in 0..255"
     )
   return images.astype(np.float32)
+
+
+def open_picture(path: epath.PathLike, what: str) -> Image.Image:
+  """Reads a picture file and turns it upright.
+
+  Args:
+    path: of the file.
+    what: names it in errors.
+
+  Raises:
+    UserError: if there is none, or it is damaged, or has more than 8 bits per channel.
+  """
+  if not epath.Path(path).is_file():
+    raise UserError(f"{what}: there is no such file")
+  try:
+    picture: Image.Image = Image.open(io.BytesIO(epath.Path(path).read_bytes()))
+    picture.load()
+    picture = ImageOps.exif_transpose(picture)
+  except Exception as error:  # Pillow's plugins raise many kinds.
+    raise UserError(f"{what} cannot be read as a picture: {error}") from error
+  if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
+    raise UserError(f"{what} has more than 8 bits per channel: save it with 8")
+  return picture
+
+
+def on_white(picture: Image.Image) -> Image.Image:
+  """A picture as viewers show it, RGB."""
+  if not picture.has_transparency_data:
+    return picture.convert("RGB")
+  picture = picture.convert("RGBA")
+  return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
 
 
 def grid(images: np.ndarray, columns: int | None = None, padding: int = 2) -> np.ndarray:

@@ -9,11 +9,15 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from maskgen import images
+
 # In pixels. A sheet is wider than this only to hold two cards side by side.
 _WIDTH = 1280
 _MARGIN, _SEAM, _LINE = 16, 4, 18
 # Sizes of the fonts.
 _TITLE, _TEXT = 18, 13
+# The longer side of a picture that `fit` gives: about this, or at least this.
+_MOST, _LEAST = 384, 192
 _BLACK, _GREY, _PAPER = (20, 20, 20), (120, 120, 120), (255, 255, 255)
 
 
@@ -42,6 +46,14 @@ def draw(sections: Mapping[str, Sequence[Card]]) -> np.ndarray:
     sheet.paste(section, (0, top))
     top += section.height
   return np.asarray(sheet)
+
+
+def fit(picture: np.ndarray) -> np.ndarray:
+  """A picture of any size, [h, w, c] as for `to_uint8`, in one that suits a card: uint8 [h, w, 3]."""
+  pixels = np.broadcast_to(images.to_uint8(picture), (*picture.shape[:2], 3))
+  shown = Image.fromarray(images.enlarge(pixels, _LEAST))
+  shown.thumbnail((_MOST, _MOST))
+  return np.asarray(shown)
 
 
 def page(text: str, height: int, width: int) -> np.ndarray:

@@ -1,20 +1,16 @@
 """Edits a picture: python -m maskgen.tools.edit --model=DIR --image=FILE --mask=FILE --out=FILE.png"""
 
 import argparse
-import io
 from collections.abc import Sequence
 
 import numpy as np
-from etils import epath
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm import tqdm
 
 from maskgen import cli, editing, images, sheet
 from maskgen.errors import UserError
 
 _HOLE_COLOUR = (255, 0, 255)  # magenta: rare in images
-# Pictures on the sheet of candidates, in pixels: about this long.
-_SIDE = 384
 # Below, a pixel of the picture is transparent, and above, one of a mask is white.
 _HALF = 128
 
@@ -48,7 +44,7 @@ def main(argv: Sequence[str]) -> None:
     _write(f"{stem}_{i}.png", candidate)
   holed = np.where(hole[..., None], np.array(_HOLE_COLOUR, np.uint8), image)
   shown = {"input": image, "hole": holed} | {f"{i}: --seed={args.seed + i}": e for i, e in enumerate(edited)}
-  cards = [sheet.Card([_small(shown[text])], [text], "") for text in shown]
+  cards = [sheet.Card([sheet.fit(shown[text])], [text], "") for text in shown]
   images.write_png(args.out, sheet.draw({f"{args.image}, {hole.mean():.1%} made anew": cards}))
   print(f"wrote {stem}_0.png to {stem}_{args.candidates - 1}.png, and {args.out}, which shows them all")
 
@@ -143,42 +139,16 @@ def _find_hole(
 
 def _read_picture(path: str) -> tuple[np.ndarray, np.ndarray]:
   """A picture as viewers show it, on white, uint8 [h, w, 3], and where it is transparent, bool [h, w]."""
-  picture = _open("image", path)
-  if not picture.has_transparency_data:
-    return np.asarray(picture.convert("RGB")), np.zeros(picture.size[::-1], bool)
-  picture = picture.convert("RGBA")
-  transparent = np.asarray(picture.getchannel("A")) < _HALF
-  opaque = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-  return np.asarray(opaque.convert("RGB")), transparent
+  picture = images.open_picture(path, f"--image={path}")
+  transparent = np.asarray(picture.convert("RGBA").getchannel("A")) < _HALF
+  return np.asarray(images.on_white(picture)), transparent
 
 
 def _read_mask(path: str) -> np.ndarray:
   """Where a picture is white, bool [h, w]; what is transparent counts as black."""
-  mask = _open("mask", path).convert("RGBA")
+  mask = images.open_picture(path, f"--mask={path}").convert("RGBA")
   mask = Image.alpha_composite(Image.new("RGBA", mask.size, "black"), mask)
   return np.asarray(mask.convert("L")) >= _HALF
-
-
-def _open(flag: str, path: str) -> Image.Image:
-  """Reads a picture file and turns it upright."""
-  if not epath.Path(path).is_file():
-    raise UserError(f"--{flag}={path}: there is no such file")
-  try:
-    picture: Image.Image = Image.open(io.BytesIO(epath.Path(path).read_bytes()))
-    picture.load()
-    picture = ImageOps.exif_transpose(picture)
-  except Exception as error:  # Pillow's plugins raise many kinds.
-    raise UserError(f"--{flag}={path} cannot be read as a picture: {error}") from error
-  if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
-    raise UserError(f"--{flag}={path} has more than 8 bits per channel: save it with 8")
-  return picture
-
-
-def _small(image: np.ndarray) -> np.ndarray:
-  """A picture for the sheet, uint8 [h, w, c]."""
-  picture = Image.fromarray(images.enlarge(np.broadcast_to(image, (*image.shape[:2], 3)), _SIDE // 2))
-  picture.thumbnail((_SIDE, _SIDE))
-  return np.asarray(picture)
 
 
 def _write(path: str, image: np.ndarray) -> None:
