@@ -84,8 +84,12 @@ class Model:
   def interpolate(
     self, first: np.ndarray, second: np.ndarray, count: int = 5, seed: int = 0, **options: Any
   ) -> np.ndarray:
-    """Images between two [h, w, c] of a visual lexicon, of the same noise; float32 [count, h, w, c]."""
-    start, end = self.encode(np.stack([first, second]))
+    """Images between two of a visual lexicon, [h, w, c] or tokens [k, d]; float32 [count, h, w, c].
+
+    All are made of the same noise. Of two numbers of tokens the smaller one counts.
+    """
+    start, end = (self._vectors(image)[0] for image in (first, second))
+    start, end = start[: len(end)], end[: len(start)]
     shares = np.linspace(0.0, 1.0, count)
     made = [
       self.generate(seed, 1, images=[lexicon.between(start, end, share)], **options) for share in shares
@@ -121,7 +125,8 @@ class Model:
     label: int | Sequence[int] | np.ndarray | None = None,
     prompt: str | Sequence[str] | None = None,
     images: Sequence[np.ndarray] | None = None,
-    num_tokens: int | None = None,
+    num_tokens: lexicon.Numbers = None,
+    negative_prompt: str | None = None,
     **options: Any,
   ) -> np.ndarray:
     """New images, float32 [batch, h, w, c] in [0, 1]; image i depends on the seed, i and its label or prompt.
@@ -132,17 +137,26 @@ class Model:
       label: a class, or one per image, of a model that was trained with classes; None for no class.
       prompt: a text, or one per image, for a model that was trained with captions; None for no text. For a
         visual lexicon one text, with "{}" where an image is to stand, see `maskgen.lexicon.lay_out`.
-      images: those of the prompt of a visual lexicon: each [h, w, c], or its tokens [k, d] from `encode`.
-      num_tokens: of each of them; by default as many as there are, or as fit beside the words.
+      images: those of the prompt of a visual lexicon: each [h, w, c], or its tokens [k, d] from `encode`; or
+        with a leading axis b, one for each image that is made.
+      num_tokens: of all of them, or a list of one for each; by default as many as there are, or as fit.
+      negative_prompt: for a visual lexicon, a text that guidance leads away from.
       **options: the fields of `maskgen.sampling.Sampling`, or of `maskgen.diffusion.Sampling` for a diffusion
         model, or of `maskgen.models.vilex.Sampling` for a visual lexicon; by default those of the config.
     """
-    if images is None and num_tokens is None and not isinstance(self.objective, vilex.Objective):
+    plain = images is None and num_tokens is None and negative_prompt is None
+    if plain and not isinstance(self.objective, vilex.Objective):
       return self._call("generate", self._wanted(seed, batch, label, prompt), **self._options(options))
-    laid = self._lay_out(prompt, images or (), num_tokens)
-    wanted = self._wanted(seed, batch, label)
-    together = {name: np.stack([value] * len(wanted["key"])) for name, value in laid.items()}
-    return self._call("generate", wanted | together, **self._options(options))
+    objective, vectors = self._lexicon, [self._vectors(image) for image in images or ()]
+    if prompt is not None and not isinstance(prompt, str):
+      raise UserError(f"prompt is {prompt!r}: give one text for all images that are made")
+    rows = max([len(tokens) for tokens in vectors], default=1)
+    wanted = self._wanted(seed, rows if batch is None and rows > 1 else batch, label)
+    batch = len(wanted["key"])
+    wanted |= lexicon.lay_out_batch(objective, prompt or "", vectors, num_tokens, batch)
+    if negative_prompt is not None:
+      wanted["avoided"] = np.repeat(objective.texts.read([negative_prompt]), batch, axis=0)
+    return self._call("generate", wanted, **self._options(options))
 
   def trajectory(
     self, seed: int = 0, batch: int | None = None, label: Any = None, prompt: Any = None, **options: Any
@@ -295,24 +309,17 @@ class Model:
     if not isinstance(self.objective, vilex.Objective):
       raise UserError(
         f"a model of objective '{self.config['objective']['name']}' knows no tokens of images: leave images, "
-        "num_tokens and options out, or give a model trained by the vilex objective"
+        "num_tokens, negative_prompt and options out, or give a model trained by the vilex objective"
       )
     return self.objective
 
-  def _lay_out(
-    self, prompt: str | Sequence[str] | None, given: Sequence[np.ndarray], num_tokens: int | None
-  ) -> dict[str, np.ndarray]:
-    """One prompt with images, see `generate`."""
-    objective = self._lexicon
-    if prompt is not None and not isinstance(prompt, str):
-      raise UserError(f"prompt is {prompt!r}: give one text for all images that are made")
-    width, vectors = sum(objective.renderer.model.text_widths), []
-    for one in map(np.asarray, given):
-      if one.ndim == 2 and one.shape[1] == width and 1 <= len(one) <= objective.tokens:
-        vectors.append(one)
-      else:
-        vectors.append(self.encode(one[None])[0])
-    return lexicon.lay_out(objective, prompt or "", vectors, num_tokens)
+  def _vectors(self, image: np.ndarray) -> np.ndarray:
+    """The tokens [b, k, d] of an image of a prompt, see `generate`; b is 1 for an image without that axis."""
+    given, objective = np.asarray(image), self._lexicon
+    is_tokens = given.ndim > 1 and given.shape[-1] == sum(objective.renderer.model.text_widths)
+    if is_tokens and given.ndim < 4 and 1 <= given.shape[-2] <= objective.tokens:
+      return given.reshape(-1, *given.shape[-2:])
+    return self.encode(given if given.ndim == 4 else given[None])
 
   def _wanted(self, seed: int, batch: int | None, label: Any, prompt: Any = None) -> dict[str, Any]:
     """A batch of images to be made, see `generate`."""

@@ -10,9 +10,14 @@ import safetensors.numpy
 from etils import epath
 
 from maskgen.errors import UserError
+from maskgen.importers import tensors as tensors_lib
 from maskgen.objectives import vilex
 
 PLACE = "{}"
+# The tensor of a file of tokens.
+_TOKENS = "tokens"
+# How many tokens: of every image, or of each; None for as many as fit.
+Numbers = int | Sequence[int | None] | None
 
 
 def check_number(objective: vilex.Objective, num_tokens: int | None) -> int:
@@ -29,7 +34,7 @@ def check_number(objective: vilex.Objective, num_tokens: int | None) -> int:
 
 
 def lay_out(
-  objective: vilex.Objective, prompt: str, images: Sequence[np.ndarray], num_tokens: int | None = None
+  objective: vilex.Objective, prompt: str, images: Sequence[np.ndarray], num_tokens: Numbers = None
 ) -> dict[str, np.ndarray]:
   """A prompt as `generate` of the objective takes it, for one image to be made.
 
@@ -38,7 +43,8 @@ def lay_out(
     prompt: words, and "{}" where an image is to stand. Without any, images stand before the words, or behind
       them in a model that was trained so.
     images: their tokens, float [k, d] with k up to n.
-    num_tokens: of each image; by default as many as there are, or as fit beside the words.
+    num_tokens: of every image, or of each; by default, and for None, as many as there are, or an equal share
+      of what fits beside the words and the other images.
 
   Returns:
     For images `vectors` [s, n, d] and `number` int32 [s], for words `words` int32 [p, m] and `num_words`
@@ -74,20 +80,57 @@ def lay_out(
   return laid
 
 
+def lay_out_batch(
+  objective: vilex.Objective, prompt: str, images: Sequence[np.ndarray], num_tokens: Numbers, batch: int
+) -> dict[str, np.ndarray]:
+  """The same for a batch, in whose row i stands row i of images [b, k, d]; images [1, k, d] are in all rows.
+
+  Raises:
+    UserError: as `lay_out`, and for another number of rows.
+  """
+  for tokens in images:
+    if len(tokens) not in (1, batch):
+      raise UserError(
+        f"an image of the prompt has {len(tokens)} rows, {batch} images are to be made: give one, or one each"
+      )
+  rows = [
+    lay_out(objective, prompt, [tokens[i % len(tokens)] for tokens in images], num_tokens)
+    for i in range(batch)
+  ]
+  return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
 def _fit(
-  objective: vilex.Objective, prompt: str, images: Sequence[np.ndarray], num_tokens: int | None, room: int
+  objective: vilex.Objective, prompt: str, images: Sequence[np.ndarray], num_tokens: Numbers, room: int
 ) -> list[int]:
   """How many tokens of each image stand in a prompt that has room for so many; its words stay in any case."""
-  share = room // max(len(images), 1)
-  if room < 0 or (images and share < 1):
-    raise UserError(f"the prompt '{prompt}' leaves no room for {len(images)} images: shorten it")
-  wanted = check_number(objective, num_tokens)
-  if num_tokens is not None and len(images) * wanted > room:
+  wanted = list(num_tokens) if isinstance(num_tokens, Sequence) else [num_tokens] * len(images)
+  if len(wanted) != len(images):
     raise UserError(
-      f"num_tokens is {wanted} for each of {len(images)} images: beside the words of '{prompt}' at most "
-      f"{share} fit"
+      f"num_tokens has {len(wanted)} numbers for {len(images)} images: give one for each, or a single one"
     )
-  return [min(len(tokens), wanted, share) for tokens in images]
+  if room < len(images):
+    raise UserError(f"the prompt '{prompt}' leaves no room for {len(images)} images: shorten it")
+  left, sharing = room, 0
+  for number, tokens in zip(wanted, images, strict=True):
+    if number is None:
+      sharing += 1
+    elif check_number(objective, number) > len(tokens):
+      raise UserError(
+        f"num_tokens is {number} for an image of which only {len(tokens)} are given: give fewer"
+      )
+    else:
+      left -= number
+  if left < sharing:
+    raise UserError(
+      f"num_tokens asks for {room - left} tokens, and {sharing} images share the rest: beside the words of "
+      f"'{prompt}' at most {room} fit"
+    )
+  share = left // max(sharing, 1)
+  return [
+    min(len(tokens), share) if number is None else number
+    for number, tokens in zip(wanted, images, strict=True)
+  ]
 
 
 def between(first: np.ndarray, second: np.ndarray, share: float) -> np.ndarray:
@@ -111,17 +154,67 @@ def write_embedding(path: epath.PathLike, tokens: np.ndarray, objective: vilex.O
   """Writes an image's tokens float [k, d] as a textual inversion (Gal et al. 2023), a safetensors file.
 
   Programs that load such files show the image for a word of their own. Those for Stable Diffusion 1 and 2
-  look for "emb_params", those for XL for "clip_l" and "clip_g"; diffusers takes either, see its
-  `load_textual_inversion`.
+  look for "emb_params", those for XL for "clip_l" and "clip_g".
 
   Raises:
     UserError: if the path cannot be written.
   """
   widths = objective.renderer.model.text_widths
-  names = ("emb_params",) if len(widths) == 1 else ("clip_l", "clip_g")
   parts = np.split(np.asarray(tokens, np.float32), np.cumsum(widths)[:-1], axis=-1)
-  data = {name: np.ascontiguousarray(part) for name, part in zip(names, parts, strict=True)}
+  _write(path, dict(zip(_names(widths), parts, strict=True)))
+
+
+def write_tokens(path: epath.PathLike, tokens: np.ndarray) -> None:
+  """Writes tokens of images float [b, k, d] as "tokens" of a safetensors file, in float32.
+
+  Raises:
+    UserError: if the path cannot be written.
+  """
+  _write(path, {_TOKENS: np.asarray(tokens, np.float32)})
+
+
+def read_tokens(path: epath.PathLike, objective: vilex.Objective) -> np.ndarray:
+  """Reads what `write_tokens` or `write_embedding` wrote, or a textual inversion of other programs.
+
+  Args:
+    path: a safetensors file.
+    objective: of the model that is to see the tokens.
+
+  Returns:
+    float32 [b, k, d]; b is 1 for a textual inversion.
+
+  Raises:
+    UserError: if the file is none of these, or not for this model.
+  """
+  found, widths = tensors_lib.read(path), objective.renderer.model.text_widths
+  # A single tensor may have the name of the word that stands for it.
+  names = list(found) if len(found) == len(widths) == 1 else _names(widths)
+  parts = [np.atleast_2d(found[name]) for name in names if name in found]
+  if _TOKENS in found:
+    tokens = found[_TOKENS]
+  elif len(parts) == len(widths) and len({part.shape[:-1] for part in parts}) == 1:
+    tokens = np.concatenate(parts, axis=-1)[None]
+  else:
+    raise UserError(
+      f"{path} holds no tokens of images: give a file of maskgen.tools.vilex encode, or a picture"
+    )
+  if tokens.ndim != 3 or tokens.shape[-1] != sum(widths) or not 1 <= tokens.shape[1] <= objective.tokens:
+    raise UserError(
+      f"{path} holds tokens of shape {list(tokens.shape[1:])}, this model's have [1 to {objective.tokens}, "
+      f"{sum(widths)}]: give the picture, or tokens for the same text-to-image model"
+    )
+  if not np.isfinite(tokens).all():
+    raise UserError(f"{path} holds tokens that are not finite: write it again")
+  return tokens.astype(np.float32)
+
+
+def _names(widths: Sequence[int]) -> tuple[str, ...]:
+  return ("emb_params",) if len(widths) == 1 else ("clip_l", "clip_g")
+
+
+def _write(path: epath.PathLike, data: dict[str, np.ndarray]) -> None:
+  saved = safetensors.numpy.save({name: np.ascontiguousarray(value) for name, value in data.items()})
   try:
-    epath.Path(path).write_bytes(safetensors.numpy.save(data))
+    epath.Path(path).write_bytes(saved)
   except OSError as error:
     raise UserError(f"{path} is not writable ({error.strerror or error}): give another path") from None

@@ -2,15 +2,17 @@
 
 import numpy as np
 import pytest
+import test_text_to_image
 import tiny
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 from test_vilex import LENGTH, SECTION, SIZE, TOKENS, batch, setup
 
 import maskgen
-from maskgen import checkpoint, lexicon
+from maskgen import checkpoint, lexicon, objectives
 from maskgen.errors import UserError
 
 trained = tiny.trained
+folders = test_text_to_image.folders
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +66,68 @@ def test_layouts():
       lexicon.lay_out(objective, *arguments)
 
 
+def test_shares_of_a_prompt():
+  """Numbers that are asked for are kept to; the other images share the rest."""
+  objective, _, _ = setup()
+  tokens = np.ones((TOKENS, 8), np.float32)
+  for wanted, expected in (
+    ([1, None, None], [1, 3, 3]),
+    ([4, 3, None], [4, 3, 1]),
+    ([None, 1, 2], [4, 1, 2]),
+    (2, [2, 2, 2]),
+    (None, [2, 2, 2]),
+  ):
+    laid = lexicon.lay_out(objective, "{}{}{}", [tokens] * 3, wanted)
+    np.testing.assert_array_equal(laid["number"], expected)
+  for images, wanted, message in (
+    (3, [4, 4, None], "num_tokens asks for 8 tokens, and 1 images share the rest: .* at most 8 fit"),
+    (3, [4, 4, 4], "asks for 12 tokens"),
+    (3, [1, 2], "num_tokens has 2 numbers for 3 images: give one for each"),
+    (3, [1, 2, 0], "num_tokens is 0: this model has 1 to 4"),
+    (9, None, "leaves no room for 9 images"),
+  ):
+    with pytest.raises(UserError, match=message):
+      lexicon.lay_out(objective, "{}" * images, [tokens] * images, wanted)
+  with pytest.raises(UserError, match="num_tokens is 3 for an image of which only 2 are given"):
+    lexicon.lay_out(objective, "{}", [tokens[:2]], 3)
+
+
+def test_another_image_in_each_row(model):
+  images = batch()["image"][:3]
+  rows = model.generate(5, prompt="{} on {}", images=[images, images[0]])
+  assert len(rows) == 3
+  tokens = model.encode(images)
+  np.testing.assert_array_equal(model.generate(5, prompt="{} on {}", images=[tokens, images[0]]), rows)
+  first = model.generate(5, 1, prompt="{} on {}", images=[images[0]] * 2)
+  np.testing.assert_allclose(first[0], rows[0], atol=1e-5)
+  third = model.generate(5, 3, prompt="{} on {}", images=[images[2], images[0]])
+  np.testing.assert_allclose(third[2], rows[2], atol=1e-5)
+  with pytest.raises(UserError, match="an image of the prompt has 3 rows, 2 images are to be made"):
+    model.generate(5, 2, images=[images])
+
+
+def test_negative_prompts(model):
+  """Guidance leads away from them, in the place of nothing."""
+  image = batch()["image"][0]
+  given = dict(prompt="{} on blue", images=[image], batch=1)
+  usual = model.generate(**given, image_guidance=2.0)
+  np.testing.assert_allclose(
+    model.generate(**given, negative_prompt="", image_guidance=2.0), usual, atol=1e-5
+  )
+  away = model.generate(**given, negative_prompt="a red cat", image_guidance=2.0)
+  assert np.abs(away - usual).max() > 1e-4
+  indifferent = [
+    model.generate(**given, negative_prompt=text, image_guidance=1.0) for text in (None, "a red cat")
+  ]
+  np.testing.assert_allclose(*indifferent, atol=1e-5)
+  words = model.generate(prompt="blue", negative_prompt="blue", batch=1, text_guidance=5.0)
+  np.testing.assert_allclose(words, model.generate(prompt="blue", batch=1, text_guidance=1.0), atol=1e-5)
+  with pytest.raises(UserError, match="has a word that this model never read, 'dog'"):
+    model.generate(**given, negative_prompt="a dog")
+  with pytest.raises(UserError, match=r"has 9 words .*: shorten it, this model reads 8"):
+    model.generate(**given, negative_prompt="a " * 9)
+
+
 def test_between_tokens():
   first, second = np.random.default_rng(0).normal(size=(2, 3, 8)).astype(np.float32)
   second *= np.linalg.norm(first, axis=-1, keepdims=True) / np.linalg.norm(second, axis=-1, keepdims=True)
@@ -74,13 +138,49 @@ def test_between_tokens():
   np.testing.assert_allclose(lexicon.between(first, first, 0.3), first, atol=1e-6)
 
 
-def test_textual_inversions(tmp_path):
+def test_files_of_tokens(tmp_path):
   objective, _, _ = setup()
-  tokens = np.random.default_rng(0).normal(size=(2, 8)).astype(np.float32)
+  tokens = np.random.default_rng(0).normal(size=(3, 2, 8)).astype(np.float32)
+  lexicon.write_tokens(tmp_path / "three.safetensors", tokens)
+  np.testing.assert_array_equal(lexicon.read_tokens(tmp_path / "three.safetensors", objective), tokens)
+  assert load_file(tmp_path / "three.safetensors").keys() == {"tokens"}
+
+
+@pytest.mark.parametrize(("name", "widths"), [("sd", (8,)), ("xl", (4, 8))])
+def test_textual_inversions(folders, tmp_path, name, widths):
+  """Written for models of one and of two text encoders, and read again."""
+  decoder = dict(name="diffusers", folder=str(folders / name), image_size=(8, 8))
+  objective = objectives.build(SECTION | dict(decoder=decoder, tokens=3))
+  tokens = np.random.default_rng(0).normal(size=(2, sum(widths))).astype(np.float32)
   lexicon.write_embedding(tmp_path / "cat.safetensors", tokens, objective)
   found = load_file(tmp_path / "cat.safetensors")
-  assert found.keys() == {"emb_params"}
-  np.testing.assert_array_equal(found["emb_params"], tokens)
+  names = ["emb_params"] if len(widths) == 1 else ["clip_l", "clip_g"]
+  assert found.keys() == {*names}
+  np.testing.assert_array_equal(np.concatenate([found[name] for name in names], axis=-1), tokens)
+  np.testing.assert_array_equal(lexicon.read_tokens(tmp_path / "cat.safetensors", objective), tokens[None])
+  if len(widths) == 1:  # under the name of a word, and in half precision, as others write them
+    save_file({"<cat>": tokens.astype(np.float16)}, tmp_path / "cat.safetensors")
+    found = lexicon.read_tokens(tmp_path / "cat.safetensors", objective)
+    np.testing.assert_allclose(found, tokens[None], atol=1e-3)
+
+
+@pytest.mark.parametrize(
+  ("data", "message"),
+  [
+    ({"tokens": np.zeros((1, 2, 9))}, r"holds tokens of shape \[2, 9\], this model's have \[1 to 4, 8\]"),
+    ({"tokens": np.zeros((1, 5, 8))}, r"holds tokens of shape \[5, 8\]"),
+    ({"tokens": np.zeros((1, 0, 8))}, r"holds tokens of shape \[0, 8\]"),
+    ({"tokens": np.zeros(8)}, r"holds tokens of shape \[\]"),
+    ({"tokens": np.full((1, 1, 8), np.nan)}, "holds tokens that are not finite"),
+    ({"a": np.zeros((1, 8)), "b": np.zeros((1, 8))}, "holds no tokens of images: give a file of"),
+    ({"word": np.zeros(())}, r"holds tokens of shape"),
+    ({"clip_l": np.zeros((1, 8)), "clip_g": np.zeros((1, 8))}, "holds no tokens of images"),
+  ],
+)
+def test_wrong_files_of_tokens(data, message, tmp_path):
+  save_file({name: value.astype(np.float32) for name, value in data.items()}, tmp_path / "a.safetensors")
+  with pytest.raises(UserError, match=message):
+    lexicon.read_tokens(tmp_path / "a.safetensors", setup()[0])
 
 
 def test_other_models_have_no_tokens_of_images(trained):

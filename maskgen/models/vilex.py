@@ -116,6 +116,7 @@ class Renderer:
     keys: jax.Array,
     words: Sequence[Run],
     images: Sequence[Run],
+    avoided: Run | None = None,
     *,
     image_guidance: float | jax.Array,
     text_guidance: float | jax.Array,
@@ -132,12 +133,14 @@ class Renderer:
       keys: one per image.
       words: of the prompt: what is before, between and behind its images; or none.
       images: of the prompt.
+      avoided: what guidance leads away from, in the place of nothing.
       image_guidance: see `Sampling`, as for the others.
       text_guidance: likewise.
       sampler: likewise.
       steps: likewise.
     """
-    conditions, scales = [self.nothing(params, len(keys))], []
+    nothing = self.nothing(params, len(keys)) if avoided is None else self.condition(params, [avoided])[0]
+    conditions, scales = [nothing], []
     if images:
       conditions.append(self.condition(params, images)[0])
       scales.append(image_guidance)

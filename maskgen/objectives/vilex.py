@@ -259,13 +259,14 @@ class Objective:
     def generate(variables, batch, rng, **options):
       frozen, chosen = variables["frozen"]["decoder"], dataclasses.asdict(self.sampling) | options
       words, images = [], []
+      avoided = renderer.caption(frozen, batch["avoided"]) if "avoided" in batch else None
       if "words" in batch:
         pieces, number = batch["words"], batch["num_words"]
         words = [renderer.words(frozen, pieces[:, i], number[:, i]) for i in range(pieces.shape[1])]
       if "vectors" in batch:
         vectors, number = batch["vectors"], batch["number"]
         images = [Run(vectors[:, i], number[:, i]) for i in range(vectors.shape[1])]
-      return renderer.draw(frozen, batch["key"], words, images, **chosen)
+      return renderer.draw(frozen, batch["key"], words, images, avoided, **chosen)
 
     def reconstruct(variables, batch, rng, **options):
       vectors = encode(variables, batch, rng)
