@@ -1,0 +1,344 @@
+"""Draws images from images, alone or among words: python -m maskgen.tools.vilex COMMAND --model=DIR ..."""
+
+import argparse
+import logging
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from etils import epath
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+from maskgen import cli, sheet
+from maskgen import images as images_lib
+from maskgen.errors import UserError
+
+FILE_OF_TOKENS = ".safetensors"
+# Options of sampling, by default the config's.
+_SAMPLING = ("steps", "sampler", "image_guidance", "text_guidance")
+log = logging.getLogger("maskgen")
+
+
+class Seen(NamedTuple):
+  """An image as the model sees it.
+
+  Attributes:
+    name: as it was given.
+    picture: uint8 [h, w, c], of the model's size; or what stands for it, if it was given as tokens.
+    tokens: float32 [k, d].
+    number: how many of them are wanted; None for as many as fit.
+  """
+
+  name: str
+  picture: np.ndarray
+  tokens: np.ndarray
+  number: int | None
+
+
+# What is written below a picture on a sheet, with the image that was given, or arguments of `generate`.
+Entry = tuple[str, Seen | dict[str, Any]]
+
+
+def main(argv: Sequence[str]) -> None:
+  """Parses the command line and does what the command says.
+
+  Raises:
+    UserError: for anything from outside that is wrong.
+  """
+  parser = cli.Parser(
+    "Turns images into words of a text-to-image model, with a model that was trained by the vilex objective. "
+    "Each command has its own --help.\n"
+    + "".join(f"\n  {name:<12} {what}" for name, (_, what) in COMMANDS.items()),
+    "python -m maskgen.tools.vilex prompt --model=runs/vilex_digits/vilex --image=in.png "
+    '--prompt="{} on a red background" --out=out.png',
+  )
+  parser.add_argument("command", choices=COMMANDS, help="what to do")
+  run, _ = COMMANDS[parser.parse_args(argv[:1]).command]
+  run(argv[1:])
+
+
+def reconstruct(argv: Sequence[str]) -> None:
+  """Draws images anew from their tokens alone."""
+  parser = _parser(
+    "Draws images anew from their first tokens, a row for each image and seed: the image beside what is "
+    "drawn from 1, 2, 4, ... of its tokens.",
+    "reconstruct --model=runs/vilex_digits/vilex --image=in.png --count=3 --out=out.png",
+  )
+  parser.add_argument("--num_tokens", help="how many, such as 4 or 1,4,8; by default powers of two, and all")
+  parser.add_argument("--count", type=int, default=1, help="how many of each")
+  parser.add_argument("--seed", type=int, default=0, help="seed of the first; the others have seed + 1, ...")
+  _add_sampling(parser)
+  args = _parse(parser, argv, ".png")
+  numbers = None if args.num_tokens is None else _whole_numbers("num_tokens", args.num_tokens)
+  model, seen = _load(args)
+
+  from maskgen import lexicon, prompts
+
+  n = model.objective.tokens
+  powers = [int(k) for k in prompts.TailDrop("powers").choices(n)]
+  sections: dict[str, list[Entry]] = {}
+  for image in seen:
+    wanted = numbers or [k for k in powers if k <= len(image.tokens)]
+    chosen = [lexicon.check_number(model.objective, k) for k in ([image.number] if image.number else wanted)]
+    for seed in range(args.seed, args.seed + args.count):
+      drawn = [(_plural(k), dict(seed=seed, images=[image.tokens], num_tokens=k)) for k in chosen]
+      sections[f"{image.name}, --seed={seed}"] = [("the image", image), *drawn]
+  _draw(args, model, sections)
+
+
+def prompt(argv: Sequence[str]) -> None:
+  """Draws what a prompt with images says."""
+  parser = _parser(
+    "Draws what a prompt says, in which {} stands for an image. Without {} the images come before the words.",
+    'prompt --model=runs/vilex_digits/vilex --prompt="{} on a red background" --image=in.png:4 --count=8 '
+    "--text_guidance=3 --out=out.png",
+    image_is_required=False,
+  )
+  parser.add_argument("--prompt", default="", help="words, with {} for each --image")
+  _add_num_tokens(parser)
+  parser.add_argument("--count", type=int, default=1, help="how many pictures")
+  parser.add_argument("--seed", type=int, default=0, help="seed; picture i is made with seed + i")
+  _add_sampling(parser)
+  _add_words(parser)
+  args = _parse(parser, argv, ".png")
+  if not args.prompt and not args.image:
+    raise UserError("neither --prompt nor --image is given: give at least one of them")
+  model, seen = _load(args, args.num_tokens)
+
+  from maskgen import lexicon
+
+  tokens, numbers = [image.tokens for image in seen], [image.number for image in seen]
+  stand = lexicon.lay_out(model.objective, args.prompt, tokens, numbers).get("number", ())
+  sections: dict[str, list[Entry]] = {}
+  if seen:
+    sections["images"] = [(_plural(k), image) for image, k in zip(seen, stand, strict=True)]
+  sections[args.prompt or "images alone"] = [
+    (f"--seed={seed}", dict(seed=seed, prompt=args.prompt, images=tokens, num_tokens=numbers))
+    for seed in range(args.seed, args.seed + args.count)
+  ]
+  _draw(args, model, sections)
+
+
+def interpolate(argv: Sequence[str]) -> None:
+  """Draws what is between two images."""
+  parser = _parser(
+    "Draws images between two, all from the same noise.",
+    "interpolate --model=runs/vilex_digits/vilex --image=first.png --image=second.png --out=out.png",
+  )
+  parser.add_argument("--prompt", default="", help='words around them, such as "a {} on a red background"')
+  _add_num_tokens(parser)
+  parser.add_argument(
+    "--count", type=int, default=7, help="how many pictures, with the two ends; by default 7"
+  )
+  parser.add_argument("--seed", type=int, default=0, help="seed of all of them")
+  _add_sampling(parser)
+  _add_words(parser)
+  args = _parse(parser, argv, ".png")
+  model, seen = _load(args, args.num_tokens)
+  if len(seen) != 2:
+    raise UserError(f"--image gives {len(seen)} images: give the two to draw between")
+
+  from maskgen import lexicon
+
+  first, second = (image.tokens[: image.number] for image in seen)
+  k = min(len(first), len(second))
+  drawn: list[Entry] = []
+  for share in np.linspace(0.0, 1.0, args.count):
+    tokens = lexicon.between(first[:k], second[:k], share)
+    drawn.append((f"{share:.0%}", dict(seed=args.seed, prompt=args.prompt, images=[tokens])))
+  lexicon.lay_out(model.objective, args.prompt, [first[:k]])  # which checks the prompt
+  title = f"{args.prompt or 'images alone'}, from the first to the second"
+  _draw(args, model, {"images": [(_plural(k), image) for image in seen], title: drawn})
+
+
+def encode(argv: Sequence[str]) -> None:
+  """Writes tokens of images."""
+  parser = _parser(
+    "Writes the tokens of images to a file, which stands for them wherever an image is expected.",
+    "encode --model=runs/vilex_digits/vilex --image=a.png --image=b.png --num_tokens=4 --out=ab.safetensors",
+  )
+  _add_num_tokens(parser)
+  args = _parse(parser, argv, FILE_OF_TOKENS)
+  _, seen = _load(args, args.num_tokens)
+  tokens = [image.tokens[: image.number] for image in seen]
+  if len({len(one) for one in tokens}) > 1:
+    numbers = ", ".join(str(len(one)) for one in tokens)
+    raise UserError(f"--image gives {numbers} tokens: give --num_tokens alone, which is the same for all")
+
+  from maskgen import lexicon
+
+  lexicon.write_tokens(args.out, np.stack(tokens))
+  k, d = tokens[0].shape
+  print(f"wrote {k} tokens of {d} numbers for each of {len(tokens)} images to {args.out}")
+
+
+def embedding(argv: Sequence[str]) -> None:
+  """Writes an image as a textual inversion."""
+  parser = _parser(
+    "Writes an image as a textual inversion, which other programs for the same text-to-image model load as a "
+    "word of their own; docs/vilex.md says how.",
+    "embedding --model=runs/vilex_sd15 --image=dog.png:16 --out=dog.safetensors",
+  )
+  _add_num_tokens(parser)
+  args = _parse(parser, argv, FILE_OF_TOKENS)
+  model, seen = _load(args, args.num_tokens)
+  if len(seen) != 1:
+    raise UserError(f"--image gives {len(seen)} images: give one, as a file is one word")
+
+  from maskgen import lexicon
+
+  tokens = seen[0].tokens[: seen[0].number]
+  lexicon.write_embedding(args.out, tokens, model.objective)
+  print(f"wrote {len(tokens)} vectors to {args.out}")
+
+
+COMMANDS: Mapping[str, tuple[Callable[[Sequence[str]], None], str]] = {
+  "reconstruct": (reconstruct, "draws images anew from more and more of their tokens"),
+  "prompt": (prompt, "draws what a prompt says, in which images stand among words"),
+  "interpolate": (interpolate, "draws images between two"),
+  "encode": (encode, "writes the tokens of images to a file"),
+  "embedding": (embedding, "writes an image as a word that other programs load"),
+}
+
+
+def _parser(what: str, example: str, *, image_is_required: bool = True) -> argparse.ArgumentParser:
+  """The arguments that all commands have."""
+  parser = cli.Parser(what, f"python -m maskgen.tools.vilex {example}")
+  parser.add_argument("--model", required=True, help="workdir of a run, or an export")
+  parser.add_argument(
+    "--image",
+    action="append",
+    required=image_is_required,
+    metavar="FILE[:k]",
+    help="a picture of any size, of which the middle is seen, or a file of tokens, which stands for all its "
+    "images; :k is for the first k tokens; may be given several times",
+  )
+  parser.add_argument("--out", required=True, help="file to write")
+  return parser
+
+
+def _add_num_tokens(parser: argparse.ArgumentParser) -> None:
+  parser.add_argument(
+    "--num_tokens", type=int, help="how many tokens of an image that has no :k; by default all that fit"
+  )
+
+
+def _add_sampling(parser: argparse.ArgumentParser) -> None:
+  options = parser.add_argument_group("sampling, by default as in the config")
+  options.add_argument("--steps", type=int, help="how often the network is called")
+  options.add_argument("--sampler", help="dpm or ddim")
+  options.add_argument("--image_guidance", type=float, help="how much images count; 1 is as trained")
+
+
+def _add_words(parser: argparse.ArgumentParser) -> None:
+  options = parser.add_argument_group("words")
+  options.add_argument(
+    "--text_guidance", type=float, help="how much they count beside images; more costs likeness to these"
+  )
+  options.add_argument("--negative_prompt", help="what is not to be seen")
+
+
+def _parse(parser: argparse.ArgumentParser, argv: Sequence[str], kind: str) -> argparse.Namespace:
+  """Parses the command line of a command that writes files of a kind."""
+  args = parser.parse_args(argv)
+  cli.check_out(args.out, kind=kind)
+  if getattr(args, "count", 1) < 1:
+    raise UserError(f"--count={args.count}: give at least 1")
+  return args
+
+
+def _whole_numbers(name: str, text: str) -> list[int]:
+  try:
+    return [int(part) for part in text.split(",")]
+  except ValueError:
+    raise UserError(f"--{name}={text}: give whole numbers, such as 4 or 1,4,8") from None
+
+
+def _load(args: argparse.Namespace, num_tokens: int | None = None) -> tuple[Any, list[Seen]]:
+  """The model and the images, of each of which so many tokens are wanted if it does not say.
+
+  What is wrong with pictures shows before the model is loaded.
+  """
+  from maskgen import api, checkpoint
+
+  opened = [_open(text) for text in args.image or ()]
+  objective = checkpoint.load_config(args.model).get("objective")
+  if objective and objective["name"] != "vilex":
+    raise UserError(
+      f"--model={args.model} is of objective '{objective['name']}': give one of the vilex objective"
+    )
+  log.info("loading %s", args.model)
+  model = api.load(args.model)
+  seen = []
+  for path, picture, number in tqdm(opened, desc="reading images", disable=len(opened) < 2):
+    seen += _see(model, path, picture, num_tokens if number is None else number)
+  return model, seen
+
+
+def _open(text: str) -> tuple[str, Image.Image | None, int | None]:
+  """The path, the picture if it is one, and the number of tokens of an --image."""
+  found = None if epath.Path(text).exists() else re.fullmatch(r"(.+):(-?\d+)", text)
+  path, number = (found[1], int(found[2])) if found else (text, None)
+  what = f"--image={path}"
+  if not path.endswith(FILE_OF_TOKENS):
+    return path, images_lib.on_white(images_lib.open_picture(path, what)), number
+  if not epath.Path(path).is_file():
+    raise UserError(f"{what}: there is no such file")
+  return path, None, number
+
+
+def _see(model: Any, path: str, picture: Image.Image | None, number: int | None) -> list[Seen]:
+  """The image of a picture file, or those of a file of tokens."""
+  from maskgen import lexicon
+
+  objective = model.objective
+  if number is not None:
+    lexicon.check_number(objective, number)
+  height, width, _ = objective.image_shape
+  if picture is not None:
+    pixels = np.asarray(ImageOps.fit(picture, (width, height), Image.Resampling.BICUBIC))
+    return [Seen(path, pixels, model.encode(pixels[None])[0], number)]
+  tokens = lexicon.read_tokens(path, objective)
+  if number is not None and number > tokens.shape[1]:
+    raise UserError(f"--image={path}:{number}: the file holds only {tokens.shape[1]} tokens of an image")
+  shown = sheet.fit(np.zeros((height, width, 1), np.uint8)).shape
+  drawn = sheet.page(f"{path}, {tokens.shape[1]} tokens", shown[0], shown[1])
+  names = [path] if len(tokens) == 1 else [f"{path}, image {i}" for i in range(len(tokens))]
+  return [Seen(name, drawn, one, number) for name, one in zip(names, tokens, strict=True)]
+
+
+def _plural(k: int) -> str:
+  return "1 token" if k == 1 else f"{k} tokens"
+
+
+def _draw(args: argparse.Namespace, model: Any, sections: Mapping[str, Sequence[Entry]]) -> None:
+  """Draws and writes pictures: one alone, several each in a file, and all on a sheet."""
+  names = (*_SAMPLING, "negative_prompt")
+  options = {name: value for name in names if (value := getattr(args, name, None)) is not None}
+  total = sum(isinstance(what, dict) for cards in sections.values() for _, what in cards)
+  stem = args.out.removesuffix(".png")
+  files = [f"{stem}_{i}.png" for i in range(total)] if total > 1 else [args.out]
+  drawn: dict[str, list[sheet.Card]] = {title: [] for title in sections}
+  waiting = iter(files)
+  with tqdm(total=total, desc="drawing", unit="picture") as progress:
+    for title, cards in sections.items():
+      for text, what in cards:
+        if isinstance(what, Seen):
+          picture, name = what.picture, what.name
+        else:
+          picture, file = model.generate(batch=1, **what, **options)[0], next(waiting)
+          name = epath.Path(file).name
+          images_lib.write_png(file, picture)
+          progress.update()
+        drawn[title].append(sheet.Card([sheet.fit(picture)], [text], name))
+  if total > 1:
+    images_lib.write_png(args.out, sheet.draw(drawn))
+    print(f"wrote {files[0]} to {files[-1]}, and {args.out}, which shows them all")
+  else:
+    print(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+  cli.run(main)

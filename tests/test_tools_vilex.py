@@ -1,0 +1,227 @@
+"""The tool that shows images to a text-to-image model as words."""
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.numpy import load_file, save_file
+from test_vilex import DECODER, SECTION, SIZE, setup
+
+import maskgen
+from maskgen import checkpoint, images, lexicon
+from maskgen.errors import UserError
+from maskgen.tools import vilex
+
+COMMANDS = tuple(vilex.COMMANDS)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  """A model with random weights, two pictures of its size, and files that are of no use."""
+  folder = tmp_path_factory.mktemp("vilex")
+  _, variables, _ = setup()
+  checkpoint.write_export(folder / "model", {"objective": SECTION}, variables)
+  decoder = {"params": {"main": variables["frozen"]["decoder"]}, "frozen": {}, "extra": {}}
+  checkpoint.write_export(folder / "decoder", {"objective": DECODER}, decoder)
+  for seed, name in enumerate(("a.png", "b.png")):
+    Image.fromarray(picture(SIZE, SIZE, seed)).save(folder / name)
+  Image.new("I;16", (SIZE, SIZE)).save(folder / "deep.png")
+  (folder / "text.png").write_text("no picture")
+  (folder / "text.safetensors").write_text("{" * 20)
+  save_file({"tokens": np.zeros((1, 2, 9), np.float32)}, folder / "other.safetensors")
+  lexicon.write_tokens(folder / "two.safetensors", np.zeros((2, 2, 8)))
+  return folder
+
+
+@pytest.fixture(scope="module")
+def model(folder):
+  return maskgen.load(folder / "model")
+
+
+def picture(height, width, seed=0):
+  return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
+
+
+def run(folder, command, *arguments):
+  given = [argument.replace("@", f"{folder}/") for argument in arguments]
+  vilex.main([command, f"--model={folder / 'model'}", *given])
+
+
+def read(path):
+  with Image.open(path) as opened:
+    return np.asarray(opened)
+
+
+def files(folder):
+  return sorted(path.name for path in folder.iterdir())
+
+
+def test_reconstructions(folder, model, tmp_path, capsys):
+  run(folder, "reconstruct", "--image=@a.png", "--image=@b.png:3", "--count=2", f"--out={tmp_path}/x.png")
+  # 1, 2 and 4 tokens of one, 3 of the other, of two seeds.
+  assert files(tmp_path) == ["x.png", *(f"x_{i}.png" for i in range(8))]
+  assert f"{tmp_path}/x_0.png to {tmp_path}/x_7.png" in capsys.readouterr().out
+  a, b = (picture(SIZE, SIZE, seed)[None] for seed in (0, 1))
+  for i, (image, k, seed) in {0: (a, 1, 0), 2: (a, 4, 0), 4: (a, 2, 1), 6: (b, 3, 0), 7: (b, 3, 1)}.items():
+    np.testing.assert_array_equal(read(tmp_path / f"x_{i}.png"), model.reconstruct(image, k, seed)[0])
+  run(folder, "reconstruct", "--image=@a.png", "--num_tokens=2", "--seed=1", f"--out={tmp_path}/one.png")
+  np.testing.assert_array_equal(read(tmp_path / "one.png"), read(tmp_path / "x_4.png"))
+
+
+def test_prompts(folder, model, tmp_path):
+  """The tool is the API; picture i of a seed is picture 0 of seed + i."""
+  prompt = "a {} on {}"
+  given = [f"--prompt={prompt}", "--image=@a.png:1", "--image=@b.png"]
+  options = ["--image_guidance=1.5", "--text_guidance=3", "--negative_prompt=blue", "--steps=3"]
+  run(folder, "prompt", *given, *options, "--seed=4", "--count=2", f"--out={tmp_path}/x.png")
+  assert files(tmp_path) == ["x.png", "x_0.png", "x_1.png"]
+  expected = model.generate(
+    5,
+    1,
+    prompt=prompt,
+    images=[picture(SIZE, SIZE, seed) for seed in (0, 1)],
+    num_tokens=[1, None],
+    image_guidance=1.5,
+    text_guidance=3.0,
+    negative_prompt="blue",
+    steps=3,
+  )
+  np.testing.assert_array_equal(read(tmp_path / "x_1.png"), images.to_uint8(expected[0]))
+  run(folder, "prompt", *given, *options, "--seed=5", f"--out={tmp_path}/y.png")
+  np.testing.assert_array_equal(read(tmp_path / "y.png"), read(tmp_path / "x_1.png"))
+  run(folder, "prompt", "--prompt=a red cat", f"--out={tmp_path}/words.png")
+  expected = model.generate(0, 1, prompt="a red cat")
+  np.testing.assert_array_equal(read(tmp_path / "words.png"), images.to_uint8(expected[0]))
+
+
+def test_interpolations(folder, model, tmp_path):
+  run(folder, "interpolate", "--image=@a.png", "--image=@b.png", "--count=3", f"--out={tmp_path}/x.png")
+  ends = [picture(SIZE, SIZE, seed) for seed in (0, 1)]
+  for i, expected in enumerate(images.to_uint8(model.interpolate(*ends, count=3))):
+    np.testing.assert_array_equal(read(tmp_path / f"x_{i}.png"), expected)
+
+
+def test_tokens_stand_for_images(folder, model, tmp_path, capsys):
+  out = f"{tmp_path}/ab.safetensors"
+  run(folder, "encode", "--image=@a.png", "--image=@b.png", "--num_tokens=3", f"--out={out}")
+  assert "wrote 3 tokens of 8 numbers for each of 2 images" in capsys.readouterr().out
+  ends = np.stack([picture(SIZE, SIZE, seed) for seed in (0, 1)])
+  np.testing.assert_allclose(load_file(out)["tokens"], model.encode(ends, 3), atol=1e-6)
+  pictures = ["--image=@a.png:3", "--image=@b.png:3"]
+  for command, name in (("prompt", "x.png"), ("interpolate", "x_1.png")):
+    made = []
+    for given in (pictures, [f"--image={out}"]):
+      run(folder, command, *given, "--count=2", f"--out={tmp_path}/x.png")
+      made.append(read(tmp_path / name.replace("x.png", "x_1.png")))
+    np.testing.assert_array_equal(*made)
+
+
+def test_embeddings(folder, model, tmp_path):
+  out = f"{tmp_path}/a.safetensors"
+  run(folder, "embedding", "--image=@a.png:2", f"--out={out}")
+  tokens = model.encode(picture(SIZE, SIZE)[None], 2)
+  np.testing.assert_array_equal(load_file(out)["emb_params"], tokens[0])
+  for name, image in (("x", f"--image={out}"), ("y", "--image=@a.png:2")):  # it is read as well
+    run(folder, "prompt", "--prompt=a {}", image, f"--out={tmp_path}/{name}.png")
+  np.testing.assert_array_equal(read(tmp_path / "x.png"), read(tmp_path / "y.png"))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "CMYK", "LA"])
+def test_pictures_of_any_kind(mode, folder, model, tmp_path):
+  """Their middle is seen, upright and on white."""
+  wide = Image.fromarray(picture(SIZE, 3 * SIZE)).convert(mode)
+  exif = Image.Exif()
+  exif[0x0112] = 3  # upside down
+  wide.save(tmp_path / "in.tif", exif=exif)
+  run(folder, "encode", f"--image={tmp_path}/in.tif", f"--out={tmp_path}/out.safetensors")
+  middle = np.asarray(wide.convert("RGB"))[::-1, ::-1][:, SIZE : 2 * SIZE]
+  found = load_file(tmp_path / "out.safetensors")["tokens"]
+  np.testing.assert_allclose(found, model.encode(middle[None]), atol=1e-6)
+
+
+def test_pictures_of_any_size(folder, model, tmp_path):
+  for i, size in enumerate(((100, 70), (5, 3))):
+    Image.new("RGB", size, (10, 200, 60)).save(tmp_path / f"{i}.png")
+    run(folder, "encode", f"--image={tmp_path}/{i}.png", f"--out={tmp_path}/{i}.safetensors")
+    found = load_file(tmp_path / f"{i}.safetensors")["tokens"]
+    plain = np.full((1, SIZE, SIZE, 3), (10, 200, 60), np.uint8)
+    np.testing.assert_allclose(found, model.encode(plain), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+  ("command", "arguments", "message"),
+  [
+    ("prompt", ["--prompt=a {}"], r"the prompt 'a \{\}' has 1 places \{\} for 0 images"),
+    ("prompt", ["--prompt=a {} {}", "--image=@a.png"], r"has 2 places \{\} for 1 images"),
+    ("prompt", ["--prompt=a {}", "--image=@two.safetensors"], r"has 1 places \{\} for 2 images"),
+    ("prompt", ["--prompt=a {} dog", "--image=@a.png"], r"that this model never read, 'dog'"),
+    ("prompt", ["--prompt=a {} a a a a a a a", "--image=@a.png"], r"leaves no room for 1 images: shorten"),
+    ("prompt", ["--prompt=a {} a a a a a", "--image=@a.png:3"], r"asks for 3 tokens.* at most 2 fit"),
+    ("prompt", ["--prompt=a {}", "--image=@a.png:5"], r"num_tokens is 5: this model has 1 to 4"),
+    ("prompt", ["--prompt=a {}", "--image=@a.png", "--num_tokens=0"], r"num_tokens is 0: this model has"),
+    ("prompt", ["--image=@a.png:-1"], r"num_tokens is -1: this model has 1 to 4"),
+    ("prompt", ["--image=@two.safetensors:3"], r"two\.safetensors:3: the file holds only 2 tokens"),
+    ("prompt", [], r"neither --prompt nor --image is given"),
+    ("prompt", ["--prompt=a", "--count=0"], r"--count=0: give at least 1"),
+    ("prompt", ["--prompt=a", "--sampler=euler"], r"sampler 'euler' does not exist"),
+    ("prompt", ["--prompt=a", "--text_guidance=-1"], r"text_guidance is -1\.0"),
+    ("prompt", ["--prompt=a", "--negative_prompt=a dog"], r"never read, 'dog'"),
+    ("prompt", ["--prompt=a", "--steps=many"], r"--steps: invalid int value: 'many' \(see --help\)"),
+    ("reconstruct", [], r"required: --image \(see --help\)"),
+    ("reconstruct", ["--image=@a.png", "--num_tokens=1,x"], r"--num_tokens=1,x: give whole numbers"),
+    ("reconstruct", ["--image=@a.png", "--num_tokens=1,9"], r"num_tokens is 9: this model has 1 to 4"),
+    ("reconstruct", ["--image=@two.safetensors", "--num_tokens=4"], r"only 2 are given: give fewer"),
+    ("reconstruct", ["--image=@missing.png"], r"--image=.*missing\.png: there is no such file"),
+    ("reconstruct", ["--image=@missing.safetensors:2"], r"missing\.safetensors: there is no such file"),
+    ("reconstruct", ["--image=@text.png"], r"text\.png cannot be read as a picture"),
+    ("reconstruct", ["--image=@deep.png"], r"deep\.png has more than 8 bits per channel"),
+    ("reconstruct", ["--image=@text.safetensors"], r"text\.safetensors is no "),
+    (
+      "reconstruct",
+      ["--image=@other.safetensors"],
+      r"tokens of shape \[2, 9\], this model's have \[1 to 4, 8\]",
+    ),
+    ("reconstruct", ["--image=@a.png", "--out=a.jpg"], r"--out=a\.jpg: give the name of a \.png file"),
+    ("interpolate", ["--image=@a.png"], r"--image gives 1 images: give the two to draw between"),
+    ("interpolate", ["--image=@two.safetensors", "--prompt={} and {}"], r"has 2 places"),
+    ("encode", ["--image=@a.png", "--out=a.png"], r"give the name of a \.safetensors file"),
+    ("encode", ["--image=@a.png:1", "--image=@b.png"], r"--image gives 1, 4 tokens: give --num_tokens alone"),
+    ("embedding", ["--image=@two.safetensors"], r"--image gives 2 images: give one"),
+    ("embedding", ["--image=@a.png", "--count=2"], r"unrecognized arguments: --count=2"),
+    ("draw", [], r"invalid choice: 'draw'"),
+  ],
+)
+def test_wrong_arguments(command, arguments, message, folder, tmp_path):
+  kind = "safetensors" if command in ("encode", "embedding") else "png"
+  with pytest.raises(UserError, match=message) as error:
+    run(folder, command, f"--out={tmp_path}/out.{kind}", *arguments)
+  assert "\n" not in str(error.value)
+  assert not files(tmp_path)
+
+
+@pytest.mark.parametrize(
+  ("name", "message"),
+  [
+    ("decoder", r"--model=.*decoder is of objective 'diffusion': give one of the vilex objective"),
+    ("missing", r"missing"),
+  ],
+)
+def test_other_models(name, message, folder, tmp_path):
+  with pytest.raises(UserError, match=message) as error:
+    run(folder, "encode", "--image=@a.png", f"--out={tmp_path}/a.safetensors", f"--model={folder / name}")
+  assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_command_explains_itself(command, capsys):
+  with pytest.raises(SystemExit) as stop:
+    vilex.main([command, "--help"])
+  assert stop.value.code == 0
+  assert f"example:\n  python -m maskgen.tools.vilex {command} --model=" in capsys.readouterr().out
+
+
+def test_the_tool_explains_itself(capsys):
+  with pytest.raises(SystemExit) as stop:
+    vilex.main(["--help"])
+  text = capsys.readouterr().out
+  assert stop.value.code == 0
+  assert all(f"\n  {command} " in text for command in COMMANDS)
