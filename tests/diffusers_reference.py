@@ -1,7 +1,7 @@
 """What PyTorch's diffusers and transformers compute, written to files for tests/test_parity_diffusers.py.
 
 A program of its own: TensorFlow and transformers cannot share a process. Usage: FOLDER [MERGES], with CLIP's
-`bpe_simple_vocab_16e6.txt.gz`.
+`bpe_simple_vocab_16e6.txt.gz`; then FOLDER inversions, with an `inversion.safetensors` beside each model.
 """
 
 import gzip
@@ -12,6 +12,7 @@ import sys
 
 import diffusers
 import numpy as np
+import safetensors.torch
 import torch
 import transformers
 from safetensors.numpy import save_file
@@ -351,6 +352,25 @@ def reference(folder, family):
   save_file(arrays, folder / "reference.safetensors")
 
 
+@torch.no_grad()
+def inversion(folder, prompt, word="<cat>"):
+  """Saves what a prompt means in which a word is a textual inversion."""
+  pipeline = diffusers.DiffusionPipeline.from_pretrained(folder / "model")
+  file = folder / "inversion.safetensors"
+  if hasattr(pipeline, "text_encoder_2"):
+    for name, number in (("clip_l", ""), ("clip_g", "_2")):
+      encoder, tokenizer = (getattr(pipeline, part + number) for part in ("text_encoder", "tokenizer"))
+      tensor = safetensors.torch.load_file(file)[name]
+      pipeline.load_textual_inversion(tensor, token=word, text_encoder=encoder, tokenizer=tokenizer)
+  else:
+    pipeline.load_textual_inversion(str(file), token=word)
+  found = pipeline.encode_prompt(
+    prompt, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False
+  )
+  arrays = {"context": found[0]} | ({"pooled": found[2]} if len(found) > 2 else {})
+  save_file({name: array.numpy() for name, array in arrays.items()}, folder / "inverted.safetensors")
+
+
 def schedules():
   """The steps that samplers visit, and what levels of noise they are."""
   found = []
@@ -368,6 +388,10 @@ def schedules():
 
 def main():
   folder = pathlib.Path(sys.argv[1])
+  if sys.argv[2:] == ["inversions"]:
+    for family in UNET:
+      inversion(folder / family, "the <cat> on the mat")
+    return
   for family in UNET:
     reference(folder / family, family)
   (folder / "shapes.json").write_text(json.dumps({family: shapes(family) for family in UNET}))

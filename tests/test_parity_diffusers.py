@@ -14,11 +14,13 @@ import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from test_vilex import SECTION
 
-from maskgen import diffusion
+from maskgen import diffusion, lexicon, objectives
 from maskgen.importers import diffusers, diffusers_configs, torch_tensors
 from maskgen.models.text_to_image import TEXT_PARTS, TextToImage
 from maskgen.models.unet import Condition
+from maskgen.prompts import Run
 from maskgen.text import open_tokenizer
 
 FAMILIES = ("sd15", "sd21", "sdxl")
@@ -32,10 +34,13 @@ def folder(tmp_path_factory):
     if importlib.util.find_spec(package) is None:
       pytest.skip(f"{package} is not installed: pip install 'maskgen[parity]'")
   folder = tmp_path_factory.mktemp("diffusers")
-  arguments = [str(folder), *([str(MERGES)] if MERGES.exists() else [])]
-  done = subprocess.run([sys.executable, str(PROGRAM), *arguments], capture_output=True, text=True)
-  assert not done.returncode, done.stderr[-3000:]
+  compute(folder, *([str(MERGES)] if MERGES.exists() else []))
   return folder
+
+
+def compute(*arguments):
+  done = subprocess.run([sys.executable, str(PROGRAM), *map(str, arguments)], capture_output=True, text=True)
+  assert not done.returncode, done.stderr[-3000:]
 
 
 @functools.cache
@@ -109,6 +114,39 @@ def test_published_tokenizers_pad_alike(folder, family):
   paddings = {"sd15": [519], "sd21": [0], "sdxl": [519, 0]}
   assert [ids[1, -1] for ids in old[0]] == paddings[family]
   assert old[1].tolist() == [7, 1, 11]
+
+
+@pytest.fixture(scope="module")
+def inverted(folder):
+  """The tokens of an image, which stand as a word in a prompt of diffusers."""
+  tokens = {}
+  for family in FAMILIES:
+    decoder = dict(name="diffusers", folder=str(folder / family / "model"), image_size=(32, 64))
+    objective = objectives.build(SECTION | dict(decoder=decoder, tokens=4))
+    width = sum(objective.renderer.model.text_widths)
+    tokens[family] = objective, np.random.default_rng(0).normal(size=(3, width)).astype(np.float32)
+    lexicon.write_embedding(folder / family / "inversion.safetensors", tokens[family][1], objective)
+  compute(folder, "inversions")
+  return tokens
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_images_are_textual_inversions(folder, inverted, family):
+  """Several vectors, among words; and one file for each kind of model."""
+  objective, tokens = inverted[family]
+  laid = lexicon.lay_out(objective, "the {} on the mat", [tokens])
+  renderer, params = objective.renderer, load(folder, family)[0].params
+  said = [
+    renderer.words(params, ids[None], number[None])
+    for ids, number in zip(laid["words"], laid["num_words"], strict=True)
+  ]
+  image = Run(laid["vectors"], laid["number"])
+  found, _ = renderer.condition(params, [said[0], image, said[1]])
+  expected = load_file(folder / family / "inverted.safetensors")
+  check(found.context, expected["context"])
+  assert ("pooled" in expected) == (family == "sdxl")
+  if family == "sdxl":
+    check(found.pooled, expected["pooled"])
 
 
 def test_clip_tokenizer(folder):
