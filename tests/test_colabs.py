@@ -26,6 +26,7 @@ from PIL import Image
 import maskgen
 from maskgen import config as config_lib
 from maskgen import main, sampling
+from maskgen.models import vilex
 
 ROOT = pathlib.Path(__file__).parents[1]
 FOLDER = ROOT / "docs" / "colabs"
@@ -78,7 +79,7 @@ def commands(name: str) -> list[str]:
 
 
 def test_all_notebooks_are_here():
-  assert NAMES == ["edit", "features", "generate", "train_on_your_own_pictures"]
+  assert NAMES == ["edit", "features", "generate", "train_on_your_own_pictures", "vilex"]
 
 
 @every_notebook
@@ -142,25 +143,28 @@ def test_names_of_the_package_exist(name):
 
 @every_notebook
 def test_arguments_of_the_model_exist(name):
-  options = set(inspect.signature(sampling.Sampling).parameters)
+  kinds = sampling.Sampling, vilex.Sampling
+  options = {option for kind in kinds for option in inspect.signature(kind).parameters}
   for node in ast.walk(syntax(name)):
     if not isinstance(node, ast.Call) or not ast.unparse(node.func).startswith("model."):
       continue
     if isinstance(node.func.value, ast.Name):  # not model.objective.init()
       known = set(inspect.signature(getattr(maskgen.Model, node.func.attr)).parameters)
       known |= options if "options" in known else set()
-      assert {keyword.arg for keyword in node.keywords} <= known, ast.unparse(node)
+      assert {keyword.arg for keyword in node.keywords if keyword.arg} <= known, ast.unparse(node)
 
 
 @every_notebook
 def test_commands_have_arguments_that_exist(name):
   assert commands(name)
   for command in commands(name):
-    _, _, module_name, *arguments = shlex.split(command)
+    _, _, module_name, *given = shlex.split(command)
     module = importlib.import_module(module_name)
+    parts = [argument for argument in given if not argument.startswith("-")]
+    arguments = [argument for argument in given if argument.startswith("-")]
     text = io.StringIO()
     with contextlib.redirect_stdout(text), pytest.raises(SystemExit):
-      module.main(["--help"])
+      module.main([*parts, "--help"])
     plain = [argument.partition("=") for argument in arguments if not argument.startswith("--config.")]
     assert {flag for flag, _, _ in plain} <= {*re.findall(r"--\w+", text.getvalue())}, command
     overrides = main.parse_overrides([a for a in arguments if a.startswith("--config.")])
@@ -263,6 +267,16 @@ def test_features_runs(model, tmp_path):
   cells = execute("features", {"MODEL": model}, tmp_path)
   check(cells)
   assert text(cells, "probe").count("%") == 3
+
+
+@pytest.mark.slow
+def test_vilex_runs(tmp_path):
+  main.main(["--config=configs/vilex_digits.py:debug", f"--workdir={tmp_path}"])
+  out = tmp_path / "digit.safetensors"
+  cells = execute("vilex", {"MODEL": str(tmp_path / "vilex"), "OUT": str(out)}, tmp_path)
+  check(cells)
+  assert out.exists()
+  assert "True" in text(cells, "save")
 
 
 @pytest.mark.slow
