@@ -21,6 +21,7 @@ from maskgen.models.text_encoder import TextEncoder
 from maskgen.models.text_to_image import TEXT_PARTS, TextToImage
 from maskgen.models.unet import Condition, UNet
 from maskgen.text import BytePairTokenizer
+from maskgen.tools import convert
 
 TEXT = TextEncoder(vocabulary_size=514, positions=6, width=8, depth=2, heads=2, hidden=8)
 UNET = UNet(
@@ -545,6 +546,29 @@ def test_wrong_folders(folder, spoil, message):
   spoil(folder)
   with pytest.raises(UserError, match=message):
     diffusers.load(folder)
+
+
+@pytest.mark.parametrize(
+  ("spoil", "message"),
+  [
+    (
+      lambda f: (f / "model_index.json").unlink(),
+      "has no model_index.json: give the folder of a text-to-image",
+    ),
+    (lambda f: shutil.rmtree(f / "tokenizer"), "tokenizer is missing: give the complete folder"),
+    (
+      lambda f: retensor(f / weights("unet"), lambda t: t.pop("conv_in.bias")),
+      "lacks the tensor 'conv_in.bias'",
+    ),
+  ],
+)
+def test_wrong_folders_are_not_converted(folder, tmp_path, spoil, message):
+  """On the command line, too: one sentence, and nothing is written."""
+  spoil(folder)
+  with pytest.raises(UserError, match=message) as error:
+    convert.main(["--format=diffusers", f"--weights={folder}", f"--out={tmp_path / 'out'}"])
+  assert "\n" not in str(error.value)
+  assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
