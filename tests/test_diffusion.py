@@ -136,14 +136,15 @@ def test_the_layout_of_a_text_reaches_its_place(objective, params):
   model, side = objective.model, objective.unet.layout
   condition = objective._condition(params, objective.captions.read(["a red three"]))
   noisy, t = jnp.zeros((1, 8, 8, 12)), jnp.array([500])
-  kernel = params["unet"]["layout_in"]["proj"]["kernel"]
+  layout = params["unet"]["layout_in"]
+  kernel = layout["linear_2"]["kernel"]
   louder = np.array(kernel).reshape(-1, side, side, 4)
   louder[:, 0, 0] *= 5.0
   changed = {
     **params,
     "unet": {
       **params["unet"],
-      "layout_in": {"proj": {**params["unet"]["layout_in"]["proj"], "kernel": louder.reshape(kernel.shape)}},
+      "layout_in": {**layout, "linear_2": {**layout["linear_2"], "kernel": louder.reshape(kernel.shape)}},
     },
   }
   before, after = (model.predict(p, noisy, t, condition) for p in (params, changed))

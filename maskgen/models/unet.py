@@ -197,15 +197,17 @@ class UpBlock(nn.Module):
 
 
 class Layout(nn.Module):
-  """A coarse image made of a pooled text, and enlarged."""
+  """A coarse image made of a pooled text by two layers, and enlarged."""
 
   side: int
   channels: int
+  hidden: int
   dtype: str
 
   @nn.compact
   def __call__(self, pooled: jax.Array, size: tuple[int, int]) -> jax.Array:  # [b, p] -> [b, *size, c]
-    x = nn.Dense(self.side**2 * self.channels, dtype=self.dtype, name="proj")(pooled)
+    x = nn.swish(nn.Dense(self.hidden, dtype=self.dtype, name="linear_1")(pooled))
+    x = nn.Dense(self.side**2 * self.channels, dtype=self.dtype, name="linear_2")(x)
     x = x.reshape(-1, self.side, self.side, self.channels)
     return jax.image.resize(x, (len(x), *size, self.channels), "bilinear")
 
@@ -310,7 +312,7 @@ class UNet(nn.Module):
     upsample: Layer = functools.partial(Upsample, self.dtype)
     x = conv(self.channels[0], 3, self.dtype, "conv_in")(noisy)
     if self.layout:
-      layout = Layout(self.layout, self.channels[0], self.dtype, name="layout_in")
+      layout = Layout(self.layout, self.channels[0], 4 * time_width, self.dtype, name="layout_in")
       x = x + layout(self._pooled(condition), (x.shape[1], x.shape[2]))
     skips = [x]
     for level in range(last + 1):
