@@ -58,9 +58,18 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
           heads=(2,) if args.debug else (4, 4),
           groups=8,
           # Without it words of place are ignored.
-          layout=4,
+          layout=8,
         ),
-        schedule=dict(steps=1000, betas="cosine", prediction="v", spacing="trailing", clean_end=True),
+        # More noise than Stable Diffusion has, so that more depends on what the caption says.
+        schedule=dict(
+          steps=1000,
+          betas="linear",
+          beta_first=1e-4,
+          beta_last=0.02,
+          prediction="v",
+          spacing="trailing",
+          clean_end=True,
+        ),
         caption_dropout=0.1,
         sampling=dict(steps=20, sampler="dpm", guidance=2.0),
       ),
