@@ -1,4 +1,4 @@
-"""Optimizers from a config section: Adam(W) or LARS, warm-up, cosine decay, the linear-scaling rule."""
+"""Optimizers from a config section: Adam(W), Adafactor, LARS; warm-up, cosine decay, linear scaling."""
 
 import dataclasses
 import re
@@ -11,7 +11,7 @@ from maskgen import config as config_lib
 from maskgen import tree
 from maskgen.errors import UserError, nearest
 
-OPTIMIZERS = ("adamw", "lars")
+OPTIMIZERS = ("adamw", "adafactor", "lars")
 SCHEDULES = ("cosine", "constant")
 # Biases and normalisation scales: everything else is a matrix, a kernel or a table.
 NO_DECAY = re.compile(r"(^|/)(bias|scale|head_bias)$")
@@ -36,20 +36,24 @@ def layer_decay(decay: float, depth: int) -> tuple[tuple[str, float], ...]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Optimizer:
-  """AdamW for one parameter group, which with `weight_decay=0` is Adam; or LARS (You et al. 2017).
+  """AdamW for one parameter group, which with `weight_decay=0` is Adam; Adafactor; or LARS.
 
-  LARS adds the weight decay to the gradient, scales each matrix's gradient to 0.001 times the norm of the
-  matrix, and adds momentum; biases and normalisation scales have momentum alone.
+  Adafactor (Shazeer and Stern 2018) keeps of a matrix's second moment its rows' and columns' means alone,
+  which decay as in its section 7.1 and not by `b2`, and clips each array's update to a root mean square of 1.
+  Learning rates are absolute, not times the size of the parameters. With `b1=0` it has no first moment.
+
+  LARS (You et al. 2017) adds the weight decay to the gradient, scales each matrix's gradient to 0.001 times
+  the norm of the matrix, and adds momentum; biases and normalisation scales have momentum alone.
 
   Attributes:
-    name: "adamw" or "lars".
+    name: "adamw", "adafactor" or "lars".
     learning_rate: the peak learning rate, or
     base_learning_rate: the peak for a batch of 256; it is scaled with the batch size (Goyal et al. 2017).
     schedule: "cosine" to `end_learning_rate`, or "constant", after a linear warm-up from 0.
     end_learning_rate: the learning rate that the cosine ends at.
     warmup_steps, warmup_epochs: length of the warm-up; at most one.
     b1, b2: decay of the gradient's first and second moments; for LARS `b1` is the momentum.
-    weight_decay: weight decay on all parameters but biases and normalisation scales; AdamW's is decoupled.
+    weight_decay: weight decay on all parameters but biases and normalisation scales; decoupled, but for LARS.
     clip_norm: largest norm of the group's gradient, or None.
     multipliers: ordered (regex, factor) rules over parameter paths; the first match scales the learning rate.
   """
@@ -96,13 +100,17 @@ class Optimizer:
     )
 
   def make_transform(self, schedule: optax.Schedule, shapes: Any) -> optax.GradientTransformation:
-    """The chain: clip, Adam and weight decay or LARS, multipliers, learning rate."""
+    """The chain: clip, the optimizer's rule with its weight decay, multipliers, learning rate."""
     by_name = tree.first_match(shapes, self.multipliers, 1.0)
     factors = jax.tree.map(lambda name: by_name[name], tree.names(shapes))
     decayed = jax.tree.map(lambda name: not NO_DECAY.search(name), tree.names(shapes))
     decay = optax.add_decayed_weights(self.weight_decay, decayed) if self.weight_decay else optax.identity()
     rule: tuple[optax.GradientTransformation, ...] = (optax.scale_by_adam(self.b1, self.b2), decay)
-    if self.name == "lars":
+    if self.name == "adafactor":
+      # The parts of optax.adafactor, which has the learning rate before the momentum.
+      momentum = optax.ema(self.b1, debias=False) if self.b1 else optax.identity()
+      rule = (optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), momentum, decay)
+    elif self.name == "lars":
       trust = optax.masked(optax.scale_by_trust_ratio(trust_coefficient=TRUST), decayed)
       # optax.lars has the learning rate before the momentum, where a schedule would act with delay.
       rule = (decay, trust, optax.trace(self.b1))
