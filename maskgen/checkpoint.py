@@ -14,8 +14,10 @@ from contextlib import closing
 from typing import Any
 
 import jax
+import ml_dtypes
 import numpy as np
 import orbax.checkpoint as ocp
+import safetensors
 import safetensors.numpy
 from etils import epath
 from jax.experimental import multihost_utils
@@ -257,7 +259,20 @@ def _read_frozen_arrays(workdir: epath.Path) -> dict[str, np.ndarray]:
     raise UserError(
       f"{folder / WEIGHTS} is damaged (its checksum differs from manifest.json's): restore it from a copy"
     )
-  return safetensors.numpy.load(data)
+  return _parse(data)
+
+
+def _parse(data: bytes) -> dict[str, np.ndarray]:
+  """The arrays of a safetensors file, bfloat16 included, which the library does not read as numpy."""
+
+  def dtype(name: str) -> Any:  # such as F32
+    names = {"BF16": ml_dtypes.bfloat16, "BOOL": np.bool_}
+    return names.get(name) or np.dtype(f"{name[0].lower()}{int(name[1:]) // 8}")
+
+  return {
+    name: np.frombuffer(found["data"], dtype(found["dtype"])).reshape(found["shape"])
+    for name, found in safetensors.deserialize(data)
+  }
 
 
 def load_config(path: epath.PathLike) -> dict[str, Any]:
@@ -289,7 +304,7 @@ def load_variables(path: epath.PathLike, target: Any) -> Any:
   Args:
     path: a workdir or an export.
     target: the part that is wanted, a tree of shapes, with shardings or without, under `params`, `frozen` and
-      `extra`.
+      `extra`. An export's float32 is rounded where it is of a smaller type.
 
   Raises:
     UserError: if the path is no model, has no checkpoint yet, or differs in a name, shape or dtype.
@@ -299,15 +314,25 @@ def load_variables(path: epath.PathLike, target: Any) -> Any:
   flat = tree.flatten(target)
   if (folder / WEIGHTS).exists():
     try:
-      arrays: dict[str, Any] = safetensors.numpy.load((folder / WEIGHTS).read_bytes())
+      arrays: dict[str, Any] = _parse((folder / WEIGHTS).read_bytes())
     except safetensors.SafetensorError as error:
       raise UserError(f"{folder / WEIGHTS} is damaged: {error}") from None
   else:
     arrays = _read_frozen_arrays(folder) | _checkpoint_arrays(folder, flat)
-  found = {name: array for name, array in arrays.items() if name in flat or _beside(name, flat)}
+  found = {
+    name: _rounded(array, flat.get(name))
+    for name, array in arrays.items()
+    if name in flat or _beside(name, flat)
+  }
   tree.check_same(found, flat, f"model {path}")
   placed = [_place(found[name], leaf) for name, leaf in flat.items()]
   return jax.tree.unflatten(jax.tree.structure(target), placed)
+
+
+def _rounded(array: Any, leaf: Any) -> Any:
+  """An array of an export as frozen parameters may be kept: in 16 bits."""
+  small = leaf is not None and leaf.dtype in (ml_dtypes.bfloat16, np.float16)
+  return array.astype(leaf.dtype) if small and isinstance(array, np.ndarray) else array
 
 
 def _beside(name: str, flat: Mapping[str, Any]) -> bool:

@@ -11,6 +11,7 @@ from etils import epath
 from maskgen import checkpoint, evaluators, files, objectives, optim, processes, sharding, tree
 from maskgen import config as config_lib
 from maskgen.errors import UserError, nearest
+from maskgen.importers.published import PUBLISHED
 from maskgen.objectives import vilex
 from maskgen.state import TrainState
 from maskgen.step import Update, make_update
@@ -199,6 +200,13 @@ class Experiment:
       path = checkpoint.resolve(given, workdir)
       if path in pending:
         continue
+      if given in PUBLISHED and not path.exists():
+        found = PUBLISHED[given]
+        raise UserError(
+          f"config.pretrained.{name}={given} is not on this machine: fetch {found.address} "
+          f"({found.license}), convert it by maskgen.tools.convert --format={found.format}, and give the "
+          "folder that this writes"
+        )
       try:
         self.objective.check_pretrained(name, checkpoint.load_config(path))
       except UserError as error:

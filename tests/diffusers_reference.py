@@ -17,6 +17,8 @@ import torch
 import transformers
 from safetensors.numpy import save_file
 
+from maskgen.importers.diffusers_layouts import LAYOUTS
+
 START, END = "<|startoftext|>", "<|endoftext|>"
 MERGES = ["c a", "ca t</w>", "t h", "th e</w>", "o n</w>", "a t</w>"]
 PROMPTS = ["the cat on the mat", "a cat"]
@@ -65,78 +67,13 @@ TEXTS = [
   ),
 ]
 
-# The published configs; of networks without keys that have their default.
-TEXT = dict(
-  sd15=[dict(hidden_size=768, intermediate_size=3072, num_attention_heads=12, num_hidden_layers=12)],
-  sd21=[
-    dict(
-      hidden_size=1024,
-      intermediate_size=4096,
-      num_attention_heads=16,
-      num_hidden_layers=23,
-      hidden_act="gelu",
-      projection_dim=512,
-    )
-  ],
-  sdxl=[
-    dict(hidden_size=768, intermediate_size=3072, num_attention_heads=12, num_hidden_layers=12),
-    dict(
-      hidden_size=1280,
-      intermediate_size=5120,
-      num_attention_heads=20,
-      num_hidden_layers=32,
-      hidden_act="gelu",
-      projection_dim=1280,
-    ),
-  ],
-)
-CROSS, PLAIN = ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"], ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3
-UNET = dict(
-  sd15=dict(cross_attention_dim=768, attention_head_dim=8, down_block_types=CROSS, up_block_types=PLAIN),
-  sd21=dict(cross_attention_dim=1024, attention_head_dim=[5, 10, 20, 20], use_linear_projection=True),
-  sdxl=dict(
-    block_out_channels=[320, 640, 1280],
-    down_block_types=["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-    up_block_types=["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
-    transformer_layers_per_block=[1, 2, 10],
-    attention_head_dim=[5, 10, 20],
-    cross_attention_dim=2048,
-    use_linear_projection=True,
-    addition_embed_type="text_time",
-    addition_time_embed_dim=256,
-    projection_class_embeddings_input_dim=2816,
-  ),
-)
-VAE = dict(
-  block_out_channels=[128, 256, 512, 512],
-  down_block_types=["DownEncoderBlock2D"] * 4,
-  up_block_types=["UpDecoderBlock2D"] * 4,
-  layers_per_block=2,
-)
-SCHEDULE = dict(
-  beta_end=0.012,
-  beta_schedule="scaled_linear",
-  beta_start=0.00085,
-  clip_sample=False,
-  num_train_timesteps=1000,
-  set_alpha_to_one=False,
-  skip_prk_steps=True,
-  steps_offset=1,
-  trained_betas=None,
-)
-SCHEDULERS = dict(
-  sd15=SCHEDULE | dict(_class_name="PNDMScheduler"),
-  sd21=SCHEDULE | dict(_class_name="DDIMScheduler", prediction_type="v_prediction"),
-  sdxl=SCHEDULE
-  | dict(
-    _class_name="EulerDiscreteScheduler",
-    interpolation_type="linear",
-    prediction_type="epsilon",
-    sample_max_value=1.0,
-    timestep_spacing="leading",
-    use_karras_sigmas=False,
-  ),
-)
+TEXT = {family: layout.text_encoders for family, layout in LAYOUTS.items()}
+UNET = {family: layout.unet for family, layout in LAYOUTS.items()}
+VAE = {family: layout.vae for family, layout in LAYOUTS.items()}
+SCHEDULE = LAYOUTS["sd15"].scheduler
+SCHEDULERS = {family: layout.scheduler for family, layout in LAYOUTS.items()}
+# As of the model for 768 pixels.
+SCHEDULERS["sd21"] = SCHEDULE | dict(_class_name="DDIMScheduler", prediction_type="v_prediction")
 
 SAMPLERS = dict(ddim=diffusers.DDIMScheduler, dpm=diffusers.DPMSolverMultistepScheduler)
 
@@ -189,7 +126,6 @@ TINY_VAE = dict(
   up_block_types=["UpDecoderBlock2D"] * 3,
   norm_num_groups=4,
 )
-SCALES = dict(sd15=0.18215, sd21=0.18215, sdxl=0.13025)
 
 
 def build(family, small):
@@ -200,7 +136,7 @@ def build(family, small):
     kind = transformers.CLIPTextModelWithProjection if i else transformers.CLIPTextModel
     texts.append(kind(config))
   unet = diffusers.UNet2DConditionModel(**(TINY_UNET if small else UNET)[family])
-  vae = diffusers.AutoencoderKL(**(TINY_VAE if small else VAE), scaling_factor=SCALES[family])
+  vae = diffusers.AutoencoderKL(**VAE[family] | (TINY_VAE if small else {}))
   return texts, unet, vae
 
 

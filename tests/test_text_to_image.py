@@ -71,38 +71,12 @@ def normal(*shape, seed=0):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  ("model", "counts"),
+  ("family", "counts"),
   [
+    ("sd15", {"text_encoder": 123_060_480, "unet": 859_520_964, "vae": 83_653_863}),
+    ("sd21", {"text_encoder": 340_387_840, "unet": 865_910_724, "vae": 83_653_863}),
     (
-      TextToImage((TextEncoder(),), UNet(), AutoencoderKL(), SCHEDULE),
-      {"text_encoder": 123_060_480, "unet": 859_520_964, "vae": 83_653_863},
-    ),
-    (
-      TextToImage(
-        (TextEncoder(width=1024, depth=23, heads=16, hidden=4096, activation="gelu"),),
-        UNet(heads=(5, 10, 20, 20), context_width=1024),
-        AutoencoderKL(),
-        SCHEDULE,
-      ),
-      {"text_encoder": 340_387_840, "unet": 865_910_724, "vae": 83_653_863},
-    ),
-    (
-      TextToImage(
-        (
-          TextEncoder(),
-          TextEncoder(width=1280, depth=32, heads=20, hidden=5120, activation="gelu", projection=1280),
-        ),
-        UNet(
-          channels=(320, 640, 1280),
-          depths=(0, 2, 10),
-          middle_depth=10,
-          heads=(5, 10, 20),
-          context_width=2048,
-          pooled_width=1280,
-        ),
-        AutoencoderKL(scale=0.13025),
-        SCHEDULE,
-      ),
+      "sdxl",
       {
         "text_encoder": 123_060_480,
         "text_encoder_2": 694_659_840,
@@ -111,9 +85,9 @@ def normal(*shape, seed=0):
       },
     ),
   ],
-  ids=["sd15", "sd21", "sdxl"],
 )
-def test_sizes_are_those_published(model, counts):
+def test_sizes_are_those_published(family, counts):
+  model = diffusers.published_model(family)
   assert {part: tree.count(shapes) for part, shapes in model.shapes().items()} == counts
 
 

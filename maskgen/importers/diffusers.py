@@ -12,14 +12,18 @@ import dataclasses
 import os
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from etils import epath
 
+from maskgen import checkpoint
 from maskgen.config import build_dataclass, check_dtype
 from maskgen.errors import UserError, nearest
 from maskgen.importers import Converted, diffusers_configs, torch_tensors
+from maskgen.importers.diffusers_layouts import LAYOUTS
+from maskgen.importers.published import PUBLISHED
 from maskgen.models.text_to_image import TEXT_PARTS, TextToImage
 from maskgen.models.vilex import Renderer
 from maskgen.text import Captions, Tokenizer, open_tokenizer
@@ -36,6 +40,9 @@ STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"} | 
 BUFFERS = dict.fromkeys(TEXT_PARTS, ("embeddings.position_ids",))
 # Attentions of the autoencoder had other names until 2023.
 _OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+
+# The content of a JSON file, and what names it in errors.
+Described = tuple[Mapping[str, Any], str]
 
 
 class Loaded(NamedTuple):
@@ -109,22 +116,27 @@ def read_model(folder: str | os.PathLike, *, family: str = "", **options: Any) -
     if not (root / part).is_dir():
       raise UserError(f"{root} has no part '{part}': give the complete folder of a text-to-image model")
 
-  def config(part: str, name: str = "config.json") -> tuple[dict[str, Any], str]:
+  def config(part: str, name: str = "config.json") -> Described:
     path = root / part / name
     return torch_tensors.read_json(path), str(path)
 
-  remat = {key: value for key, value in options.items() if key == "remat"}
-  model = TextToImage(
-    text_encoders=tuple(diffusers_configs.text_encoder(*config(part), **options) for part in texts),
-    unet=diffusers_configs.unet(*config("unet"), **options),
-    autoencoder=diffusers_configs.autoencoder(*config("vae"), **remat),
-    schedule=diffusers_configs.schedule(*config("scheduler", "scheduler_config.json")),
-    zero_null=bool(index.get("force_zeros_for_empty_prompt", len(texts) > 1)),
-  )
+  zero_null = bool(index.get("force_zeros_for_empty_prompt", len(texts) > 1))
+  scheduler = config("scheduler", "scheduler_config.json")
+  model = _assemble(map(config, texts), config("unet"), config("vae"), scheduler, zero_null, **options)
   _check_widths(model, root)
   if family:
     check_family(model, family, root)
   return model
+
+
+def published_model(family: str, **options: Any) -> TextToImage:
+  """The modules of a published model, without its folder; arguments as for `load`."""
+  layout = LAYOUTS[family]
+  texts = [(text, f"text encoder {i} of {family}") for i, text in enumerate(layout.text_encoders)]
+  unet, vae, scheduler = (
+    (getattr(layout, part), f"{part} of {family}") for part in ("unet", "vae", "scheduler")
+  )
+  return _assemble(texts, unet, vae, scheduler, len(texts) > 1, **options)
 
 
 def read_tokenizers(root: pathlib.Path, model: TextToImage) -> tuple[Tokenizer, ...]:
@@ -145,21 +157,33 @@ class Folder:
   """A model as a config describes it; the folder's JSON files and tokenizers are read whenever it is used.
 
   Attributes:
-    folder: where they are; its weights are not needed once they are converted.
+    folder: where they are; its weights are not needed once they are converted. Without one the model is as
+      `family` is published, and reads no captions: enough to know what a step needs.
+    family: one of `FAMILIES` if only that will do.
     image_size: (h, w) of the images it is to make.
+    param_dtype: of the frozen parameters but for the autoencoder's, which are float32.
     dtype, attention, remat: how it is run, see `load`.
   """
 
-  folder: str
+  folder: str = ""
+  family: str = ""
   image_size: tuple[int, int]
+  param_dtype: str = "float32"
   dtype: str = "float32"
   attention: str = "auto"
   remat: str = "none"
 
+  def __post_init__(self):
+    check_dtype(self.param_dtype)
+    if self.family not in ("", *FAMILIES):
+      raise UserError(f"family '{self.family}' does not exist{nearest(self.family, FAMILIES)}")
+    if not (self.folder or self.family):
+      raise UserError("give the folder of a text-to-image model, or the family of one")
+
   @property
   def root(self) -> pathlib.Path:
     """The path."""
-    return pathlib.Path(os.path.expanduser(self.folder))
+    return pathlib.Path(os.path.expanduser(self.folder or self.family))
 
 
 def read_renderer(section: Mapping[str, Any]) -> tuple[Renderer, Captions]:
@@ -170,14 +194,48 @@ def read_renderer(section: Mapping[str, Any]) -> tuple[Renderer, Captions]:
   """
   options = {key: value for key, value in section.items() if key != "name"}
   given: Folder = build_dataclass(Folder, options, "config.objective.decoder")
-  model = read_model(given.root, dtype=given.dtype, attention=given.attention, remat=given.remat)
-  tokenizers, length = read_tokenizers(given.root, model), model.text_encoders[0].positions
-  side = model.autoencoder.factor * model.unet.factor
+  how = dict(dtype=given.dtype, attention=given.attention, remat=given.remat)
+  if given.folder:
+    model = read_model(given.root, family=given.family, **how)
+    tokenizers = read_tokenizers(given.root, model)
+    first, paddings = tokenizers[0], tuple(one.padding_id for one in tokenizers)
+    start_id, end_id = first.start_id, first.end_id
+  else:
+    model, layout = published_model(given.family, **how), LAYOUTS[given.family]
+    start_id, end_id, paddings = layout.start_id, layout.end_id, layout.padding_ids
+  side, length = model.autoencoder.factor * model.unet.factor, model.text_encoders[0].positions
   if len(given.image_size) != 2 or any(size < 1 or size % side for size in given.image_size):
     raise UserError(f"image_size is {given.image_size}: give (height, width), multiples of {side}")
-  ids = (tokenizers[0].start_id, tokenizers[0].end_id, tuple(one.padding_id for one in tokenizers))
   captions = Captions(f"bpe:{given.root / 'tokenizer'}", length)
-  return Renderer(model, given.image_size, length, *ids), captions
+  return Renderer(model, given.image_size, length, start_id, end_id, paddings, given.param_dtype), captions
+
+
+def folder_of(path: str | os.PathLike, family: str) -> str:
+  """The folder that a converted model was made of; "" for the name of a published one that is not here.
+
+  Args:
+    path: what `maskgen.tools.convert` wrote, or a name in `PUBLISHED`.
+    family: one of `FAMILIES`, which it must be of.
+
+  Raises:
+    UserError: if it is no such model.
+  """
+  root = epath.Path(os.path.expanduser(path))
+  if str(path) in PUBLISHED and not root.exists():
+    return ""
+  if (root / "model_index.json").exists():
+    read_model(root, family=family)
+    raise UserError(
+      f"{path} is a folder of diffusers: convert it by maskgen.tools.convert --format=diffusers "
+      f"--weights={path} --out=DIR, and give DIR"
+    )
+  section = checkpoint.load_config(root).get("decoder", {})
+  if section.get("name") != "diffusers":
+    raise UserError(
+      f"{path} is no text-to-image model that maskgen.tools.convert made with --format=diffusers: give one"
+    )
+  read_model(section["folder"], family=family)
+  return section["folder"]
 
 
 def convert(path: str | os.PathLike) -> Converted:
@@ -218,6 +276,24 @@ def rename(name: str) -> str:
   name = name.removeprefix("text_model.")
   return re.sub(
     r"(attentions\.\d+)\.(query|key|value|proj_attn)\.", lambda m: f"{m[1]}.{_OLD_NAMES[m[2]]}.", name
+  )
+
+
+def _assemble(
+  texts: Iterable[Described],
+  unet: Described,
+  vae: Described,
+  scheduler: Described,
+  zero_null: bool,
+  **options: Any,
+) -> TextToImage:
+  remat = {key: value for key, value in options.items() if key == "remat"}
+  return TextToImage(
+    text_encoders=tuple(diffusers_configs.text_encoder(*text, **options) for text in texts),
+    unet=diffusers_configs.unet(*unet, **options),
+    autoencoder=diffusers_configs.autoencoder(*vae, **remat),
+    schedule=diffusers_configs.schedule(*scheduler),
+    zero_null=zero_null,
   )
 
 

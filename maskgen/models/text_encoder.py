@@ -50,7 +50,7 @@ class Embeddings(nn.Module):
     self.position_embedding = nn.Embed(self.positions, self.width)
 
   def words(self, ids: jax.Array) -> jax.Array:  # [b, l] -> [b, l, d]
-    return self.token_embedding(ids)
+    return self.token_embedding(ids).astype(jnp.float32)
 
   def add_positions(self, x: jax.Array) -> jax.Array:  # [b, l, d] -> [b, l, d]
     return x + self.position_embedding.embedding[None, : x.shape[1]]

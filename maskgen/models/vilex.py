@@ -50,6 +50,8 @@ class Renderer:
     length: l.
     start_id, end_id: of the tokenizers.
     padding_ids: of each text encoder's tokenizer.
+    param_dtype: of the parameters but for the autoencoder's, which are float32: activations of some overflow
+      in less.
   """
 
   model: TextToImage
@@ -58,6 +60,17 @@ class Renderer:
   start_id: int
   end_id: int
   padding_ids: tuple[int, ...]
+  param_dtype: str = "float32"
+
+  def shapes(self) -> dict[str, Any]:
+    """The shapes of the frozen parameters, `{part: tree}`."""
+    return {
+      part: shapes if part == "vae" else jax.tree.map(self._stored, shapes)
+      for part, shapes in self.model.shapes().items()
+    }
+
+  def _stored(self, leaf: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, self.param_dtype)
 
   @property
   def room(self) -> int:

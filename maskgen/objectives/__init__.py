@@ -26,7 +26,7 @@ Metrics = dict[str, jax.Array]
 # Options of prediction functions that set array sizes or choose what is computed.
 STATIC_OPTIONS = ("steps", "schedule", "order", "reuse", "guidance_schedule", "sampler")
 # Fields of networks that say how they are run, not what they are.
-HOW = ("dtype", "attention", "remat", "scan", "parent", "name")
+HOW = ("dtype", "param_dtype", "attention", "remat", "scan", "parent", "name")
 # (variables, batch, rng) -> arrays; variables = {"params": {group: tree}, "frozen": tree, "extra": tree}.
 PredictFn = Callable[..., Any]
 

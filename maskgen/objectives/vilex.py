@@ -144,7 +144,7 @@ class Objective:
     )
 
   def pretrained_shapes(self) -> dict[str, Tree]:
-    shapes: dict[str, Tree] = {"decoder": {"params": {"main": self.renderer.model.shapes()}}}
+    shapes: dict[str, Tree] = {"decoder": {"params": {"main": self.renderer.shapes()}}}
     encoder, key = self.image_encoder, jax.random.key(0)
     params = {"main": jax.eval_shape(encoder.init, key)}
     if isinstance(encoder, MageEncoder):
@@ -158,7 +158,8 @@ class Objective:
   def check_pretrained(self, name: str, config: Mapping[str, Any]) -> None:
     section: Mapping[str, Any] = config.get("objective", {})
     if name == "decoder" and "decoder" in config:  # a converted one, which draws images of any size
-      found = diffusers.read_renderer(config["decoder"])[0]
+      family = self.decoder.get("family", "")
+      found = diffusers.read_renderer({**config["decoder"], "family": family})[0]
       check_same(dataclasses.replace(found, image_size=self.renderer.image_size), self.renderer)
     elif name == "decoder":
       check_same(_read_decoder(section)[0], self.renderer)
