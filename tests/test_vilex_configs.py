@@ -1,0 +1,193 @@
+"""ViLex with Stable Diffusion: layouts without a folder, wrong folders, and a tiny one from end to end."""
+
+import io
+import json
+import tarfile
+
+import jax
+import numpy as np
+import pytest
+import test_text_to_image
+from PIL import Image
+
+import maskgen
+from maskgen import checkpoint, main, objectives, tree
+from maskgen import config as config_lib
+from maskgen.benchmarks import dataless
+from maskgen.errors import UserError
+from maskgen.importers import diffusers
+from maskgen.importers.diffusers_layouts import LAYOUTS
+from maskgen.importers.published import PUBLISHED
+from maskgen.tools import convert
+
+folders = test_text_to_image.folders
+CONFIGS = {f"configs/vilex_{family}.py": family for family in LAYOUTS}
+
+
+@pytest.fixture(scope="module")
+def converted(folders, tmp_path_factory):
+  root = tmp_path_factory.mktemp("converted")
+  for name in ("sd", "xl"):
+    convert.main(["--format=diffusers", f"--weights={folders / name}", f"--out={root / name}"])
+  return root
+
+
+def load(config, **overrides):
+  return config_lib.to_dict(config_lib.load(config, overrides))
+
+
+# Without folders
+
+
+@pytest.mark.parametrize(("config", "family"), CONFIGS.items())
+def test_shapes_need_no_folder(config, family):
+  objective = objectives.build(load(config)["objective"])
+  assert diffusers.family_of(objective.renderer.model) == family
+  shapes = objective.pretrained_shapes()
+  for part, leaves in shapes["decoder"]["params"]["main"].items():
+    expected = np.dtype("float32" if part == "vae" else "bfloat16")
+    assert {leaf.dtype for leaf in jax.tree.leaves(leaves)} == {expected}, part
+  assert 410e6 < tree.count(shapes["encoder"]) < 415e6  # SigLIP's So400m/14 without its head
+  assert objective.tokens == 75 == objective.renderer.room
+  assert objective.captions is None and objective.texts.length == 77
+
+
+@pytest.mark.parametrize("family", LAYOUTS)
+def test_layouts_are_of_their_family_and_published(family):
+  layout = LAYOUTS[family]
+  assert diffusers.family_of(diffusers.published_model(family)) == family
+  assert PUBLISHED[layout.published].format == "diffusers"
+  assert len(layout.padding_ids) == len(layout.text_encoders)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", CONFIGS)
+def test_a_step_can_be_traced_without_data_or_weights(config):
+  built = dataless.build(load(config, batch_size="8"))
+  target = built.targets
+  metrics = jax.eval_shape(
+    built.update, target["state"], target["frozen"], dataless.batch_spec(built, "synthetic")
+  )[1]
+  assert metrics["loss/main"].shape == ()
+
+
+@pytest.mark.slow
+def test_training_without_weights_says_what_to_fetch(tmp_path):
+  with pytest.raises(UserError) as error:
+    main.main(["--config=configs/vilex_sd15.py:source=synthetic", "--mode=check", f"--workdir={tmp_path}"])
+  message = str(error.value)
+  assert message.startswith(
+    "config.pretrained.decoder=stable_diffusion_15 is not on this machine: fetch http"
+  )
+  assert "OpenRAIL" in message and "maskgen.tools.convert --format=diffusers" in message
+  assert "\n" not in message
+
+
+# Other folders
+
+
+@pytest.mark.parametrize("converts", [True, False])
+def test_a_folder_of_another_family(folders, converted, converts):
+  path = (converted if converts else folders) / "xl"
+  with pytest.raises(
+    UserError, match=r"xl is Stable Diffusion XL .* where Stable Diffusion 1 .* is needed: give its folder$"
+  ):
+    config_lib.load(f"configs/vilex_sd15.py:decoder={path}")
+
+
+def test_folders_that_are_no_decoder(folders, tmp_path):
+  with pytest.raises(
+    UserError, match=r"is a folder of diffusers: convert it by .*--format=diffusers .*give DIR"
+  ):
+    config_lib.load(f"configs/vilex_sd15.py:decoder={folders / 'sd'}")
+  with pytest.raises(UserError, match=r"model .*nowhere does not exist"):
+    config_lib.load(f"configs/vilex_sd15.py:decoder={tmp_path / 'nowhere'}")
+  (tmp_path / "config.json").write_text("{}")
+  with pytest.raises(UserError, match=r"is no text-to-image model that maskgen\.tools\.convert made"):
+    config_lib.load(f"configs/vilex_sd15.py:decoder={tmp_path}")
+
+
+def test_the_pretrained_decoder_is_of_the_family_too(converted):
+  objective = objectives.build(load("configs/vilex_sd15.py")["objective"])
+  with pytest.raises(UserError, match=r"is Stable Diffusion XL .* where Stable Diffusion 1"):
+    objective.check_pretrained("decoder", checkpoint.load_config(converted / "xl"))
+  with pytest.raises(UserError, match=r"it has .*, config.objective has .*: make them equal"):
+    objective.check_pretrained("decoder", checkpoint.load_config(converted / "sd"))
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    (dict(family=""), "give the folder of a text-to-image model, or the family of one"),
+    (dict(family="sd14"), "family 'sd14' does not exist"),
+    (dict(param_dtype="bf16"), "dtype 'bf16' does not exist"),
+    (dict(image_size=(500, 512)), r"image_size is \(500, 512\): give \(height, width\), multiples of 64"),
+  ],
+)
+def test_wrong_sections(changes, message):
+  with pytest.raises(UserError, match=message):
+    diffusers.read_renderer(dict(name="diffusers", family="sd15", image_size=(512, 512)) | changes)
+
+
+# From pictures to a trained lexicon
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+  """An archive of pictures with captions, in one form and the other."""
+  path = tmp_path_factory.mktemp("pictures") / "some.tar"
+  rng = np.random.default_rng(0)
+  with tarfile.open(path, "w") as archive:
+
+    def add(name, content):
+      member = tarfile.TarInfo(name)
+      member.size = len(content)
+      archive.addfile(member, io.BytesIO(content))
+
+    for i in range(40):
+      data = io.BytesIO()
+      Image.fromarray(rng.integers(0, 256, (20, 24, 3), np.uint8)).save(data, "PNG")
+      add(f"{i:03}.png", data.getvalue())
+      add(f"{i:03}.txt", b"ab\nc") if i % 2 else add(f"{i:03}.json", json.dumps({"caption": "a b"}).encode())
+  return path
+
+
+SMALL = dict(
+  name="vit", image_size=(16, 16), patch=8, width=16, depth=2, heads=2, hidden=32, scan=True, remat="dots"
+)
+
+
+@pytest.mark.parametrize(
+  ("name", "config", "share"),
+  [("sd", "vilex_sd15", 0.5), pytest.param("xl", "vilex_sdxl", 0.0, marks=pytest.mark.slow)],
+  ids=["sd", "xl"],
+)
+def test_pictures_and_captions_to_a_lexicon(converted, pictures, tmp_path, name, config, share):
+  """With the config itself but for its sizes: two steps, then a prompt of images."""
+  given = f"decoder={converted / name},source=tar:{pictures},caption_share={share}"
+  plain = load(f"configs/{config}.py:{given},batch_size=8,accumulation=1")
+  data = plain["data"]
+  for key in ("preprocess", "eval_preprocess"):
+    size = "1024" if name == "xl" else "512"
+    data[key] = data[key].replace(size, "8")
+    assert ("tokenize('bpe:" in data[key]) == bool(share)
+    data[key] = data[key].replace(", 77)", ", 6)")
+  plain["objective"]["decoder"]["image_size"] = [8, 8]
+  plain["objective"] |= dict(encoder=SMALL, pretrained_encoder=False, tokens=3)
+  plain["objective"] |= dict(pool_width=16, pool_depth=1, pool_heads=2)
+  plain["pretrained"] = {"decoder": str(converted / name)}
+  plain |= dict(total_steps=2, evals={}, mesh=dict(data=-1, fsdp=1, tensor=1))
+  plain["optimizer"]["main"]["warmup_steps"] = 0
+  file = tmp_path / "config.py"
+  file.write_text(
+    f"import ml_collections\ndef get_config(arg=None):\n  return ml_collections.ConfigDict({plain})\n"
+  )
+  workdir = tmp_path / "run"
+  main.main([f"--config={file}", f"--workdir={workdir}"])
+  frozen = checkpoint._read_frozen_arrays(workdir)
+  stored = {name.split("/")[2]: array.dtype.name for name, array in frozen.items()}
+  assert stored.pop("vae") == "float32" and set(stored.values()) == {"bfloat16"}
+  model = maskgen.load(workdir)
+  image = np.random.default_rng(1).integers(0, 256, (8, 8, 3), np.uint8)
+  made = model.generate(prompt="{} b", images=[image], num_tokens=2, steps=2, batch=1)
+  assert made.shape == (1, 8, 8, 3) and np.isfinite(made).all()
