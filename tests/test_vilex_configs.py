@@ -63,7 +63,7 @@ def test_layouts_are_of_their_family_and_published(family):
 @pytest.mark.slow
 @pytest.mark.parametrize("config", CONFIGS)
 def test_a_step_can_be_traced_without_data_or_weights(config):
-  built = dataless.build(load(config, batch_size="8"))
+  built = dataless.build(load(config, batch_size="64"))
   target = built.targets
   metrics = jax.eval_shape(
     built.update, target["state"], target["frozen"], dataless.batch_spec(built, "synthetic")
