@@ -276,13 +276,7 @@ class Objective:
       key = batch["key"] if "key" in batch else jax.random.split(rng, b)
       return generate(variables, {"vectors": vectors[:, None], "number": number, "key": key}, rng, **options)
 
-    return {
-      "loss": loss,
-      "encode": encode,
-      "features": features,
-      "reconstruct": reconstruct,
-      "generate": generate,
-    }
+    return {fn.__name__: fn for fn in (loss, encode, features, reconstruct, generate)}
 
 
 def _read_decoder(section: Mapping[str, Any]) -> tuple[Renderer, Captions]:
