@@ -29,8 +29,8 @@ BETAS: dict[str, Callable[[int, float, float], np.ndarray]] = {
     1 - _cosine(np.arange(1, steps + 1) / steps) / _cosine(np.arange(steps) / steps), 0.999
   ),
 }
-# What a network predicts: the noise e, or v = alpha_t e - sigma_t x_0 (Salimans and Ho 2022, appendix D).
-PREDICTIONS = ("noise", "v")
+# What a network predicts: the noise e, v = alpha_t e - sigma_t x_0 (Salimans and Ho 2022, appendix D), x_0.
+PREDICTIONS = ("noise", "v", "clean")
 SPACINGS = ("leading", "linspace", "trailing")
 # The spacing of each sampler where a model does not ask for one.
 SAMPLERS = {"ddim": "leading", "dpm": "linspace"}
@@ -115,6 +115,8 @@ def target(schedule: Schedule, clean: jax.Array, noise: jax.Array, t: jax.Array)
   """What the network should predict, float32 [b, ...]; arguments as for `add_noise`."""
   if schedule.prediction == "noise":
     return noise
+  if schedule.prediction == "clean":
+    return clean
   alpha, sigma = (_like(value, clean) for value in signal_and_noise(schedule, t))
   return alpha * noise - sigma * clean
 
@@ -125,6 +127,8 @@ def to_clean(
   """The x_0 that a prediction means at x_t; alpha and sigma broadcast against x_t."""
   if schedule.prediction == "noise":
     return (noisy - sigma * predicted) / alpha
+  if schedule.prediction == "clean":
+    return predicted
   return alpha * noisy - sigma * predicted
 
 

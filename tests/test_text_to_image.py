@@ -230,7 +230,7 @@ def test_samplers_solve_a_known_flow(sampler, prediction):
     alpha, sigma = diffusion.signal_and_noise(schedule, t)
     variance = alpha**2 * deviation**2 + sigma**2
     clean, noise = alpha * deviation**2 / variance * x, sigma / variance * x
-    return noise if prediction == "noise" else alpha * noise - sigma * clean
+    return {"noise": noise, "v": alpha * noise - sigma * clean, "clean": clean}[prediction]
 
   noise = normal(50)
   errors = []
