@@ -47,10 +47,8 @@ KINDS: Mapping[str, tuple[str, ...]] = {
 WORDS = tuple(
   dict.fromkeys(" ".join(["a", *_SIZES, *COLOURS, *_DIGITS, *_PLACES, "on", "background"]).split())
 )
-# The height in pixels of the ink of small and of large digits: least and most.
-HEIGHTS = ((6.5, 7.5), (10.0, 11.0))
-# Where between one side and the other the first, second and third place are: least and most.
-THIRDS = ((0.0, 0.15), (0.425, 0.575), (0.85, 1.0))
+# The height in pixels of the ink of small and of large digits.
+HEIGHTS = (8, 12)
 
 _CAPTION = re.compile(
   "a (?:(?P<size>{size}) )?(?:(?P<colour>{colour}) )?(?P<class>{class})(?: (?P<place>{place}))?"
@@ -62,7 +60,7 @@ _PALETTE = np.array(list(COLOURS.values()), np.float32) / 255.0
 # What counts as ink, of the opacity of a pixel.
 _INK = 0.35
 # Between heights of small and large digits, and between centres of the three places along a side, in pixels.
-_SIZE_BORDER = 8.75
+_SIZE_BORDER = 9.75
 _PLACE_BORDERS = (6.9, 9.1)
 # So many of the most opaque pixels tell the colour.
 _PIXELS_OF_COLOUR = 6
