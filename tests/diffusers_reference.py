@@ -107,6 +107,7 @@ TINY_UNET = dict(
     attention_head_dim=[1, 2, 3, 3],
     layers_per_block=1,
     upcast_attention=True,
+    resnet_time_scale_shift="scale_shift",  # as no published model has it
   ),
   sdxl=UNET["sdxl"]
   | dict(

@@ -27,21 +27,34 @@ def layer_norm(epsilon: float, dtype: str, name: str | None = None) -> nn.LayerN
 
 
 class ResnetBlock(nn.Module):
-  """(norm, swish, 3x3 convolution) twice plus a shortcut; a time embedding is added in between."""
+  """(norm, swish, 3x3 convolution) twice plus a shortcut; a time embedding is added in between.
+
+  With `scale_shift` it scales and shifts what the second normalisation gives instead (Dhariwal and Nichol
+  2021, section 3.1).
+  """
 
   channels: int
   groups: int
   epsilon: float
   dtype: str
+  scale_shift: bool = False
 
   @nn.compact
   def __call__(self, x: jax.Array, time: jax.Array | None = None) -> jax.Array:  # [b, h, w, c], [b, t]
     y = nn.swish(group_norm(self.groups, self.epsilon, self.dtype, "norm1")(x))
     y = conv(self.channels, 3, self.dtype, "conv1")(y)
-    if time is not None:
-      shift = nn.Dense(self.channels, dtype=self.dtype, name="time_emb_proj")(nn.swish(time))
-      y = y + shift[:, None, None]
-    y = nn.swish(group_norm(self.groups, self.epsilon, self.dtype, "norm2")(y))
+    norm = group_norm(self.groups, self.epsilon, self.dtype, "norm2")
+    if time is None:
+      y = norm(y)
+    else:
+      width = (1 + self.scale_shift) * self.channels
+      told = nn.Dense(width, dtype=self.dtype, name="time_emb_proj")(nn.swish(time))[:, None, None]
+      if self.scale_shift:
+        scale, shift = jnp.split(told, 2, axis=-1)
+        y = norm(y) * (1 + scale) + shift
+      else:
+        y = norm(y + told)
+    y = nn.swish(y)
     y = conv(self.channels, 3, self.dtype, "conv2")(y)
     if x.shape[-1] != self.channels:
       x = conv(self.channels, 1, self.dtype, "conv_shortcut")(x)

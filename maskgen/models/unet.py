@@ -227,6 +227,8 @@ class UNet(nn.Module):
     size_width: sinusoids for each of the six sizes that go with it; 0 for a model that takes no sizes.
     layout: side of a coarse image, made of the pooled text, that is added to the first layer's output; 0 for
       none. No published model has it. Small ones that learn from scratch need it to heed words of place.
+    scale_shift: whether time and pooled text scale and shift normalised activations (no published model),
+      or are added to those before; see `ResnetBlock`.
     groups, epsilon: of the group normalisations.
     dtype: the type of the computation; parameters are float32, and so are softmax, statistics and output.
     attention: see `maskgen.models.transformer.attend`.
@@ -245,6 +247,7 @@ class UNet(nn.Module):
   pooled_width: int = 0
   size_width: int = 256
   layout: int = 0
+  scale_shift: bool = False
   groups: int = 32
   epsilon: float = 1e-5
   dtype: str = "float32"
@@ -301,7 +304,8 @@ class UNet(nn.Module):
 
     def resnet(level: int) -> Layer:
       block = remat_lib.remat_module(ResnetBlock, self.remat)
-      return functools.partial(block, self.channels[level], self.groups, self.epsilon, self.dtype)
+      options = (self.channels[level], self.groups, self.epsilon, self.dtype, self.scale_shift)
+      return functools.partial(block, *options)
 
     def transformer(level: int, depth: int) -> Any:
       options = (depth, self.heads[level], self.groups, self.dtype, self.attention, self.remat)
