@@ -28,7 +28,7 @@ WORDS = (
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   args = parse_arg(arg, debug=False, tiny=False, seed=0)
-  steps = 2 if args.debug else 300 if args.tiny else 2500
+  steps = 2 if args.debug else 300 if args.tiny else 5000
   captions = dict(tokenizer=f"list:{WORDS}", length=16)
   preprocess = f"decode(3)|tokenize({captions['tokenizer']!r}, {captions['length']})"
   return ml_collections.ConfigDict(
@@ -59,6 +59,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
           groups=8,
           # Without it words of place are ignored.
           layout=8,
+          # Products of words, as of class and place, are learned sooner.
+          scale_shift=True,
         ),
         # What is clean has few dimensions, the noise of 2 x 2 pixels has twelve: predicting it takes less.
         schedule=dict(steps=1000, betas="cosine", prediction="clean", spacing="trailing", clean_end=True),
