@@ -25,6 +25,7 @@ Arguments:
   :caption_share  how often the caption, which the pictures must have then, stands beside the image
   :batch_size     examples per step
   :accumulation   micro-batches per step, for fewer devices
+  :family, :size  another decoder and its pixels: see vilex_sd21.py and vilex_sdxl.py
   :tiny           this recipe with the small networks, pictures and lengths of `vilex_digits.py:tiny`
   :debug          2 steps of tiny networks
 """
@@ -35,18 +36,20 @@ import ml_collections
 
 from maskgen import checkpoint
 from maskgen import config as config_lib
+from maskgen.errors import UserError, nearest
 from maskgen.importers import diffusers
+from maskgen.importers.diffusers_layouts import LAYOUTS
 from maskgen.importers.published import PUBLISHED
 
-FAMILY, DECODER, ENCODER = "sd15", "stable_diffusion_15", "siglip_so400m_224"
-SIZE = 512
+ENCODER = "siglip_so400m_224"
 # SigLIP's So400m/14.
 SO400M = dict(image_size=(224, 224), patch=14, width=1152, depth=27, heads=16, hidden=4304)
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
-  own = dict(decoder=DECODER, encoder=ENCODER, source="folder:pictures", eval_source="", caption_share=0.0)
-  args = config_lib.parse_arg(arg, **own, batch_size=2048, accumulation=2, debug=False, tiny=False)
+  given = dict(decoder="", encoder=ENCODER, source="folder:pictures", eval_source="", caption_share=0.0)
+  recipe = dict(batch_size=2048, accumulation=2, family="sd15", size=512, debug=False, tiny=False)
+  args = config_lib.parse_arg(arg, **given, **recipe)
   config = full(args)
   if not (args.tiny or args.debug):
     return config
@@ -58,9 +61,12 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
 
 
 def full(args) -> ml_collections.ConfigDict:
-  folder = diffusers.folder_of(args.decoder, FAMILY)
+  if args.family not in LAYOUTS:
+    raise UserError(f"config argument ':family={args.family}' does not exist{nearest(args.family, LAYOUTS)}")
+  decoder, size = args.decoder or LAYOUTS[args.family].published, args.size
+  folder = diffusers.folder_of(decoder, args.family)
   vit = SO400M if args.encoder in PUBLISHED else checkpoint.load_config(args.encoder).get("vit", SO400M)
-  tokenize = f"|tokenize('bpe:{folder or FAMILY}/tokenizer', 77)" if args.caption_share else ""
+  tokenize = f"|tokenize('bpe:{folder or args.family}/tokenizer', 77)" if args.caption_share else ""
   return ml_collections.ConfigDict(
     dict(
       seed=0,
@@ -72,18 +78,18 @@ def full(args) -> ml_collections.ConfigDict:
       data=dict(
         source=args.source,
         eval_source=args.eval_source or None,
-        preprocess=f"decode(3)|resize_small({SIZE})|random_crop({SIZE})|flip_lr{tokenize}",
-        eval_preprocess=f"decode(3)|resize_small({SIZE})|center_crop({SIZE}){tokenize}",
+        preprocess=f"decode(3)|resize_small({size})|random_crop({size})|flip_lr{tokenize}",
+        eval_preprocess=f"decode(3)|resize_small({size})|center_crop({size}){tokenize}",
       ),
-      pretrained=dict(decoder=args.decoder, encoder=args.encoder),
+      pretrained=dict(decoder=decoder, encoder=args.encoder),
       objective=dict(
         name="vilex",
         # Frozen, and so kept in 16 bits, but for its autoencoder.
         decoder=dict(
           name="diffusers",
           folder=folder,
-          family=FAMILY,
-          image_size=(SIZE, SIZE),
+          family=args.family,
+          image_size=(size, size),
           param_dtype="bfloat16",
           dtype="bfloat16",
           remat="full",

@@ -5,132 +5,21 @@
   python -m maskgen.main --workdir=runs/vilex_sd21 \
     --config=configs/vilex_sd21.py:decoder=weights/sd21,encoder=weights/siglip,source=folder:/my/pictures
 
-docs/vilex.md says which published weights these are, and where. Pictures need no captions.
+This is vilex_sd15.py with another decoder: what is said there of the recipe, the paper and what was run holds
+here, too. The paper's text encoder, OpenCLIP ViT-H/14, is said to be this decoder's.
 
-Hardware: 256 chips of TPU v5e for the paper's batch; docs/scaling.md has what a compiler says of it. The
-paper took 2.5 days on 64 TPUv5, with Imagen at 64 pixels and on WebLI, and got a COCO FID of 2.07 with 75
-tokens: neither is public, and that score is not to be expected of this. The full size has not been run by the
-authors of this file, nor anything with published weights.
+Hardware: 256 chips of TPU v5e for the paper's batch; docs/scaling.md has what a compiler says of it.
 
-From the paper: 75 tokens, the loss, 300,000 steps of 2,048 pictures, Adafactor with 3e-4 for the pooling and
-1e-5 for a SigLIP that is trained along; and its text encoder, OpenCLIP ViT-H/14, is said to be this one's.
-From De-Diffusion, its ancestor: five layers of pooling. Chosen here, as the paper's are not known: So400m/14
-at 224 pixels, the width of the pooling, warm-up, cosine and clipping, how many tokens are dropped, no
-captions beside the images, bfloat16.
-
-Arguments:
-  :decoder        a converted Stable Diffusion 2 for 512 pixels, "base"
-  :encoder        a converted SigLIP
-  :source         the pictures, as in docs/your_pictures.md: `folder:/my/pictures`, `tar:/data/{000..999}.tar`
-  :eval_source    pictures to evaluate on; by default a tenth of `source` is held out
-  :caption_share  how often the caption, which the pictures must have then, stands beside the image
-  :batch_size     examples per step
-  :accumulation   micro-batches per step, for fewer devices
-  :tiny           this recipe with the small networks, pictures and lengths of `vilex_digits.py:tiny`
-  :debug          2 steps of tiny networks
+Arguments: those of vilex_sd15.py; `:decoder` is a converted Stable Diffusion 2 for 512 pixels, "base".
 """
 
 import pathlib
 
 import ml_collections
 
-from maskgen import checkpoint
 from maskgen import config as config_lib
-from maskgen.importers import diffusers
-from maskgen.importers.published import PUBLISHED
-
-FAMILY, DECODER, ENCODER = "sd21", "stable_diffusion_21_base", "siglip_so400m_224"
-SIZE = 512
-# SigLIP's So400m/14.
-SO400M = dict(image_size=(224, 224), patch=14, width=1152, depth=27, heads=16, hidden=4304)
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
-  own = dict(decoder=DECODER, encoder=ENCODER, source="folder:pictures", eval_source="", caption_share=0.0)
-  args = config_lib.parse_arg(arg, **own, batch_size=2048, accumulation=2, debug=False, tiny=False)
-  config = full(args)
-  if not (args.tiny or args.debug):
-    return config
-  # The small versions bring a text-to-image model of their own.
-  digits = pathlib.Path(__file__).with_name("vilex_digits.py")
-  small = config_lib.load(f"{digits}:debug={args.debug},tiny={args.tiny}").to_dict()
-  shrink(config, small["vilex"])
-  return ml_collections.ConfigDict({**small, "vilex": config.to_dict()})
-
-
-def full(args) -> ml_collections.ConfigDict:
-  folder = diffusers.folder_of(args.decoder, FAMILY)
-  vit = SO400M if args.encoder in PUBLISHED else checkpoint.load_config(args.encoder).get("vit", SO400M)
-  tokenize = f"|tokenize('bpe:{folder or FAMILY}/tokenizer', 77)" if args.caption_share else ""
-  return ml_collections.ConfigDict(
-    dict(
-      seed=0,
-      batch_size=args.batch_size,
-      accumulation=args.accumulation,
-      total_steps=300_000,
-      log_every_steps=100,
-      checkpoint=dict(save_steps=5000, save_minutes=15.0, keep=2),
-      data=dict(
-        source=args.source,
-        eval_source=args.eval_source or None,
-        preprocess=f"decode(3)|resize_small({SIZE})|random_crop({SIZE})|flip_lr{tokenize}",
-        eval_preprocess=f"decode(3)|resize_small({SIZE})|center_crop({SIZE}){tokenize}",
-      ),
-      pretrained=dict(decoder=args.decoder, encoder=args.encoder),
-      objective=dict(
-        name="vilex",
-        # Frozen, and so kept in 16 bits, but for its autoencoder.
-        decoder=dict(
-          name="diffusers",
-          folder=folder,
-          family=FAMILY,
-          image_size=(SIZE, SIZE),
-          param_dtype="bfloat16",
-          dtype="bfloat16",
-          remat="full",
-        ),
-        encoder=dict(name="vit", **vit, dtype="bfloat16", scan=True, remat="dots"),
-        pretrained_encoder=True,
-        tokens=75,
-        pool_width=1024,
-        pool_depth=5,
-        pool_heads=16,
-        tail_drop=dict(distribution="uniform", full=0.25),
-        caption_share=args.caption_share,
-        dtype="bfloat16",
-        sampling=dict(steps=25, sampler="dpm", image_guidance=2.0, text_guidance=2.0),
-      ),
-      optimizer=dict(
-        main=dict(
-          name="adafactor",
-          learning_rate=3e-4,
-          warmup_steps=10_000,
-          clip_norm=1.0,
-          multipliers=(("^encoder/", 1 / 30),),
-        )
-      ),
-      evals=dict(
-        validation=dict(type="loss", every_steps=10_000),
-        samples=dict(type="samples", every_steps=10_000, num_generated=8, num_examples=8),
-      ),
-      mesh=dict(data=-1, fsdp=1, tensor=1),
-      # What no rule names, such as the frozen U-Net, is split over fsdp where it is large.
-      sharding=(
-        ("/v(_row|_col)?/", ()),  # Adafactor's, which are small
-        ("/(query|key|value|up)/kernel$", ("fsdp", "tensor")),
-        ("/(query|key|value|up)/bias$", ("tensor",)),
-        ("/(out|down)/kernel$", ("tensor", "fsdp")),
-        ("(embedding|position)$", (None, "fsdp")),
-      ),
-    )
-  )
-
-
-def shrink(config: ml_collections.ConfigDict, small: dict) -> None:
-  """Keeps optimizer and recipe, and takes data, networks and lengths from the lexicon of digits."""
-  for key in small.keys() - {"optimizer"}:
-    config[key] = small[key]
-  config.accumulation = 1
-  # Networks from scratch and a run this short need larger steps, for all alike.
-  for key in ("learning_rate", "warmup_steps", "multipliers"):
-    config.optimizer.main[key] = small["optimizer"]["main"][key]
+  sd15 = pathlib.Path(__file__).with_name("vilex_sd15.py")
+  return config_lib.load(f"{sd15}:family=sd21,{arg or ''}")
