@@ -509,7 +509,7 @@ def test_operational_keys_may_change_on_the_way(trained, tmp_path):
 
 
 # What differs from another config in numbers alone; test_config.py builds all.
-ALIKE = ("mage_base", "mage_large", "mage_c_large", "probe_mage", "fewshot_mage")
+ALIKE = ("mage_base", "mage_large", "mage_c_large", "probe_mage", "fewshot_mage", "vilex_sd21", "vilex_sdxl")
 
 
 @pytest.mark.parametrize(
