@@ -7,7 +7,8 @@ The first command trains the text-to-image model of configs/diffusion_digits.py,
 eight vectors that stand among the words of a prompt, see docs/vilex.md. The encoder starts from scratch here,
 so that it is first told what captions mean.
 
-Hardware: two CPU cores and 2 GB of memory. Its `:debug` version was run, and no other.
+Hardware: two CPU cores and 3 GB of memory. Its `:debug` version was run, and no other: the text-to-image
+model does not heed classes well enough yet to say what a lexicon for it is worth.
 
 Arguments:
   :decoder  a trained model of configs/diffusion_digits.py; by default it is trained first
