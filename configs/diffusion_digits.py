@@ -10,8 +10,9 @@ pixels whether pictures are as asked for.
 
 Hardware: two CPU cores and 3 GB of memory; at 230 images/s, if they are idle, 25 minutes. Of 128 captions
 all colours, backgrounds, sizes and places are heeded after 1,000 steps, classes in 20% after 2,000, 45% after
-4,000 and 60% at the end, still rising, where the classifier sees 99% of those of real pictures
-(`--config.evals.captions.num_images=128`, one run). `:debug` was run as well, `:tiny` was not.
+4,000 and 60% at the end, still rising, where the classifier sees 99% of those of real pictures: one run, with
+`--config.evals.captions.num_images=128 --config.evals.captions.every_steps=1000`. `:debug` was run as well,
+`:tiny` was not.
 
 Arguments:
   :seed   of everything
