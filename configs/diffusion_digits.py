@@ -5,7 +5,7 @@
     --prompt="a large red three on a blue background" --prompt="a small white seven at the top left"
 
 Captions say class, colour, background, size and place, as in "a large red seven at the top left on a blue
-background", with 29 words. How a digit is written they do not say. The evaluation `captions` reads from the
+background", with 30 words. How a digit is written they do not say. The evaluation `captions` reads from the
 pixels whether pictures are as asked for.
 
 Hardware: two CPU cores and 3 GB of memory; at 230 images/s, if they are idle, 25 minutes. Of 128 captions
@@ -25,8 +25,8 @@ import ml_collections
 from maskgen.config import parse_arg
 
 WORDS = (
-  "a small large red green blue yellow white black zero one two three four five six seven eight nine at the "
-  "top left right in middle bottom on background"
+  "a small large red green blue yellow white grey black zero one two three four five six seven eight nine "
+  "at the top left right in middle bottom on background"
 )
 
 

@@ -57,10 +57,9 @@ def test_captions_for_testing_say_all_that_is_there(test):
   np.testing.assert_array_equal([one["class"] for one in said], test["label"])
   for kind, values in read(test)[0].items():
     assert np.mean(values == [one[kind] for one in said]) > 0.99, kind
-  assert all(one["colour"] != one["background"] for one in said)
   for kind, words in scenes.KINDS.items():
     shares = np.bincount([one[kind] for one in said], minlength=len(words)) / len(said)
-    assert np.ptp(shares * len(words)) < 0.6, kind
+    assert np.ptp(shares * len(words)) < 0.5, kind
 
 
 def test_captions_for_training_leave_something_out(train):
@@ -96,15 +95,11 @@ def test_captions_round_trip():
 
 @pytest.mark.parametrize("kind", scenes.KINDS)
 def test_contradictions_differ_in_one_word(kind):
-  for text in (
-    "a small red nine at the bottom right on a yellow background",
-    "a large blue two on a red background",
-  ):
-    said = scenes.understand(text)
-    if kind in said:
-      other = scenes.contradict(said, kind)
-      assert {name for name in said if said[name] != other[name]} == {kind}
-      assert other["colour"] != other["background"]
+  for value in range(len(scenes.KINDS[kind])):
+    said = dict.fromkeys(scenes.KINDS, 0) | {kind: value}
+    other = scenes.contradict(said, kind)
+    assert {name for name in said if said[name] != other[name]} == {kind}
+    assert scenes.understand(scenes.describe(other)) == other
 
 
 def test_unknown_split():

@@ -1,7 +1,7 @@
 """What can be said of a picture of one coloured digit, and what can be read from it; without TensorFlow.
 
-A picture shows a digit of one colour on a background of another, small or large, at one of nine places. All
-this is said in a caption of `WORDS`. How the digit is written is not: a picture holds more than its words.
+A picture shows a bright digit on a dark background, small or large, at one of nine places. All this is said
+in a caption of `WORDS`. How the digit is written is not: a picture holds more than its words.
 Letters: b batch, s the side of a picture, g the side of a glyph.
 """
 
@@ -15,13 +15,22 @@ GLYPH_SIDE = 8
 
 _DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 _SIZES = ("small", "large")
-COLOURS = {
-  "red": (225, 45, 45),
-  "green": (45, 180, 60),
-  "blue": (50, 80, 235),
-  "yellow": (245, 215, 50),
+# Red, green and blue of bright ink and of dark backgrounds, all pairs of which differ enough. Were either
+# at times the brighter one, the shape of a class would mean light as often as shade, and models that learn
+# from scratch would learn classes last.
+INKS = {
+  "red": (240, 60, 50),
+  "green": (70, 215, 80),
+  "blue": (80, 130, 255),
+  "yellow": (250, 225, 60),
   "white": (245, 245, 245),
-  "black": (15, 15, 15),
+}
+BACKGROUNDS = {
+  "red": (110, 10, 15),
+  "green": (10, 75, 25),
+  "blue": (15, 20, 120),
+  "grey": (85, 85, 85),
+  "black": (10, 10, 10),
 }
 # Row by row.
 _PLACES = (
@@ -38,14 +47,14 @@ _PLACES = (
 # What is said of a picture, and the words for each value of it.
 KINDS: Mapping[str, tuple[str, ...]] = {
   "class": _DIGITS,
-  "colour": tuple(COLOURS),
-  "background": tuple(COLOURS),
+  "colour": tuple(INKS),
+  "background": tuple(BACKGROUNDS),
   "size": _SIZES,
   "place": _PLACES,
 }
 # All words of captions.
 WORDS = tuple(
-  dict.fromkeys(" ".join(["a", *_SIZES, *COLOURS, *_DIGITS, *_PLACES, "on", "background"]).split())
+  dict.fromkeys(" ".join(["a", *_SIZES, *INKS, *BACKGROUNDS, *_DIGITS, *_PLACES, "on", "background"]).split())
 )
 # The height in pixels of the ink of small and of large digits.
 HEIGHTS = (8, 12)
@@ -56,7 +65,6 @@ _CAPTION = re.compile(
     {kind: "|".join(words) for kind, words in KINDS.items()}
   )
 )
-_PALETTE = np.array(list(COLOURS.values()), np.float32) / 255.0
 # What counts as ink, of the opacity of a pixel.
 _INK = 0.35
 # Between heights of small and large digits, and between centres of the three places along a side, in pixels.
@@ -83,12 +91,9 @@ def understand(caption: str) -> dict[str, int] | None:
 
 
 def contradict(said: Mapping[str, int], kind: str) -> dict[str, int]:
-  """The same with another value of one kind; colour and background remain different."""
-  number, taken = len(KINDS[kind]), {said[kind]}
-  if kind in ("colour", "background"):
-    taken |= {value for other, value in said.items() if other in ("colour", "background")}
-  turned = ((said[kind] + number // 2 + turn) % number for turn in range(number))
-  return {**said, kind: next(value for value in turned if value not in taken)}
+  """The same with another value of one kind."""
+  number = len(KINDS[kind])
+  return {**said, kind: (said[kind] + number // 2) % number}
 
 
 def ink_box(opacity: np.ndarray) -> np.ndarray:
@@ -124,8 +129,6 @@ def read(images: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
   pixels = images.reshape(len(images), -1, 3) - ground[:, None]
   farthest = np.argsort(-np.square(pixels).sum(axis=-1), axis=1)[:, :_PIXELS_OF_COLOUR]
   contrast = np.take_along_axis(pixels, farthest[..., None], axis=1).mean(axis=1)
-  background = _nearest_colour(ground)
-  colour = _nearest_colour(ground + contrast, other_than=background)
   scale = np.maximum(np.square(contrast).sum(axis=-1), 1e-6)
   opacity = np.clip(np.einsum("bpc,bc->bp", pixels, contrast) / scale[:, None], 0.0, 1.0)
   opacity = opacity.reshape(images.shape[:3])
@@ -135,8 +138,8 @@ def read(images: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
     np.digitize((low + high) / 2, _PLACE_BORDERS) for low, high in ((top, bottom), (left, right))
   )
   values = {
-    "colour": colour,
-    "background": background,
+    "colour": _nearest(INKS, ground + contrast),
+    "background": _nearest(BACKGROUNDS, ground),
     "size": (height > _SIZE_BORDER).astype(int),
     "place": 3 * row + column,
   }
@@ -145,12 +148,10 @@ def read(images: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
   return values, np.einsum("bgy,byx,bhx->bgh", rows, opacity, columns).astype(np.float32)
 
 
-def _nearest_colour(colours: np.ndarray, other_than: np.ndarray | None = None) -> np.ndarray:
-  """The numbers of the nearest of `COLOURS` to colours [b, 3]."""
-  distances = np.square(colours[:, None] - _PALETTE).sum(axis=-1)
-  if other_than is not None:
-    distances[np.arange(len(distances)), other_than] = np.inf
-  return distances.argmin(axis=1)
+def _nearest(palette: Mapping[str, tuple[int, int, int]], colours: np.ndarray) -> np.ndarray:
+  """The numbers of the nearest colours of a palette to colours [b, 3]."""
+  known = np.array(list(palette.values()), np.float32) / 255.0
+  return np.square(colours[:, None] - known).sum(axis=-1).argmin(axis=1)
 
 
 def _shrink(centre: np.ndarray, length: np.ndarray) -> np.ndarray:

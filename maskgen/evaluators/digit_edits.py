@@ -26,8 +26,8 @@ _IMAGE, _WORD = "{}", "*"
 class Evaluator:
   """Edits evaluation images of captioned digits by words beside their tokens; see `data.digit_scenes`.
 
-  A prompt changes one kind K of what can be said of an image, such as its background, to another value. The
-  digit's colour and the background remain different. Numbers end in _k<tokens of the image>_s<text guidance>:
+  A prompt changes one kind K of what can be said of an image, such as its background, to another value.
+  Numbers end in _k<tokens of the image>_s<text guidance>:
     `K_followed`: the share of pictures that show what the word says.
     `K_class_kept`: in which the classifier sees the class of the source.
     `K_both`: both.

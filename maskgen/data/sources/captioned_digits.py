@@ -42,7 +42,7 @@ def open_captioned_digits(argument: str, split: str) -> Source:
     image = _draw(tf.gather(opacities, which), tf.gather(centres, which), said, draws[5:11])
     return {"image": image, "label": said["class"], "caption": _describe(said, draws[11:] >= unsaid)[None]}
 
-  version = f"{Digits.VERSION} {split} 2"
+  version = f"{Digits.VERSION} {split} 3"
   size = _PICTURES[split] * len(glyphs)
   return Source("captioned_digits", size, scenes.KINDS["class"], fetch, version)
 
@@ -53,11 +53,9 @@ def _choose(draws: tf.Tensor) -> dict[str, tf.Tensor]:
   def choose(draw: tf.Tensor, number: int) -> tf.Tensor:
     return tf.cast(draw * number, tf.int64)
 
-  colours = len(scenes.COLOURS)
-  colour = choose(draws[0], colours)
   return {
-    "colour": colour,
-    "background": (colour + 1 + choose(draws[1], colours - 1)) % colours,
+    "colour": choose(draws[0], len(scenes.INKS)),
+    "background": choose(draws[1], len(scenes.BACKGROUNDS)),
     "size": choose(draws[2], 2),
     "place": 3 * choose(draws[3], 3) + choose(draws[4], 3),
   }
@@ -75,10 +73,12 @@ def _draw(glyph: tf.Tensor, centre: tf.Tensor, said: dict[str, tf.Tensor], draws
     weights.append(tf.nn.relu(1.0 - tf.abs(samples[:, None] - tf.range(scenes.GLYPH_SIDE, dtype=tf.float32))))
   grey = weights[0] @ glyph @ tf.transpose(weights[1])
   opacity = tf.clip_by_value(_CONTRAST * grey - _FAINT, 0.0, 1.0)[..., None]
-  palette = tf.constant(list(scenes.COLOURS.values()), tf.float32)
   colour, background = (
-    tf.gather(palette, said[kind]) + _JITTER * (2.0 * draw - 1.0)
-    for kind, draw in (("colour", draws[:3]), ("background", draws[3:]))
+    tf.gather(tf.constant(list(palette.values()), tf.float32), value) + _JITTER * (2.0 * draw - 1.0)
+    for palette, value, draw in (
+      (scenes.INKS, said["colour"], draws[:3]),
+      (scenes.BACKGROUNDS, said["background"], draws[3:]),
+    )
   )
   image = background + opacity * (colour - background)
   return tf.cast(tf.round(tf.clip_by_value(image, 0.0, 255.0)), tf.uint8)
