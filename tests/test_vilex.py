@@ -199,14 +199,19 @@ def test_losses_of_prompts():
   assert "loss_caption" not in predict["loss"](variables, {"image": batch()["image"]}, jax.random.key(0))
 
 
-def test_warm_start_is_without_the_unet():
-  compute, parts = gradient(warm_start_steps=2)
+def test_a_warm_start_aligns_captions_ever_less():
+  compute, parts = gradient(warm_start_steps=4)
+  (plain, _), slopes = gradient()[0](parts["params"], parts["frozen"], 0)
+  # Without a U-Net nothing but the alignment moves the encoder.
   blind = jax.tree.map(jnp.zeros_like, parts["frozen"]["decoder"]["unet"])
   frozen = {**parts["frozen"], "decoder": {**parts["frozen"]["decoder"], "unet": blind}}
-  (_, _), warm = compute(parts["params"], frozen, 1)
-  assert max(np.abs(slope).max() for slope in jax.tree.leaves(warm)) > 0
-  (_, _), denoising = compute(parts["params"], frozen, 2)
-  assert max(np.abs(slope).max() for slope in jax.tree.leaves(denoising)) == 0
+  for step, weight in enumerate([1, 0.75, 0.5, 0.25, 0, 0]):
+    (loss, metrics), _ = compute(parts["params"], parts["frozen"], step)
+    np.testing.assert_allclose(loss, plain + weight * metrics["misalignment"], rtol=1e-5)
+    _, aligning = compute(parts["params"], frozen, step)
+    assert (max(np.abs(slope).max() for slope in jax.tree.leaves(aligning)) > 0) == (weight > 0)
+  after = compute(parts["params"], parts["frozen"], 4)[1]
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), after, slopes)
 
 
 def test_features_and_reconstructions():

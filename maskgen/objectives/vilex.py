@@ -52,8 +52,9 @@ class Objective:
     tail_drop: how many of the n tokens examples are trained with.
     caption_share: the share of examples that are trained with their caption beside the image.
     words_first: whether the caption comes before the image, not behind it. Later positions see earlier ones.
-    warm_start_steps: for so many steps the end of a prompt of tokens is to mean what the end of the image's
-      caption means to the text encoder, without the U-Net; for an encoder from scratch. Not in the paper.
+    warm_start_steps: for so many steps the end of a prompt of tokens is also to mean what the end of the
+      image's caption means to the text encoder, at first as much as the loss counts and then ever less; for
+      an encoder from scratch. Not in the paper.
     dtype: of the pooling.
     attention: likewise, see `maskgen.models.transformer.attend`.
     sampling: defaults for generation.
@@ -207,17 +208,14 @@ class Objective:
       fitting = prompts.room(image.number, said.number, self.renderer.length)
       runs = self._in_order(image._replace(number=fitting), said)
 
-    def denoise() -> jax.Array:
-      condition, _ = self.renderer.condition(frozen["decoder"], runs)
-      return self.renderer.model.errors(frozen["decoder"], images, [condition], batch["key"])[0].mean()
-
+    condition, _ = self.renderer.condition(frozen["decoder"], runs)
+    loss = self.renderer.model.errors(frozen["decoder"], images, [condition], batch["key"])[0].mean()
+    metrics = self._health(frozen, vectors) | {"kept_tokens": image.number.mean()}
     if self.warm_start_steps:
       said = self.renderer.caption(frozen["decoder"], batch["caption"])
-      align = functools.partial(self.renderer.misalignment, frozen["decoder"], image, said)
-      loss = jax.lax.cond(step < self.warm_start_steps, align, denoise)
-    else:
-      loss = denoise()
-    return {"main": loss}, self._health(frozen, vectors) | {"kept_tokens": image.number.mean()}, extra
+      metrics["misalignment"] = self.renderer.misalignment(frozen["decoder"], image, said)
+      loss += jnp.maximum(1.0 - step / self.warm_start_steps, 0.0) * metrics["misalignment"]
+    return {"main": loss}, metrics, extra
 
   def _vectors(self, params: Tree, frozen: Tree, images: jax.Array) -> jax.Array:
     """The tokens of images float32 [b, h, w, c] in [0, 1]; float32 [b, n, d]."""
