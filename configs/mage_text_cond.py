@@ -34,7 +34,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   plain = {**captioned["data"], "preprocess": "decode(3)", "eval_preprocess": "decode(3)"}
   for stage in (tokenizer, mage):
     stage["data"] = plain
-  del mage["evals"]["probe"], mage["evals"]["generation"]
+  del mage["evals"]["generation"]
+  mage["evals"]["probe"] |= dict(num_images=64 if args.debug else 10_000, baselines=False)
   reader = captioned["objective"]
   text = {
     **mage,

@@ -306,6 +306,18 @@ def test_probe_baselines_run_once_and_can_be_left_out(digits):
   assert set(numbers) == {"top1", "top1_ridge", "top1_knn", "top1_1shot", "top1_1shot_std"}
 
 
+def test_a_probe_of_some_training_images_is_one_of_less_data(digits):
+  train, test = digits
+  number = 2 * BATCH + 3  # no whole number of batches
+  predict = {"features": lambda v, b, r: to_float(b["image"]).reshape(BATCH, -1)}
+  options = dict(shots=(1,), baselines=False)
+  some = run("probe", make_context(predict, *digits), scale(1.0), num_images=number, **options)
+  less = make_context(predict, (train[0][:number], train[1][:number]), test)
+  assert some.numbers == run("probe", less, scale(1.0), **options).numbers
+  with pytest.raises(UserError, match="num_images, shots, draws and random_encoders must be at least 1"):
+    run("probe", less, scale(1.0), num_images=0)
+
+
 def test_shots_that_a_class_does_not_have_are_left_out(digits):
   train, test = digits
   rare = np.concatenate([np.flatnonzero(train[1] != 3), np.flatnonzero(train[1] == 3)[:4]])

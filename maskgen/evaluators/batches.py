@@ -39,11 +39,17 @@ def stream(
 
 
 def collect(
-  context: Context, split: str, fn: Callable[[Batch], Mapping[str, jax.Array]]
+  context: Context, split: str, fn: Callable[[Batch], Mapping[str, jax.Array]], limit: int | None = None
 ) -> dict[str, np.ndarray]:
-  """The results of `stream`, concatenated; the whole split must fit in memory."""
-  parts = list(stream(context, split, fn))
-  return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+  """The results of `stream`, concatenated, or the first `limit` of them; they must fit in memory."""
+  parts: list[dict[str, np.ndarray]] = []
+  count = 0
+  for part in stream(context, split, fn):
+    parts.append(part)
+    count += len(next(iter(part.values())))
+    if limit is not None and count >= limit:
+      break
+  return {name: np.concatenate([part[name] for part in parts])[:limit] for name in parts[0]}
 
 
 def first_batch(context: Context) -> Batch:

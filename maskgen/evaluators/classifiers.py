@@ -3,11 +3,10 @@
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 from sklearn import svm
 
 from maskgen.errors import UserError, nearest
-from maskgen.evaluators.batches import stream
+from maskgen.evaluators.batches import collect
 from maskgen.evaluators.context import Context
 from maskgen.evaluators.feature_spaces import Space
 
@@ -29,12 +28,9 @@ def check(name: str | None, context: Context) -> None:
 
 def train(name: str, context: Context, space: Space, num_images: int | None = None) -> Any:
   """Trains a classifier on the features of the first real training images, by default of all."""
-  features: list[np.ndarray] = []
-  labels: list[np.ndarray] = []
-  parts = stream(context, "train", lambda batch: {"x": space(batch["image"]), "label": batch["label"]})
-  for part in parts:
-    features.append(part["x"])
-    labels.append(part["label"])
-    if num_images is not None and sum(map(len, labels)) >= num_images:
-      break
-  return CLASSIFIERS[name]().fit(np.concatenate(features)[:num_images], np.concatenate(labels)[:num_images])
+
+  def labelled(batch):
+    return {"x": space(batch["image"]), "label": batch["label"]}
+
+  known = collect(context, "train", labelled, num_images)
+  return CLASSIFIERS[name]().fit(known["x"], known["label"])

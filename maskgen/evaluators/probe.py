@@ -86,8 +86,8 @@ class Split:
 class Evaluator:
   """Fits simple classifiers to frozen features of the training split, tests on the evaluation split.
 
-  Every representation is standardized with the training split's statistics first. Features of the
-  whole split must fit in memory.
+  Every representation is standardized with the training split's statistics first. All features must
+  fit in memory.
 
   Numbers (shares in [0, 1]): `top1` (logistic regression), `top1_ridge`, `top1_knn` (5 neighbours,
   cosine), `top1_<k>shot` and `top1_<k>shot_std` (ridge on k labels per class, over several balanced
@@ -96,6 +96,7 @@ class Evaluator:
   baselines are measured at the first evaluation and then kept: the tokenizer is taken to be frozen.
 
   Attributes:
+    num_images: how many training images the classifiers are fitted to; None for all.
     shots: labels per class for the few-shot numbers, measured where every class has as many.
     draws: how many draws each few-shot number averages.
     random_encoders: how many untrained encoders the baseline averages.
@@ -107,6 +108,7 @@ class Evaluator:
   requires: ClassVar[tuple[str, ...]] = ("features",)
 
   context: Context
+  num_images: int | None = None
   shots: tuple[int, ...] = (1, 5, 10)
   draws: int = 5
   random_encoders: int = 3
@@ -117,8 +119,9 @@ class Evaluator:
   def __post_init__(self):
     if self.context.class_names is None:
       raise UserError("the data has no labels to probe for: remove this evaluation")
-    if min(self.draws, self.random_encoders, *self.shots, 1) < 1:
-      raise UserError("shots, draws and random_encoders must be at least 1")
+    images = 1 if self.num_images is None else self.num_images
+    if min(images, self.draws, self.random_encoders, *self.shots, 1) < 1:
+      raise UserError("num_images, shots, draws and random_encoders must be at least 1")
 
   @one_blas_thread
   def run(self, variables: Any, rng: jax.Array) -> Report:
@@ -145,10 +148,12 @@ class Evaluator:
 
   def _split(self, represent) -> Split:
     """Collects `represent(batch)` [b, d] of both splits, standardized."""
-    train, test = (
-      collect(self.context, split, lambda batch: {"x": represent(batch), "label": batch["label"]})
-      for split in ("train", "eval")
-    )
+
+    def labelled(batch):
+      return {"x": represent(batch), "label": batch["label"]}
+
+    train = collect(self.context, "train", labelled, self.num_images)
+    test = collect(self.context, "eval", labelled)
     return Split(train["x"], train["label"], test["x"], test["label"]).standardized()
 
   def _features(self, variables, rng) -> Split:
