@@ -36,7 +36,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
 
 
 def vilex(args, path: str, decoder: dict) -> dict:
-  warm, steps = (1, 2) if args.debug else (200, 500) if args.tiny else (1200, 4000)
+  warm, steps = (1, 2) if args.debug else (300, 500) if args.tiny else (3000, 4000)
   small = args.debug
   few = dict(num_images=8, num_pictures=2) if small else {}
   encoder = dict(
@@ -66,6 +66,9 @@ def vilex(args, path: str, decoder: dict) -> dict:
       pool_depth=1 if small else 2,
       pool_heads=4,
       tail_drop=dict(distribution="uniform", full=0.25),
+      # Words before the image move it, and words that are not there it must say itself.
+      caption_share=0.5,
+      image_place="within",
       warm_start_steps=warm,
       sampling=dict(steps=20, sampler="dpm", image_guidance=1.5, text_guidance=1.5),
     ),
@@ -85,7 +88,7 @@ def vilex(args, path: str, decoder: dict) -> dict:
     evals=dict(
       validation=dict(type="loss", every_steps=1000),
       reconstruction=dict(type="lexicon", every_steps=steps, features="glyphs", classifier="svc", **few),
-      edits=dict(type="digit_edits", every_steps=steps, num_tokens=(2, 8), **few),
+      edits=dict(type="digit_edits", every_steps=steps, num_tokens=(4, 8), **few),
       probe=dict(
         type="probe", every_steps=steps, num_images=64 if small else 10_000, shots=(1,), baselines=False
       ),

@@ -14,6 +14,8 @@ import numpy as np
 from maskgen.errors import UserError, nearest
 
 DISTRIBUTIONS = ("uniform", "powers", "all")
+# Where an image stands in its caption: before or behind the whole of it, or in place of some words.
+PLACES = ("before", "behind", "within")
 
 
 class Run(NamedTuple):
@@ -82,6 +84,28 @@ def room(number: jax.Array, words: jax.Array, length: int) -> jax.Array:
     length: of the prompt.
   """
   return jnp.minimum(number, length - 2 - words)
+
+
+def around(keys: jax.Array, words: Run, place: str) -> tuple[Run, Run]:
+  """What of words is before, and what is behind an image that has a place among them.
+
+  Args:
+    keys: one per example.
+    words: n of them, of which an image "within" replaces some in a row: those between two of the places 0 to
+      n, drawn uniformly.
+    place: one of `PLACES`.
+  """
+
+  def cut(key: jax.Array, number: jax.Array) -> jax.Array:
+    return jnp.sort(jax.random.randint(key, (2,), 0, number + 1))
+
+  if place == "within":
+    first, last = jax.vmap(cut)(keys, words.number).T
+  else:
+    first = last = words.number * (place == "behind")
+  at = jnp.arange(words.vectors.shape[1])[None] + last[:, None]
+  behind = jnp.take_along_axis(words.vectors, at[..., None], axis=1, mode="clip")
+  return words._replace(number=first), Run(behind, words.number - last)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -73,6 +73,30 @@ def test_words_stay():
   np.testing.assert_array_equal(found, [6, 1, 2])
 
 
+def test_an_image_has_a_place_in_its_caption():
+  keys, numbers = jax.random.split(jax.random.key(0), 3000), np.resize([0, 1, 4], 3000).astype(np.int32)
+  words = Run(np.tile(np.arange(1.0, 7.0, dtype=np.float32)[None, :, None], (3000, 1, WIDTH)), numbers)
+
+  def cuts(place):
+    before, behind = (
+      [list(vectors[:k, 0]) for vectors, k in zip(*map(np.asarray, run), strict=True)]
+      for run in jax.jit(prompts.around, static_argnums=2)(keys, words, place)
+    )
+    for all_of, first, last in zip(numbers, before, behind, strict=True):
+      said = list(range(1, all_of + 1))
+      assert first == said[: len(first)] and last == said[all_of - len(last) :]
+    return np.stack([list(map(len, before)), list(map(len, behind))], axis=1)
+
+  np.testing.assert_array_equal(cuts("before"), np.stack([0 * numbers, numbers], axis=1))
+  np.testing.assert_array_equal(cuts("behind"), np.stack([numbers, 0 * numbers], axis=1))
+  within = cuts("within")
+  assert (within.sum(axis=1) <= numbers).all()
+  first, last = within[numbers == 4, 0], 4 - within[numbers == 4, 1]
+  for i in range(5):  # two of five places, in their order
+    assert abs(np.mean(first == i) - (9 - 2 * i) / 25) < 0.05
+    assert abs(np.mean(last == i) - (2 * i + 1) / 25) < 0.05
+
+
 @pytest.mark.parametrize(
   ("drop", "expected"),
   [

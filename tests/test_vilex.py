@@ -229,6 +229,7 @@ def test_features_and_reconstructions():
     (dict(encoder=dict(name="resnet")), "encoder.name 'resnet' does not exist"),
     (dict(encoder=DECODER), "encoder.name 'diffusion' does not exist"),
     (dict(caption_share=2.0), "caption_share is 2.0"),
+    (dict(image_place="amid"), "image_place 'amid' does not exist"),
     (dict(pool_heads=3), "does not divide into 3 heads"),
     (dict(sampling=dict(sampler="euler")), "sampler 'euler' does not exist"),
     (dict(tail_drop=dict(distribution="pow")), "distribution 'pow' does not exist"),

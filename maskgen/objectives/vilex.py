@@ -29,7 +29,7 @@ from maskgen.prompts import Run, TailDrop
 from maskgen.text import Captions
 
 # Which children of an example's key decide on its tokens and its caption.
-_KEEP, _SAY = ERROR_KEYS, ERROR_KEYS + 1
+_KEEP, _SAY, _CUT = ERROR_KEYS, ERROR_KEYS + 1, ERROR_KEYS + 2
 ENCODERS = ("vit", "mage", "mage_c")
 
 
@@ -51,7 +51,8 @@ class Objective:
     pool_width, pool_depth, pool_heads, pool_self_attention: see `AttentionPool`.
     tail_drop: how many of the n tokens examples are trained with.
     caption_share: the share of examples that are trained with their caption beside the image.
-    words_first: whether the caption comes before the image, not behind it. Later positions see earlier ones.
+    image_place: where the image stands then: "before" the caption, "behind" it, or "within" it, in place of
+      words in a row, which may be all or none. Later positions see earlier ones.
     warm_start_steps: for so many steps the end of a prompt of tokens is also to mean what the end of the
       image's caption means to the text encoder, at first as much as the loss counts and then ever less; for
       an encoder from scratch. Not in the paper.
@@ -74,7 +75,7 @@ class Objective:
   pool_self_attention: bool = True
   tail_drop: TailDrop = TailDrop()
   caption_share: float = 0.0
-  words_first: bool = False
+  image_place: str = "before"
   warm_start_steps: int = 0
   dtype: str = "float32"
   attention: str = "auto"
@@ -84,6 +85,10 @@ class Objective:
     config_lib.check_at_least(self, 0, "warm_start_steps")
     if not 0.0 <= self.caption_share <= 1.0:
       raise UserError(f"caption_share is {self.caption_share}: it is a share, from 0 to 1")
+    if self.image_place not in prompts.PLACES:
+      raise UserError(
+        f"image_place '{self.image_place}' does not exist{nearest(self.image_place, prompts.PLACES)}"
+      )
     room = self.renderer.room
     if not 1 <= self.tokens <= room:
       raise UserError(f"tokens is {self.tokens}: a prompt of this decoder holds 1 to {room}")
@@ -205,8 +210,9 @@ class Objective:
       said = self.renderer.caption(frozen["decoder"], batch["caption"])
       say = jax.vmap(lambda key: jax.random.bernoulli(key, self.caption_share))(_keys(batch, _SAY))
       said = said._replace(number=jnp.where(say, said.number, 0))
-      fitting = prompts.room(image.number, said.number, self.renderer.length)
-      runs = self._in_order(image._replace(number=fitting), said)
+      before, behind = prompts.around(_keys(batch, _CUT), said, self.image_place)
+      fitting = prompts.room(image.number, before.number + behind.number, self.renderer.length)
+      runs = [before, image._replace(number=fitting), behind]
 
     condition, _ = self.renderer.condition(frozen["decoder"], runs)
     loss = self.renderer.model.errors(frozen["decoder"], images, [condition], batch["key"])[0].mean()
@@ -222,9 +228,6 @@ class Objective:
     patches = self.image_encoder.encode(params["encoder"], frozen["tokenizer"], images)
     vectors: Any = self.pool.apply({"params": params["pool"]}, patches)
     return sharding.constrain_batch(vectors)
-
-  def _in_order(self, image: Run, words: Run) -> list[Run]:
-    return [words, image] if self.words_first else [image, words]
 
   def _health(self, frozen: Tree, vectors: jax.Array) -> Metrics:
     """How long tokens are for words, and how much of that differs between images: 0 when they collapse."""
