@@ -8,11 +8,10 @@ Captions say class, colour, background, size and place, as in "a large red seven
 background", with 30 words. How a digit is written they do not say. The evaluation `captions` reads from the
 pixels whether pictures are as asked for.
 
-Hardware: two CPU cores and 3 GB of memory; at 230 images/s, if they are idle, 25 minutes. Of 128 captions
-all colours, backgrounds, sizes and places are heeded after 1,000 steps, classes in 20% after 2,000, 45% after
-4,000 and 60% at the end, still rising, where the classifier sees 99% of those of real pictures: one run, with
-`--config.evals.captions.num_images=128 --config.evals.captions.every_steps=1000`. `:debug` was run as well,
-`:tiny` was not.
+Hardware: two CPU cores and 3 GB of memory; 13 minutes if they are idle, at 230 images/s. Of 500 captions
+colours, backgrounds, sizes and places are heeded in all but two pictures after 1,250 steps, classes in 91% then
+and in 98.4% at the end, where the classifier sees those of 98.6% of real pictures: one run. `:debug` was run
+as well, `:tiny` was not.
 
 Arguments:
   :seed   of everything
