@@ -67,7 +67,7 @@ def vilex(args, path: str, decoder: dict) -> dict:
       pool_depth=1 if small else 2,
       pool_heads=4,
       tail_drop=dict(distribution="uniform", full=0.25),
-      # Words before the image move it, and words that are not there it must say itself.
+      # Tokens that were never trained beside words lose the class when words move them.
       caption_share=0.5,
       image_place="within",
       warm_start_steps=warm,
