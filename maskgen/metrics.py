@@ -117,12 +117,11 @@ class Progress:
     if self._bar is not None:
       self._bar.set_postfix_str(losses)
     elif jax.process_index() == 0:
-      left = (self._total - step) / max(rate, 1e-9)
-      log.info(
-        "%s step %d/%d | %s | %.1f images/s | %d:%02d left",
-        *(self._name, step, self._total, losses, rate * self._batch_size),
-        *divmod(round(left), 60),
-      )
+      shown = [f"{self._name} step {step}/{self._total}", losses]
+      if rate:  # not before the second step
+        minutes, seconds = divmod(round((self._total - step) / rate), 60)
+        shown += [f"{rate * self._batch_size:.1f} images/s", f"{minutes}:{seconds:02d} left"]
+      log.info(" | ".join(shown))
     return {"timing/steps_per_second": rate, "timing/images_per_second": rate * self._batch_size}
 
   def close(self) -> None:

@@ -522,3 +522,14 @@ def test_every_config_runs_with_debug(file, tmp_path):
   results = json.loads((tmp_path / "run" / "results.json").read_text())
   flat = results if "run" not in results else {k: v for s in results.values() for k, v in s.items()}
   assert flat and all(np.isfinite(v) for v in flat.values() if isinstance(v, float))
+
+
+def test_progress_tells_no_speed_before_it_has_one(caplog):
+  progress = metrics.Progress("mine", first_step=0, total_steps=3, batch_size=8)
+  with caplog.at_level(logging.INFO, "maskgen"):
+    for step in (1, 2):
+      progress.step()
+      progress.report(step, {"train/loss/main": 0.5})
+  first, second = caplog.messages
+  assert first == "mine step 1/3 | loss/main 0.5"
+  assert second.startswith("mine step 2/3 | loss/main 0.5 | ") and second.endswith(" left")
