@@ -2,7 +2,7 @@
 
   python -m maskgen.main --config=configs/mage_text_cond.py --workdir=runs/mage_text_cond
   python -m maskgen.tools.generate --model=runs/mage_text_cond/mage_text --out=digits.png --count=8 \
-    --prompt="a large red three on a blue background" --prompt="a small white seven at the top left"
+    --prompt="a large red three on a blue background" --prompt="a small pink seven at the top left"
 
 Three stages: tokenizer and MAGE of `quickstart.py` on the captioned digits of `diffusion_digits.py`, without
 captions; then the encoder is frozen, and the decoder learns to read captions with a text encoder of its own.

@@ -252,7 +252,7 @@ def test_prompts(model):
   one = model.generate(prompt="a red three on a blue background", batch=2, guidance=8.0)
   assert one.shape == (2, 16, 16, 3)
   assert np.abs(one[0] - one[1]).max() > 1e-3
-  two = model.generate(prompt=["a red three on a blue background", "a Small white five"], guidance=8.0)
+  two = model.generate(prompt=["a red three on a blue background", "a Small pink five"], guidance=8.0)
   np.testing.assert_allclose(two[0], one[0], atol=1e-4)
   assert np.abs(two[1] - one[1]).max() > 1e-3
   assert len(model.generate()) == 16

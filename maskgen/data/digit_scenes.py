@@ -15,22 +15,25 @@ GLYPH_SIDE = 8
 
 _DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 _SIZES = ("small", "large")
-# Red, green and blue of bright ink and of dark backgrounds, all pairs of which differ enough. Were either
-# at times the brighter one, the shape of a class would mean light as often as shade, and models that learn
-# from scratch would learn classes last.
+# Red, green and blue of bright ink and of dark backgrounds, for six hues each in their order on the circle: a
+# picture whose hues are turned by sixths looks like any other. No channel of ink is darker than one of a
+# background. Were either at times the brighter one, the shape of a class would mean light as often as shade,
+# and models that learn from scratch would learn classes last.
 INKS = {
-  "red": (240, 60, 50),
-  "green": (70, 215, 80),
-  "blue": (80, 130, 255),
-  "yellow": (250, 225, 60),
-  "white": (245, 245, 245),
+  "red": (250, 95, 95),
+  "yellow": (250, 250, 95),
+  "green": (95, 250, 95),
+  "cyan": (95, 250, 250),
+  "blue": (95, 95, 250),
+  "pink": (250, 95, 250),
 }
 BACKGROUNDS = {
-  "red": (110, 10, 15),
-  "green": (10, 75, 25),
-  "blue": (15, 20, 120),
-  "grey": (85, 85, 85),
-  "black": (10, 10, 10),
+  "red": (90, 10, 10),
+  "olive": (90, 90, 10),
+  "green": (10, 90, 10),
+  "teal": (10, 90, 90),
+  "blue": (10, 10, 90),
+  "purple": (90, 10, 90),
 }
 # Row by row.
 _PLACES = (

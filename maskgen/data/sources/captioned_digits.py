@@ -42,7 +42,7 @@ def open_captioned_digits(argument: str, split: str) -> Source:
     image = _draw(tf.gather(opacities, which), tf.gather(centres, which), said, draws[5:11])
     return {"image": image, "label": said["class"], "caption": _describe(said, draws[11:] >= unsaid)[None]}
 
-  version = f"{Digits.VERSION} {split} 3"
+  version = f"{Digits.VERSION} {split} 4"
   size = _PICTURES[split] * len(glyphs)
   return Source("captioned_digits", size, scenes.KINDS["class"], fetch, version)
 
