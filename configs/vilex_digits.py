@@ -68,8 +68,7 @@ def vilex(args, path: str, decoder: dict) -> dict:
       pool_heads=4,
       tail_drop=dict(distribution="uniform", full=0.25),
       # Tokens that were never trained beside words lose the class when words move them.
-      caption_share=0.5,
-      image_place="within",
+      words=dict(share=0.5, place="within"),
       warm_start_steps=warm,
       sampling=dict(steps=20, sampler="dpm", image_guidance=1.5, text_guidance=1.5),
     ),

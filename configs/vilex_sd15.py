@@ -101,7 +101,7 @@ def full(args) -> ml_collections.ConfigDict:
         pool_depth=5,
         pool_heads=16,
         tail_drop=dict(distribution="uniform", full=0.25),
-        caption_share=args.caption_share,
+        words=dict(share=args.caption_share),
         dtype="bfloat16",
         sampling=dict(steps=25, sampler="dpm", image_guidance=2.0, text_guidance=2.0),
       ),

@@ -29,6 +29,19 @@ def to_uint8(images: np.ndarray) -> np.ndarray:
   return np.rint(np.clip(images, 0.0, 1.0) * 255.0).astype(np.uint8)
 
 
+def turn_hues(images: jax.Array, sixths: jax.Array) -> jax.Array:
+  """Turns the hues of float images [b, h, w, 3] by sixths of the circle, int32 [b]: by 1 red becomes yellow.
+
+  The largest and the smallest channel of a pixel stay, so that grey stays, too.
+  """
+  opposite = images.max(axis=-1, keepdims=True) + images.min(axis=-1, keepdims=True) - images
+  odd = sixths % 2
+  thirds = (sixths - 3 * odd) // 2
+  channels = (jnp.arange(3)[None] - thirds[:, None]) % 3
+  from_here = jnp.where(odd[:, None, None, None] == 1, opposite, images)
+  return jnp.take_along_axis(from_here, channels[:, None, None, :], axis=-1)
+
+
 def check_images(images: np.ndarray, *, channels: int = 3) -> np.ndarray:
   """Checks images that come from a user and returns them as uint8 or float32.
 

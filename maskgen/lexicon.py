@@ -56,7 +56,7 @@ def lay_out(
   pieces = prompt.split(PLACE)
   if len(pieces) == 1:
     nothing = [""] * len(images)
-    pieces = [prompt, *nothing] if objective.image_place == "behind" else [*nothing, prompt]
+    pieces = [prompt, *nothing] if objective.words.place == "behind" else [*nothing, prompt]
   if len(pieces) != len(images) + 1:
     raise UserError(
       f"the prompt '{prompt}' has {len(pieces) - 1} places {PLACE} for {len(images)} images: give one "

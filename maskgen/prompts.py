@@ -86,26 +86,80 @@ def room(number: jax.Array, words: jax.Array, length: int) -> jax.Array:
   return jnp.minimum(number, length - 2 - words)
 
 
-def around(keys: jax.Array, words: Run, place: str) -> tuple[Run, Run]:
-  """What of words is before, and what is behind an image that has a place among them.
+class Said(NamedTuple):
+  """What an example is trained with beside its image.
 
-  Args:
-    keys: one per example.
-    words: n of them, of which an image "within" replaces some in a row: those between two of the places 0 to
-      n, drawn uniformly.
-    place: one of `PLACES`.
+  Attributes:
+    before: words.
+    behind: words.
+    sixths: int32 [b], by how many sixths of the circle the hues of what is seen are turned.
   """
 
-  def cut(key: jax.Array, number: jax.Array) -> jax.Array:
-    return jnp.sort(jax.random.randint(key, (2,), 0, number + 1))
+  before: Run
+  behind: Run
+  sixths: jax.Array
 
-  if place == "within":
-    first, last = jax.vmap(cut)(keys, words.number).T
-  else:
-    first = last = words.number * (place == "behind")
-  at = jnp.arange(words.vectors.shape[1])[None] + last[:, None]
-  behind = jnp.take_along_axis(words.vectors, at[..., None], axis=1, mode="clip")
-  return words._replace(number=first), Run(behind, words.number - last)
+
+@dataclasses.dataclass(frozen=True)
+class Words:
+  """How examples are trained with words of their caption beside their image; Wang et al. 2024 do not say how.
+
+  Attributes:
+    share: of the examples that are.
+    place: where the image stands then: "before" the caption, "behind" it, or "within" it, in place of words
+      in a row. Later positions see earlier ones.
+    subject: what images show, as "dog" and "cat". An image within its caption stands in place of the first
+      of these, and of random words around it; without any, in place of random words, or of none.
+    recoloured: the share of these examples that show the encoder other hues than the caption speaks of, see
+      `maskgen.images.turn_hues`: where the two contradict each other, words are to be followed. On each side
+      of an image within its caption all words up to the subject stay then half of the time, to say the hues.
+  """
+
+  share: float = 0.0
+  place: str = "before"
+  subject: tuple[str, ...] = ()
+  recoloured: float = 0.0
+
+  def __post_init__(self):
+    for name in ("share", "recoloured"):
+      if not 0.0 <= getattr(self, name) <= 1.0:
+        raise UserError(f"{name} is {getattr(self, name)}: it is a share, from 0 to 1")
+    if self.place not in PLACES:
+      raise UserError(f"place '{self.place}' does not exist{nearest(self.place, PLACES)}")
+    if self.recoloured and not self.share:
+      raise UserError(f"recoloured is {self.recoloured} and share is 0: words need a share of the examples")
+    if self.subject and self.place != "within":
+      raise UserError(f"subject is for images within their captions, and place is '{self.place}'")
+
+  def draw(self, keys: jax.Array, caption: Run, subjects: jax.Array) -> Said:
+    """Draws what stands beside images.
+
+    Args:
+      keys: one per example.
+      caption: of m words.
+      subjects: bool [b, m], which of them are subjects.
+    """
+
+    def cut(key: jax.Array, number: jax.Array, subjects: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+      say, turn, hue, one, other, near = jax.random.split(key, 6)
+      number *= jax.random.bernoulli(say, self.share)
+      turned = (number > 0) & jax.random.bernoulli(turn, self.recoloured)
+      sixths = jnp.where(turned, jax.random.randint(hue, (), 1, 6), 0)
+      if self.place != "within":
+        return jnp.full((2,), number * (self.place == "behind")), number, sixths
+      at = subjects.argmax()
+      known = subjects[at] & (at < number)
+      first = jax.random.randint(one, (), 0, jnp.where(known, at, number) + 1)
+      last = jax.random.randint(other, (), jnp.where(known, at + 1, 0), number + 1)
+      ends = jnp.sort(jnp.stack([first, last]))
+      close = turned & known & jax.random.bernoulli(near, shape=(2,))
+      return jnp.where(close, jnp.stack([at, at + 1]), ends), number, sixths
+
+    ends, number, sixths = jax.vmap(cut)(keys, caption.number, subjects)
+    first, last = ends.T
+    at = jnp.arange(caption.vectors.shape[1])[None] + last[:, None]
+    behind = jnp.take_along_axis(caption.vectors, at[..., None], axis=1, mode="clip")
+    return Said(caption._replace(number=first), Run(behind, number - last), sixths)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -196,6 +196,17 @@ class Captions:
     """The tokenizer."""
     return open_tokenizer(self.tokenizer)
 
+  def word(self, word: str) -> int:
+    """The id of a word.
+
+    Raises:
+      UserError: if it is unknown, or more than one.
+    """
+    ids = self.opened.encode(word)
+    if len(ids) != 1 or self.opened.unknown(word):
+      raise UserError(f"'{word}' is no single word to the tokenizer {self.tokenizer}: give another")
+    return ids[0]
+
   def read(self, prompts: Sequence[str]) -> np.ndarray:
     """The ids of prompts, int32 [b, length].
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from sklearn import svm
 
+from maskgen import images
 from maskgen.data import digit_scenes as scenes
 from maskgen.data.cpu_tf import tf
 from maskgen.data.sources import open_source
@@ -70,6 +71,19 @@ def test_captions_for_training_leave_something_out(train):
     pairs = [(one[kind], value) for one, value in zip(said, values[kind], strict=True) if kind in one]
     assert abs(len(pairs) / len(said) - 0.95) < 0.02, kind
     assert np.mean([a == b for a, b in pairs]) > 0.99, kind
+
+
+@pytest.mark.parametrize("sixths", range(1, 6))
+def test_turned_hues_are_other_values_of_colours(test, sixths):
+  before, glyphs = read(test)
+  pictures = test["image"].astype(np.float32) / 255.0
+  turned = images.turn_hues(pictures, np.full(len(pictures), sixths, np.int32))
+  after, same = scenes.read(np.asarray(turned))
+  for kind in ("colour", "background"):
+    assert np.mean(after[kind] == (before[kind] + sixths) % 6) > 0.99, kind
+  for kind in ("size", "place"):
+    assert np.mean(after[kind] == before[kind]) > 0.99, kind
+  assert np.abs(same - glyphs).mean() < 0.05
 
 
 def test_glyphs_tell_the_class(train, test):

@@ -7,7 +7,7 @@ import pytest
 
 from maskgen import prompts
 from maskgen.errors import UserError
-from maskgen.prompts import Frame, Run, TailDrop
+from maskgen.prompts import Frame, Run, TailDrop, Words
 
 WIDTH, LENGTH = 3, 12
 FRAME = Frame(*(np.full(WIDTH, value, np.float32) for value in (-1, -2, -3)))
@@ -73,28 +73,52 @@ def test_words_stay():
   np.testing.assert_array_equal(found, [6, 1, 2])
 
 
-def test_an_image_has_a_place_in_its_caption():
-  keys, numbers = jax.random.split(jax.random.key(0), 3000), np.resize([0, 1, 4], 3000).astype(np.int32)
-  words = Run(np.tile(np.arange(1.0, 7.0, dtype=np.float32)[None, :, None], (3000, 1, WIDTH)), numbers)
+def say(words, number=6, subjects=(), examples=4000):
+  """How many of a caption's words, 1, 2, ..., are before and behind images, and how far hues are turned."""
+  keys = jax.random.split(jax.random.key(0), examples)
+  vectors = np.tile(np.arange(1.0, 8.0, dtype=np.float32)[None, :, None], (examples, 1, WIDTH))
+  caption = Run(vectors, np.full(examples, number, np.int32))
+  said = jax.jit(words.draw)(keys, caption, np.tile(np.isin(np.arange(1, 8), subjects), (examples, 1)))
+  before, behind, sixths = map(np.asarray, (said.before.number, said.behind.number, said.sixths))
+  assert ((before + behind) <= number).all()
+  for vectors, first, last in zip(np.asarray(said.behind.vectors), before, behind, strict=True):
+    assert list(vectors[:last, 0]) == list(range(number - last + 1, number + 1)) and first >= 0
+  np.testing.assert_array_equal(said.before.vectors, caption.vectors)
+  return before, behind, sixths
 
-  def cuts(place):
-    before, behind = (
-      [list(vectors[:k, 0]) for vectors, k in zip(*map(np.asarray, run), strict=True)]
-      for run in jax.jit(prompts.around, static_argnums=2)(keys, words, place)
-    )
-    for all_of, first, last in zip(numbers, before, behind, strict=True):
-      said = list(range(1, all_of + 1))
-      assert first == said[: len(first)] and last == said[all_of - len(last) :]
-    return np.stack([list(map(len, before)), list(map(len, behind))], axis=1)
 
-  np.testing.assert_array_equal(cuts("before"), np.stack([0 * numbers, numbers], axis=1))
-  np.testing.assert_array_equal(cuts("behind"), np.stack([numbers, 0 * numbers], axis=1))
-  within = cuts("within")
-  assert (within.sum(axis=1) <= numbers).all()
-  first, last = within[numbers == 4, 0], 4 - within[numbers == 4, 1]
+def test_a_share_of_images_has_words_beside_it():
+  for place in ("before", "behind"):
+    before, behind, sixths = say(Words(0.3, place))
+    (none, words) = (before, behind) if place == "before" else (behind, before)
+    assert not none.any() and not sixths.any() and set(words) == {0, 6}
+    assert abs(np.mean(words > 0) - 0.3) < 0.03
+  before, behind, sixths = say(Words(0.5, recoloured=0.4))
+  assert abs(np.mean(sixths > 0) - 0.2) < 0.03 and not sixths[behind == 0].any()
+  assert all(abs(np.mean(sixths == n) - 0.04) < 0.015 for n in range(1, 6))
+
+
+def test_an_image_stands_in_place_of_words():
+  before, behind, _ = say(Words(1.0, "within"), number=4)
   for i in range(5):  # two of five places, in their order
-    assert abs(np.mean(first == i) - (9 - 2 * i) / 25) < 0.05
-    assert abs(np.mean(last == i) - (2 * i + 1) / 25) < 0.05
+    assert abs(np.mean(before == i) - (9 - 2 * i) / 25) < 0.03
+    assert abs(np.mean(behind == i) - (9 - 2 * i) / 25) < 0.03
+
+
+def test_an_image_stands_in_place_of_its_subject():
+  """The third of five words, the first of two that are subjects."""
+  words = Words(1.0, "within", ("cat", "dog"), 0.5)
+  before, behind, sixths = say(words, 5, (3, 4))
+  plain, turned = sixths == 0, sixths > 0
+  for i in range(3):
+    assert abs(np.mean(before[plain] == i) - 1 / 3) < 0.04 and abs(np.mean(behind[plain] == i) - 1 / 3) < 0.04
+    share = 2 / 3 if i == 2 else 1 / 6
+    assert abs(np.mean(before[turned] == i) - share) < 0.04
+    assert abs(np.mean(behind[turned] == i) - share) < 0.04
+  assert before.max() == 2 and behind.max() == 2
+  # A word behind the end of the caption is no subject.
+  before, behind, _ = say(words, 2, (4,))
+  assert before.max() == 2 and behind.max() == 2
 
 
 @pytest.mark.parametrize(
@@ -114,9 +138,17 @@ def test_how_many_tokens_are_kept(drop, expected):
 
 
 @pytest.mark.parametrize(
-  ("fields", "message"),
-  [(dict(distribution="pow"), "distribution 'pow' does not exist"), (dict(full=1.5), "full is 1.5")],
+  ("cls", "fields", "message"),
+  [
+    (TailDrop, dict(distribution="pow"), "distribution 'pow' does not exist"),
+    (TailDrop, dict(full=1.5), "full is 1.5"),
+    (Words, dict(share=-0.1), "share is -0.1: it is a share, from 0 to 1"),
+    (Words, dict(share=0.5, recoloured=1.1), "recoloured is 1.1"),
+    (Words, dict(place="amid"), "place 'amid' does not exist"),
+    (Words, dict(recoloured=0.5), "recoloured is 0.5 and share is 0: words need a share of the examples"),
+    (Words, dict(place="behind", subject=("cat",)), "subject is for images within .* place is 'behind'"),
+  ],
 )
-def test_wrong_fields(fields, message):
+def test_wrong_fields(cls, fields, message):
   with pytest.raises(UserError, match=message):
-    TailDrop(**fields)
+    cls(**fields)

@@ -52,7 +52,7 @@ TINY = {
     pool_width=16,
     pool_depth=1,
     pool_heads=4,
-    caption_share=0.5,
+    words=dict(share=0.5),
   ),
   "tokenizer": dict(
     image_size=(16, 16),

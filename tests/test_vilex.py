@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import test_text_to_image
 import tiny
+from flax.core import FrozenDict
 
 from maskgen import checkpoint, lexicon, objectives, optim, tree
 from maskgen.errors import UserError
@@ -80,7 +81,7 @@ def gradient(**changes):
 
 
 def test_gradients_reach_everything_that_is_trained():
-  compute, parts = gradient(caption_share=0.5)
+  compute, parts = gradient(words=FrozenDict(share=0.5))
   (loss, metrics), slopes = compute(parts["params"], parts["frozen"], 0)
   assert np.isfinite(loss)
   flat = tree.flatten(slopes["main"])
@@ -214,6 +215,39 @@ def test_a_warm_start_aligns_captions_ever_less():
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), after, slopes)
 
 
+def test_recoloured_images_have_captions_and_no_warm_start():
+  """What is drawn stays as it is, what is seen has other hues, where words stand beside it."""
+  plain, parts = gradient(words=FrozenDict(share=1.0), warm_start_steps=4)
+  turned, _ = gradient(words=FrozenDict(share=1.0, recoloured=1.0), warm_start_steps=4)
+  (loss, metrics), _ = plain(parts["params"], parts["frozen"], 0)
+  (other, fewer), _ = turned(parts["params"], parts["frozen"], 0)
+  # One caption of four is empty, and says no hue.
+  assert 0 < fewer["misalignment"] < metrics["misalignment"]
+  assert np.isfinite(other) and other != loss
+  # A picture without hues has none to turn.
+  grey = batch() | {"image": np.repeat(batch()["image"][..., :1], 3, axis=-1), "key": keys(4)}
+  losses = []
+  for recoloured in (0.0, 1.0):
+    objective, variables, _ = setup(words=FrozenDict(share=1.0, recoloured=recoloured))
+    given = variables["params"], variables["frozen"], {}, grey, jax.random.key(0), 0
+    losses.append(objective.losses(*given, train=True)[0]["main"])
+  np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
+def test_images_stand_in_place_of_their_subject():
+  """Of other captions than those with the subject nothing changes."""
+  losses = []
+  for subject in (("cat",), ("dog",)):
+    decoder = DECODER | dict(captions=dict(tokenizer="list:a red blue cat on background dog", length=LENGTH))
+    words = dict(share=1.0, place="within", subject=subject)
+    objective, variables, _ = setup.__wrapped__(decoder=decoder, words=words)
+    given = variables["params"], variables["frozen"], {}
+    for captions in (["a red cat"] * 4, ["a blue background"] * 4):
+      full = batch() | {"key": keys(4), "caption": objective.texts.read(captions)}
+      losses.append(objective.losses(*given, full, jax.random.key(0), 0, train=True)[0]["main"])
+  assert losses[0] != losses[2] and losses[1] == losses[3]
+
+
 def test_features_and_reconstructions():
   _, variables, predict = setup()
   given = {"image": batch()["image"]}
@@ -228,8 +262,13 @@ def test_features_and_reconstructions():
     (dict(tokens=LENGTH - 1), f"tokens is {LENGTH - 1}: a prompt of this decoder holds 1 to {LENGTH - 2}"),
     (dict(encoder=dict(name="resnet")), "encoder.name 'resnet' does not exist"),
     (dict(encoder=DECODER), "encoder.name 'diffusion' does not exist"),
-    (dict(caption_share=2.0), "caption_share is 2.0"),
-    (dict(image_place="amid"), "image_place 'amid' does not exist"),
+    (dict(words=dict(share=2.0)), "share is 2.0: it is a share"),
+    (dict(words=dict(place="amid")), "place 'amid' does not exist"),
+    (dict(words=dict(recoloured=0.5)), "recoloured is 0.5 and share is 0"),
+    (
+      dict(words=dict(place="within", subject=("cats",))),
+      "'cats' is no single word to the tokenizer",
+    ),
     (dict(pool_heads=3), "does not divide into 3 heads"),
     (dict(sampling=dict(sampler="euler")), "sampler 'euler' does not exist"),
     (dict(tail_drop=dict(distribution="pow")), "distribution 'pow' does not exist"),

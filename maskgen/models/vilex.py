@@ -115,13 +115,13 @@ class Renderer:
     return self.model.null(empty)
 
   def misalignment(self, params: Any, tokens: Run, caption: Run) -> jax.Array:
-    """The mean squared distance between the ends of two prompts, after the text encoder; a scalar."""
+    """The mean squared distance between the ends of two prompts, after the text encoder; float32 [b]."""
 
     def at_end(run: Run) -> jax.Array:
       condition, end = self.condition(params, [run])
       return jnp.take_along_axis(condition.context, end[:, None, None], axis=1)[:, 0]
 
-    return jnp.square(at_end(tokens) - jax.lax.stop_gradient(at_end(caption))).mean()
+    return jnp.square(at_end(tokens) - jax.lax.stop_gradient(at_end(caption))).mean(axis=-1)
 
   def draw(
     self,

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from maskgen import config as config_lib
 from maskgen import diffusion, objectives, prompts, sharding
@@ -25,11 +26,11 @@ from maskgen.models.vilex import Renderer, Sampling
 from maskgen.models.vit import ViT
 from maskgen.objectives import Batch, Metrics, PredictFn, Tree, check_same, mage
 from maskgen.objectives import diffusion as diffusion_objective
-from maskgen.prompts import Run, TailDrop
+from maskgen.prompts import Run, TailDrop, Words
 from maskgen.text import Captions
 
-# Which children of an example's key decide on its tokens and its caption.
-_KEEP, _SAY, _CUT = ERROR_KEYS, ERROR_KEYS + 1, ERROR_KEYS + 2
+# Which children of an example's key decide on its tokens and on its words.
+_KEEP, _SAY = ERROR_KEYS, ERROR_KEYS + 1
 ENCODERS = ("vit", "mage", "mage_c")
 
 
@@ -50,9 +51,7 @@ class Objective:
     tokens: n, at most what a prompt of the decoder holds.
     pool_width, pool_depth, pool_heads, pool_self_attention: see `AttentionPool`.
     tail_drop: how many of the n tokens examples are trained with.
-    caption_share: the share of examples that are trained with their caption beside the image.
-    image_place: where the image stands then: "before" the caption, "behind" it, or "within" it, in place of
-      words in a row, which may be all or none. Later positions see earlier ones.
+    words: how examples are trained with words of their caption beside the image.
     warm_start_steps: for so many steps the end of a prompt of tokens is also to mean what the end of the
       image's caption means to the text encoder, at first as much as the loss counts and then ever less; for
       an encoder from scratch. Not in the paper.
@@ -64,6 +63,8 @@ class Objective:
   inputs: ClassVar[tuple[str, ...]] = ("image",)
   views: ClassVar[int] = 1
   whole_batch: ClassVar[bool] = False
+  codebook_size: ClassVar[int] = 0
+  num_classes: ClassVar[int] = 0
 
   decoder: Mapping[str, Any]
   encoder: Mapping[str, Any]
@@ -74,8 +75,7 @@ class Objective:
   pool_heads: int = 16
   pool_self_attention: bool = True
   tail_drop: TailDrop = TailDrop()
-  caption_share: float = 0.0
-  image_place: str = "before"
+  words: Words = Words()
   warm_start_steps: int = 0
   dtype: str = "float32"
   attention: str = "auto"
@@ -83,31 +83,17 @@ class Objective:
 
   def __post_init__(self):
     config_lib.check_at_least(self, 0, "warm_start_steps")
-    if not 0.0 <= self.caption_share <= 1.0:
-      raise UserError(f"caption_share is {self.caption_share}: it is a share, from 0 to 1")
-    if self.image_place not in prompts.PLACES:
-      raise UserError(
-        f"image_place '{self.image_place}' does not exist{nearest(self.image_place, prompts.PLACES)}"
-      )
     room = self.renderer.room
     if not 1 <= self.tokens <= room:
       raise UserError(f"tokens is {self.tokens}: a prompt of this decoder holds 1 to {room}")
-    encoder, _ = self.image_encoder, self.pool  # which check their fields
+    encoder, _, _ = self.image_encoder, self.pool, self._subjects  # which check their fields
     if self.pretrained_encoder and isinstance(encoder, MageEncoder):
       raise UserError("pretrained_encoder is for a ViT: a MAGE encoder is pretrained anyway, leave it out")
     diffusion.visited(self.renderer.model.schedule, self.sampling.sampler, self.sampling.steps)
 
   @property
-  def codebook_size(self) -> int:
-    return 0
-
-  @property
-  def num_classes(self) -> int:
-    return 0
-
-  @property
   def captions(self) -> Captions | None:
-    return self.texts if self.caption_share or self.warm_start_steps else None
+    return self.texts if self.words.share or self.warm_start_steps else None
 
   @property
   def texts(self) -> Captions:
@@ -203,25 +189,32 @@ class Objective:
     train: bool,
   ) -> tuple[dict[str, jax.Array], Metrics, Tree]:
     images = images_lib.to_float(batch["image"])
-    vectors = self._vectors(params["main"], frozen, images)
+    seen, said = images, None
+    if self.words.share:
+      caption = self.renderer.caption(frozen["decoder"], batch["caption"])
+      subjects = jnp.isin(batch["caption"][:, 1:-1], self._subjects)
+      said = self.words.draw(_keys(batch, _SAY), caption, subjects)
+      seen = images_lib.turn_hues(images, said.sixths)
+    vectors = self._vectors(params["main"], frozen, seen)
     image = Run(vectors, self.tail_drop.draw(_keys(batch, _KEEP), self.tokens))
     runs = [image]
-    if self.caption_share:
-      said = self.renderer.caption(frozen["decoder"], batch["caption"])
-      say = jax.vmap(lambda key: jax.random.bernoulli(key, self.caption_share))(_keys(batch, _SAY))
-      said = said._replace(number=jnp.where(say, said.number, 0))
-      before, behind = prompts.around(_keys(batch, _CUT), said, self.image_place)
-      fitting = prompts.room(image.number, before.number + behind.number, self.renderer.length)
-      runs = [before, image._replace(number=fitting), behind]
-
+    if said is not None:
+      fitting = prompts.room(image.number, said.before.number + said.behind.number, self.renderer.length)
+      runs = [said.before, image._replace(number=fitting), said.behind]
     condition, _ = self.renderer.condition(frozen["decoder"], runs)
     loss = self.renderer.model.errors(frozen["decoder"], images, [condition], batch["key"])[0].mean()
     metrics = self._health(frozen, vectors) | {"kept_tokens": image.number.mean()}
     if self.warm_start_steps:
-      said = self.renderer.caption(frozen["decoder"], batch["caption"])
-      metrics["misalignment"] = self.renderer.misalignment(frozen["decoder"], image, said)
+      caption = self.renderer.caption(frozen["decoder"], batch["caption"])
+      apart = self.renderer.misalignment(frozen["decoder"], image, caption)
+      # What an image shows in other hues its caption does not mean.
+      metrics["misalignment"] = (apart if said is None else jnp.where(said.sixths > 0, 0.0, apart)).mean()
       loss += jnp.maximum(1.0 - step / self.warm_start_steps, 0.0) * metrics["misalignment"]
     return {"main": loss}, metrics, extra
+
+  @functools.cached_property
+  def _subjects(self) -> np.ndarray:
+    return np.array([self.texts.word(subject) for subject in self.words.subject], np.int32)
 
   def _vectors(self, params: Tree, frozen: Tree, images: jax.Array) -> jax.Array:
     """The tokens of images float32 [b, h, w, c] in [0, 1]; float32 [b, n, d]."""
