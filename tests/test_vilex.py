@@ -11,7 +11,7 @@ import test_text_to_image
 import tiny
 from flax.core import FrozenDict
 
-from maskgen import checkpoint, lexicon, objectives, optim, tree
+from maskgen import checkpoint, images, lexicon, objectives, optim, tree
 from maskgen.errors import UserError
 from maskgen.prompts import Run
 from maskgen.state import TrainState
@@ -215,6 +215,17 @@ def test_a_warm_start_aligns_captions_ever_less():
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), after, slopes)
 
 
+def test_steps_with_little_noise_are_left_out():
+  """To predict nothing costs the square of v = alpha e - sigma x, at the last step that of x: alpha is 0."""
+  objective, variables, _ = setup(first_step=999)
+  decoder = variables["frozen"]["decoder"]
+  blind = {**decoder, "unet": jax.tree.map(jnp.zeros_like, decoder["unet"])}
+  given = variables["params"], {**variables["frozen"], "decoder": blind}, {}, batch() | {"key": keys(4)}
+  loss = objective.losses(*given, jax.random.key(1), 0, train=True)[0]["main"]
+  pictures = objective.renderer.model.encode(decoder, images.to_float(batch()["image"])).mean
+  np.testing.assert_allclose(loss, jnp.square(pictures).mean(), rtol=1e-2)
+
+
 def test_recoloured_images_have_captions_and_no_warm_start():
   """What is drawn stays as it is, what is seen has other hues, where words stand beside it."""
   plain, parts = gradient(words=FrozenDict(share=1.0), warm_start_steps=4)
@@ -269,6 +280,7 @@ def test_features_and_reconstructions():
       dict(words=dict(place="within", subject=("cats",))),
       "'cats' is no single word to the tokenizer",
     ),
+    (dict(first_step=1000), "first_step is 1000: the decoder's noise has steps 0 to 999"),
     (dict(pool_heads=3), "does not divide into 3 heads"),
     (dict(sampling=dict(sampler="euler")), "sampler 'euler' does not exist"),
     (dict(tail_drop=dict(distribution="pow")), "distribution 'pow' does not exist"),

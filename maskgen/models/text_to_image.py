@@ -124,7 +124,12 @@ class TextToImage:
     return jnp.clip(_run(self.autoencoder, params["vae"], "decode", latents), 0.0, 1.0)
 
   def errors(
-    self, params: Any, images: jax.Array, conditions: Sequence[Condition], keys: jax.Array
+    self,
+    params: Any,
+    images: jax.Array,
+    conditions: Sequence[Condition],
+    keys: jax.Array,
+    first_step: int = 0,
   ) -> jax.Array:
     """How badly noise is found in images: the loss of diffusion, unweighted, at steps drawn uniformly.
 
@@ -133,6 +138,7 @@ class TextToImage:
       images: float32 [b, height, width, 3] in [0, 1].
       conditions: s of them, which share step and noise.
       keys: one per example, of which `ERROR_KEYS` children are used.
+      first_step: the one with the least noise that is drawn.
 
     Returns:
       Mean squared errors, float32 [s, b].
@@ -141,7 +147,7 @@ class TextToImage:
 
     def draw(key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
       step, noise, latent = (jax.random.fold_in(key, i) for i in range(ERROR_KEYS))
-      t = jax.random.randint(step, (), 0, self.schedule.steps)
+      t = jax.random.randint(step, (), first_step, self.schedule.steps)
       shape = latents.mean.shape[1:]
       return t, jax.random.normal(noise, shape), jax.random.normal(latent, shape)
 

@@ -55,6 +55,8 @@ class Objective:
     warm_start_steps: for so many steps the end of a prompt of tokens is also to mean what the end of the
       image's caption means to the text encoder, at first as much as the loss counts and then ever less; for
       an encoder from scratch. Not in the paper.
+    first_step: of the noise's steps the first one that is trained with. At those before it, all with less
+      noise, a picture shows by itself what a prompt could say of it. Not in the paper.
     dtype: of the pooling.
     attention: likewise, see `maskgen.models.transformer.attend`.
     sampling: defaults for generation.
@@ -77,19 +79,25 @@ class Objective:
   tail_drop: TailDrop = TailDrop()
   words: Words = Words()
   warm_start_steps: int = 0
+  first_step: int = 0
   dtype: str = "float32"
   attention: str = "auto"
   sampling: Sampling = Sampling()
 
   def __post_init__(self):
-    config_lib.check_at_least(self, 0, "warm_start_steps")
+    config_lib.check_at_least(self, 0, "warm_start_steps", "first_step")
     room = self.renderer.room
     if not 1 <= self.tokens <= room:
       raise UserError(f"tokens is {self.tokens}: a prompt of this decoder holds 1 to {room}")
     encoder, _, _ = self.image_encoder, self.pool, self._subjects  # which check their fields
     if self.pretrained_encoder and isinstance(encoder, MageEncoder):
       raise UserError("pretrained_encoder is for a ViT: a MAGE encoder is pretrained anyway, leave it out")
-    diffusion.visited(self.renderer.model.schedule, self.sampling.sampler, self.sampling.steps)
+    schedule = self.renderer.model.schedule
+    if self.first_step >= schedule.steps:
+      raise UserError(
+        f"first_step is {self.first_step}: the decoder's noise has steps 0 to {schedule.steps - 1}"
+      )
+    diffusion.visited(schedule, self.sampling.sampler, self.sampling.steps)
 
   @property
   def captions(self) -> Captions | None:
@@ -202,7 +210,8 @@ class Objective:
       fitting = prompts.room(image.number, said.before.number + said.behind.number, self.renderer.length)
       runs = [said.before, image._replace(number=fitting), said.behind]
     condition, _ = self.renderer.condition(frozen["decoder"], runs)
-    loss = self.renderer.model.errors(frozen["decoder"], images, [condition], batch["key"])[0].mean()
+    errors = self.renderer.model.errors
+    loss = errors(frozen["decoder"], images, [condition], batch["key"], self.first_step)[0].mean()
     metrics = self._health(frozen, vectors) | {"kept_tokens": image.number.mean()}
     if self.warm_start_steps:
       caption = self.renderer.caption(frozen["decoder"], batch["caption"])
