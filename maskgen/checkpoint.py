@@ -47,10 +47,13 @@ class Checkpoints:
       options = ocp.CheckpointManagerOptions(
         max_to_keep=section.keep, cleanup_tmp_directories=True, create=True
       )
+    # Devices that hold the same array write a slice each; smaller slices cost more than they save.
+    arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**20)
+    registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
+    state = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
+    items = {"state": state, "checksums": ocp.JsonCheckpointHandler()}
     self._manager = ocp.CheckpointManager(
-      (workdir / "checkpoints").absolute(),
-      options=options,
-      item_handlers={"state": ocp.PyTreeCheckpointHandler(), "checksums": ocp.JsonCheckpointHandler()},
+      (workdir / "checkpoints").absolute(), options=options, item_handlers=items
     )
     self._writes = section is not None
 
