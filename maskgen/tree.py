@@ -81,23 +81,21 @@ def fingerprint(tree: Any) -> str:
 
 def checksums(arrays: Mapping[str, jax.Array]) -> dict[str, int]:
   """A checksum of 32 bits for each array's bits, whatever its sharding; any change of one element shows."""
-  return {name: int(value) for name, value in jax.device_get(_checksums(dict(arrays))).items()}
+  sums = jax.device_get({name: _checksum(array) for name, array in arrays.items()})
+  return {name: int(value) for name, value in sums.items()}
 
 
 @jax.jit
-def _checksums(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
-  def one(array: jax.Array) -> jax.Array:
-    if array.dtype == jnp.bool_:
-      array = array.astype(jnp.uint8)
-    bits = jax.lax.bitcast_convert_type(array, f"uint{8 * array.dtype.itemsize}").astype(jnp.uint32)
-    place = jnp.zeros(array.shape, jnp.uint32)
-    for axis, size in enumerate(array.shape):
-      place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis)
-    # Odd weights can be inverted modulo 2^32, so that no change of an element is lost.
-    weight = (2 * place + 1) * jnp.uint32(0x9E3779B1)
-    return ((bits + 1) * weight).sum(dtype=jnp.uint32)
-
-  return {name: one(array) for name, array in arrays.items()}
+def _checksum(array: jax.Array) -> jax.Array:
+  if array.dtype == jnp.bool_:
+    array = array.astype(jnp.uint8)
+  bits = jax.lax.bitcast_convert_type(array, f"uint{8 * array.dtype.itemsize}").astype(jnp.uint32)
+  place = jnp.zeros(array.shape, jnp.uint32)
+  for axis, size in enumerate(array.shape):
+    place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis)
+  # Odd weights can be inverted modulo 2^32, so that no change of an element is lost.
+  weight = (2 * place + 1) * jnp.uint32(0x9E3779B1)
+  return ((bits + 1) * weight).sum(dtype=jnp.uint32)
 
 
 def _describe(leaf: Any) -> str:
