@@ -27,8 +27,9 @@ from maskgen.errors import UserError, nearest
 _CLIP_MERGES = 49_152 - 256 - 2
 _WORD_END = "</w>"
 _START, _END = "<|startoftext|>", "<|endoftext|>"
-# Of a folder, files that may say what to pad with.
-_PADDING_FILES = ("tokenizer_config.json", "special_tokens_map.json")
+# Of a folder, files that may say what to pad with; published ones for Stable Diffusion 2 differ, and the
+# first is right.
+_PADDING_FILES = ("special_tokens_map.json", "tokenizer_config.json")
 
 
 class Tokenizer(abc.ABC):
@@ -288,12 +289,11 @@ def _read_object(path: epath.Path) -> dict[str, Any]:
 
 def _read_padding(path: epath.Path) -> str:
   """Stable Diffusion 1 pads with the end, 2 with "!"; `transformers` with the end where files do not say."""
-  files = [path / name for name in _PADDING_FILES if (path / name).exists()]
-  for file in files:
-    padding = _read_object(file).get("pad_token")
+  for file in (path / name for name in _PADDING_FILES):
+    padding = _read_object(file).get("pad_token") if file.exists() else None
     if padding:
       return padding if isinstance(padding, str) else padding["content"]
-  return _END if files else "!"
+  return _END
 
 
 def _read_merges(path: epath.Path) -> list[tuple[str, str]]:

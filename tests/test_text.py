@@ -120,8 +120,9 @@ def test_files_of_hugging_face(tmp_path):
 @pytest.mark.parametrize(
   ("files", "padding"),
   [
-    ({}, 0),
+    ({}, 519),
     ({"tokenizer_config.json": {}}, 519),
+    ({"special_tokens_map.json": {"pad_token": "!"}, "tokenizer_config.json": {"pad_token": "?"}}, 0),
     ({"tokenizer_config.json": {"pad_token": "!"}}, 0),
     ({"tokenizer_config.json": {}, "special_tokens_map.json": {"pad_token": {"content": "!"}}}, 0),
     ({"special_tokens_map.json": {"pad_token": "<|endoftext|>"}}, 519),
