@@ -75,7 +75,7 @@ def load(
   Args:
     folder: on a local disk; weights are mapped into memory, not copied twice.
     family: one of `FAMILIES` if only that will do.
-    param_dtype: of the arrays, as a frozen network may have them in bfloat16.
+    param_dtype: of the arrays but for the autoencoder's, as a frozen network may have them in bfloat16.
     **options: `dtype`, `attention`, `remat` of U-Net and text encoders; the autoencoder gets `remat`
       alone, and stays in float32.
 
@@ -95,7 +95,7 @@ def load(
       files[part],
       shapes,
       str(root / part),
-      dtype=np.dtype(param_dtype),
+      dtype=np.dtype("float32" if part == "vae" else param_dtype),
       rename=rename,
       buffers=BUFFERS.get(part, ()),
     )
