@@ -33,6 +33,10 @@ class VitEncoder:
     found: Any = self.network.apply({"params": params}, images)
     return found
 
+  def pool(self, params: Any, frozen: Any, images: jax.Array) -> jax.Array:
+    """The mean of what `encode` gives, float32 [b, d]."""
+    return self.encode(params, frozen, images).astype(jnp.float32).mean(axis=1)
+
 
 @dataclasses.dataclass(frozen=True)
 class MageEncoder:
@@ -55,9 +59,18 @@ class MageEncoder:
 
   def encode(self, params: Any, frozen: Any, images: jax.Array) -> jax.Array:
     """Images float32 [b, h, w, c] in [0, 1] of any size to float [b, n, d], the class position left out."""
-    shape = (len(images), *self.image_size, images.shape[-1])
-    images = jnp.clip(jax.image.resize(images, shape, "bilinear"), 0.0, 1.0)
-    tokens: Any = self.tokenizer.apply({"params": frozen}, images, method="tokenize")
+    tokens = self._tokenize(frozen, images)
     mask = jnp.zeros(tokens.shape, bool)
     found: Any = self.network.apply({"params": params}, tokens, mask, method="encode")
     return found[:, 1:]
+
+  def pool(self, params: Any, frozen: Any, images: jax.Array) -> jax.Array:
+    """What the MAGE model itself makes of images, before it is normalised: float32 [b, d]."""
+    found: Any = self.network.apply({"params": params}, self._tokenize(frozen, images), method="pool")
+    return found
+
+  def _tokenize(self, frozen: Any, images: jax.Array) -> jax.Array:
+    shape = (len(images), *self.image_size, images.shape[-1])
+    images = jnp.clip(jax.image.resize(images, shape, "bilinear"), 0.0, 1.0)
+    tokens: Any = self.tokenizer.apply({"params": frozen}, images, method="tokenize")
+    return tokens

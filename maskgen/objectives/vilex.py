@@ -257,8 +257,8 @@ class Objective:
 
     def features(variables, batch, rng):
       images, frozen = images_lib.to_float(batch["image"]), variables["frozen"]["tokenizer"]
-      patches = self.image_encoder.encode(variables["params"]["main"]["encoder"], frozen, images)
-      return nn.standardize(patches.astype(jnp.float32).mean(axis=1), axis=-1, epsilon=1e-6)
+      pooled = self.image_encoder.pool(variables["params"]["main"]["encoder"], frozen, images)
+      return nn.standardize(pooled, axis=-1, epsilon=1e-6)
 
     def generate(variables, batch, rng, **options):
       frozen, chosen = variables["frozen"]["decoder"], dataclasses.asdict(self.sampling) | options
