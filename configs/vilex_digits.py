@@ -14,7 +14,7 @@ from one token in 61%, and from captions in 98%; docs/results.md has all numbers
 
 Arguments:
   :decoder  a trained model of configs/diffusion_digits.py; by default it is trained first
-  :mage     a trained MAGE model whose encoder is used in place of a small ViT
+  :encoder  `mage:PATH` for the encoder of a trained MAGE model in place of a small ViT
   :seed     of everything
   :tiny     a few minutes of training, to see everything at work
   :debug    2 steps of tiny networks
@@ -25,12 +25,15 @@ import ml_collections
 from maskgen import checkpoint
 from maskgen import config as config_lib
 from maskgen.config import parse_arg
+from maskgen.errors import UserError
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
-  args = parse_arg(arg, decoder="", mage="", debug=False, tiny=False, seed=0)
+  args = parse_arg(arg, decoder="", encoder="", debug=False, tiny=False, seed=0)
+  if args.encoder and not args.encoder.startswith("mage:"):
+    raise UserError(f"config argument ':encoder={args.encoder}': give mage:PATH, with a trained MAGE model")
   if args.decoder:
     return ml_collections.ConfigDict(vilex(args, args.decoder, checkpoint.load_config(args.decoder)))
   chosen = "".join(f"{name}," for name in ("debug", "tiny") if getattr(args, name))
@@ -41,7 +44,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
 
 def vilex(args, path: str, decoder: dict) -> dict:
   warm, steps = (1, 2) if args.debug else (300, 500) if args.tiny else (3000, 4500)
-  small = args.debug
+  small, mage = args.debug, args.encoder.removeprefix("mage:")
   few = dict(num_images=8, num_pictures=2) if small else {}
   encoder = dict(
     name="vit",
@@ -51,8 +54,8 @@ def vilex(args, path: str, decoder: dict) -> dict:
     depth=1 if small else 4,
     heads=4,
   )
-  if args.mage:
-    encoder = checkpoint.load_config(args.mage)["objective"]
+  if mage:
+    encoder = checkpoint.load_config(mage).get("objective", {})
   return dict(
     seed=args.seed,
     batch_size=8 if small else 64,
@@ -60,7 +63,7 @@ def vilex(args, path: str, decoder: dict) -> dict:
     log_every_steps=min(50, steps),
     checkpoint=dict(save_steps=500, save_minutes=5.0, keep=2),
     data={key: decoder["data"][key] for key in ("source", "preprocess", "eval_preprocess")},
-    pretrained=dict(decoder=path, **(dict(encoder=args.mage) if args.mage else {})),
+    pretrained=dict(decoder=path, **(dict(encoder=mage) if mage else {})),
     objective=dict(
       name="vilex",
       decoder=decoder["objective"],
@@ -85,7 +88,7 @@ def vilex(args, path: str, decoder: dict) -> dict:
         weight_decay=0.01,
         clip_norm=1.0,
         # The paper's encoder, pretrained, has 1/30 of the learning rate of the pooling.
-        multipliers=(("^encoder/", 1 / 30),) if args.mage else (),
+        multipliers=(("^encoder/", 1 / 30),) if mage else (),
       )
     ),
     mesh=dict(data=-1, fsdp=1, tensor=1),

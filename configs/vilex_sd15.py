@@ -19,7 +19,7 @@ how many tokens are dropped, no captions beside the images, bfloat16.
 
 Arguments:
   :decoder        a converted Stable Diffusion 1
-  :encoder        a converted SigLIP
+  :encoder        a converted SigLIP, or `mage:PATH` for the encoder of a trained MAGE model
   :source         the pictures, as in docs/your_pictures.md: `folder:/my/pictures`, `tar:/data/{000..999}.tar`
   :eval_source    pictures to evaluate on; by default a tenth of `source` is held out
   :caption_share  how often the caption, which the pictures must have then, stands beside the image
@@ -65,8 +65,12 @@ def full(args) -> ml_collections.ConfigDict:
     raise UserError(f"config argument ':family={args.family}' does not exist{nearest(args.family, LAYOUTS)}")
   decoder, size = args.decoder or LAYOUTS[args.family].published, args.size
   folder = diffusers.folder_of(decoder, args.family)
-  vit = SO400M if args.encoder in PUBLISHED else checkpoint.load_config(args.encoder).get("vit", SO400M)
-  tokenize = f"|tokenize('bpe:{folder or args.family}/tokenizer', 77)" if args.caption_share else ""
+  mage, path = args.encoder.startswith("mage:"), args.encoder.removeprefix("mage:")
+  found = {} if path in PUBLISHED else checkpoint.load_config(path)
+  vit = dict(name="vit", **found.get("vit", SO400M), dtype="bfloat16", scan=True, remat="dots")
+  # Captions may say what is left and right.
+  words = f"|tokenize('bpe:{folder or args.family}/tokenizer', 77)" if args.caption_share else ""
+  augment = words or "|flip_lr"
   return ml_collections.ConfigDict(
     dict(
       seed=0,
@@ -78,10 +82,10 @@ def full(args) -> ml_collections.ConfigDict:
       data=dict(
         source=args.source,
         eval_source=args.eval_source or None,
-        preprocess=f"decode(3)|resize_small({size})|random_crop({size})|flip_lr{tokenize}",
-        eval_preprocess=f"decode(3)|resize_small({size})|center_crop({size}){tokenize}",
+        preprocess=f"decode(3)|resize_small({size})|random_crop({size}){augment}",
+        eval_preprocess=f"decode(3)|resize_small({size})|center_crop({size}){words}",
       ),
-      pretrained=dict(decoder=decoder, encoder=args.encoder),
+      pretrained=dict(decoder=decoder, encoder=path),
       objective=dict(
         name="vilex",
         # Frozen, and so kept in 16 bits, but for its autoencoder.
@@ -94,8 +98,8 @@ def full(args) -> ml_collections.ConfigDict:
           dtype="bfloat16",
           remat="full",
         ),
-        encoder=dict(name="vit", **vit, dtype="bfloat16", scan=True, remat="dots"),
-        pretrained_encoder=True,
+        encoder=found.get("objective", {}) if mage else vit,
+        pretrained_encoder=not mage,
         tokens=75,
         pool_width=1024,
         pool_depth=5,
@@ -116,7 +120,8 @@ def full(args) -> ml_collections.ConfigDict:
       ),
       evals=dict(
         validation=dict(type="loss", every_steps=10_000),
-        samples=dict(type="samples", every_steps=10_000, num_generated=8, num_examples=8),
+        # Of photographs features="mobilenet_v2:/path/to.npz" tells more than pixels do.
+        reconstruction=dict(type="lexicon", every_steps=10_000, num_tokens=(1, 4, 16, 75), num_images=64),
       ),
       mesh=dict(data=-1, fsdp=1, tensor=1),
       # What no rule names, such as the frozen U-Net, is split over fsdp where it is large.

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 import test_text_to_image
+import tiny
 from PIL import Image
 
 import maskgen
@@ -20,7 +21,7 @@ from maskgen.importers.diffusers_layouts import LAYOUTS
 from maskgen.importers.published import PUBLISHED
 from maskgen.tools import convert
 
-folders = test_text_to_image.folders
+folders, trained = test_text_to_image.folders, tiny.trained
 CONFIGS = {f"configs/vilex_{family}.py": family for family in LAYOUTS}
 
 
@@ -58,6 +59,24 @@ def test_layouts_are_of_their_family_and_published(family):
   assert diffusers.family_of(diffusers.published_model(family)) == family
   assert PUBLISHED[layout.published].format == "diffusers"
   assert len(layout.padding_ids) == len(layout.text_encoders)
+
+
+@pytest.mark.parametrize(("config", "stage"), [("vilex_digits.py:debug", "vilex"), ("vilex_sd15.py:", None)])
+def test_the_encoder_may_be_that_of_a_mage(config, stage, trained):
+  """Before it is trained along, its features are those of the MAGE model."""
+  path = str(trained / "mage")
+  plain = load(f"configs/{config},encoder=mage:{path}")
+  plain = plain[stage] if stage else plain
+  assert plain["pretrained"]["encoder"] == path
+  objective = objectives.build(plain["objective"])
+  encoder = checkpoint.load_variables(path, objective.pretrained_shapes()["encoder"])
+  main, frozen = {"encoder": encoder["params"]["main"]}, {"tokenizer": encoder["frozen"]["tokenizer"]}
+  model, fns = maskgen.load(path), objectives.compile_predict_fns(objective)
+  images = np.random.default_rng(0).integers(0, 256, (2, *model.objective.image_shape), np.uint8)
+  found = fns["features"]({"params": {"main": main}, "frozen": frozen}, {"image": images}, None)
+  np.testing.assert_allclose(found, model.features(images), atol=1e-5)
+  with pytest.raises(UserError, match="give mage:PATH, with a trained MAGE model"):
+    config_lib.load("configs/vilex_digits.py:encoder=runs/mage")
 
 
 @pytest.mark.slow
