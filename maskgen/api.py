@@ -88,6 +88,8 @@ class Model:
 
     All are made of the same noise. Of two numbers of tokens the smaller one counts.
     """
+    if count < 1:
+      raise UserError(f"count is {count}: give at least 1")
     start, end = (self._vectors(image)[0] for image in (first, second))
     start, end = start[: len(end)], end[: len(start)]
     shares = np.linspace(0.0, 1.0, count)
@@ -97,7 +99,10 @@ class Model:
     return np.concatenate(made)
 
   def features(self, images: np.ndarray) -> np.ndarray:
-    """Representations, float32 [b, d]: the mean of the last encoder block's tokens, normalised."""
+    """Representations, float32 [b, d]: the mean of the last encoder block's tokens, normalised.
+
+    Of a visual lexicon they are those of its encoder, for a ViT after its last normalisation.
+    """
     return self._call("features", {"image": self._images(images)})
 
   def classify(self, images: np.ndarray) -> np.ndarray:
@@ -133,7 +138,8 @@ class Model:
 
     Args:
       seed: of the randomness.
-      batch: how many; by default one per label or prompt, or 16.
+      batch: how many; by default one per label or prompt, or 16; for a visual lexicon one, or one per row of
+        its images.
       label: a class, or one per image, of a model that was trained with classes; None for no class.
       prompt: a text, or one per image, for a model that was trained with captions; None for no text. For a
         visual lexicon one text, with "{}" where an image is to stand, see `maskgen.lexicon.lay_out`.
@@ -147,11 +153,14 @@ class Model:
     plain = images is None and num_tokens is None and negative_prompt is None
     if plain and not isinstance(self.objective, vilex.Objective):
       return self._call("generate", self._wanted(seed, batch, label, prompt), **self._options(options))
-    objective, vectors = self._lexicon, [self._vectors(image) for image in images or ()]
+    objective = self._lexicon
+    if getattr(images, "shape", None) == self.objective.image_shape:
+      raise UserError("images is a single one: give a list, images=[image]")
+    vectors = [self._vectors(image) for image in (() if images is None else images)]
     if prompt is not None and not isinstance(prompt, str):
       raise UserError(f"prompt is {prompt!r}: give one text for all images that are made")
     rows = max([len(tokens) for tokens in vectors], default=1)
-    wanted = self._wanted(seed, rows if batch is None and rows > 1 else batch, label)
+    wanted = self._wanted(seed, rows if batch is None else batch, label)
     batch = len(wanted["key"])
     wanted |= lexicon.lay_out_batch(objective, prompt or "", vectors, num_tokens, batch)
     if negative_prompt is not None:
@@ -317,7 +326,10 @@ class Model:
     """The tokens [b, k, d] of an image of a prompt, see `generate`; b is 1 for an image without that axis."""
     given, objective = np.asarray(image), self._lexicon
     is_tokens = given.ndim > 1 and given.shape[-1] == sum(objective.renderer.model.text_widths)
-    if is_tokens and given.ndim < 4 and 1 <= given.shape[-2] <= objective.tokens:
+    if is_tokens and given.ndim < 4:
+      count, most = given.shape[-2], objective.tokens
+      if not 1 <= count <= most:
+        raise UserError(f"an image is given by {count} tokens: this model has 1 to {most}")
       return given.reshape(-1, *given.shape[-2:])
     return self.encode(given if given.ndim == 4 else given[None])
 

@@ -28,9 +28,9 @@ def check_number(objective: vilex.Objective, num_tokens: int | None) -> int:
   """
   if num_tokens is None:
     return objective.tokens
-  if not isinstance(num_tokens, int) or not 1 <= num_tokens <= objective.tokens:
+  if not isinstance(num_tokens, int | np.integer) or not 1 <= num_tokens <= objective.tokens:
     raise UserError(f"num_tokens is {num_tokens!r}: this model has 1 to {objective.tokens} for an image")
-  return num_tokens
+  return int(num_tokens)
 
 
 def lay_out(
@@ -104,13 +104,17 @@ def _fit(
   objective: vilex.Objective, prompt: str, images: Sequence[np.ndarray], num_tokens: Numbers, room: int
 ) -> list[int]:
   """How many tokens of each image stand in a prompt that has room for so many; its words stay in any case."""
-  wanted = list(num_tokens) if isinstance(num_tokens, Sequence) else [num_tokens] * len(images)
+  if num_tokens is None or isinstance(num_tokens, int | np.integer):
+    wanted: list[int | None] = [num_tokens] * len(images)
+  else:
+    wanted = list(num_tokens)
   if len(wanted) != len(images):
     raise UserError(
       f"num_tokens has {len(wanted)} numbers for {len(images)} images: give one for each, or a single one"
     )
   if room < len(images):
-    raise UserError(f"the prompt '{prompt}' leaves no room for {len(images)} images: shorten it")
+    what = f"leaves no room for {len(images)} images" if images else f"has {-room} tokens too many"
+    raise UserError(f"the prompt '{prompt}' {what}: shorten it")
   left, sharing = room, 0
   for number, tokens in zip(wanted, images, strict=True):
     if number is None:
@@ -157,8 +161,10 @@ def write_embedding(path: epath.PathLike, tokens: np.ndarray, objective: vilex.O
   look for "emb_params", those for XL for "clip_l" and "clip_g".
 
   Raises:
-    UserError: if the path cannot be written.
+    UserError: for other shapes, and if the path cannot be written.
   """
+  if np.ndim(tokens) != 2:
+    raise UserError(f"tokens have shape {np.shape(tokens)}: give those of one image, as tokens[0]")
   widths = objective.renderer.model.text_widths
   parts = np.split(np.asarray(tokens, np.float32), np.cumsum(widths)[:-1], axis=-1)
   _write(path, dict(zip(_names(widths), parts, strict=True)))
@@ -168,8 +174,10 @@ def write_tokens(path: epath.PathLike, tokens: np.ndarray) -> None:
   """Writes tokens of images float [b, k, d] as "tokens" of a safetensors file, in float32.
 
   Raises:
-    UserError: if the path cannot be written.
+    UserError: for other shapes, and if the path cannot be written.
   """
+  if np.ndim(tokens) != 3:
+    raise UserError(f"tokens have shape {np.shape(tokens)}: give those of a batch of images, [b, k, d]")
   _write(path, {_TOKENS: np.asarray(tokens, np.float32)})
 
 

@@ -42,7 +42,17 @@ def test_prompts_with_images(model):
   np.testing.assert_allclose(same[0], made[0], atol=1e-5)  # tokens for images, and whatever the batch
   ends = model.interpolate(first, second, 2, text_guidance=1.0)
   np.testing.assert_allclose(ends[1], model.generate(0, 1, images=[second])[0], atol=1e-4)
-  assert model.generate(0, 1, prompt="a cat").shape == (1, SIZE, SIZE, 3)
+  assert model.generate(prompt="a cat").shape == (1, SIZE, SIZE, 3)
+  arrays = model.generate(3, prompt="a {} on {} background", images=tokens, num_tokens=np.full(2, 2))
+  np.testing.assert_allclose(arrays[0], made[0], atol=1e-5)
+  for given, message in (
+    (first, "images is a single one: give a list"),
+    ([np.zeros((TOKENS + 1, 8))], f"an image is given by {TOKENS + 1} tokens"),
+  ):
+    with pytest.raises(UserError, match=message):
+      model.generate(images=given)
+  with pytest.raises(UserError, match="count is 0"):
+    model.interpolate(first, second, 0)
 
 
 def test_layouts():
@@ -60,6 +70,7 @@ def test_layouts():
     (("a dog", []), "has a word that this model never read, 'dog'"),
     (("a red blue cat on background a {}", [tokens] * 1, 4), "at most 1 fit"),
     (("a red blue cat on background a red {}", [tokens]), "leaves no room for 1 images"),
+    (("a red blue cat on background a red cat", []), "has 1 tokens too many: shorten it"),
     (("{}", [tokens], 9), "num_tokens is 9: this model has 1 to 4"),
   ):
     with pytest.raises(UserError, match=message):
@@ -144,6 +155,10 @@ def test_files_of_tokens(tmp_path):
   lexicon.write_tokens(tmp_path / "three.safetensors", tokens)
   np.testing.assert_array_equal(lexicon.read_tokens(tmp_path / "three.safetensors", objective), tokens)
   assert load_file(tmp_path / "three.safetensors").keys() == {"tokens"}
+  with pytest.raises(UserError, match=r"shape \(2, 8\): give those of a batch"):
+    lexicon.write_tokens(tmp_path / "two.safetensors", tokens[0])
+  with pytest.raises(UserError, match=r"shape \(3, 2, 8\): give those of one image"):
+    lexicon.write_embedding(tmp_path / "word.safetensors", tokens, objective)
 
 
 @pytest.mark.parametrize(("name", "widths"), [("sd", (8,)), ("xl", (4, 8))])

@@ -76,11 +76,10 @@ def reconstruct(argv: Sequence[str]) -> None:
 
   from maskgen import lexicon, prompts
 
-  n = model.objective.tokens
-  powers = [int(k) for k in prompts.TailDrop("powers").choices(n)]
+  powers = prompts.TailDrop("powers")
   sections: dict[str, list[Entry]] = {}
   for image in seen:
-    wanted = numbers or [k for k in powers if k <= len(image.tokens)]
+    wanted = numbers or [int(k) for k in powers.choices(len(image.tokens))]
     chosen = [lexicon.check_number(model.objective, k) for k in ([image.number] if image.number else wanted)]
     for seed in range(args.seed, args.seed + args.count):
       drawn = [(_plural(k), dict(seed=seed, images=[image.tokens], num_tokens=k)) for k in chosen]
