@@ -1,6 +1,7 @@
 """The benchmarks: what they report, and that they measure the same work. Never how fast it was."""
 
 import json
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -9,16 +10,19 @@ import pytest
 import tiny
 from PIL import Image
 
-from maskgen import sharding
+from maskgen import config as config_lib
+from maskgen import objectives, sharding
 from maskgen.benchmarks import common, dataless, devices, recording
 from maskgen.benchmarks.model_flops import model_flops
 from maskgen.costs import flops
 from maskgen.data.handwritten import Handwritten
 from maskgen.data.pipeline import Data
 from maskgen.errors import UserError
+from maskgen.main import split_stages
 from maskgen.tools.bench import main
 
 TINY = f"--config={tiny.FILE}"
+CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
 
 
 @pytest.fixture
@@ -211,6 +215,13 @@ def test_step_of_other_stages_and_sources(capsys, stage, source):
   numbers = _numbers(capsys)
   _check_step(numbers)
   assert (numbers["stage"], numbers["source"], numbers["batch_size"]) == (stage, source, 8)
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+def test_every_objective_tells_its_dtype(file):
+  config = config_lib.to_dict(config_lib.load(f"{file}:debug"))
+  for stage in split_stages(config, pathlib.Path("run")).values():
+    assert common.compute_dtype(objectives.build(stage["objective"])) in ("float32", "bfloat16")
 
 
 def test_sample(capsys):

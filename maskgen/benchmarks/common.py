@@ -69,7 +69,8 @@ def batch_sizes(args: argparse.Namespace, config: Mapping[str, Any]) -> list[int
 
 def compute_dtype(objective: Any) -> str:
   """The type in which an objective's main network computes."""
-  return getattr(objective, "dtype", None) or objective.tokenizer.dtype
+  networks = (objective, *(getattr(objective, name, None) for name in ("unet", "tokenizer")))
+  return next(network.dtype for network in networks if hasattr(network, "dtype"))
 
 
 def check_at_least(args: argparse.Namespace, least: int, *names: str) -> None:
