@@ -88,14 +88,10 @@ class Model:
 
     All are made of the same noise. Of two numbers of tokens the smaller one counts.
     """
-    if count < 1:
-      raise UserError(f"count is {count}: give at least 1")
     start, end = (self._vectors(image)[0] for image in (first, second))
     start, end = start[: len(end)], end[: len(start)]
-    shares = np.linspace(0.0, 1.0, count)
-    made = [
-      self.generate(seed, 1, images=[lexicon.between(start, end, share)], **options) for share in shares
-    ]
+    between = [lexicon.between(start, end, share) for share in lexicon.shares(count)]
+    made = [self.generate(seed, 1, images=[tokens], **options) for tokens in between]
     return np.concatenate(made)
 
   def features(self, images: np.ndarray) -> np.ndarray:
@@ -154,9 +150,7 @@ class Model:
     if plain and not isinstance(self.objective, vilex.Objective):
       return self._call("generate", self._wanted(seed, batch, label, prompt), **self._options(options))
     objective = self._lexicon
-    if getattr(images, "shape", None) == self.objective.image_shape:
-      raise UserError("images is a single one: give a list, images=[image]")
-    vectors = [self._vectors(image) for image in (() if images is None else images)]
+    vectors = [self._vectors(image) for image in lexicon.in_turn(objective, images)]
     if prompt is not None and not isinstance(prompt, str):
       raise UserError(f"prompt is {prompt!r}: give one text for all images that are made")
     rows = max([len(tokens) for tokens in vectors], default=1)
@@ -327,9 +321,7 @@ class Model:
     given, objective = np.asarray(image), self._lexicon
     is_tokens = given.ndim > 1 and given.shape[-1] == sum(objective.renderer.model.text_widths)
     if is_tokens and given.ndim < 4:
-      count, most = given.shape[-2], objective.tokens
-      if not 1 <= count <= most:
-        raise UserError(f"an image is given by {count} tokens: this model has 1 to {most}")
+      lexicon.check_number(objective, given.shape[-2])
       return given.reshape(-1, *given.shape[-2:])
     return self.encode(given if given.ndim == 4 else given[None])
 

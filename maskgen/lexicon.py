@@ -3,7 +3,7 @@
 Letters: s images, n tokens of an image, d their width, m words, p pieces of a prompt.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import safetensors.numpy
@@ -31,6 +31,17 @@ def check_number(objective: vilex.Objective, num_tokens: int | None) -> int:
   if not isinstance(num_tokens, int | np.integer) or not 1 <= num_tokens <= objective.tokens:
     raise UserError(f"num_tokens is {num_tokens!r}: this model has 1 to {objective.tokens} for an image")
   return int(num_tokens)
+
+
+def in_turn(objective: vilex.Objective, images: Iterable[np.ndarray] | None) -> Iterable[np.ndarray]:
+  """The images of a prompt one by one, of a list or an array of them.
+
+  Raises:
+    UserError: for an image alone, whose rows would be taken for images.
+  """
+  if getattr(images, "shape", None) == objective.image_shape:
+    raise UserError("images is a single one: give a list, images=[image]")
+  return () if images is None else images
 
 
 def lay_out(
@@ -135,6 +146,17 @@ def _fit(
     min(len(tokens), share) if number is None else number
     for number, tokens in zip(wanted, images, strict=True)
   ]
+
+
+def shares(count: int) -> np.ndarray:
+  """How much of the second image so many images between two have, both of them included.
+
+  Raises:
+    UserError: for less than one.
+  """
+  if count < 1:
+    raise UserError(f"count is {count}: give at least 1")
+  return np.linspace(0.0, 1.0, count)
 
 
 def between(first: np.ndarray, second: np.ndarray, share: float) -> np.ndarray:

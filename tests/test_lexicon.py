@@ -47,7 +47,7 @@ def test_prompts_with_images(model):
   np.testing.assert_allclose(arrays[0], made[0], atol=1e-5)
   for given, message in (
     (first, "images is a single one: give a list"),
-    ([np.zeros((TOKENS + 1, 8))], f"an image is given by {TOKENS + 1} tokens"),
+    ([np.zeros((TOKENS + 1, 8))], f"num_tokens is {TOKENS + 1}: this model has 1 to"),
   ):
     with pytest.raises(UserError, match=message):
       model.generate(images=given)

@@ -144,7 +144,7 @@ def interpolate(argv: Sequence[str]) -> None:
   first, second = (image.tokens[: image.number] for image in seen)
   k = min(len(first), len(second))
   drawn: list[Entry] = []
-  for share in np.linspace(0.0, 1.0, args.count):
+  for share in lexicon.shares(args.count):
     tokens = lexicon.between(first[:k], second[:k], share)
     drawn.append((f"{share:.0%}", dict(seed=args.seed, prompt=args.prompt, images=[tokens])))
   lexicon.lay_out(model.objective, args.prompt, [first[:k]])  # which checks the prompt
