@@ -27,8 +27,7 @@ from maskgen.errors import UserError, nearest
 _CLIP_MERGES = 49_152 - 256 - 2
 _WORD_END = "</w>"
 _START, _END = "<|startoftext|>", "<|endoftext|>"
-# Of a folder, files that may say what to pad with; published ones for Stable Diffusion 2 differ, and the
-# first is right.
+# Of a folder, files that may say what to pad with; where they differ the first counts.
 _PADDING_FILES = ("special_tokens_map.json", "tokenizer_config.json")
 
 
