@@ -50,9 +50,15 @@ def writable(folder: epath.Path) -> bool:
   """Whether a local folder can be made or written; a store is taken at its word."""
   if "://" in str(folder):
     return True
-  while not folder.exists():
-    folder = folder.parent
+  folder = nearest_existing(folder)
   return folder.is_dir() and os.access(folder, os.W_OK)
+
+
+def nearest_existing(folder: epath.Path) -> epath.Path:
+  """A local folder or the nearest one above it that exists; a store has no folders, and all exist."""
+  while "://" not in str(folder) and not folder.exists():
+    folder = folder.parent
+  return folder
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:

@@ -3,7 +3,6 @@
 python -m maskgen.main --config=configs/quickstart.py --workdir=runs/quickstart
 """
 
-import contextlib
 import json
 import logging
 import time
@@ -130,7 +129,7 @@ def split_stages(config: Mapping[str, Any], root: epath.Path) -> dict[epath.Path
 
 
 def check_workdir(root: epath.Path, config: Mapping[str, Any], *, create: bool) -> None:
-  """Checks that the workdir is writable, by writing where it may, and holds no other config's run.
+  """Checks that the workdir can be made or written, by writing where it may, and holds no other config's run.
 
   Raises:
     UserError: if not.
@@ -138,14 +137,10 @@ def check_workdir(root: epath.Path, config: Mapping[str, Any], *, create: bool) 
   try:
     check_same_run(root, config)
     if create:
-      new = not root.exists()
-      root.mkdir(parents=True, exist_ok=True)
-      probe = root / f".writable-{uuid.uuid4().hex}"
+      # A new workdir is not made yet: the config may still turn out to be wrong.
+      probe = cli.nearest_existing(root) / f".writable-{uuid.uuid4().hex}"
       probe.write_text("")
       probe.unlink()
-      if new:
-        with contextlib.suppress(OSError):  # another process of the run is here
-          root.rmdir()  # the config may still turn out to be wrong
     elif not cli.writable(root):
       raise PermissionError("permission denied")
   except OSError as error:

@@ -1,11 +1,13 @@
 """Everything from outside that is wrong ends with one sentence that names it and the remedy."""
 
+import concurrent.futures
 import json
 import shutil
 
 import numpy as np
 import pytest
 import tiny
+from etils import epath
 
 import maskgen
 from maskgen import main
@@ -241,6 +243,15 @@ def test_a_workdir_that_cannot_be_written(mode, workdir, tmp_path):
   with pytest.raises(UserError, match=r"workdir .* is not writable") as error:
     run_main(tmp_path, f"--mode={mode}", workdir=workdir)
   assert_clear(error)
+
+
+def test_processes_may_check_a_new_workdir_at_once(tmp_path):
+  def check(index):
+    main.check_workdir(epath.Path(tmp_path / f"runs{index % 50}" / "run"), {}, create=True)
+
+  with concurrent.futures.ThreadPoolExecutor(8) as pool:
+    list(pool.map(check, range(1000)))
+  assert not list(tmp_path.iterdir())
 
 
 def test_a_wrong_config_does_not_claim_the_workdir(tmp_path):
