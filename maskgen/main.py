@@ -52,9 +52,10 @@ def main(argv: Sequence[str]) -> None:
   stages = split_stages(config, root)
 
   # Importing these takes seconds: wrong flags, configs and workdirs are reported before.
-  from maskgen import processes
+  from maskgen import processes, sharding
 
   processes.start(args.coordinator, args.process_count, args.process_index)
+  sharding.use_cores(stages.values())
 
   from maskgen import train
   from maskgen.experiment import Experiment
