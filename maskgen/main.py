@@ -12,7 +12,7 @@ from typing import Any
 
 from etils import epath
 
-from maskgen import cli, files
+from maskgen import cli, cpu, files
 from maskgen import config as config_lib
 from maskgen.errors import UserError
 
@@ -52,10 +52,10 @@ def main(argv: Sequence[str]) -> None:
   stages = split_stages(config, root)
 
   # Importing these takes seconds: wrong flags, configs and workdirs are reported before.
-  from maskgen import processes, sharding
+  from maskgen import processes
 
   processes.start(args.coordinator, args.process_count, args.process_index)
-  sharding.use_cores(stages.values())
+  cpu.use_cores(stages.values())
 
   from maskgen import train
   from maskgen.experiment import Experiment
@@ -223,4 +223,5 @@ def describe_run(stages: Mapping[epath.Path, Any], elapsed: float) -> dict[str, 
 
 
 if __name__ == "__main__":
+  cpu.use_large_pages()
   cli.run(main)

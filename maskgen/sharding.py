@@ -6,11 +6,9 @@ one entry per dimension, `()` for replicated; without a matching rule a large pa
 `fsdp` along its largest divisible dimension.
 """
 
-import contextlib
 import functools
 import math
-import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -59,31 +57,6 @@ def make_mesh(section: config_lib.Mesh, devices: Sequence[jax.Device] | None = N
   inner = (shape[0] // slices, *shape[1:])
   grid = mesh_utils.create_hybrid_device_mesh(inner, (slices, 1, 1), devices)
   return jax.sharding.Mesh(grid, AXES, axis_types=types)
-
-
-def use_cores(stages: Iterable[Mapping[str, Any]]) -> None:
-  """Makes each core of a machine without accelerators a device, where every stage can make use of them.
-
-  Devices keep cores busier than the threads within one do. As each holds a copy of the state, there are four
-  at most. To be called before anything asks JAX for devices. A run of several processes stays as it is, and
-  so does the number of devices if `XLA_FLAGS` or `JAX_NUM_CPU_DEVICES` give it.
-
-  Args:
-    stages: plain configs, each of one stage.
-
-  Raises:
-    UserError: if one of them is wrong.
-  """
-  given = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
-  if given or jax.config.values["jax_num_cpu_devices"] != -1 or jax.distributed.is_initialized():
-    return
-  counts = set(range(1, min(os.cpu_count() or 1, 4) + 1))
-  for stage in stages:
-    cfg = config_lib.build_dataclass(config_lib.RunConfig, stage, "config")
-    divides = cfg.mesh == config_lib.Mesh()
-    counts &= {n for n in counts if divides and cfg.batch_size % (cfg.accumulation * n) == 0}
-  with contextlib.suppress(RuntimeError):  # a notebook may have asked for devices before
-    jax.config.update("jax_num_cpu_devices", max(counts, default=1))
 
 
 def num_slices(devices: Sequence[jax.Device]) -> int:

@@ -23,7 +23,7 @@ PACKAGE = pathlib.Path(maskgen.__file__).parent
 ROWS = (
   "errors files tree images sheet config cli",
   "text vocab masking editing mixing sampling diffusion prompts losses",
-  "sharding optim lock processes checkpoint metrics costs",
+  "cpu sharding optim lock processes checkpoint metrics costs",
   "data",
   "models",
   "importers",

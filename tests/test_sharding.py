@@ -2,7 +2,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 from jax.sharding import PartitionSpec
 
 from maskgen import sharding
@@ -28,41 +27,6 @@ def specs(tree, rules, mesh):
 @pytest.fixture(scope="module")
 def mesh():
   return sharding.make_mesh(Mesh(data=2, fsdp=2, tensor=2))
-
-
-# Devices
-
-CORES = """
-import os, jax
-os.cpu_count = lambda: {cores}
-from maskgen import sharding
-def stage(batch_size, accumulation=1, **mesh):
-  sections = dict(data={{}}, objective={{}}, optimizer={{}}, mesh=mesh)
-  return dict(batch_size=batch_size, accumulation=accumulation, total_steps=1, **sections)
-{before}
-sharding.use_cores([{stages}])
-print(jax.device_count())
-"""
-
-
-@pytest.mark.parametrize(
-  ("cores", "stages", "env", "before", "devices"),
-  [
-    (2, "stage(64), stage(8)", {}, "", 2),
-    (64, "stage(64)", {}, "", 4),
-    (4, "stage(12), stage(18)", {}, "", 3),
-    (4, "stage(64), stage(8, accumulation=4)", {}, "", 2),
-    (4, "stage(64), stage(64, data=1)", {}, "", 1),
-    (4, "stage(64)", {"JAX_NUM_CPU_DEVICES": "3"}, "", 3),
-    (4, "stage(64)", {"XLA_FLAGS": "--xla_force_host_platform_device_count=3"}, "", 3),
-    (4, "stage(64)", {}, "jax.devices()", 1),
-  ],
-)
-def test_cores_are_devices_where_every_stage_can_use_them(cores, stages, env, before, devices):
-  script = CORES.format(cores=cores, stages=stages, before=before)
-  process = tiny.python("-c", script, env={"XLA_FLAGS": ""} | env)
-  out, err = process.communicate()
-  assert out.split() == [str(devices)], err
 
 
 # Meshes

@@ -49,11 +49,11 @@ def main(argv: Sequence[str]) -> Iterator[dict[str, Any]]:
 
   import jax
 
-  from maskgen import processes, sharding
+  from maskgen import cpu, processes
   from maskgen.benchmarks import devices
 
   processes.start(None, None, None)
-  sharding.use_cores([config | {"batch_size": size} for size in sizes])
+  cpu.use_cores([config | {"batch_size": size} for size in sizes])
   peak = None
   for size in sizes:
     with devices.enough_memory(size):

@@ -4,7 +4,7 @@ import importlib
 import json
 from collections.abc import Sequence
 
-from maskgen import cli
+from maskgen import cli, cpu
 
 BENCHMARKS = {
   "step": "seconds per training step, and the share of the matmul peak that it uses",
@@ -28,4 +28,5 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
+  cpu.use_large_pages()
   cli.run(main)

@@ -1,0 +1,63 @@
+"""What is set up on a machine without accelerators."""
+
+import sys
+
+import pytest
+import tiny
+
+CORES = """
+import os, jax
+os.cpu_count = lambda: {cores}
+from maskgen import cpu
+def stage(batch_size, accumulation=1, **mesh):
+  sections = dict(data={{}}, objective={{}}, optimizer={{}}, mesh=mesh)
+  return dict(batch_size=batch_size, accumulation=accumulation, total_steps=1, **sections)
+{before}
+cpu.use_cores([{stages}])
+print(jax.device_count())
+"""
+
+
+@pytest.mark.parametrize(
+  ("cores", "stages", "env", "before", "devices"),
+  [
+    (2, "stage(64), stage(8)", {}, "", 2),
+    (64, "stage(64)", {}, "", 4),
+    (4, "stage(12), stage(18)", {}, "", 3),
+    (4, "stage(64), stage(8, accumulation=4)", {}, "", 2),
+    (4, "stage(64), stage(64, data=1)", {}, "", 1),
+    (4, "stage(64)", {"JAX_NUM_CPU_DEVICES": "3"}, "", 3),
+    (4, "stage(64)", {"XLA_FLAGS": "--xla_force_host_platform_device_count=3"}, "", 3),
+    (4, "stage(64)", {}, "jax.devices()", 1),
+  ],
+)
+def test_cores_are_devices_where_every_stage_can_use_them(cores, stages, env, before, devices):
+  script = CORES.format(cores=cores, stages=stages, before=before)
+  process = tiny.python("-c", script, env={"XLA_FLAGS": ""} | env)
+  out, err = process.communicate()
+  assert out.split() == [str(devices)], err
+
+
+PAGES = """
+import glob, os, sys
+from maskgen import cpu
+{before}
+cpu.use_large_pages()
+print(os.getpid(), sys.argv[1:], os.environ.get("GLIBC_TUNABLES"))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc")
+@pytest.mark.parametrize(
+  ("env", "before", "tunables"),
+  [
+    ({}, "", "glibc.malloc.hugetlb=1"),
+    ({"GLIBC_TUNABLES": ""}, "", ""),
+    ({}, "glob.glob = lambda pattern: [pattern]", None),
+  ],
+)
+def test_large_pages_start_the_same_program_anew(env, before, tunables, monkeypatch):
+  monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+  process = tiny.python("-c", PAGES.format(before=before), "--a=b c", "", env=env)
+  out, err = process.communicate()
+  assert out == f"{process.pid} {['--a=b c', '']} {tunables}\n", err
