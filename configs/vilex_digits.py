@@ -7,10 +7,9 @@ The first command trains the text-to-image model of configs/diffusion_digits.py,
 eight vectors that stand among the words of a prompt, see docs/vilex.md. The encoder starts from scratch here,
 so that it is also told what captions mean.
 
-Hardware: two CPU cores and 3 GB of memory; about 35 to 55 minutes, machines differ, half of it for the
-text-to-image model. Expect pictures from eight tokens to show the class of their source in 88% of cases,
-from one token in 72%, and from captions in 98%; docs/results.md has all numbers. `:debug` was run as well,
-`:tiny` was not.
+Hardware: two CPU cores and 3 GB of memory; about 40 minutes, half of it for the text-to-image model. Expect
+pictures from eight tokens to show the class of their source in 87% of cases, from one token in 70%, and from
+captions in 98%; docs/results.md has all numbers. `:debug` was run as well, `:tiny` was not.
 
 Arguments:
   :decoder  a trained model of configs/diffusion_digits.py; by default it is trained first
