@@ -198,6 +198,15 @@ def test_checksums_see_every_bit_and_no_sharding():
   assert tree.checksums({"float": swapped})["float"] != expected["float"]
 
 
+def test_checksums_of_many_sharded_arrays_do_not_wait_for_each_other():
+  """XLA ends the process if they do."""
+  mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"))
+  axes = (jax.P("fsdp", "tensor"), jax.P(None, "data"), jax.P("tensor"))
+  plain = {str(i): np.full((64, 32), i, np.float32) for i in range(150)}
+  sharded = {i: jax.device_put(plain[i], jax.NamedSharding(mesh, axes[int(i) % 3])) for i in plain}
+  assert tree.checksums(sharded) == tree.checksums({i: jax.numpy.asarray(plain[i]) for i in plain})
+
+
 # What is full
 
 
