@@ -10,8 +10,8 @@ pixels whether pictures are as asked for.
 
 Hardware: two CPU cores and 3 GB of memory; 15 to 25 minutes, machines differ. Of 500 captions colours,
 backgrounds, sizes and places are heeded in all but one picture after 1,250 steps, classes in 93.4% then and
-in 98.0% at the end, where the classifier sees those of 98.6% of real pictures: one run. `:debug` was run as
-well, `:tiny` was not.
+in 98.0% at the end, where the classifier sees those of 98.6% of real pictures: one run. `:debug` and
+`:tiny` were run as well.
 
 Arguments:
   :seed   of everything

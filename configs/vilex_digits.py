@@ -9,13 +9,13 @@ so that it is also told what captions mean.
 
 Hardware: two CPU cores and 3 GB of memory; about 40 minutes, half of it for the text-to-image model. Expect
 pictures from eight tokens to show the class of their source in 87% of cases, from one token in 70%, and from
-captions in 98%; docs/results.md has all numbers. `:debug` was run as well, `:tiny` was not.
+captions in 98%; docs/results.md has all numbers. `:debug` and `:tiny` were run as well.
 
 Arguments:
   :decoder  a trained model of configs/diffusion_digits.py; by default it is trained first
   :encoder  `mage:PATH` for the encoder of a trained MAGE model in place of a small ViT
   :seed     of everything
-  :tiny     a few minutes of training, to see everything at work
+  :tiny     ten minutes, half of them evaluations: everything at work, on digits that are hardly legible yet
   :debug    2 steps of tiny networks
 """
 
