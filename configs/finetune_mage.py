@@ -27,8 +27,8 @@ import pathlib
 import ml_collections
 
 from maskgen import config as config_lib
-from maskgen import optim
 from maskgen.errors import UserError, nearest
+from maskgen.training import optim
 
 # Of the paper's two models.
 SIZES = {

@@ -21,8 +21,8 @@ Arguments:
 
 import ml_collections
 
-from maskgen import checkpoint
 from maskgen import config as config_lib
+from maskgen import storage
 from maskgen.config import parse_arg
 from maskgen.errors import UserError
 
@@ -34,7 +34,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   if args.encoder and not args.encoder.startswith("mage:"):
     raise UserError(f"config argument ':encoder={args.encoder}': give mage:PATH, with a trained MAGE model")
   if args.decoder:
-    return ml_collections.ConfigDict(vilex(args, args.decoder, checkpoint.load_config(args.decoder)))
+    return ml_collections.ConfigDict(vilex(args, args.decoder, storage.load_config(args.decoder)))
   chosen = "".join(f"{name}," for name in ("debug", "tiny") if getattr(args, name))
   decoder = config_lib.to_dict(config_lib.load(f"diffusion_digits.py:{chosen}seed={args.seed}"))
   stages = dict(decoder=decoder, vilex=vilex(args, "stage:decoder", decoder))
@@ -54,7 +54,7 @@ def vilex(args, path: str, decoder: dict) -> dict:
     heads=4,
   )
   if mage:
-    encoder = checkpoint.load_config(mage).get("objective", {})
+    encoder = storage.load_config(mage).get("objective", {})
   return dict(
     seed=args.seed,
     batch_size=8 if small else 64,

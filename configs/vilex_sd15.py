@@ -34,8 +34,8 @@ import pathlib
 
 import ml_collections
 
-from maskgen import checkpoint
 from maskgen import config as config_lib
+from maskgen import storage
 from maskgen.errors import UserError, nearest
 from maskgen.importers import diffusers
 from maskgen.importers.diffusers_layouts import LAYOUTS
@@ -66,7 +66,7 @@ def full(args) -> ml_collections.ConfigDict:
   decoder, size = args.decoder or LAYOUTS[args.family].published, args.size
   folder = diffusers.folder_of(decoder, args.family)
   mage, path = args.encoder.startswith("mage:"), args.encoder.removeprefix("mage:")
-  found = {} if path in PUBLISHED else checkpoint.load_config(path)
+  found = {} if path in PUBLISHED else storage.load_config(path)
   vit = dict(name="vit", **found.get("vit", SO400M), dtype="bfloat16", scan=True, remat="dots")
   # Captions may say what is left and right.
   words = f"|tokenize('bpe:{folder or args.family}/tokenizer', 77)" if args.caption_share else ""

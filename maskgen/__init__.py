@@ -1,18 +1,28 @@
 """Image tokenizers and masked generative encoders in JAX."""
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-  from maskgen.api import Model as Model
-  from maskgen.api import load as load
+  from maskgen.serving import Model as Model
+  from maskgen.serving import load as load
+
+# Modules that users import from where they stood in version 0.1, as in `from maskgen import optim`.
+_MOVED = {
+  "checkpoint": "maskgen.storage",
+  "editing": "maskgen.numerics.editing",
+  "lexicon": "maskgen.serving.lexicon",
+  "masking": "maskgen.numerics.masking",
+  "optim": "maskgen.training.optim",
+}
 
 
 def __getattr__(name: str) -> Any:
   # JAX takes seconds to import: `import maskgen` alone stays cheap.
   if name in ("load", "Model"):
-    from maskgen import api
-
-    return getattr(api, name)
+    return getattr(importlib.import_module("maskgen.serving"), name)
+  if name in _MOVED:
+    return importlib.import_module(_MOVED[name])
   raise AttributeError(f"module 'maskgen' has no attribute '{name}'")

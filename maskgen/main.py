@@ -12,9 +12,10 @@ from typing import Any
 
 from etils import epath
 
-from maskgen import cli, cpu, files
+from maskgen import cli, files
 from maskgen import config as config_lib
 from maskgen.errors import UserError
+from maskgen.training import cpu
 
 log = logging.getLogger("maskgen")
 
@@ -57,8 +58,9 @@ def main(argv: Sequence[str]) -> None:
   processes.start(args.coordinator, args.process_count, args.process_index)
   cpu.use_cores(stages.values())
 
-  from maskgen import train
-  from maskgen.experiment import Experiment
+  from maskgen.training import train
+  from maskgen.training.experiment import Experiment
+  from maskgen.training.workdir import only_run_in
 
   experiments: dict[epath.Path, Experiment] = {}
   for workdir, stage in stages.items():
@@ -79,7 +81,7 @@ def main(argv: Sequence[str]) -> None:
       train.evaluate_newest(experiment, workdir)
     return
   # Only now: a config that was wrong must not claim the workdir.
-  with processes.only_run_in(root):
+  with only_run_in(root):
     write_config(root, config)
     results: dict[str, Any] = {}
     for workdir, experiment in experiments.items():
@@ -185,7 +187,7 @@ def write_config(workdir: epath.Path, config: Mapping[str, Any]) -> None:
 
 def check(experiment: Any, workdir: epath.Path) -> None:
   """Tries what can fail early: one batch, the compilation of the step, the prediction functions."""
-  from maskgen import train
+  from maskgen.training import train
 
   log.info("%s: %s", workdir.name, train.describe(experiment))
   log.info("%s: state and frozen parts on the mesh\n%s", workdir.name, experiment.coverage())
@@ -209,7 +211,8 @@ def describe_run(stages: Mapping[epath.Path, Any], elapsed: float) -> dict[str, 
   """The `run` entry of the top-level `results.json`; `elapsed` is this process's age in seconds."""
   import jax
 
-  from maskgen import __version__, metrics
+  from maskgen import __version__
+  from maskgen.training import metrics
 
   ages = [
     max((line.get("timing/seconds", 0.0) for line in metrics.read(workdir)), default=0.0)

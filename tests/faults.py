@@ -27,9 +27,10 @@ import jax
 import numpy as np
 from etils import epath
 
-from maskgen import checkpoint, metrics
 from maskgen import config as config_lib
+from maskgen import storage
 from maskgen.main import parse_overrides
+from maskgen.training import metrics
 
 ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = "results.json"
@@ -160,7 +161,7 @@ def disturb(run: Run, kills: int, chance: random.Random) -> dict[str, int]:
 def arrays(stage: pathlib.Path) -> dict[str, np.ndarray]:
   """All arrays of the newest checkpoint."""
   here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  with contextlib.closing(checkpoint.open_to_read(epath.Path(stage))) as checkpoints:
+  with contextlib.closing(storage.open_to_read(epath.Path(stage))) as checkpoints:
     found = checkpoints.read(
       lambda stored: {
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here) for name, leaf in stored.items()

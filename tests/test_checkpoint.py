@@ -14,11 +14,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tiny import assert_same_bits
 
 import maskgen
-from maskgen import checkpoint, sharding
+from maskgen import sharding, storage
 from maskgen.config import Checkpointing, Mesh
 from maskgen.errors import UserError
-from maskgen.state import TrainState
 from maskgen.tools import export
+from maskgen.training import start as start_lib
+from maskgen.training.state import TrainState
 
 trained = tiny.trained
 
@@ -50,14 +51,14 @@ def targets(state):
 
 
 def save(workdir, *states, keep=2):
-  checkpoints = checkpoint.Checkpoints(epath.Path(workdir), Checkpointing(keep=keep))
+  checkpoints = storage.Checkpoints(epath.Path(workdir), Checkpointing(keep=keep))
   for state in states:
     checkpoints.save(int(state.step), state)
   checkpoints.close()
 
 
 def open_checkpoints(workdir):
-  return checkpoint.Checkpoints(epath.Path(workdir), Checkpointing())
+  return storage.Checkpoints(epath.Path(workdir), Checkpointing())
 
 
 def write_model(workdir, state, frozen=None):
@@ -65,7 +66,7 @@ def write_model(workdir, state, frozen=None):
   workdir.mkdir(exist_ok=True)
   (workdir / "config.json").write_text("{}")
   if frozen is not None:
-    checkpoint._write_frozen(epath.Path(workdir), frozen)
+    storage.write_frozen(epath.Path(workdir), frozen)
   save(workdir, state)
 
 
@@ -135,7 +136,7 @@ def wanted(state, *, frozen=None):
 def test_averages_stand_in_for_parameters(tmp_path):
   state = make_state(0)
   write_model(tmp_path / "run", state)
-  loaded = checkpoint.load_variables(tmp_path / "run", wanted(state))
+  loaded = storage.load_variables(tmp_path / "run", wanted(state))
   assert_same_bits(loaded["params"], state.ema)
   assert_same_bits(loaded["extra"], state.extra)
 
@@ -143,13 +144,13 @@ def test_averages_stand_in_for_parameters(tmp_path):
 def test_groups_without_an_average_keep_their_parameters(tmp_path):
   state = make_state(0).replace(ema={})
   write_model(tmp_path / "run", state)
-  assert_same_bits(checkpoint.load_variables(tmp_path / "run", wanted(state))["params"], state.params)
+  assert_same_bits(storage.load_variables(tmp_path / "run", wanted(state))["params"], state.params)
 
 
 def test_a_part_of_a_model_can_be_read_alone(tmp_path):
   state = make_state(0)
   write_model(tmp_path / "run", state, frozen={"tokenizer": {"kernel": np.ones(3, np.float32)}})
-  part = checkpoint.load_variables(
+  part = storage.load_variables(
     tmp_path / "run", {"frozen": {"tokenizer": {"kernel": jax.ShapeDtypeStruct((3,), jnp.float32)}}}
   )
   assert_same_bits(part, {"frozen": {"tokenizer": {"kernel": np.ones(3, np.float32)}}})
@@ -160,7 +161,7 @@ def test_variables_land_where_the_target_says(tmp_path):
   write_model(tmp_path / "run", state)
   mesh = sharding.make_mesh(Mesh())
   target = targets(place(state.variables({}), mesh, "data"))
-  loaded = checkpoint.load_variables(tmp_path / "run", target)
+  loaded = storage.load_variables(tmp_path / "run", target)
   assert jax.tree.map(lambda x: x.sharding, loaded) == jax.tree.map(lambda x: x.sharding, target)
 
 
@@ -169,13 +170,13 @@ def test_variables_of_another_network_give_a_table(exported, tmp_path):
   state = make_state(0)
   del state.params["main"]["half"], state.ema["main"]["half"]
   if exported:
-    checkpoint.write_export(tmp_path / "run", {}, state.variables({}))
+    storage.write_export(tmp_path / "run", {}, state.variables({}))
   else:
     write_model(tmp_path / "run", state)
   target = wanted(state)
   target["params"]["main"]["layer"]["kernel"] = jax.ShapeDtypeStruct((16, 9), jnp.float32)
   with pytest.raises(UserError, match="does not fit this config in 1 places") as error:
-    checkpoint.load_variables(tmp_path / "run", target)
+    storage.load_variables(tmp_path / "run", target)
   assert str(error.value).splitlines()[2].split() == [
     "params/main/layer/kernel", "float32[16,", "8]", "float32[16,", "9]",
   ]  # fmt: skip
@@ -199,18 +200,18 @@ def test_one_flipped_bit_in_frozen_parts_is_found(frozen_run, position):
   file.write_bytes(data)
   target = {"frozen": {"tokenizer": {"kernel": jax.ShapeDtypeStruct((64,), jnp.float32)}}}
   with pytest.raises(UserError, match=r"frozen/weights\.safetensors is damaged \(its checksum differs"):
-    checkpoint.load_variables(frozen_run, target)
+    storage.load_variables(frozen_run, target)
 
 
 def test_frozen_parts_are_checked_when_a_run_continues(trained, tmp_path):
   shutil.copytree(trained / "mage" / "frozen", tmp_path / "frozen")
   shape = maskgen.load(trained / "mage").variables["frozen"]
   target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), shape)
-  assert_same_bits(checkpoint._read_frozen(epath.Path(tmp_path), target), shape)
+  assert_same_bits(storage.read_frozen(epath.Path(tmp_path), target), shape)
   file = tmp_path / "frozen" / "weights.safetensors"
   file.write_bytes(file.read_bytes()[:-1] + b"\x01")
   with pytest.raises(UserError, match="damaged"):
-    checkpoint._read_frozen(epath.Path(tmp_path), target)
+    storage.read_frozen(epath.Path(tmp_path), target)
 
 
 def test_frozen_parts_are_those_of_the_tokenizer_that_was_trained(trained):
@@ -227,12 +228,12 @@ def places(tmp_path):
   own, other, fresh = (make_state(seed, step) for seed, step in ((1, 5), (2, 8), (3, 0)))
   save(tmp_path / "own", own)
   save(tmp_path / "other", other)
-  checkpoint._write_frozen(epath.Path(tmp_path / "own"), {"part": np.float32([1])})
-  checkpoint._write_frozen(epath.Path(tmp_path / "other"), {"part": np.float32([2])})
+  storage.write_frozen(epath.Path(tmp_path / "own"), {"part": np.float32([1])})
+  storage.write_frozen(epath.Path(tmp_path / "other"), {"part": np.float32([2])})
 
   def start(workdir, *, resume):
     workdir.mkdir(exist_ok=True)
-    return checkpoint.start(
+    return start_lib.start(
       epath.Path(workdir),
       open_checkpoints(workdir),
       resume=resume,

@@ -12,15 +12,17 @@ import tiny
 
 import maskgen
 from maskgen import config as config_lib
-from maskgen import losses, main, objectives, optim, sharding, tree
+from maskgen import main, objectives, sharding, tree
 from maskgen.benchmarks import dataless
 from maskgen.errors import UserError
 from maskgen.evaluators.accuracy import Evaluator
-from maskgen.experiment import Experiment
 from maskgen.models.transformer import Transformer
+from maskgen.numerics import losses
 from maskgen.objectives import mage
-from maskgen.state import TrainState
-from maskgen.step import make_update
+from maskgen.training import optim
+from maskgen.training.experiment import Experiment
+from maskgen.training.state import TrainState
+from maskgen.training.step import make_update
 
 trained = tiny.trained
 

@@ -25,8 +25,9 @@ from PIL import Image
 
 import maskgen
 from maskgen import config as config_lib
-from maskgen import main, sampling
+from maskgen import main
 from maskgen.models import vilex
+from maskgen.numerics import sampling
 
 ROOT = pathlib.Path(__file__).parents[1]
 FOLDER = ROOT / "docs" / "colabs"

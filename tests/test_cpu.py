@@ -8,7 +8,7 @@ import tiny
 CORES = """
 import os, jax
 os.cpu_count = lambda: {cores}
-from maskgen import cpu
+from maskgen.training import cpu
 def stage(batch_size, accumulation=1, **mesh):
   sections = dict(data={{}}, objective={{}}, optimizer={{}}, mesh=mesh)
   return dict(batch_size=batch_size, accumulation=accumulation, total_steps=1, **sections)
@@ -40,7 +40,7 @@ def test_cores_are_devices_where_every_stage_can_use_them(cores, stages, env, be
 
 PAGES = """
 import glob, os, sys
-from maskgen import cpu
+from maskgen.training import cpu
 {before}
 cpu.use_large_pages()
 print(os.getpid(), sys.argv[1:], os.environ.get("GLIBC_TUNABLES"))

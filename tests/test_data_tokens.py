@@ -17,8 +17,8 @@ from maskgen.data import sources
 from maskgen.data.cache import Cache
 from maskgen.data.pipeline import Data
 from maskgen.errors import UserError
-from maskgen.experiment import Experiment
 from maskgen.tools import tokenize
+from maskgen.training.experiment import Experiment
 
 trained = tiny.trained
 

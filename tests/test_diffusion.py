@@ -11,14 +11,15 @@ import pytest
 
 import maskgen
 from maskgen import config as config_lib
-from maskgen import diffusion, evaluators, main, objectives, tree
+from maskgen import evaluators, main, objectives, tree
 from maskgen.benchmarks.dataless import NoData
 from maskgen.data import digit_scenes as scenes
 from maskgen.data.pipeline import Data
 from maskgen.errors import UserError
-from maskgen.experiment import Experiment
 from maskgen.models.patches import Patches
+from maskgen.numerics import diffusion
 from maskgen.tools import generate
+from maskgen.training.experiment import Experiment
 
 CONFIG = "configs/diffusion_digits.py:debug"
 WORDS = "a red blue three five on background"

@@ -6,10 +6,10 @@ import tiny
 from PIL import Image
 
 import maskgen
-from maskgen import editing
-from maskgen.editing import Window
 from maskgen.errors import UserError
-from maskgen.masking import token_mask
+from maskgen.numerics import editing
+from maskgen.numerics.editing import Window
+from maskgen.numerics.masking import token_mask
 from maskgen.tools import edit
 
 trained = tiny.trained

@@ -15,7 +15,7 @@ from maskgen.data.sources import open_source
 from maskgen.errors import UserError
 from maskgen.evaluators import classifiers, feature_spaces
 from maskgen.images import to_float
-from maskgen.text import Captions
+from maskgen.numerics.text import Captions
 
 BATCH, TOKENS, IMAGES = 16, 4, 40
 CAPTIONS = Captions(f"list:{' '.join(scenes.WORDS)}", 16)

@@ -19,11 +19,12 @@ from flax import traverse_util
 from safetensors.numpy import load_file, save_file
 
 import maskgen
-from maskgen import checkpoint, losses, objectives, tree
+from maskgen import objectives, storage, tree
 from maskgen.errors import UserError
 from maskgen.importers import mage, tensors
 from maskgen.importers.published import PUBLISHED
 from maskgen.models.vqgan import VQGAN
+from maskgen.numerics import losses
 from maskgen.tools import convert, export
 
 GOLDEN = pathlib.Path(__file__).parents[2] / "shared" / "golden" / "mage"
@@ -168,8 +169,8 @@ def test_a_converted_tokenizer_can_be_trained_on(tiny_mage, tmp_path):
   run_convert("vqgan_pytorch", tmp_path / "tokenizer.safetensors", tmp_path / "tokenizer", "--image_size=8")
   config = json.loads((tiny_mage / "converted" / "config.json").read_text())
   objective = objectives.build(config["objective"])
-  objective.check_pretrained("tokenizer", checkpoint.load_config(tmp_path / "tokenizer"))
-  found = checkpoint.load_variables(tmp_path / "tokenizer", objective.pretrained_shapes()["tokenizer"])
+  objective.check_pretrained("tokenizer", storage.load_config(tmp_path / "tokenizer"))
+  found = storage.load_variables(tmp_path / "tokenizer", objective.pretrained_shapes()["tokenizer"])
   tree.check_same(found, objective.pretrained_shapes()["tokenizer"], "the tokenizer")
   image = np.random.default_rng(0).random((2, 8, 8, 3), np.float32)
   assert maskgen.load(tmp_path / "tokenizer").encode(image).shape == (2, SIDE**2)
@@ -192,7 +193,7 @@ def native(tmp_path, **changes):
   shapes = jax.eval_shape(objective.init, jax.random.key(0), objective.pretrained_shapes())
   rng = np.random.default_rng(0)
   variables = jax.tree.map(lambda leaf: rng.normal(0.0, 0.2, leaf.shape).astype(np.float32), shapes)
-  checkpoint.write_export(tmp_path / "native", {"objective": section}, variables)
+  storage.write_export(tmp_path / "native", {"objective": section}, variables)
   return tmp_path / "native"
 
 

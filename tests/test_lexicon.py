@@ -8,8 +8,9 @@ from safetensors.numpy import load_file, save_file
 from test_vilex import LENGTH, SECTION, SIZE, TOKENS, batch, setup
 
 import maskgen
-from maskgen import checkpoint, lexicon, objectives
+from maskgen import objectives, storage
 from maskgen.errors import UserError
+from maskgen.serving import lexicon
 
 trained = tiny.trained
 folders = test_text_to_image.folders
@@ -18,7 +19,7 @@ folders = test_text_to_image.folders
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
   folder = tmp_path_factory.mktemp("vilex") / "model"
-  checkpoint.write_export(folder, {"objective": SECTION}, setup()[1])
+  storage.write_export(folder, {"objective": SECTION}, setup()[1])
   return maskgen.load(folder)
 
 

@@ -6,9 +6,9 @@ import numpy as np
 import optax
 import pytest
 
-from maskgen import losses, masking
 from maskgen.models.mage import Mage
 from maskgen.models.vqgan import VQGAN
+from maskgen.numerics import losses, masking
 from maskgen.objectives import mage
 
 

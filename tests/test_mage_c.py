@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import tiny
 
-from maskgen import losses, masking, objectives, sharding, tree
+from maskgen import objectives, sharding, tree
 from maskgen.benchmarks import dataless
 from maskgen.costs import hlo
 from maskgen.errors import UserError
-from maskgen.experiment import Experiment
+from maskgen.numerics import losses, masking
 from maskgen.objectives import mage, mage_c
+from maskgen.training.experiment import Experiment
 
 TEMPERATURE = 0.2
 

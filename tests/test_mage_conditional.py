@@ -9,13 +9,14 @@ import pytest
 import tiny
 
 import maskgen
-from maskgen import main, objectives, sampling, tree
+from maskgen import main, objectives, tree
 from maskgen.benchmarks.dataless import NoData
 from maskgen.errors import UserError
-from maskgen.experiment import Experiment
 from maskgen.models.mage import Mage
+from maskgen.numerics import sampling
+from maskgen.numerics.vocab import Vocab
 from maskgen.tools import generate
-from maskgen.vocab import Vocab
+from maskgen.training.experiment import Experiment
 
 trained = tiny.trained
 

@@ -7,9 +7,9 @@ import pytest
 import scipy.ndimage
 import scipy.stats
 
-from maskgen import masking
 from maskgen.errors import UserError
-from maskgen.masking import MaskRatio
+from maskgen.numerics import masking
+from maskgen.numerics.masking import MaskRatio
 
 DEFAULT = MaskRatio()
 

@@ -10,7 +10,7 @@ import tiny
 
 from maskgen import sharding, tree
 from maskgen.benchmarks.dataless import random_state
-from maskgen.experiment import Experiment
+from maskgen.training.experiment import Experiment
 
 STEPS = 5
 MESHES = ((1, 1, 1), (8, 1, 1), (2, 4, 1), (2, 2, 2))

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from maskgen import mixing, sharding
+from maskgen import sharding
 from maskgen.config import Mesh
 from maskgen.errors import UserError
+from maskgen.numerics import mixing
 
 MIXTURES = {
   "mixup": functools.partial(mixing.mixup, alpha=0.8),

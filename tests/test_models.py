@@ -5,13 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maskgen import losses, tree
+from maskgen import tree
 from maskgen.errors import UserError
 from maskgen.models.discriminator import Discriminator, blur_pool
 from maskgen.models.mage import Mage
 from maskgen.models.transformer import Transformer
 from maskgen.models.vqgan import VQGAN
-from maskgen.vocab import Vocab
+from maskgen.numerics import losses
+from maskgen.numerics.vocab import Vocab
 
 
 def tiny_vqgan(**changes) -> VQGAN:

@@ -16,12 +16,14 @@ import pytest
 from safetensors.numpy import load_file
 from test_vilex import SECTION
 
-from maskgen import diffusion, lexicon, objectives
+from maskgen import objectives
 from maskgen.importers import diffusers, diffusers_configs, torch_tensors
 from maskgen.models.text_to_image import TEXT_PARTS, TextToImage
 from maskgen.models.unet import Condition
-from maskgen.prompts import Run
-from maskgen.text import open_tokenizer
+from maskgen.numerics import diffusion
+from maskgen.numerics.prompts import Run
+from maskgen.numerics.text import open_tokenizer
+from maskgen.serving import lexicon
 
 FAMILIES = ("sd15", "sd21", "sdxl")
 PROGRAM = pathlib.Path(__file__).parent / "diffusers_reference.py"

@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from maskgen import prompts
 from maskgen.errors import UserError
-from maskgen.prompts import Frame, Run, TailDrop, Words
+from maskgen.numerics import prompts
+from maskgen.numerics.prompts import Frame, Run, TailDrop, Words
 
 WIDTH, LENGTH = 3, 12
 FRAME = Frame(*(np.full(WIDTH, value, np.float32) for value in (-1, -2, -3)))

@@ -19,10 +19,11 @@ import tiny
 from etils import epath
 
 import maskgen
-from maskgen import checkpoint, cli, lock, main, metrics, processes, train, tree
+from maskgen import cli, main, processes, storage, tree
 from maskgen.config import Checkpointing
 from maskgen.errors import TransientError, UserError
-from maskgen.experiment import Experiment
+from maskgen.training import lock, metrics, train
+from maskgen.training.experiment import Experiment
 
 trained = tiny.trained
 STEPS = 9  # saves at 4, 8 and 9
@@ -47,7 +48,7 @@ def new_workdir(folder, experiment):
 
 
 def newest(experiment, workdir):
-  return checkpoint.Checkpoints(workdir, Checkpointing()).restore(experiment.targets["state"])
+  return storage.Checkpoints(workdir, Checkpointing()).restore(experiment.targets["state"])
 
 
 # Preemption
@@ -67,7 +68,7 @@ def test_a_preempted_run_saves_stops_and_continues(at, experiment, finished, tmp
     patch.setattr(experiment, "update", update)
     train.train(experiment, workdir)
   assert signal.getsignal(signal.SIGTERM) is before
-  assert checkpoint.Checkpoints(workdir, Checkpointing()).latest() == at
+  assert storage.Checkpoints(workdir, Checkpointing()).latest() == at
   assert train.train(experiment, workdir) == finished[1]
   tiny.assert_same_bits(newest(experiment, workdir), newest(experiment, finished[0]))
   evaluated = [line["step"] for line in metrics.read(workdir) if "validation/loss" in line]

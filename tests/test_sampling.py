@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from maskgen import sampling
 from maskgen.errors import UserError
+from maskgen.numerics import sampling
 
 NUM_TOKENS, CODES = 12, 7
 GRID = (3, 4)

@@ -13,8 +13,8 @@ from PIL import Image
 import maskgen
 from maskgen.errors import UserError
 from maskgen.models.mage import Mage
+from maskgen.numerics.vocab import Vocab
 from maskgen.tools import generate, sweep
-from maskgen.vocab import Vocab
 
 trained = tiny.trained
 
@@ -169,15 +169,15 @@ def test_a_sweep_measures_each_setting_once_and_goes_on(trained, tmp_path, capsy
 
 
 def test_a_sweep_says_what_the_evaluation_says(trained, tmp_path):
-  from maskgen import checkpoint
-  from maskgen.experiment import Experiment
+  from maskgen import storage
+  from maskgen.training.experiment import Experiment
 
   sweep.main([f"--model={trained / 'mage'}", f"--out={tmp_path}", "--num_images=8"])
   (row,) = read(tmp_path)
   section = dict(type="generation", every_steps=1, num_images=8)
   experiment = Experiment(tiny.stage("mage") | {"evals": {"generation": section}})
   targets = experiment.targets["state"].variables(experiment.targets["frozen"])
-  variables = checkpoint.load_variables(trained / "mage", targets)
+  variables = storage.load_variables(trained / "mage", targets)
   report = experiment.evaluators["generation"][1].run(variables, jax.random.key(0))
   assert float(row["frechet_pixels"]) == pytest.approx(report.numbers["frechet_pixels"], rel=1e-3)
 

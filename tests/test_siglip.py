@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from maskgen import checkpoint, tree
+from maskgen import storage, tree
 from maskgen.errors import UserError
 from maskgen.importers import siglip
 from maskgen.models.vit import ViT
@@ -85,7 +85,7 @@ def test_a_converted_encoder_can_be_pretrained(tmp_path):
   write(tmp_path / "a.npz")
   convert.main(["--format=siglip", f"--weights={tmp_path / 'a.npz'}", f"--out={tmp_path / 'out'}"])
   shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params())
-  found = checkpoint.load_variables(tmp_path / "out", {"params": {"main": shapes}})
+  found = storage.load_variables(tmp_path / "out", {"params": {"main": shapes}})
   jax.tree.map(np.testing.assert_array_equal, found["params"]["main"], params())
 
 

@@ -12,12 +12,13 @@ import optax
 import pytest
 
 from maskgen import config as config_lib
-from maskgen import objectives, optim, sharding, tree
+from maskgen import objectives, sharding, tree
 from maskgen.errors import UserError
 from maskgen.models import perceptual
-from maskgen.state import TrainState
-from maskgen.step import make_update
-from maskgen.text import Captions
+from maskgen.numerics.text import Captions
+from maskgen.training import optim
+from maskgen.training.state import TrainState
+from maskgen.training.step import make_update
 
 NETWORK = dict(
   channels=8, multipliers=(1, 2), strides=(4,), blocks=1, norm_groups=2, codebook_size=8, code_width=8

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from maskgen.errors import UserError
-from maskgen.text import BytePairTokenizer, Captions, WordTokenizer, open_tokenizer
+from maskgen.numerics.text import BytePairTokenizer, Captions, WordTokenizer, open_tokenizer
 
 # Makes "cat", "the" and "'s" at the end of a word, and "ca" and "th" elsewhere.
 MERGES = [("c", "a"), ("ca", "t</w>"), ("t", "h"), ("th", "e</w>"), ("'", "s</w>"), ("a", "t</w>")]

@@ -13,14 +13,15 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from maskgen import diffusion, tree
+from maskgen import tree
 from maskgen.errors import UserError
 from maskgen.importers import diffusers, diffusers_configs, torch_tensors
 from maskgen.models.autoencoder_kl import AutoencoderKL
 from maskgen.models.text_encoder import TextEncoder
 from maskgen.models.text_to_image import TEXT_PARTS, TextToImage
 from maskgen.models.unet import Condition, UNet
-from maskgen.text import BytePairTokenizer
+from maskgen.numerics import diffusion
+from maskgen.numerics.text import BytePairTokenizer
 from maskgen.tools import convert
 
 TEXT = TextEncoder(vocabulary_size=514, positions=6, width=8, depth=2, heads=2, hidden=8)

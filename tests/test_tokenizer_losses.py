@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import tiny
 
-from maskgen import losses, objectives, sharding, tree
+from maskgen import objectives, sharding, tree
 from maskgen.benchmarks.dataless import random_state
 from maskgen.errors import UserError
-from maskgen.experiment import Experiment
+from maskgen.numerics import losses
 from maskgen.objectives import tokenizer
+from maskgen.training.experiment import Experiment
 
 REAL = np.array([-3.0, -0.5, 0.0, 0.7, 1.0, 4.0], np.float32)
 FAKE = np.array([2.0, -1.0, -2.5, 0.3, 0.0, -0.2], np.float32)

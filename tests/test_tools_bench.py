@@ -13,9 +13,9 @@ from PIL import Image
 from maskgen import config as config_lib
 from maskgen import objectives, sharding
 from maskgen.benchmarks import common, dataless, devices, recording
+from maskgen.benchmarks.handwritten import Handwritten
 from maskgen.benchmarks.model_flops import model_flops
 from maskgen.costs import flops
-from maskgen.data.handwritten import Handwritten
 from maskgen.data.pipeline import Data
 from maskgen.errors import UserError
 from maskgen.main import split_stages

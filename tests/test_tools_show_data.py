@@ -20,9 +20,9 @@ from maskgen.data.pipeline import Data
 from maskgen.data.sources import open_source
 from maskgen.errors import UserError
 from maskgen.images import enlarge
-from maskgen.state import TrainState
-from maskgen.step import make_update
 from maskgen.tools import show_data
+from maskgen.training.state import TrainState
+from maskgen.training.step import make_update
 
 GREY = (128, 128, 128)
 QUICKSTART = "configs/quickstart.py:debug"

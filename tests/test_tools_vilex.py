@@ -7,8 +7,9 @@ from safetensors.numpy import load_file, save_file
 from test_vilex import DECODER, SECTION, SIZE, setup
 
 import maskgen
-from maskgen import checkpoint, images, lexicon
+from maskgen import images, storage
 from maskgen.errors import UserError
+from maskgen.serving import lexicon
 from maskgen.tools import vilex
 
 COMMANDS = tuple(vilex.COMMANDS)
@@ -19,9 +20,9 @@ def folder(tmp_path_factory):
   """A model with random weights, two pictures of its size, and files that are of no use."""
   folder = tmp_path_factory.mktemp("vilex")
   _, variables, _ = setup()
-  checkpoint.write_export(folder / "model", {"objective": SECTION}, variables)
+  storage.write_export(folder / "model", {"objective": SECTION}, variables)
   decoder = {"params": {"main": variables["frozen"]["decoder"]}, "frozen": {}, "extra": {}}
-  checkpoint.write_export(folder / "decoder", {"objective": DECODER}, decoder)
+  storage.write_export(folder / "decoder", {"objective": DECODER}, decoder)
   for seed, name in enumerate(("a.png", "b.png")):
     Image.fromarray(picture(SIZE, SIZE, seed)).save(folder / name)
   Image.new("I;16", (SIZE, SIZE)).save(folder / "deep.png")

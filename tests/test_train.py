@@ -20,11 +20,12 @@ from etils import epath
 from PIL import Image
 
 import maskgen
-from maskgen import checkpoint, main, metrics, train
+from maskgen import main, storage
 from maskgen.config import Checkpointing, Profile
 from maskgen.data import pipeline
 from maskgen.errors import UserError
-from maskgen.experiment import Experiment
+from maskgen.training import metrics, train
+from maskgen.training.experiment import Experiment
 
 trained = tiny.trained
 real_train = train.train
@@ -79,7 +80,7 @@ def new_workdir(folder, experiment):
 def run(experiment, workdir, place=None, at=0):
   """Trains, or is killed at a place: before a step, in an evaluation, or before or after a save."""
 
-  class Checkpoints(checkpoint.Checkpoints):
+  class Checkpoints(storage.Checkpoints):
     def save(self, step, state):
       if (place, at) == ("save", step):
         raise Killed
@@ -99,7 +100,7 @@ def run(experiment, workdir, place=None, at=0):
 
   compiled, real_evaluate = experiment.update, train.evaluate
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(checkpoint, "Checkpoints", Checkpoints)
+    patch.setattr(storage, "Checkpoints", Checkpoints)
     patch.setattr(experiment, "update", update)
     patch.setattr(train, "evaluate", evaluate)
     try:
@@ -117,7 +118,7 @@ def story(workdir):
 
 
 def newest(experiment, workdir):
-  checkpoints = checkpoint.Checkpoints(workdir, Checkpointing())
+  checkpoints = storage.Checkpoints(workdir, Checkpointing())
   return checkpoints.restore(experiment.targets["state"])
 
 
@@ -316,7 +317,7 @@ def test_a_number_that_is_not_finite_stops_the_run(
   with pytest.raises(UserError, match=rf"^step {step}: loss/main is {bad}; .*lower the learning rate"):
     train.train(experiment, workdir)
   # The state after such a step is never saved.
-  assert checkpoint.Checkpoints(workdir, Checkpointing()).latest() == newest_before
+  assert storage.Checkpoints(workdir, Checkpointing()).latest() == newest_before
   assert all(np.isfinite(list(line.values())).all() for line in metrics.read(workdir))
 
 

@@ -11,12 +11,14 @@ import test_text_to_image
 import tiny
 from flax.core import FrozenDict
 
-from maskgen import checkpoint, images, lexicon, objectives, optim, tree
+from maskgen import images, objectives, storage, tree
 from maskgen.errors import UserError
-from maskgen.prompts import Run
-from maskgen.state import TrainState
-from maskgen.step import make_update
+from maskgen.numerics.prompts import Run
+from maskgen.serving import lexicon
 from maskgen.tools import convert
+from maskgen.training import optim
+from maskgen.training.state import TrainState
+from maskgen.training.step import make_update
 
 folders = test_text_to_image.folders
 SIZE, TOKENS, LENGTH = 8, 4, 10
@@ -332,12 +334,12 @@ def test_a_pretrained_vit():
 def test_published_decoders(folders, tmp_path, name, widths):
   """Of one and of two text encoders."""
   convert.main(["--format=diffusers", f"--weights={folders / name}", f"--out={tmp_path / 'out'}"])
-  config = checkpoint.load_config(tmp_path / "out")
+  config = storage.load_config(tmp_path / "out")
   assert config["decoder"]["image_size"] == [16, 16]
   section = SECTION | dict(decoder=config["decoder"] | dict(image_size=(8, 8)), tokens=3)
   objective = objectives.build(section)
   objective.check_pretrained("decoder", config)
-  decoder = checkpoint.load_variables(tmp_path / "out", objective.pretrained_shapes()["decoder"])
+  decoder = storage.load_variables(tmp_path / "out", objective.pretrained_shapes()["decoder"])
   variables = jax.jit(objective.init)(jax.random.key(0), {"decoder": decoder})
   tables = [
     decoder["params"]["main"][part]["embeddings"]["token_embedding"]["embedding"]

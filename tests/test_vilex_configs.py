@@ -12,8 +12,8 @@ import tiny
 from PIL import Image
 
 import maskgen
-from maskgen import checkpoint, main, objectives, tree
 from maskgen import config as config_lib
+from maskgen import main, objectives, storage, tree
 from maskgen.benchmarks import dataless
 from maskgen.errors import UserError
 from maskgen.importers import diffusers
@@ -69,7 +69,7 @@ def test_the_encoder_may_be_that_of_a_mage(config, stage, trained):
   plain = plain[stage] if stage else plain
   assert plain["pretrained"]["encoder"] == path
   objective = objectives.build(plain["objective"])
-  encoder = checkpoint.load_variables(path, objective.pretrained_shapes()["encoder"])
+  encoder = storage.load_variables(path, objective.pretrained_shapes()["encoder"])
   main, frozen = {"encoder": encoder["params"]["main"]}, {"tokenizer": encoder["frozen"]["tokenizer"]}
   model, fns = maskgen.load(path), objectives.compile_predict_fns(objective)
   images = np.random.default_rng(0).integers(0, 256, (2, *model.objective.image_shape), np.uint8)
@@ -129,9 +129,9 @@ def test_folders_that_are_no_decoder(folders, tmp_path):
 def test_the_pretrained_decoder_is_of_the_family_too(converted):
   objective = objectives.build(load("configs/vilex_sd15.py")["objective"])
   with pytest.raises(UserError, match=r"is Stable Diffusion XL .* where Stable Diffusion 1"):
-    objective.check_pretrained("decoder", checkpoint.load_config(converted / "xl"))
+    objective.check_pretrained("decoder", storage.load_config(converted / "xl"))
   with pytest.raises(UserError, match=r"it has .*, config.objective has .*: make them equal"):
-    objective.check_pretrained("decoder", checkpoint.load_config(converted / "sd"))
+    objective.check_pretrained("decoder", storage.load_config(converted / "sd"))
 
 
 @pytest.mark.parametrize(
@@ -203,7 +203,7 @@ def test_pictures_and_captions_to_a_lexicon(converted, pictures, tmp_path, name,
   )
   workdir = tmp_path / "run"
   main.main([f"--config={file}", f"--workdir={workdir}"])
-  frozen = checkpoint._read_frozen_arrays(workdir)
+  frozen = storage.read_frozen_arrays(workdir)
   stored = {name.split("/")[2]: array.dtype.name for name, array in frozen.items()}
   assert stored.pop("vae") == "float32" and set(stored.values()) == {"bfloat16"}
   model = maskgen.load(workdir)

@@ -10,9 +10,9 @@ import numpy as np
 
 from maskgen import objectives, sharding
 from maskgen.errors import UserError
-from maskgen.experiment import Experiment
-from maskgen.state import TrainState
-from maskgen.text import Captions
+from maskgen.numerics.text import Captions
+from maskgen.training.experiment import Experiment
+from maskgen.training.state import TrainState
 
 # What a batch is made of: random images, random codes, or what the config's own pipeline gives.
 SOURCES = ("synthetic", "tokens", "config")

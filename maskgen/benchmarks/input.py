@@ -32,7 +32,7 @@ def main(argv: Sequence[str]) -> Iterator[dict[str, Any]]:
   common.check_at_least(args, 1, "rounds")
   common.check_at_least(args, 0, "seconds")
 
-  from maskgen.data.handwritten import Handwritten
+  from maskgen.benchmarks.handwritten import Handwritten
   from maskgen.data.pipeline import Data
 
   batch_size = config["batch_size"]

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from maskgen.costs import flops
-from maskgen.experiment import Experiment
+from maskgen.training.experiment import Experiment
 
 
 def model_flops(experiment: Experiment, batch: Mapping[str, Any]) -> int:

@@ -49,8 +49,9 @@ def main(argv: Sequence[str]) -> Iterator[dict[str, Any]]:
 
   import jax
 
-  from maskgen import cpu, processes
+  from maskgen import processes
   from maskgen.benchmarks import devices
+  from maskgen.training import cpu
 
   processes.start(None, None, None)
   cpu.use_cores([config | {"batch_size": size} for size in sizes])

@@ -6,7 +6,7 @@ import numpy as np
 
 from maskgen.data.cpu_tf import tf
 from maskgen.data.ops import op
-from maskgen.text import open_tokenizer
+from maskgen.numerics.text import open_tokenizer
 
 _open = functools.cache(open_tokenizer)
 
@@ -15,7 +15,7 @@ _open = functools.cache(open_tokenizer)
 def tokenize(caption: tf.Tensor, tokenizer: str, length: int, *, draw: tf.Tensor) -> tf.Tensor:
   """Turns one caption into int32 [length]; each time a record is drawn the next of its k is taken.
 
-  `tokenizer` is "words:/path/words.txt" or "bpe:/path", see `maskgen.text.open_tokenizer`.
+  `tokenizer` is "words:/path/words.txt" or "bpe:/path", see `maskgen.numerics.text.open_tokenizer`.
   """
   if not isinstance(tokenizer, str):
     raise ValueError(f"tokenizer is {tokenizer!r}, not a string such as 'bpe:/path'")

@@ -25,7 +25,7 @@ from maskgen.data.skipped import TRAINING, Skipped
 from maskgen.data.sources import Codes, Source, open_source
 from maskgen.data.spec import Stage, parse_spec
 from maskgen.errors import UserError
-from maskgen.text import Captions
+from maskgen.numerics.text import Captions
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,13 +8,14 @@ from typing import Any, ClassVar
 import jax
 import numpy as np
 
-from maskgen import diffusion, sheet
 from maskgen import images as images_lib
+from maskgen import sheet
 from maskgen.data import digit_scenes as scenes
 from maskgen.errors import UserError
 from maskgen.evaluators.batches import gather, make_keys, one_blas_thread, place
 from maskgen.evaluators.context import Batch, Context, Report
 from maskgen.evaluators.digit_reader import Reader
+from maskgen.numerics import diffusion
 
 _SHOWN_SIDE = 128  # of pictures on the sheet
 
@@ -35,7 +36,7 @@ class Evaluator:
     num_pictures: how many the sheet shows.
     seed: image i depends on this and its caption alone, at every step of the training.
     steps: of the sampler; None here and below for the objective's own default.
-    sampler, guidance: see `maskgen.diffusion.Sampling`.
+    sampler, guidance: see `maskgen.numerics.diffusion.Sampling`.
   """
 
   requires: ClassVar[tuple[str, ...]] = ("generate", "loss")

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Protocol
 import jax
 import numpy as np
 
-from maskgen.text import Captions
+from maskgen.numerics.text import Captions
 
 Batch = Mapping[str, jax.Array]
 

@@ -8,19 +8,12 @@ import jax
 import numpy as np
 
 from maskgen import images as images_lib
-from maskgen import sampling
 from maskgen.errors import UserError
 from maskgen.evaluators import classifiers, frechet, pictures
-from maskgen.evaluators.batches import (
-  collect,
-  first_batch,
-  gather,
-  generate,
-  one_blas_thread,
-  stream,
-)
+from maskgen.evaluators.batches import collect, first_batch, gather, generate, one_blas_thread, stream
 from maskgen.evaluators.context import Batch, Context, Report
 from maskgen.evaluators.feature_spaces import Space, name_of, open_space
+from maskgen.numerics import sampling
 
 
 def class_balance(classes: np.ndarray, num_classes: int) -> dict[str, float]:

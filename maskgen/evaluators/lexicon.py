@@ -15,8 +15,8 @@ from maskgen.evaluators.context import Batch, Context, Report
 from maskgen.evaluators.feature_spaces import Space, name_of, open_space
 from maskgen.evaluators.reconstruction import compare
 from maskgen.models.vilex import Sampling
-from maskgen.prompts import TailDrop
-from maskgen.text import Captions
+from maskgen.numerics.prompts import TailDrop
+from maskgen.numerics.text import Captions
 
 _TRAINING = 4096  # real images that the classifier learns from
 

@@ -6,7 +6,7 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Converted:
-  """Another project's model, ready for `maskgen.checkpoint.write_export`.
+  """Another project's model, ready for `maskgen.storage.write_export`.
 
   Attributes:
     config: what the export's config.json holds.

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from maskgen import checkpoint
+from maskgen import storage
 from maskgen.config import build_dataclass, check_dtype
 from maskgen.errors import UserError, nearest
 from maskgen.importers import Converted, diffusers_configs, torch_tensors
@@ -26,7 +26,7 @@ from maskgen.importers.diffusers_layouts import LAYOUTS
 from maskgen.importers.published import PUBLISHED
 from maskgen.models.text_to_image import TEXT_PARTS, TextToImage
 from maskgen.models.vilex import Renderer
-from maskgen.text import Captions, Tokenizer, open_tokenizer
+from maskgen.numerics.text import Captions, Tokenizer, open_tokenizer
 
 FAMILIES = {
   "sd15": "Stable Diffusion 1 (one CLIP text encoder, quick-GELU)",
@@ -229,7 +229,7 @@ def folder_of(path: str | os.PathLike, family: str) -> str:
       f"{path} is a folder of diffusers: convert it by maskgen.tools.convert --format=diffusers "
       f"--weights={path} --out=DIR, and give DIR"
     )
-  section = checkpoint.load_config(root).get("decoder", {})
+  section = storage.load_config(root).get("decoder", {})
   if section.get("name") != "diffusers":
     raise UserError(
       f"{path} is no text-to-image model that maskgen.tools.convert made with --format=diffusers: give one"

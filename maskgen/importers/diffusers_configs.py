@@ -8,11 +8,11 @@ import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from maskgen.diffusion import Schedule
 from maskgen.errors import UserError
 from maskgen.models.autoencoder_kl import AutoencoderKL
 from maskgen.models.text_encoder import TextEncoder
 from maskgen.models.unet import NUM_SIZES, UNet
+from maskgen.numerics.diffusion import Schedule
 
 Config = Mapping[str, Any]
 
@@ -217,8 +217,8 @@ def autoencoder(config: Config, what: str, **options: Any) -> AutoencoderKL:
 def schedule(config: Config, what: str) -> Schedule:
   """Builds the noise schedule of a `scheduler/scheduler_config.json`.
 
-  The sampler it names is not used: any of `maskgen.diffusion.SAMPLERS` works on the schedule. Where the file
-  leaves out what only some samplers have, it is that of `DDIMScheduler.from_config` and
+  The sampler it names is not used: any of `maskgen.numerics.diffusion.SAMPLERS` works on the schedule. Where
+  the file leaves out what only some samplers have, it is that of `DDIMScheduler.from_config` and
   `DPMSolverMultistepScheduler.from_config`.
 
   Args:

@@ -19,7 +19,7 @@ from maskgen.errors import UserError
 from maskgen.importers import Converted, tensors, vqgan_pytorch
 from maskgen.models.mage import Mage
 from maskgen.models.vqgan import VQGAN
-from maskgen.vocab import Vocab
+from maskgen.numerics.vocab import Vocab
 
 CLASSES, NULL_CLASS = 1000, 76
 POSITIONS = 257

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from maskgen import sharding
 from maskgen.models.transformer import Dropout, Transformer, embedding_init, kernel_init
-from maskgen.vocab import Vocab
+from maskgen.numerics.vocab import Vocab
 
 
 class Encoder(nn.Module):

@@ -13,12 +13,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from maskgen import diffusion
-from maskgen import losses as losses_lib
 from maskgen.models.autoencoder_kl import AutoencoderKL, Gaussian
 from maskgen.models.patches import Patches
 from maskgen.models.text_encoder import Encoded, TextEncoder
 from maskgen.models.unet import NUM_SIZES, Condition, UNet
+from maskgen.numerics import diffusion
+from maskgen.numerics import losses as losses_lib
 
 TEXT_PARTS = ("text_encoder", "text_encoder_2")
 # `errors` draws step, noise and latent from these many first children of an example's key.
@@ -181,8 +181,8 @@ class TextToImage:
       noise: float32 [b, h, w, c], standard normal.
       condition: what to draw.
       null: what guidance leads away from, see `null`.
-      guidance: see `maskgen.diffusion.guide`.
-      sampler: see `maskgen.diffusion.sample`.
+      guidance: see `maskgen.numerics.diffusion.guide`.
+      sampler: see `maskgen.numerics.diffusion.sample`.
       steps: likewise.
 
     Returns:

@@ -213,7 +213,7 @@ class Layout(nn.Module):
 
 
 class UNet(nn.Module):
-  """The network that predicts noise, or another `maskgen.diffusion.PREDICTIONS`; by default SD 1.5's.
+  """The network that predicts noise, or another of `diffusion.PREDICTIONS`; by default SD 1.5's.
 
   Attributes:
     channels: of each level; from one to the next the image is halved.

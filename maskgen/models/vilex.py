@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maskgen import diffusion, prompts
 from maskgen.config import check_at_least
 from maskgen.models.text_to_image import TextToImage
 from maskgen.models.unet import Condition
-from maskgen.prompts import Frame, Run
+from maskgen.numerics import diffusion, prompts
+from maskgen.numerics.prompts import Frame, Run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Sampling:
 
   Attributes:
     steps: how often the network is called.
-    sampler: one of `maskgen.diffusion.SAMPLERS`.
+    sampler: one of `maskgen.numerics.diffusion.SAMPLERS`.
     image_guidance: how much the images of a prompt count: 0 not at all, 1 as trained.
     text_guidance: how much its words count beside them, likewise; text-free guidance (section 3.3).
   """

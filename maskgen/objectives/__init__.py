@@ -18,7 +18,7 @@ from maskgen import config as config_lib
 from maskgen import sharding
 from maskgen.errors import UserError, nearest
 from maskgen.models.vqgan import VQGAN
-from maskgen.text import Captions
+from maskgen.numerics.text import Captions
 
 Tree = Any
 Batch = Mapping[str, jax.Array]

@@ -10,15 +10,16 @@ import jax.numpy as jnp
 
 from maskgen import config as config_lib
 from maskgen import images as images_lib
-from maskgen import losses as losses_lib
-from maskgen import mixing, objectives
+from maskgen import objectives
 from maskgen.errors import UserError, nearest
 from maskgen.models.mage import Encoder
 from maskgen.models.remat import check_remat
 from maskgen.models.transformer import check_attention
 from maskgen.models.vqgan import VQGAN
+from maskgen.numerics import losses as losses_lib
+from maskgen.numerics import mixing
+from maskgen.numerics.vocab import Vocab
 from maskgen.objectives import Batch, Metrics, PredictFn, Tree, check_image_size, mage
-from maskgen.vocab import Vocab
 
 TRAINED = ("all", "head")
 NORMS = ("layer", "batch")
@@ -75,7 +76,8 @@ class Objective:
     norm: of the pooled features: "layer", or "batch" (on top of it), as is customary for a linear probe.
     dropout, drop_path: of the encoder, see `Transformer`.
     label_smoothing: of the cross-entropy.
-    mixup, cutmix: alphas of `maskgen.mixing`, on pixels; 0 is off. With both, each example draws one.
+    mixup, cutmix: alphas of `maskgen.numerics.mixing`, on pixels; 0 is off. With both, each example
+      draws one.
     dtype, attention, remat, scan: how the encoder is run, see `Transformer`.
   """
 

@@ -11,15 +11,15 @@ import jax
 import jax.numpy as jnp
 
 from maskgen import config as config_lib
-from maskgen import diffusion
 from maskgen import images as images_lib
 from maskgen.errors import UserError
 from maskgen.models.patches import Patches
 from maskgen.models.text_encoder import TextEncoder
 from maskgen.models.text_to_image import ERROR_KEYS, TextToImage
 from maskgen.models.unet import Condition, UNet
+from maskgen.numerics import diffusion
+from maskgen.numerics.text import Captions
 from maskgen.objectives import Batch, Metrics, PredictFn, Tree, check_image_size
-from maskgen.text import Captions
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

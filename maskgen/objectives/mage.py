@@ -9,17 +9,17 @@ import jax.numpy as jnp
 
 from maskgen import config as config_lib
 from maskgen import images as images_lib
-from maskgen import losses as losses_lib
-from maskgen import masking
-from maskgen import sampling as sampling_lib
 from maskgen.errors import UserError
 from maskgen.models.mage import Mage
 from maskgen.models.remat import check_remat
 from maskgen.models.transformer import check_attention
 from maskgen.models.vqgan import VQGAN
+from maskgen.numerics import losses as losses_lib
+from maskgen.numerics import masking
+from maskgen.numerics import sampling as sampling_lib
+from maskgen.numerics.text import Captions
+from maskgen.numerics.vocab import Vocab
 from maskgen.objectives import Batch, Metrics, PredictFn, Tree, check_image_size, check_tokenizer
-from maskgen.text import Captions
-from maskgen.vocab import Vocab
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

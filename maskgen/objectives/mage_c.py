@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from maskgen import config as config_lib
-from maskgen import losses as losses_lib
-from maskgen import masking, sharding
+from maskgen import sharding
 from maskgen.errors import UserError
 from maskgen.models.projection import Projection
+from maskgen.numerics import losses as losses_lib
+from maskgen.numerics import masking
 from maskgen.objectives import Batch, Metrics, Tree, mage
 
 # Folded into an example's key for its second view; the first view has the key itself, whose two halves are

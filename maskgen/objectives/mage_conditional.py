@@ -14,10 +14,10 @@ import jax.numpy as jnp
 
 from maskgen import config as config_lib
 from maskgen import objectives, sharding
-from maskgen import sampling as sampling_lib
 from maskgen.errors import UserError
 from maskgen.models.mage import Mage
 from maskgen.models.transformer import embedding_init
+from maskgen.numerics import sampling as sampling_lib
 from maskgen.objectives import Batch, Tree, mage
 
 # The parameters of `Mage` that are trained; the others are the encoder's.

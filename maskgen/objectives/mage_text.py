@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from maskgen.models.text_encoder import TextEncoder
+from maskgen.numerics.text import Captions
 from maskgen.objectives import Batch, Tree, mage_conditional
-from maskgen.text import Captions
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

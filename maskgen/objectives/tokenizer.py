@@ -9,12 +9,12 @@ import jax.numpy as jnp
 
 from maskgen import config as config_lib
 from maskgen import images as images_lib
-from maskgen import losses as losses_lib
 from maskgen.errors import UserError, nearest
 from maskgen.models import perceptual
 from maskgen.models import remat as remat_lib
 from maskgen.models.discriminator import Discriminator
 from maskgen.models.vqgan import VQGAN, Quantized
+from maskgen.numerics import losses as losses_lib
 from maskgen.objectives import Batch, Metrics, PredictFn, Tree, check_image_size
 
 # How slowly the running count of each code's use forgets.

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from maskgen import config as config_lib
-from maskgen import diffusion, objectives, prompts, sharding
 from maskgen import images as images_lib
+from maskgen import objectives, sharding
 from maskgen.errors import UserError, nearest
 from maskgen.importers import diffusers
 from maskgen.models.attention_pool import AttentionPool
@@ -24,10 +24,11 @@ from maskgen.models.mage import Encoder
 from maskgen.models.text_to_image import ERROR_KEYS
 from maskgen.models.vilex import Renderer, Sampling
 from maskgen.models.vit import ViT
+from maskgen.numerics import diffusion, prompts
+from maskgen.numerics.prompts import Run, TailDrop, Words
+from maskgen.numerics.text import Captions
 from maskgen.objectives import Batch, Metrics, PredictFn, Tree, check_same, mage
 from maskgen.objectives import diffusion as diffusion_objective
-from maskgen.prompts import Run, TailDrop, Words
-from maskgen.text import Captions
 
 # Which children of an example's key decide on its tokens and on its words.
 _KEEP, _SAY = ERROR_KEYS, ERROR_KEYS + 1

@@ -13,7 +13,7 @@ from maskgen import sharding
 from maskgen.benchmarks import dataless
 from maskgen.benchmarks.model_flops import model_flops
 from maskgen.costs import chips, flops, hlo
-from maskgen.experiment import Experiment
+from maskgen.training.experiment import Experiment
 
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 

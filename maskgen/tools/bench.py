@@ -4,7 +4,8 @@ import importlib
 import json
 from collections.abc import Sequence
 
-from maskgen import cli, cpu
+from maskgen import cli
+from maskgen.training import cpu
 
 BENCHMARKS = {
   "step": "seconds per training step, and the share of the matmul peak that it uses",

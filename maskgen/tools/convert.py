@@ -47,10 +47,10 @@ def main(argv: Sequence[str]) -> None:
       raise UserError(f"--{name}={value}: give at least 1")
   _check_published(args.weights)
 
-  from maskgen import __version__, checkpoint, tree
+  from maskgen import __version__, storage, tree
 
   converted = importlib.import_module(f"maskgen.importers.{args.format}").convert(args.weights, **given)
-  checkpoint.write_export(args.out, {**converted.config, "version": __version__}, converted.variables)
+  storage.write_export(args.out, {**converted.config, "version": __version__}, converted.variables)
   print(f"wrote {tree.count(converted.variables):,} parameters to {args.out}")
   if converted.dead:
     print(f"not used, as by the reference itself: {', '.join(converted.dead)}")

@@ -7,8 +7,9 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from maskgen import cli, editing, images, sheet
+from maskgen import cli, images, sheet
 from maskgen.errors import UserError
+from maskgen.numerics import editing
 
 _HOLE_COLOUR = (255, 0, 255)  # magenta: rare in images
 # Below, a pixel of the picture is transparent, and above, one of a mask is white.
@@ -25,9 +26,9 @@ def main(argv: Sequence[str]) -> None:
   stem = args.out.removesuffix(".png")
   image, hole = _find_hole(args, *_read_picture(args.image))
 
-  from maskgen import api
+  import maskgen
 
-  model = api.load(args.model)
+  model = maskgen.load(args.model)
   if model.objective.image_shape[-1] == 1:
     image = np.asarray(Image.fromarray(image).convert("L"))[..., None]
   names = ("steps", "temperature", "label", "guidance")

@@ -9,7 +9,7 @@ from maskgen import cli
 from maskgen.errors import UserError
 
 if TYPE_CHECKING:
-  from maskgen import api
+  import maskgen
 
 FORMATS = ("maskgen", "mage")
 
@@ -31,23 +31,24 @@ def main(argv: Sequence[str]) -> None:
     if epath.Path(args.out).exists():
       raise UserError(f"--out={args.out} exists: give the name of a new file")
 
-  from maskgen import __version__, api, checkpoint, tree
+  import maskgen
+  from maskgen import __version__, storage, tree
 
-  model = api.load(args.model)
+  model = maskgen.load(args.model)
   if args.format == "mage":
     written = _write_reference(model, args.model, args.out)
   else:
     written = model.variables
     config = {"objective": model.config["objective"], "version": __version__}
-    checkpoint.write_export(args.out, config, written)
+    storage.write_export(args.out, config, written)
   print(f"wrote {tree.count(written):,} parameters to {args.out}")
 
 
-def _write_reference(model: "api.Model", path: str, out: str) -> Mapping[str, Any]:
+def _write_reference(model: "maskgen.Model", path: str, out: str) -> Mapping[str, Any]:
   """Writes a model under the reference's names, and returns what was written."""
   import safetensors.numpy
 
-  from maskgen import checkpoint, files
+  from maskgen import files, storage
   from maskgen.importers import mage
   from maskgen.objectives.mage import Objective
 
@@ -58,7 +59,7 @@ def _write_reference(model: "api.Model", path: str, out: str) -> Mapping[str, An
     )
   mage.check_expressible(objective.tokenizer, objective.grid)
   params = {"main": model.variables["params"]["main"], "tokenizer": model.variables["frozen"]["tokenizer"]}
-  tensors = checkpoint.to_host(mage.to_reference(params, objective.model, objective.tokenizer))
+  tensors = storage.to_host(mage.to_reference(params, objective.model, objective.tokenizer))
   files.replace(epath.Path(out), safetensors.numpy.save(tensors, {"format": "pt"}))
   return tensors
 

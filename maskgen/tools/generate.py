@@ -46,9 +46,11 @@ def main(argv: Sequence[str]) -> None:
   if args.count < 1:
     raise UserError(f"--count={args.count}: give at least 1")
 
-  from maskgen import api, diffusion, images, sampling
+  import maskgen
+  from maskgen import images
+  from maskgen.numerics import diffusion, sampling
 
-  model = api.load(args.model)
+  model = maskgen.load(args.model)
   names = [
     field.name for kind in (sampling.Sampling, diffusion.Sampling) for field in dataclasses.fields(kind)
   ]

@@ -180,7 +180,7 @@ def _describe_classes(counts: Sequence[tuple[str, int]]) -> Iterator[str]:
 
 def _draw_masks(objective: "Objective", seed: int, batch_size: int, count: int) -> np.ndarray | None:
   """The masks of the first `count` examples of step 0, bool [count, h', w'], if the objective masks."""
-  from maskgen.step import step_keys
+  from maskgen.training.step import step_keys
 
   mask = objective.predict_fns().get("mask")
   if mask is None:
@@ -223,9 +223,9 @@ def _cards(
   source: "Source", preprocess: str, batch: Mapping[str, np.ndarray], parts: Sequence[Sequence[np.ndarray]]
 ) -> list["Card"]:
   """A card for each record of a batch, with its class, captions and name."""
-  from maskgen import text
   from maskgen.data import survey
   from maskgen.data.spec import parse_spec
+  from maskgen.numerics import text
   from maskgen.sheet import Card
 
   records = [int(record) for record in batch["record"]]

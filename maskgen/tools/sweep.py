@@ -28,8 +28,8 @@ def main(argv: Sequence[str]) -> None:
   Raises:
     UserError: if the model, a setting or the folder is wrong.
   """
-  from maskgen import checkpoint
-  from maskgen.sampling import Sampling
+  from maskgen import storage
+  from maskgen.numerics.sampling import Sampling
 
   parser = cli.Parser(
     "Generates images with every combination of the given settings of sampling, compares them with the data "
@@ -53,7 +53,7 @@ def main(argv: Sequence[str]) -> None:
   args = parser.parse_args(argv)
   if args.num_images < 2:
     raise UserError(f"--num_images={args.num_images}: give at least 2")
-  config = checkpoint.load_config(args.model)
+  config = storage.load_config(args.model)
   out = epath.Path(args.out)
   if not cli.writable(out) or (out.exists() and not out.is_dir()):
     raise UserError(f"--out={args.out}: it is no folder that can be written, give another")
@@ -110,8 +110,8 @@ def sweep(
   """Measures the settings that are not in the table yet, then sorts it and draws the sheet."""
   import jax
 
-  from maskgen import checkpoint, images, tree
-  from maskgen.experiment import Experiment
+  from maskgen import images, storage, tree
+  from maskgen.training.experiment import Experiment
 
   # The run's own evaluation of generated images, if it has one: its feature space and its classifier.
   sections = (section for section in config.get("evals", {}).values() if section["type"] == "generation")
@@ -119,7 +119,7 @@ def sweep(
   own = {key: value for key, value in config.items() if key != "version"}  # of maskgen, not of the run
   experiment = Experiment({**own, "evals": {"sweep": section}})
   evaluator: Any = experiment.evaluators["sweep"][1]
-  variables = checkpoint.load_variables(
+  variables = storage.load_variables(
     model, experiment.targets["state"].variables(experiment.targets["frozen"])
   )
   base = {"weights": tree.fingerprint(variables)[:12], "num_images": num_images}

@@ -66,11 +66,12 @@ def main(argv: Sequence[str]) -> None:
   if not 0 <= index < count:
     raise UserError(f"--process_index={index}: give a number from 0 to {count - 1}")
 
-  from maskgen import api, tree
+  import maskgen
+  from maskgen import tree
   from maskgen.data import crops
   from maskgen.data.cache import Cache, Manifest
 
-  model = api.load(args.model)
+  model = maskgen.load(args.model)
   if model.objective.inputs != ("image",) or "encode" not in model.objective.predict_fns():
     raise UserError(f"--model={args.model} is no tokenizer: give the workdir or export of one")
   height, width, channels = model.objective.image_shape

@@ -74,7 +74,8 @@ def reconstruct(argv: Sequence[str]) -> None:
   numbers = None if args.num_tokens is None else _whole_numbers("num_tokens", args.num_tokens)
   model, seen = _load(args)
 
-  from maskgen import lexicon, prompts
+  from maskgen.numerics import prompts
+  from maskgen.serving import lexicon
 
   powers = prompts.TailDrop("powers")
   sections: dict[str, list[Entry]] = {}
@@ -106,7 +107,7 @@ def prompt(argv: Sequence[str]) -> None:
     raise UserError("neither --prompt nor --image is given: give at least one of them")
   model, seen = _load(args, args.num_tokens)
 
-  from maskgen import lexicon
+  from maskgen.serving import lexicon
 
   tokens, numbers = [image.tokens for image in seen], [image.number for image in seen]
   stand = lexicon.lay_out(model.objective, args.prompt, tokens, numbers).get("number", ())
@@ -139,7 +140,7 @@ def interpolate(argv: Sequence[str]) -> None:
   if len(seen) != 2:
     raise UserError(f"--image gives {len(seen)} images: give the two to draw between")
 
-  from maskgen import lexicon
+  from maskgen.serving import lexicon
 
   first, second = (image.tokens[: image.number] for image in seen)
   k = min(len(first), len(second))
@@ -166,7 +167,7 @@ def encode(argv: Sequence[str]) -> None:
     numbers = ", ".join(str(len(one)) for one in tokens)
     raise UserError(f"--image gives {numbers} tokens: give --num_tokens alone, which is the same for all")
 
-  from maskgen import lexicon
+  from maskgen.serving import lexicon
 
   lexicon.write_tokens(args.out, np.stack(tokens))
   k, d = tokens[0].shape
@@ -186,7 +187,7 @@ def embedding(argv: Sequence[str]) -> None:
   if len(seen) != 1:
     raise UserError(f"--image gives {len(seen)} images: give one, as a file is one word")
 
-  from maskgen import lexicon
+  from maskgen.serving import lexicon
 
   tokens = seen[0].tokens[: seen[0].number]
   lexicon.write_embedding(args.out, tokens, model.objective)
@@ -260,16 +261,17 @@ def _load(args: argparse.Namespace, num_tokens: int | None = None) -> tuple[Any,
 
   What is wrong with pictures shows before the model is loaded.
   """
-  from maskgen import api, checkpoint
+  import maskgen
+  from maskgen import storage
 
   opened = [_open(text) for text in args.image or ()]
-  objective = checkpoint.load_config(args.model).get("objective")
+  objective = storage.load_config(args.model).get("objective")
   if objective and objective["name"] != "vilex":
     raise UserError(
       f"--model={args.model} is of objective '{objective['name']}': give one of the vilex objective"
     )
   log.info("loading %s", args.model)
-  model = api.load(args.model)
+  model = maskgen.load(args.model)
   seen = []
   for path, picture, number in tqdm(opened, desc="reading images", disable=len(opened) < 2):
     seen += _see(model, path, picture, num_tokens if number is None else number)
@@ -290,7 +292,7 @@ def _open(text: str) -> tuple[str, Image.Image | None, int | None]:
 
 def _see(model: Any, path: str, picture: Image.Image | None, number: int | None) -> list[Seen]:
   """The image of a picture file, or those of a file of tokens."""
-  from maskgen import lexicon
+  from maskgen.serving import lexicon
 
   objective = model.objective
   if number is not None:

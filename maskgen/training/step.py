@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from maskgen.objectives import Objective
-from maskgen.state import TrainState
+from maskgen.training.state import TrainState
 
 Update = Callable[[TrainState, Any, Any], tuple[TrainState, dict[str, jax.Array]]]
 

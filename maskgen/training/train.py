@@ -11,13 +11,15 @@ import jax
 import numpy as np
 from etils import epath
 
-from maskgen import checkpoint as checkpoint_lib
-from maskgen import files, tree
-from maskgen import metrics as metrics_lib
-from maskgen.clock import Clock, Preemption, Profiler
+from maskgen import files, storage, tree
 from maskgen.errors import UserError, shortage
 from maskgen.evaluators.batches import gather
-from maskgen.experiment import Experiment
+from maskgen.training import metrics as metrics_lib
+from maskgen.training.clock import Clock
+from maskgen.training.experiment import Experiment
+from maskgen.training.preemption import Preemption
+from maskgen.training.profiler import Profiler
+from maskgen.training.start import start
 
 RESULTS = "results.json"
 log = logging.getLogger("maskgen")
@@ -40,7 +42,7 @@ def train(experiment: Experiment, workdir: epath.Path) -> dict[str, float]:
   """
   try:
     # Closed also when the run fails: saves that have begun are completed.
-    with closing(checkpoint_lib.Checkpoints(workdir, experiment.config.checkpoint)) as checkpoints:
+    with closing(storage.Checkpoints(workdir, experiment.config.checkpoint)) as checkpoints:
       loop(experiment, workdir, checkpoints)
   except metrics_lib.NotFiniteError as error:
     records = {"step": error.step, "records": experiment.data.describe(gather(error.records))}
@@ -57,10 +59,10 @@ def train(experiment: Experiment, workdir: epath.Path) -> dict[str, float]:
   return final_results(workdir, list(experiment.config.evals))
 
 
-def loop(experiment: Experiment, workdir: epath.Path, checkpoints: checkpoint_lib.Checkpoints) -> None:
+def loop(experiment: Experiment, workdir: epath.Path, checkpoints: storage.Checkpoints) -> None:
   """Trains from wherever the workdir stands to the end; for errors see `train`."""
   cfg, total = experiment.config, experiment.total_steps
-  state, frozen, origin = checkpoint_lib.start(
+  state, frozen, origin = start(
     workdir,
     checkpoints,
     resume=cfg.resume,
@@ -155,7 +157,7 @@ def evaluate_newest(experiment: Experiment, workdir: epath.Path) -> dict[str, fl
     "frozen": experiment.targets["frozen"],
     "extra": experiment.targets["state"].extra,
   }
-  variables = checkpoint_lib.load_variables(workdir, parts)
+  variables = storage.load_variables(workdir, parts)
   numbers, pictures = evaluate(experiment, variables, None)
   show(workdir.name, "newest", numbers)
   metrics_lib.write_pictures(workdir, "eval", pictures)

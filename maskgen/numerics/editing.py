@@ -13,8 +13,8 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-from maskgen import masking
 from maskgen.errors import UserError
+from maskgen.numerics import masking
 
 # Of a window's tokens, if any window allows it.
 _MOST_UNKNOWN = 0.5

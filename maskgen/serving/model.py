@@ -1,4 +1,4 @@
-"""The front door: `maskgen.load(path)` gives a model that a user can call."""
+"""A trained model that a user can call."""
 
 import dataclasses
 import functools
@@ -9,29 +9,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 
-from maskgen import checkpoint, editing, images, lexicon, objectives, sampling
+from maskgen import images, objectives
 from maskgen.errors import UserError, nearest
 from maskgen.images import to_float
+from maskgen.numerics import editing, sampling
 from maskgen.objectives import vilex
-
-
-def load(path: epath.PathLike) -> "Model":
-  """Loads a trained model, from the workdir of a run or an export.
-
-  Args:
-    path: a folder, local or on any store that `etils.epath` reaches.
-
-  Raises:
-    UserError: if the folder is no model, or its weights are damaged or do not fit its config.
-  """
-  config = checkpoint.load_config(path)
-  if "objective" not in config:
-    raise UserError(f"{path} holds a network without an objective: give a model that maskgen trained")
-  objective = objectives.build(config["objective"])
-  shapes = jax.eval_shape(objective.init, jax.random.key(0), objective.pretrained_shapes())
-  return Model(config, objective, checkpoint.load_variables(path, shapes))
+from maskgen.serving import lexicon
 
 
 class Model:
@@ -138,13 +122,13 @@ class Model:
         its images.
       label: a class, or one per image, of a model that was trained with classes; None for no class.
       prompt: a text, or one per image, for a model that was trained with captions; None for no text. For a
-        visual lexicon one text, with "{}" where an image is to stand, see `maskgen.lexicon.lay_out`.
+        visual lexicon one text, with "{}" where an image is to stand, see `maskgen.serving.lexicon.lay_out`.
       images: those of the prompt of a visual lexicon: each [h, w, c], or its tokens [k, d] from `encode`; or
         with a leading axis b, one for each image that is made.
       num_tokens: of all of them, or a list of one for each; by default as many as there are, or as fit.
       negative_prompt: for a visual lexicon, a text that guidance leads away from.
-      **options: the fields of `maskgen.sampling.Sampling`, or of `maskgen.diffusion.Sampling` for a diffusion
-        model, or of `maskgen.models.vilex.Sampling` for a visual lexicon; by default those of the config.
+      **options: the fields of the `Sampling` of `maskgen.numerics.sampling`, or of `numerics.diffusion` for a
+        diffusion model, or of `models.vilex` for a visual lexicon; by default those of the config.
     """
     plain = images is None and num_tokens is None and negative_prompt is None
     if plain and not isinstance(self.objective, vilex.Objective):

@@ -8,13 +8,14 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
-from maskgen import checkpoint, evaluators, files, objectives, optim, processes, sharding, tree
 from maskgen import config as config_lib
+from maskgen import evaluators, files, objectives, processes, sharding, storage, tree
 from maskgen.errors import UserError, nearest
 from maskgen.importers.published import PUBLISHED
 from maskgen.objectives import vilex
-from maskgen.state import TrainState
-from maskgen.step import Update, make_update
+from maskgen.training import optim
+from maskgen.training.state import TrainState
+from maskgen.training.step import Update, make_update
 
 # Larger batches make evaluation no faster.
 EVAL_BATCH_SIZE = 256
@@ -178,7 +179,7 @@ class Experiment:
     """Makes (state, frozen) from fresh and pretrained parameters, each born where it belongs."""
     self.check_pretrained(workdir)
     loaded = {
-      name: checkpoint.load_variables(checkpoint.resolve(self.config.pretrained[name], workdir), target)
+      name: storage.load_variables(storage.resolve(self.config.pretrained[name], workdir), target)
       for name, target in self.targets["pretrained"].items()
     }
     shardings = (self._shardings["state"], self._shardings["frozen"])
@@ -195,9 +196,9 @@ class Experiment:
       UserError: if it is not.
     """
     if self.config.resume:
-      checkpoint.open_to_read(epath.Path(self.config.resume)).close()
+      storage.open_to_read(epath.Path(self.config.resume)).close()
     for name, given in self.config.pretrained.items():
-      path = checkpoint.resolve(given, workdir)
+      path = storage.resolve(given, workdir)
       if path in pending:
         continue
       if given in PUBLISHED and not path.exists():
@@ -208,11 +209,11 @@ class Experiment:
           "folder that this writes"
         )
       try:
-        self.objective.check_pretrained(name, checkpoint.load_config(path))
+        self.objective.check_pretrained(name, storage.load_config(path))
       except UserError as error:
         raise UserError(f"config.pretrained.{name}={given}: {error}") from None
       if self.data.codes is not None:
-        loaded = checkpoint.load_variables(path, self.targets["pretrained"][name])
+        loaded = storage.load_variables(path, self.targets["pretrained"][name])
         tokenizer = loaded["params"] if name == "tokenizer" else {"generator": loaded["frozen"]["tokenizer"]}
         if tree.fingerprint({"params": tokenizer}) != self.data.codes.tokenizer:
           raise UserError(

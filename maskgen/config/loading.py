@@ -1,0 +1,149 @@
+"""Config files: loading `FILE[:key=value,...]`, and overriding keys from the command line.
+
+A config is a Python file with `get_config(arg)` that returns an `ml_collections.ConfigDict`.
+"""
+
+import ast
+import dataclasses
+import importlib.util
+import pathlib
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import ml_collections
+
+from maskgen.config.schema import RunConfig
+from maskgen.errors import UserError, nearest
+
+# Sections of a config whose keys belong to what the config names, not to `RunConfig`.
+OPEN = ("objective", "data", "optimizer", "evals")
+
+
+_CONFIG_FOLDERS = (
+  pathlib.Path(__file__).parents[1] / "configs",  # in an installed package
+  pathlib.Path(__file__).parents[2] / "configs",  # in a checkout
+)
+
+
+def parse_arg(arg: str | None, **defaults: Any) -> SimpleNamespace:
+  """Parses the part of `--config=FILE:tiny,batch_size=64` after the colon.
+
+  Args:
+    arg: comma-separated `key=value` items; a bare `key` means `key=True`.
+    **defaults: every key the config takes, with its default, whose type the value must have.
+
+  Raises:
+    UserError: for a key that is not among the defaults, or a value of another type.
+  """
+  values = dict(defaults)
+  for item in filter(None, (arg or "").split(",")):
+    key, _, text = item.partition("=")
+    if key not in defaults:
+      raise UserError(f"config argument ':{key}' does not exist{nearest(key, defaults)}")
+    values[key] = _parse(f"config argument ':{key}'", text if "=" in item else "True", defaults[key])
+  return SimpleNamespace(**values)
+
+
+def _parse(name: str, text: str, like: Any) -> Any:
+  """Reads `text` as a value of the type of `like`."""
+  if isinstance(like, str):
+    return text
+  try:
+    value = ast.literal_eval(text)
+  except (ValueError, SyntaxError):
+    value = text
+  if isinstance(like, float) and isinstance(value, int) and not isinstance(value, bool):
+    value = float(value)
+  if isinstance(like, tuple) and isinstance(value, list):
+    value = tuple(value)
+  if like is not None and value is not None and type(value) is not type(like):
+    raise UserError(f"{name} is {text!r}: it takes values of type {type(like).__name__}, such as {like!r}")
+  return value
+
+
+def find_file(path: str) -> pathlib.Path:
+  """Finds a config file: as given, or among the configs that maskgen ships."""
+  given = pathlib.Path(path)
+  candidates = [given, *(folder / given.name for folder in _CONFIG_FOLDERS)]
+  if given.parent not in (pathlib.Path("."), pathlib.Path("configs")):
+    candidates = [given]
+  for candidate in candidates:
+    if candidate.is_file():
+      return candidate
+  shipped = {p.name for folder in _CONFIG_FOLDERS for p in folder.glob("*.py")}
+  raise UserError(f"config file {path} does not exist{nearest(given.name, shipped)}")
+
+
+def load(spec: str, overrides: Mapping[str, str] | None = None) -> ml_collections.ConfigDict:
+  """Loads `FILE[:arguments]`, applies overrides `{"a.b": "value"}` and locks the result.
+
+  Raises:
+    UserError: if the file does not exist or has no `get_config`, or a key or value is wrong.
+  """
+  path, _, arg = spec.partition(":")
+  file = find_file(path)
+  module_spec = importlib.util.spec_from_file_location(f"maskgen_config_{file.stem}", file)
+  if module_spec is None or module_spec.loader is None:
+    raise UserError(f"config file {path} is not a Python file (.py)")
+  module = importlib.util.module_from_spec(module_spec)
+  try:
+    module_spec.loader.exec_module(module)
+  except SyntaxError as error:
+    raise UserError(f"config file {path} is not valid Python: {error}") from error
+  if not hasattr(module, "get_config"):
+    raise UserError(f"config file {path} has no function get_config(arg)")
+  config = module.get_config(arg or None)
+  with config.unlocked():
+    for run in (
+      [config[stage] for stage in config.stages if stage in config] if "stages" in config else [config]
+    ):
+      _fill_in(run, RunConfig)
+  config.lock()
+  for key, text in (overrides or {}).items():
+    _override(config, key, text)
+  return config
+
+
+def _fill_in(section: ml_collections.ConfigDict, cls: type) -> None:
+  """Adds the defaults of a dataclass, so that every key can be seen and overridden."""
+  for field in dataclasses.fields(cls):
+    if dataclasses.is_dataclass(field.default) and not isinstance(field.default, type):
+      if field.name not in section:
+        section[field.name] = ml_collections.ConfigDict()
+      _fill_in(section[field.name], type(field.default))
+    elif field.default is not dataclasses.MISSING and field.name not in section:
+      section[field.name] = field.default
+
+
+def _override(config: ml_collections.ConfigDict, key: str, text: str) -> None:
+  node = config
+  *parents, leaf = key.split(".")
+  for i, part in enumerate((*parents, leaf)):
+    is_section = isinstance(node, ml_collections.ConfigDict)
+    if is_section and part not in node and i == len(parents) and set(parents[:2]) & set(OPEN):
+      with config.unlocked():
+        node[leaf] = None  # whether it exists is known when the section is used
+    if not is_section or part not in node:
+      choices = node.keys() if is_section else ()
+      where = ".".join(("config", *parents[:i]))
+      raise UserError(f"{where} has no key '{part}'{nearest(part, choices)}")
+    if i < len(parents):
+      node = node[part]
+  if isinstance(node[leaf], ml_collections.ConfigDict):
+    choices = ", ".join(f"{key}.{k}" for k in node[leaf])
+    raise UserError(f"config.{key} is a group of keys: set one of {choices}")
+  node[leaf] = _parse(f"config.{key}", text, node[leaf])
+
+
+def to_dict(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  """Converts a config to plain JSON-able dictionaries and lists."""
+  return {key: _plain(value) for key, value in config.items()}
+
+
+def _plain(value: Any) -> Any:
+  if isinstance(value, Mapping | ml_collections.ConfigDict):
+    return {key: _plain(item) for key, item in value.items()}
+  if isinstance(value, tuple | list):
+    return [_plain(item) for item in value]
+  return value

@@ -1,0 +1,1 @@
+"""The mathematics of tokens, noise and prompts: pure functions, no modules."""

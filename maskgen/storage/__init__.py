@@ -1,0 +1,26 @@
+"""Models on disk: checkpoints, frozen parts and exports; parameters are just trees here.
+
+A workdir holds `config.json`, `checkpoints/STEP/` and, where the objective has frozen parts, `frozen/`,
+written once. An export holds `config.json` and `weights.safetensors`. Arrays are stored flat, under their
+path names (`params/main/encoder/...`), so that a part of a model can be read without knowing the rest.
+"""
+
+from maskgen.storage.checkpoints import Checkpoints, open_to_read
+from maskgen.storage.frozen import read_frozen, read_frozen_arrays, write_frozen
+from maskgen.storage.models import CONFIG, load_config, load_variables, resolve, write_export
+from maskgen.storage.tensors import WEIGHTS, to_host
+
+__all__ = [
+  "CONFIG",
+  "WEIGHTS",
+  "Checkpoints",
+  "load_config",
+  "load_variables",
+  "open_to_read",
+  "read_frozen",
+  "read_frozen_arrays",
+  "resolve",
+  "to_host",
+  "write_export",
+  "write_frozen",
+]

@@ -1,0 +1,134 @@
+"""Trained models, from the workdir of a run or an export: their configs and variables."""
+
+import json
+from collections.abc import Mapping
+from contextlib import closing
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+import safetensors
+import safetensors.numpy
+from etils import epath
+
+from maskgen import tree
+from maskgen.errors import UserError
+from maskgen.storage.checkpoints import open_to_read
+from maskgen.storage.frozen import read_frozen_arrays
+from maskgen.storage.tensors import WEIGHTS, parse, place, to_host
+
+CONFIG = "config.json"
+
+
+def resolve(path: str, workdir: epath.Path) -> epath.Path:
+  """Resolves `stage:NAME` in `config.pretrained` to the stage's folder beside a run's workdir."""
+  kind, _, name = path.partition(":")
+  return workdir.parent / name if kind == "stage" else epath.Path(path)
+
+
+def load_config(path: epath.PathLike) -> dict[str, Any]:
+  """Reads the `config.json` of a trained model.
+
+  Raises:
+    UserError: if the folder is no workdir or export, or holds several stages.
+  """
+  folder = epath.Path(path)
+  if not folder.exists():
+    raise UserError(f"model {path} does not exist: give the workdir of a run, or an export")
+  try:
+    config = json.loads((folder / CONFIG).read_text())
+  except (FileNotFoundError, NotADirectoryError):
+    raise UserError(
+      f"{path} is no model (it has no {CONFIG}): give the workdir of a run, or an export"
+    ) from None
+  except json.JSONDecodeError as error:
+    raise UserError(f"{folder / CONFIG} is damaged: {error}") from None
+  if "stages" in config:
+    choices = " or ".join(str(folder / stage) for stage in config["stages"])
+    raise UserError(f"{path} holds several stages: give {choices}")
+  return config
+
+
+def load_variables(path: epath.PathLike, target: Any) -> Any:
+  """Reads a model's variables, with moving averages in the place of the parameters that have one.
+
+  Args:
+    path: a workdir or an export.
+    target: the part that is wanted, a tree of shapes, with shardings or without, under `params`, `frozen` and
+      `extra`. An export's float32 is rounded where it is of a smaller type.
+
+  Raises:
+    UserError: if the path is no model, has no checkpoint yet, or differs in a name, shape or dtype.
+  """
+  folder = epath.Path(path).absolute()
+  load_config(folder)
+  flat = tree.flatten(target)
+  if (folder / WEIGHTS).exists():
+    try:
+      arrays: dict[str, Any] = parse((folder / WEIGHTS).read_bytes())
+    except safetensors.SafetensorError as error:
+      raise UserError(f"{folder / WEIGHTS} is damaged: {error}") from None
+  else:
+    arrays = read_frozen_arrays(folder) | _checkpoint_arrays(folder, flat)
+  found = {
+    name: _rounded(array, flat.get(name))
+    for name, array in arrays.items()
+    if name in flat or _beside(name, flat)
+  }
+  tree.check_same(found, flat, f"model {path}")
+  placed = [place(found[name], leaf) for name, leaf in flat.items()]
+  return jax.tree.unflatten(jax.tree.structure(target), placed)
+
+
+def _rounded(array: Any, leaf: Any) -> Any:
+  """An array of an export as frozen parameters may be kept: in 16 bits."""
+  small = leaf is not None and leaf.dtype in (ml_dtypes.bfloat16, np.float16)
+  return array.astype(leaf.dtype) if small and isinstance(array, np.ndarray) else array
+
+
+def _beside(name: str, flat: Mapping[str, Any]) -> bool:
+  """Whether `name` belongs to a module (`params/main/encoder`) of which something is wanted."""
+  module = name.split("/")[:3]
+  return any(other.split("/")[:3] == module for other in flat)
+
+
+def _checkpoint_arrays(folder: epath.Path, flat: Mapping[str, Any]) -> dict[str, Any]:
+  """The wanted arrays of a workdir's newest checkpoint, averages substituted; shapes alone of the others."""
+  default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  shapes: dict[str, Any] = {}
+  averages: dict[str, str] = {}
+
+  def choose(stored: dict[str, Any]) -> dict[str, Any]:
+    shapes.update({name: leaf for name, leaf in stored.items() if name.startswith(("params/", "extra/"))})
+    averages.update({name.replace("ema/", "params/", 1): name for name in stored if name.startswith("ema/")})
+    return {
+      averages.get(name, name): jax.ShapeDtypeStruct(
+        leaf.shape, leaf.dtype, sharding=leaf.sharding or default
+      )
+      for name, leaf in flat.items()
+      if name in stored and stored[name].shape == leaf.shape
+    }
+
+  with closing(open_to_read(folder)) as checkpoints:
+    restored = checkpoints.read(choose)
+  names = {average: name for name, average in averages.items()}
+  return shapes | {names.get(name, name): array for name, array in restored.items()}
+
+
+def write_export(path: epath.PathLike, config: Mapping[str, Any], variables: Any) -> None:
+  """Writes a model as `config.json` and `weights.safetensors`.
+
+  Raises:
+    UserError: if the path exists and is not an empty folder, or cannot be written.
+  """
+  folder = epath.Path(path)
+  data = safetensors.numpy.save(to_host(tree.flatten(variables)))
+  try:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+      raise UserError(f"{path} is not an empty folder: give a new one for the export")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / WEIGHTS).write_bytes(data)
+    (folder / CONFIG).write_text(json.dumps(config, indent=2))
+  except OSError as error:
+    raise UserError(f"{path} is not writable ({error.strerror or error}): give another folder") from None

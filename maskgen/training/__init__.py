@@ -1,0 +1,1 @@
+"""What trains a model: one loop, one update, one state, and the services around them."""

@@ -1,0 +1,52 @@
+"""Where a run starts from: its own checkpoint, another run's, or fresh parameters."""
+
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from typing import Any
+
+import jax
+from etils import epath
+
+from maskgen.storage import Checkpoints, open_to_read, read_frozen, write_frozen
+
+
+def start(
+  workdir: epath.Path,
+  checkpoints: Checkpoints,
+  *,
+  resume: str | None,
+  targets: Mapping[str, Any],
+  init: Callable[[], tuple[Any, Any]],
+) -> tuple[Any, Any, str]:
+  """Gives a run its first state. The order of precedence:
+
+  1. the newest checkpoint of the run's own workdir: it continues;
+  2. `resume`: the newest checkpoint of another workdir, optimizer state and step included;
+  3. fresh parameters, into which the objective has put what it takes from `config.pretrained`.
+
+  Frozen parts come from the same place, and are written into the workdir once: it is self-contained.
+
+  Args:
+    workdir: of the run.
+    checkpoints: of the run.
+    resume: a workdir, or None.
+    targets: trees of shapes with shardings: `state` and `frozen`.
+    init: makes (state, frozen) for the third case.
+
+  Returns:
+    state, frozen, and where the state came from, for the log.
+  """
+  if checkpoints.latest() is not None:
+    frozen = read_frozen(workdir, targets["frozen"])
+    return checkpoints.restore(targets["state"]), frozen, f"step {checkpoints.latest()} of {workdir}"
+  if resume:
+    other = epath.Path(resume)
+    with closing(open_to_read(other)) as others:
+      state = others.restore(targets["state"])
+    frozen, origin = read_frozen(other, targets["frozen"]), f"the newest checkpoint of {resume}"
+  else:
+    state, frozen = init()
+    origin = "fresh parameters"
+  if jax.tree.leaves(frozen):
+    write_frozen(workdir, frozen)
+  return state, frozen, origin
