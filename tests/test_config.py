@@ -8,6 +8,7 @@ import ml_collections
 import pytest
 
 from maskgen import config as config_lib
+from maskgen.config import fields
 from maskgen.errors import UserError, nearest
 from maskgen.models.vqgan import VQGAN
 
@@ -262,6 +263,31 @@ def test_durations_become_steps(lengths, default, expected):
 def test_a_duration_is_given_once(lengths, message):
   with pytest.raises(UserError, match=message):
     config_lib.duration(lengths, "total", 4, 100)
+
+
+# Renamed keys
+
+
+@dataclasses.dataclass(frozen=True)
+class Renamed:
+  width: int = fields.renamed(1, was="channels")
+  inner: Inner = Inner()
+
+
+def test_a_renamed_key_is_read_and_warned_of_once(caplog):
+  for _ in range(2):
+    assert config_lib.build_dataclass(Renamed, {"channels": 3}, "config.net") == Renamed(3)
+  assert [record.getMessage() for record in caplog.records] == [
+    "config.net.channels is now called 'width': rename the key"
+  ]
+  assert config_lib.build_dataclass(Renamed, {"width": 3}, "config.net") == Renamed(3)
+
+
+def test_a_renamed_key_is_strict():
+  with pytest.raises(UserError, match=r"^config\.net has both 'channels' and its new name 'width': remove"):
+    config_lib.build_dataclass(Renamed, {"channels": 3, "width": 3}, "config.net")
+  with pytest.raises(UserError, match=r"config\.net\.width is 'a': it takes values of type int"):
+    config_lib.build_dataclass(Renamed, {"channels": "a"}, "config.net")
 
 
 # Differences

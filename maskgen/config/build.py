@@ -9,6 +9,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
+from maskgen.config import fields as fields_lib
 from maskgen.errors import UserError, nearest
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -44,7 +45,7 @@ def build_dataclass(cls: type, options: Mapping[str, Any], where: str, **given: 
 
   Args:
     cls: a dataclass.
-    options: the section; every key must be a field of `cls`.
+    options: the section; every key must be a field of `cls`, or what a field was once called.
     where: the section's name for error messages, such as `config.objective`.
     **given: further fields, which the section must not set.
 
@@ -54,7 +55,7 @@ def build_dataclass(cls: type, options: Mapping[str, Any], where: str, **given: 
   fields = {f.name: f for f in dataclasses.fields(cls) if f.init and f.name not in given}
   hints = typing.get_type_hints(cls)
   values = dict(given)
-  for key, value in options.items():
+  for key, value in fields_lib.current_names(cls, options, where).items():
     if key not in fields:
       raise UserError(f"{where} has no key '{key}'{nearest(key, fields)}")
     if isinstance(value, Mapping) and dataclasses.is_dataclass(hints[key]):

@@ -1,0 +1,136 @@
+"""What a field of a config section is, said once, where the field is declared.
+
+```
+@dataclasses.dataclass(frozen=True)
+class Network:
+  width: int = fields.renamed(64, was="channels")  # configs that say `channels` are still read
+  dtype: str = fields.precision("float32")
+  remat: str = fields.operational("none", less_memory=("dots", "full"))
+```
+
+The helpers work in plain dataclasses and in Linen modules. Code that needs to know which keys may change when
+a run resumes, what saves memory, or which options are static under `jax.jit` walks the fields and reads their
+marks: there are no lists of names.
+"""
+
+import dataclasses
+import logging
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from maskgen.errors import UserError
+
+log = logging.getLogger("maskgen")
+
+_LINEN = {"parent", "name"}  # fields that Flax adds to every module
+_warned: set[tuple[type, str]] = set()
+
+
+def operational(
+  default: Any = dataclasses.MISSING,
+  *,
+  plain: Any = dataclasses.MISSING,
+  less_memory: tuple[Any, ...] = (),
+  was: str = "",
+  **options: Any,
+) -> Any:
+  """A field that says how something is run, not what it computes: it may change when a run is resumed.
+
+  Args:
+    default: the default.
+    plain: the value that computes what the mathematics says and nothing else; the default if not given.
+    less_memory: values that use less memory than the default, by falling use.
+    was: see `renamed`.
+    **options: of `dataclasses.field`.
+  """
+  marks = {"operational": True, "plain": default if plain is dataclasses.MISSING else plain}
+  return _field(default, options, **marks, less_memory=less_memory, was=was)
+
+
+def precision(default: Any = dataclasses.MISSING, *, was: str = "", **options: Any) -> Any:
+  """A field that says in which type something is computed: a pretrained model may have had another one."""
+  return _field(default, options, precision=True, was=was)
+
+
+def static(default: Any = dataclasses.MISSING, *, was: str = "", **options: Any) -> Any:
+  """An option of prediction functions that sets array sizes or chooses what is computed."""
+  return _field(default, options, static=True, was=was)
+
+
+def section(find: Callable[[Mapping[str, Any]], type], *, was: str = "", **options: Any) -> Any:
+  """A field that holds a config section as it is, whose dataclass `find` tells by its content."""
+  return _field(dataclasses.MISSING, options, find=find, was=was)
+
+
+def renamed(default: Any = dataclasses.MISSING, *, was: str, **options: Any) -> Any:
+  """A field that had another name: sections may still use it, which logs one warning."""
+  return _field(default, options, was=was)
+
+
+def _field(default: Any, options: Mapping[str, Any], **marks: Any) -> Any:
+  return dataclasses.field(default=default, metadata=marks, **options)
+
+
+def of(cls: type) -> dict[str, dataclasses.Field[Any]]:
+  """The fields of a dataclass that a config section may set, by name."""
+  found = {field.name: field for field in dataclasses.fields(cls) if field.init}
+  return {name: field for name, field in found.items() if not (name in _LINEN and found.keys() >= _LINEN)}
+
+
+def current_names(cls: type, options: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+  """Returns a section whose renamed keys have their new names.
+
+  Args:
+    cls: the section's dataclass.
+    options: the section; keys that are no fields stay.
+    where: the section's name; if given, each old name logs a warning, once per process.
+
+  Raises:
+    UserError: if a field is given under both names.
+  """
+  old = {field.metadata["was"]: name for name, field in of(cls).items() if field.metadata.get("was")}
+  for key in options.keys() & old.keys():
+    if old[key] in options:
+      raise UserError(f"{where or 'config'} has both '{key}' and its new name '{old[key]}': remove '{key}'")
+    if where and (cls, key) not in _warned:
+      _warned.add((cls, key))
+      log.warning("%s.%s is now called '%s': rename the key", where, key, old[key])
+  return {old.get(key, key): value for key, value in options.items()}
+
+
+def section_type(cls: type, field: dataclasses.Field[Any], value: Any) -> type | None:
+  """The dataclass of a field that holds a section, or None if it holds a value.
+
+  Raises:
+    UserError: if the section does not tell its dataclass.
+  """
+  find = field.metadata.get("find")
+  if find is not None:
+    found: type = find(value)
+    return found
+  hint = typing.get_type_hints(cls)[field.name]
+  return hint if isinstance(hint, type) and dataclasses.is_dataclass(hint) else None
+
+
+def walk(
+  cls: type, options: Any, path: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], dataclasses.Field[Any], Any]]:
+  """Yields path, field and value of each field at any depth, also where the section leaves out a key.
+
+  Args:
+    cls: the section's dataclass.
+    options: the section, or what was built of it.
+    path: of the section.
+
+  Raises:
+    UserError: as `current_names` and `section_type`.
+  """
+  given = current_names(cls, options) if isinstance(options, Mapping) else vars(options)
+  for name, field in of(cls).items():
+    value = given.get(name, field.default)
+    nested = section_type(cls, field, value)
+    if nested is None:
+      yield (*path, name), field, value
+    else:
+      yield from walk(nested, {} if value is dataclasses.MISSING else value, (*path, name))
