@@ -24,7 +24,7 @@ PACKAGE = pathlib.Path(maskgen.__file__).parent
 # A file imports from rows above its own, or from its own row without a cycle.
 ROWS = (
   "errors files tree images sheet config cli",
-  "numerics sharding processes costs",
+  "numerics sharding processes costs batch",
   "data",
   "models",
   "storage importers",

@@ -115,7 +115,7 @@ def test_mixed_targets_are_probabilities(alphas):
   np.testing.assert_allclose(targets.sum(axis=1), 1.0, rtol=1e-5)
   assert (targets >= 0).all() and ((targets > 0).sum(axis=1) == 2).any()
   assert mixed["image"].dtype == jnp.float32 and float(mixed["image"].max()) <= 1.0
-  assert objective.inputs == ("image",)  # codes cannot be mixed
+  assert objective.batch_spec().inputs.keys() == {"image"}  # codes cannot be mixed
 
 
 def test_codes_do_instead_of_images():

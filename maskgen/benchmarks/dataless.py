@@ -5,7 +5,6 @@ from collections.abc import Generator, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from maskgen import objectives, sharding
@@ -16,6 +15,7 @@ from maskgen.training.state import TrainState
 
 # What a batch is made of: random images, random codes, or what the config's own pipeline gives.
 SOURCES = ("synthetic", "tokens", "config")
+_INPUTS = {"synthetic": "image", "tokens": "tokens"}
 _Spec = dict[str, jax.ShapeDtypeStruct]
 
 
@@ -37,11 +37,11 @@ class NoData:
 
   @property
   def class_names(self) -> tuple[str, ...] | None:
-    return tuple(map(str, range(self.objective.num_classes))) or None
+    return tuple(map(str, range(self.objective.batch_spec().num_classes))) or None
 
   @property
   def captions(self) -> Captions | None:
-    return self.objective.captions
+    return self.objective.batch_spec().captions
 
   @property
   def codes(self) -> None:
@@ -50,19 +50,7 @@ class NoData:
   @property
   def spec(self) -> _Spec:
     """Shapes and dtypes of a batch of one image."""
-    return _batch_of(self.objective, "image", jax.ShapeDtypeStruct((1, *self.image_shape), jnp.uint8))
-
-
-def _batch_of(objective: objectives.Objective, name: str, leaf: jax.ShapeDtypeStruct) -> _Spec:
-  """A batch of what an objective takes: one or two views of `name` [b, ...], and labels and captions."""
-  spec = {name: leaf}
-  if objective.views == 2:
-    spec[f"{name}2"] = leaf
-  if objective.num_classes:
-    spec["label"] = jax.ShapeDtypeStruct(leaf.shape[:1], jnp.int32)
-  if objective.captions is not None:
-    spec["caption"] = jax.ShapeDtypeStruct((leaf.shape[0], objective.captions.length), jnp.int32)
-  return spec
+    return self.objective.batch_spec().shapes(1)
 
 
 def build(
@@ -79,7 +67,7 @@ def build(
     UserError: if the config is wrong, or the objective does not take what the source gives.
   """
   objective = objectives.build(config["objective"])
-  if source == "tokens" and not {"image", "tokens"} <= set(objective.inputs):
+  if source == "tokens" and "tokens" not in objective.batch_spec().inputs:
     raise UserError(
       f"objective '{config['objective']['name']}' is not trained on codes: give a config, or a --stage, with "
       "objective 'mage'"
@@ -96,22 +84,13 @@ def batch_spec(experiment: Experiment, source: str) -> _Spec:
     source: one of `SOURCES`.
 
   Returns:
-    "synthetic": `image` uint8 [b, h, w, c]; "tokens": `tokens` [b, n] of the smallest unsigned type that
-    holds the codes; with two views `image2` or `tokens2` as well, and `label` int32 [b] where the objective
-    takes it; "config": what the config's pipeline gives.
+    "synthetic" and "tokens": the objective's `batch_spec` with images or cached codes; "config": what the
+    config's pipeline gives.
   """
-  size, objective = experiment.config.batch_size, experiment.objective
-  images = jax.ShapeDtypeStruct((size, *objective.image_shape), jnp.uint8)
   if source == "config":
     spec = experiment.data.spec
-  elif source == "synthetic":
-    spec = _batch_of(objective, "image", images)
   else:
-    variables = experiment.targets["state"].variables(experiment.targets["frozen"])
-    encode = objective.predict_fns()["encode"]
-    tokens = jax.eval_shape(encode, variables, {"image": images}, jax.random.key(0))
-    code = np.min_scalar_type(objective.codebook_size - 1)
-    spec = _batch_of(objective, "tokens", jax.ShapeDtypeStruct(tokens.shape, code))
+    spec = experiment.objective.batch_spec().shapes(experiment.config.batch_size, _INPUTS[source])
   where = sharding.batch_sharding(experiment.mesh)
   return {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where) for name, leaf in spec.items()}
 
@@ -119,14 +98,11 @@ def batch_spec(experiment: Experiment, source: str) -> _Spec:
 def random_batch(experiment: Experiment, source: str) -> dict[str, jax.Array]:
   """Makes a global batch of `batch_spec`, of "synthetic" or "tokens", where it belongs."""
   spec = batch_spec(experiment, source)
-  objective = experiment.objective
-  below = {"image": 256, "tokens": objective.codebook_size, "label": objective.num_classes}
-  if objective.captions is not None:
-    below["caption"] = objective.captions.opened.vocabulary_size
+  arrays = experiment.objective.batch_spec().arrays(_INPUTS[source])
 
   def make(key: jax.Array) -> dict[str, jax.Array]:
     return {
-      name: jax.random.randint(key, leaf.shape, 0, below[name.removesuffix("2")]).astype(leaf.dtype)
+      name: jax.random.randint(key, leaf.shape, 0, arrays[name].below).astype(leaf.dtype)
       for name, leaf in spec.items()
     }
 

@@ -10,12 +10,13 @@ import importlib
 import inspect
 import pkgutil
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
 import jax
 
 from maskgen import config as config_lib
 from maskgen import sharding
+from maskgen.batch import BatchSpec as BatchSpec
 from maskgen.errors import UserError, nearest
 from maskgen.models.vqgan import VQGAN
 from maskgen.numerics.text import Captions
@@ -32,17 +33,10 @@ PredictFn = Callable[..., Any]
 
 
 class Objective(Protocol):
-  """A frozen dataclass whose fields are the keys of `config.objective`.
+  """A frozen dataclass whose fields are the keys of `config.objective`."""
 
-  Attributes:
-    inputs: keys of a batch of which its losses need one: "image", or "tokens" for cached codes.
-    views: how many views of each record they compare; with two, a batch has "image2" or "tokens2" as well.
-    whole_batch: whether examples are compared with all others of the batch: a step then refuses accumulation.
-  """
-
-  inputs: ClassVar[tuple[str, ...]]
-  views: ClassVar[int]
-  whole_batch: ClassVar[bool]
+  def batch_spec(self) -> BatchSpec:
+    """What its losses read from a batch."""
 
   @property
   def codebook_size(self) -> int:
@@ -54,11 +48,11 @@ class Objective(Protocol):
 
   @property
   def num_classes(self) -> int:
-    """How many classes the `label` of its batches tells apart; 0 where it takes no labels."""
+    """How many classes a `label` counts; 0 where neither losses nor predictions take one."""
 
   @property
   def captions(self) -> Captions | None:
-    """How the `caption` of its batches is read; None where it takes none."""
+    """How a `caption` is tokenized; None where neither losses nor predictions take one."""
 
   def pretrained_shapes(self) -> dict[str, Tree]:
     """For each name that `config.pretrained` must give: the part of that model's variables it needs."""
@@ -90,10 +84,9 @@ class Objective(Protocol):
       params: as made by `init`.
       frozen: as made by `init`.
       extra: as made by `init`, or by the step before.
-      batch: leading axis b; one of `inputs`: `image` uint8 or float32 [b, h, w, c], or `tokens` [b, n] of
-        any integer type; `label` integer [b] where `num_classes` says so; `caption` int32 [b, length] where
-        `captions` does; `key` one PRNG key per example,
-        for randomness that must not depend on how the batch is split.
+      batch: the arrays of `batch_spec`, of which images may also be float32 in [0, 1], and codes of any
+        integer type; `key` one PRNG key per example, for randomness that must not depend on how the batch is
+        split.
       rng: for randomness of the model, such as dropout.
       step: completed updates, int32 scalar.
       train: whether dropout and the like are on.

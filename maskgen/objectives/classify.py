@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -19,7 +19,7 @@ from maskgen.models.vqgan import VQGAN
 from maskgen.numerics import losses as losses_lib
 from maskgen.numerics import mixing
 from maskgen.numerics.vocab import Vocab
-from maskgen.objectives import Batch, Metrics, PredictFn, Tree, check_image_size, mage
+from maskgen.objectives import Batch, BatchSpec, Metrics, PredictFn, Tree, check_image_size, mage
 
 TRAINED = ("all", "head")
 NORMS = ("layer", "batch")
@@ -81,9 +81,6 @@ class Objective:
     dtype, attention, remat, scan: how the encoder is run, see `Transformer`.
   """
 
-  views: ClassVar[int] = 1
-  whole_batch: ClassVar[bool] = False
-
   image_size: tuple[int, int]
   classes: int
   tokenizer: VQGAN = VQGAN()
@@ -123,11 +120,6 @@ class Objective:
       raise UserError("a frozen encoder runs without dropout and drop_path: set both to 0")
     if self.width % self.heads:
       raise UserError(f"a width of {self.width} does not divide into {self.heads} heads")
-
-  @property
-  def inputs(self) -> tuple[str, ...]:
-    """Codes will do where no pixels are mixed."""
-    return ("image",) if self.mixup or self.cutmix else ("image", "tokens")
 
   @property
   def num_classes(self) -> int:
@@ -171,6 +163,15 @@ class Objective:
   def head(self) -> Head:
     """The network that is new; its initialisations are those of the reference's two recipes."""
     return Head(self.classes, self.norm, std=0.01 if self.trained == "head" else 2e-5)
+
+  def batch_spec(self) -> BatchSpec:
+    num_tokens = 0 if self.mixup or self.cutmix else self.encoder.num_tokens  # those mix pixels
+    return BatchSpec(
+      image_shape=self.image_shape,
+      num_tokens=num_tokens,
+      codebook_size=self.codebook_size,
+      num_classes=self.classes,
+    )
 
   def pretrained_shapes(self) -> dict[str, Tree]:
     def init(rng: jax.Array) -> Tree:

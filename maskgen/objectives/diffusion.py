@@ -5,7 +5,7 @@ Letters: b batch, h w image, l positions of a caption.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from maskgen.models.text_to_image import ERROR_KEYS, TextToImage
 from maskgen.models.unet import Condition, UNet
 from maskgen.numerics import diffusion
 from maskgen.numerics.text import Captions
-from maskgen.objectives import Batch, Metrics, PredictFn, Tree, check_image_size
+from maskgen.objectives import Batch, BatchSpec, Metrics, PredictFn, Tree, check_image_size
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,10 +40,6 @@ class Objective:
       guided.
     sampling: defaults for generation.
   """
-
-  inputs: ClassVar[tuple[str, ...]] = ("image",)
-  views: ClassVar[int] = 1
-  whole_batch: ClassVar[bool] = False
 
   image_size: tuple[int, int]
   patch: int = 1
@@ -94,6 +90,9 @@ class Objective:
       size_width=0,
     )
     return TextToImage((encoder,), unet, patches, self.schedule)
+
+  def batch_spec(self) -> BatchSpec:
+    return BatchSpec(image_shape=self.image_shape, captions=self.captions)
 
   def pretrained_shapes(self) -> dict[str, Tree]:
     return {}

@@ -19,7 +19,7 @@ from maskgen.numerics import masking
 from maskgen.numerics import sampling as sampling_lib
 from maskgen.numerics.text import Captions
 from maskgen.numerics.vocab import Vocab
-from maskgen.objectives import Batch, Metrics, PredictFn, Tree, check_image_size, check_tokenizer
+from maskgen.objectives import Batch, BatchSpec, Metrics, PredictFn, Tree, check_image_size, check_tokenizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,9 +38,6 @@ class Objective:
     sampling: defaults for generation and inpainting.
   """
 
-  inputs: ClassVar[tuple[str, ...]] = ("image", "tokens")
-  views: ClassVar[int] = 1
-  whole_batch: ClassVar[bool] = False
   captions: ClassVar[Captions | None] = None
 
   image_size: tuple[int, int]
@@ -126,6 +123,11 @@ class Objective:
       attention=self.attention,
       remat=self.remat,
       scan=self.scan,
+    )
+
+  def batch_spec(self) -> BatchSpec:
+    return BatchSpec(
+      image_shape=self.image_shape, num_tokens=self.num_tokens, codebook_size=self.codebook_size
     )
 
   def pretrained_shapes(self) -> dict[str, Tree]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +13,9 @@ from maskgen.errors import UserError
 from maskgen.models.projection import Projection
 from maskgen.numerics import losses as losses_lib
 from maskgen.numerics import masking
-from maskgen.objectives import Batch, Metrics, Tree, mage
+from maskgen.objectives import Batch, BatchSpec, Metrics, Tree, mage
 
+_VIEWS = 2
 # Folded into an example's key for its second view; the first view has the key itself, whose two halves are
 # numbers 0 and 1.
 _SECOND = 2
@@ -34,9 +35,6 @@ class Objective(mage.Objective):
     projection_hidden, projection_width: of the head; the paper does not give them, the defaults are SimCLR's.
   """
 
-  views: ClassVar[int] = 2
-  whole_batch: ClassVar[bool] = True
-
   contrastive_weight: float = 0.1
   temperature: float = 0.2
   projection_hidden: int = 2048
@@ -53,6 +51,10 @@ class Objective(mage.Objective):
   def projection(self) -> Projection:
     """The head."""
     return Projection(self.projection_hidden, self.projection_width, self.dtype)
+
+  def batch_spec(self) -> BatchSpec:
+    # The negatives of an example are all others of the global batch.
+    return dataclasses.replace(super().batch_spec(), views=_VIEWS, whole_batch=True)
 
   def init(self, rng: jax.Array, pretrained: Mapping[str, Tree]) -> dict[str, Tree]:
     parts = super().init(rng, pretrained)
@@ -79,7 +81,7 @@ class Objective(mage.Objective):
     values = self._scores(logits[:, 1:, : self.codebook_size], tokens, mask)
     pooled = latents[:, 1:].astype(jnp.float32).mean(axis=1)
     embeddings: Any = self.projection.apply({"params": params["main"]["projection"]}, pooled)
-    embeddings = sharding.constrain_batch(embeddings.reshape(-1, self.views, self.projection_width))
+    embeddings = sharding.constrain_batch(embeddings.reshape(-1, _VIEWS, self.projection_width))
     # Embeddings alone cross devices, not what they were made of.
     contrastive, nearest = losses_lib.nt_xent(embeddings, sharding.gather(embeddings), self.temperature)
     means = {name: value.mean() for name, value in values.items()}

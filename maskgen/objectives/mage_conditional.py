@@ -18,7 +18,7 @@ from maskgen.errors import UserError
 from maskgen.models.mage import Mage
 from maskgen.models.transformer import embedding_init
 from maskgen.numerics import sampling as sampling_lib
-from maskgen.objectives import Batch, Tree, mage
+from maskgen.objectives import Batch, BatchSpec, Tree, mage
 
 # The parameters of `Mage` that are trained; the others are the encoder's.
 _TRAINED = re.compile(r"(decoder|head|condition)(_|$)")
@@ -54,6 +54,9 @@ class Conditional(mage.Objective, abc.ABC):
   def model(self) -> Mage:
     """The network."""
     return super().model.clone(condition_width=self.condition_width)
+
+  def batch_spec(self) -> BatchSpec:
+    return dataclasses.replace(super().batch_spec(), num_classes=self.num_classes, captions=self.captions)
 
   def pretrained_shapes(self) -> dict[str, Tree]:
     tokenizer = super().pretrained_shapes()["tokenizer"]["params"]["generator"]

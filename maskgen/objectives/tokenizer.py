@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ from maskgen.models import remat as remat_lib
 from maskgen.models.discriminator import Discriminator
 from maskgen.models.vqgan import VQGAN, Quantized
 from maskgen.numerics import losses as losses_lib
-from maskgen.objectives import Batch, Metrics, PredictFn, Tree, check_image_size
+from maskgen.objectives import Batch, BatchSpec, Metrics, PredictFn, Tree, check_image_size
 
 # How slowly the running count of each code's use forgets.
 USAGE_DECAY = 0.97
@@ -52,10 +52,6 @@ class Objective:
     remat: what the backward pass computes again, "none" or "full" (the residual blocks of the network); the
       numbers are the same.
   """
-
-  inputs: ClassVar[tuple[str, ...]] = ("image",)
-  views: ClassVar[int] = 1
-  whole_batch: ClassVar[bool] = False
 
   image_size: tuple[int, int]
   tokenizer: VQGAN = VQGAN()
@@ -107,6 +103,9 @@ class Objective:
   @property
   def captions(self) -> None:
     return None
+
+  def batch_spec(self) -> BatchSpec:
+    return BatchSpec(image_shape=self.image_shape)
 
   def pretrained_shapes(self) -> dict[str, Tree]:
     if not self.perceptual_weight:

@@ -27,7 +27,7 @@ from maskgen.models.vit import ViT
 from maskgen.numerics import diffusion, prompts
 from maskgen.numerics.prompts import Run, TailDrop, Words
 from maskgen.numerics.text import Captions
-from maskgen.objectives import Batch, Metrics, PredictFn, Tree, check_same, mage
+from maskgen.objectives import Batch, BatchSpec, Metrics, PredictFn, Tree, check_same, mage
 from maskgen.objectives import diffusion as diffusion_objective
 
 # Which children of an example's key decide on its tokens and on its words.
@@ -63,9 +63,6 @@ class Objective:
     sampling: defaults for generation.
   """
 
-  inputs: ClassVar[tuple[str, ...]] = ("image",)
-  views: ClassVar[int] = 1
-  whole_batch: ClassVar[bool] = False
   codebook_size: ClassVar[int] = 0
   num_classes: ClassVar[int] = 0
 
@@ -103,6 +100,9 @@ class Objective:
   @property
   def captions(self) -> Captions | None:
     return self.texts if self.words.share or self.warm_start_steps else None
+
+  def batch_spec(self) -> BatchSpec:
+    return BatchSpec(image_shape=self.image_shape, captions=self.captions)
 
   @property
   def texts(self) -> Captions:

@@ -72,7 +72,8 @@ def main(argv: Sequence[str]) -> None:
   from maskgen.data.cache import Cache, Manifest
 
   model = maskgen.load(args.model)
-  if model.objective.inputs != ("image",) or "encode" not in model.objective.predict_fns():
+  takes = model.objective.batch_spec().inputs.keys()
+  if takes != {"image"} or "encode" not in model.objective.predict_fns():
     raise UserError(f"--model={args.model} is no tokenizer: give the workdir or export of one")
   height, width, channels = model.objective.image_shape
   preprocess = args.preprocess or (

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
+from maskgen import batch as batch_lib
 from maskgen import config as config_lib
 from maskgen import evaluators, files, objectives, processes, sharding, storage, tree
 from maskgen.errors import UserError, nearest
@@ -69,43 +70,12 @@ class Experiment:
 
   def _check_data(self) -> None:
     """Checks that the data gives what the objective takes."""
-    cfg, objective, spec = self.config, self.objective, self.data.spec
-    name = cfg.objective["name"]
-    if spec.keys().isdisjoint(objective.inputs):
-      raise UserError(
-        f"config.data gives {', '.join(sorted(spec))}, and objective '{name}' needs "
-        f"{' or '.join(objective.inputs)}: change config.data.source"
-      )
-    if objective.views == 2 and spec.keys().isdisjoint(f"{key}2" for key in objective.inputs):
-      raise UserError(
-        f"config.data gives one view of each record, and objective '{name}' compares two: put 'two_views|' "
-        "in front of config.data.preprocess"
-      )
-    if objective.whole_batch and cfg.accumulation > 1:
+    cfg, spec, name = self.config, self.objective.batch_spec(), self.config.objective["name"]
+    batch_lib.check_data(spec, self.data, name, cfg.data["source"])
+    if spec.whole_batch and cfg.accumulation > 1:
       raise UserError(
         f"config.accumulation={cfg.accumulation} hides examples from each other, and objective '{name}' "
         "compares all of a batch: set it to 1, and save memory by objective.remat or more devices"
-      )
-    if self.data.image_shape != objective.image_shape:
-      raise UserError(
-        f"config.data gives images of shape {self.data.image_shape}, config.objective takes "
-        f"{objective.image_shape}: change config.data.preprocess or config.objective.image_size"
-      )
-    found, wanted = len(self.data.class_names or ()), objective.num_classes
-    if wanted and "label" not in spec:
-      raise UserError(
-        f"config.data.source={cfg.data['source']} gives no labels, and objective '{name}' needs them: give "
-        "data with classes"
-      )
-    if wanted not in (0, found):
-      raise UserError(
-        f"config.data has {found} classes, config.objective.classes is {wanted}: make them equal"
-      )
-    if objective.captions is not None and objective.captions != self.data.captions:
-      raise UserError(
-        f"config.data gives {self.data.captions or 'no captions'}, objective '{name}' reads "
-        f"{objective.captions}: give data with captions, and let preprocess and eval_preprocess end with "
-        "tokenize and this tokenizer and length"
       )
 
   def _build_state(self) -> None:
@@ -271,16 +241,10 @@ class Experiment:
   def check_predict_fns(self) -> None:
     """Traces the prediction functions that take images, at the batch size of evaluations."""
     variables = self.targets["state"].variables(self.targets["frozen"])
-    batch = {"image": jax.ShapeDtypeStruct((self.eval_batch_size, *self.data.image_shape), jnp.uint8)}
-    if self.objective.num_classes:
-      batch["label"] = jax.ShapeDtypeStruct((self.eval_batch_size,), jnp.int32)
-    if self.objective.captions is not None:
-      batch["caption"] = jax.ShapeDtypeStruct(
-        (self.eval_batch_size, self.objective.captions.length), jnp.int32
-      )
+    shapes = self.objective.batch_spec().shapes(self.eval_batch_size)
     for name in ("loss", "encode", "reconstruct", "features", "classify"):
       if name in self.predict:
-        jax.eval_shape(self.predict[name], variables, batch, jax.random.key(0))
+        jax.eval_shape(self.predict[name], variables, shapes, jax.random.key(0))
 
   def _build_evaluators(self) -> None:
     context = evaluators.Context(
