@@ -21,7 +21,7 @@ Arguments:
 
 import ml_collections
 
-from maskgen.config import parse_arg
+from maskgen import config as config_lib
 
 WORDS = (
   "a small large red yellow green cyan blue pink olive teal purple zero one two three four five six seven "
@@ -30,7 +30,7 @@ WORDS = (
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
-  args = parse_arg(arg, debug=False, tiny=False, seed=0)
+  args = config_lib.parse_arg(arg, debug=False, tiny=False, seed=0)
   steps = 2 if args.debug else 300 if args.tiny else 2500
   captions = dict(tokenizer=f"list:{WORDS}", length=16)
   preprocess = f"decode(3)|tokenize({captions['tokenizer']!r}, {captions['length']})"
@@ -81,7 +81,6 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
           multipliers=(("^text_encoder/", 0.3),),
         )
       ),
-      mesh=dict(data=-1, fsdp=1, tensor=1),
       ema=dict(main=0.99 if args.tiny else 0.998),
       evals=dict(
         validation=dict(type="loss", every_steps=1250),

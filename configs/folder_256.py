@@ -22,11 +22,11 @@ Arguments:
 
 import ml_collections
 
-from maskgen.config import parse_arg
+from maskgen import config as config_lib
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
-  args = parse_arg(
+  args = config_lib.parse_arg(
     arg,
     path="pictures",
     tiny=False,

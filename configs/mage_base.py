@@ -16,37 +16,49 @@ Arguments:
   :debug         2 steps of each on synthetic pictures
   :accumulation  micro-batches per step, for fewer devices
   :batch_size    examples per step; the learning rate follows it
+  :size          base or large, see mage_large.py
 
 The paper's scores come from 50,000 samples and a linear probe trained for 90 epochs; the evaluations here, a
 validation loss and pictures, say whether a run is healthy, not how it compares.
 """
 
-import pathlib
-
 import ml_collections
 
 from maskgen import config as config_lib
 
+# The paper's ViT-B and ViT-L.
+SIZES = {
+  "base": dict(width=768, depth=12, heads=12, decoder_width=768),
+  # Recomputes what is cheap: 16 images fit a chip of 16 GB.
+  "large": dict(width=1024, depth=24, heads=16, decoder_width=1024, remat="dots"),
+}
+
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   args = config_lib.parse_arg(
-    arg, path="imagenet", tokenizer="runs/vqgan", batch_size=4096, accumulation=1, debug=False, tiny=False
+    arg,
+    path="imagenet",
+    tokenizer="runs/vqgan",
+    size="base",
+    batch_size=4096,
+    accumulation=1,
+    debug=False,
+    tiny=False,
   )
   config = full(args)
   if not (args.tiny or args.debug):
     return config
   # The small versions bring a tokenizer stage of their own.
-  quickstart = config_lib.load(f"{pathlib.Path(__file__).with_name('quickstart.py')}:debug={args.debug}")
+  quickstart = config_lib.load_beside(__file__, "quickstart.py", debug=args.debug)
   shrink(config, quickstart.mage)
   return ml_collections.ConfigDict(
-    dict(stages=("tokenizer", "mage"), tokenizer=quickstart.tokenizer.to_dict(), mage=config.to_dict())
+    dict(stages=("tokenizer", "mage"), tokenizer=quickstart.tokenizer, mage=config)
   )
 
 
 def full(args) -> ml_collections.ConfigDict:
   return ml_collections.ConfigDict(
     dict(
-      seed=0,
       batch_size=args.batch_size,
       accumulation=args.accumulation,
       total_epochs=1600.0,
@@ -74,10 +86,7 @@ def full(args) -> ml_collections.ConfigDict:
           norm_groups=32,
           dtype="bfloat16",
         ),
-        width=768,
-        depth=12,
-        heads=12,
-        decoder_width=768,
+        **config_lib.choose("size", args.size, SIZES),
         decoder_depth=8,
         decoder_heads=16,
         dropout=0.1,
@@ -97,16 +106,7 @@ def full(args) -> ml_collections.ConfigDict:
         validation=dict(type="loss", every_steps=10_000),
         samples=dict(type="samples", every_steps=10_000),
       ),
-      mesh=dict(data=-1, fsdp=1, tensor=1),
-      # Where parameters live on a mesh: (regex over paths, the mesh axis of each dimension). An axis of size
-      # 1 does nothing; what no rule names is split over fsdp where it is large.
-      sharding=(
-        ("^frozen/", ()),
-        ("/(query|key|value|up)/kernel$", ("fsdp", "tensor")),
-        ("/(query|key|value|up)/bias$", ("tensor",)),
-        ("/(out|down)/kernel$", ("tensor", "fsdp")),
-        ("(embedding|position)$", (None, "fsdp")),
-      ),
+      sharding=(("^frozen/", ()), *config_lib.TRANSFORMER_RULES),
     )
   )
 

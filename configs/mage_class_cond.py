@@ -23,8 +23,6 @@ Arguments:
   :batch_size    examples per step; the learning rate follows it
 """
 
-import pathlib
-
 import ml_collections
 
 from maskgen import config as config_lib
@@ -38,83 +36,27 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   if not (args.tiny or args.debug):
     return config
   # The small versions bring the stages before this one.
-  quickstart = config_lib.load(f"{pathlib.Path(__file__).with_name('quickstart.py')}:debug={args.debug}")
-  shrink(config, quickstart.mage)
+  stages = config_lib.load_beside(__file__, "quickstart.py", debug=args.debug)
+  shrink(config, stages.mage)
   config.total_steps = 2 if args.debug else 1500
-  stages = {**quickstart.to_dict(), "mage_class_cond": config.to_dict()}
-  return ml_collections.ConfigDict({**stages, "stages": ("tokenizer", "mage", "mage_class_cond")})
+  stages.stages = ("tokenizer", "mage", "mage_class_cond")
+  stages.mage_class_cond = config
+  return stages
 
 
 def full(args) -> ml_collections.ConfigDict:
-  return ml_collections.ConfigDict(
-    dict(
-      seed=0,
-      batch_size=args.batch_size,
-      accumulation=args.accumulation,
-      total_epochs=160.0,
-      log_every_steps=100,
-      checkpoint=dict(save_steps=5000, save_minutes=15.0, keep=2),
-      data=dict(
-        source=f"folder:{args.path}",
-        split="train",
-        eval_split="val",
-        preprocess="decode(3)|random_resized_crop(256, (0.2, 1.0))|flip_lr",
-        eval_preprocess="decode(3)|resize_small(292)|center_crop(256)",
-      ),
-      pretrained=dict(mage=args.mage),
-      objective=dict(
-        name="mage_conditional",
-        image_size=(256, 256),
-        classes=1000,
-        condition_width=768,
-        condition_dropout=0.1,
-        tokenizer=dict(
-          channels=128,
-          multipliers=(1, 1, 2, 2, 4),
-          strides=(2, 2, 2, 2),
-          blocks=2,
-          codebook_size=1024,
-          code_width=256,
-          normalize_codes=False,
-          norm_groups=32,
-          dtype="bfloat16",
-        ),
-        width=768,
-        depth=12,
-        heads=12,
-        decoder_width=768,
-        decoder_depth=8,
-        decoder_heads=16,
-        dropout=0.1,
-        dtype="bfloat16",
-        # One block is compiled for all.
-        scan=True,
-        mask_ratio=dict(mean=0.55, std=0.25, low=0.5, high=1.0),
-        label_smoothing=0.1,
-        sampling=dict(steps=20, schedule="cosine", temperature=6.0, guidance=3.0, guidance_schedule="linear"),
-      ),
-      optimizer=dict(
-        main=dict(
-          base_learning_rate=1.5e-4, warmup_epochs=4.0, b1=0.9, b2=0.95, weight_decay=0.05, clip_norm=3.0
-        )
-      ),
-      ema=dict(main=0.999),
-      evals=dict(
-        validation=dict(type="loss", every_steps=10_000),
-        samples=dict(type="samples", every_steps=10_000),
-      ),
-      mesh=dict(data=-1, fsdp=1, tensor=1),
-      # Where parameters live on a mesh: (regex over paths, the mesh axis of each dimension). An axis of size
-      # 1 does nothing; what no rule names is split over fsdp where it is large.
-      sharding=(
-        ("^frozen/tokenizer/", ()),
-        ("/(query|key|value|up)/kernel$", ("fsdp", "tensor")),
-        ("/(query|key|value|up)/bias$", ("tensor",)),
-        ("/(out|down)/kernel$", ("tensor", "fsdp")),
-        ("(embedding|position)$", (None, "fsdp")),
-      ),
-    )
-  )
+  """`mage_base.py` with classes, a frozen encoder, a tenth of the epochs and a moving average."""
+  given = dict(path=args.path, batch_size=args.batch_size, accumulation=args.accumulation)
+  config = config_lib.load_beside(__file__, "mage_base.py", **given)
+  config.total_epochs = 160.0
+  config.pretrained = dict(mage=args.mage)
+  config.objective.update(name="mage_conditional", classes=1000, condition_width=768, condition_dropout=0.1)
+  config.objective.sampling.update(guidance=3.0, guidance_schedule="linear")
+  config.optimizer.main.warmup_epochs = 4.0
+  config.ema = dict(main=0.999)
+  # The frozen encoder is split like what is trained.
+  config.sharding = (("^frozen/tokenizer/", ()), *config_lib.TRANSFORMER_RULES)
+  return config
 
 
 def shrink(config: ml_collections.ConfigDict, small: ml_collections.ConfigDict) -> None:

@@ -4,7 +4,7 @@
     --workdir=runs/mage_large
 
 `path` is a folder with `train` and `val`, each with one sub-folder per class; `tokenizer` the workdir or
-export of a tokenizer trained by `vqgan_imagenet.py`.
+export of a tokenizer trained by `vqgan_imagenet.py`. The recipe stands in `mage_base.py`.
 
 Hardware: a TPU slice or several 8-GPU machines for the published batch of 4,096; 1,600 epochs, 500,000
 steps. Expect, from the paper, FID 9.1 and 78.9% linear-probe accuracy. This full recipe has not been run by
@@ -21,106 +21,10 @@ The paper's scores come from 50,000 samples and a linear probe trained for 90 ep
 validation loss and pictures, say whether a run is healthy, not how it compares.
 """
 
-import pathlib
-
 import ml_collections
 
 from maskgen import config as config_lib
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
-  args = config_lib.parse_arg(
-    arg, path="imagenet", tokenizer="runs/vqgan", batch_size=4096, accumulation=1, debug=False, tiny=False
-  )
-  config = full(args)
-  if not (args.tiny or args.debug):
-    return config
-  # The small versions bring a tokenizer stage of their own.
-  quickstart = config_lib.load(f"{pathlib.Path(__file__).with_name('quickstart.py')}:debug={args.debug}")
-  shrink(config, quickstart.mage)
-  return ml_collections.ConfigDict(
-    dict(stages=("tokenizer", "mage"), tokenizer=quickstart.tokenizer.to_dict(), mage=config.to_dict())
-  )
-
-
-def full(args) -> ml_collections.ConfigDict:
-  return ml_collections.ConfigDict(
-    dict(
-      seed=0,
-      batch_size=args.batch_size,
-      accumulation=args.accumulation,
-      total_epochs=1600.0,
-      log_every_steps=100,
-      checkpoint=dict(save_steps=5000, save_minutes=15.0, keep=2),
-      data=dict(
-        source=f"folder:{args.path}",
-        split="train",
-        eval_split="val",
-        preprocess="decode(3)|random_resized_crop(256, (0.2, 1.0))|flip_lr",
-        eval_preprocess="decode(3)|resize_small(292)|center_crop(256)",
-      ),
-      pretrained=dict(tokenizer=args.tokenizer),
-      objective=dict(
-        name="mage",
-        image_size=(256, 256),
-        tokenizer=dict(
-          channels=128,
-          multipliers=(1, 1, 2, 2, 4),
-          strides=(2, 2, 2, 2),
-          blocks=2,
-          codebook_size=1024,
-          code_width=256,
-          normalize_codes=False,
-          norm_groups=32,
-          dtype="bfloat16",
-        ),
-        width=1024,
-        depth=24,
-        heads=16,
-        decoder_width=1024,
-        decoder_depth=8,
-        decoder_heads=16,
-        dropout=0.1,
-        dtype="bfloat16",
-        # One block is compiled for all 24, and recomputes what is cheap: 16 images fit a chip of 16 GB.
-        scan=True,
-        remat="dots",
-        mask_ratio=dict(mean=0.55, std=0.25, low=0.5, high=1.0),
-        label_smoothing=0.1,
-        sampling=dict(steps=20, schedule="cosine", temperature=6.0),
-      ),
-      optimizer=dict(
-        main=dict(
-          base_learning_rate=1.5e-4, warmup_epochs=40.0, b1=0.9, b2=0.95, weight_decay=0.05, clip_norm=3.0
-        )
-      ),
-      evals=dict(
-        validation=dict(type="loss", every_steps=10_000),
-        samples=dict(type="samples", every_steps=10_000),
-      ),
-      mesh=dict(data=-1, fsdp=1, tensor=1),
-      # Where parameters live on a mesh: (regex over paths, the mesh axis of each dimension). An axis of size
-      # 1 does nothing; what no rule names is split over fsdp where it is large.
-      sharding=(
-        ("^frozen/", ()),
-        ("/(query|key|value|up)/kernel$", ("fsdp", "tensor")),
-        ("/(query|key|value|up)/bias$", ("tensor",)),
-        ("/(out|down)/kernel$", ("tensor", "fsdp")),
-        ("(embedding|position)$", (None, "fsdp")),
-      ),
-    )
-  )
-
-
-def shrink(config: ml_collections.ConfigDict, small: ml_collections.ConfigDict) -> None:
-  """Keeps the recipe and takes data, network sizes and lengths from the quickstart."""
-  del config.total_epochs, config.optimizer.main.warmup_epochs
-  for key in ("batch_size", "total_steps", "checkpoint", "data", "pretrained", "evals", "log_every_steps"):
-    config[key] = small[key]
-  for key in ("image_size", "width", "depth", "heads", "decoder_width", "decoder_depth", "decoder_heads"):
-    config.objective[key] = small.objective[key]
-  config.objective.update(tokenizer=small.objective.tokenizer, sampling=small.objective.sampling)
-  config.objective.dtype = config.objective.tokenizer.dtype = "float32"
-  config.optimizer.main.warmup_steps = small.optimizer.main.warmup_steps
-  # A run this short needs larger steps than the linear-scaling rule gives.
-  config.optimizer.main.base_learning_rate = small.optimizer.main.learning_rate * 256 / small.batch_size
+  return config_lib.load_beside(__file__, "mage_base.py", arg, size="large")

@@ -19,8 +19,6 @@ Arguments:
   :debug  2 steps of each stage, tiny networks
 """
 
-import pathlib
-
 import ml_collections
 
 from maskgen import config as config_lib
@@ -28,11 +26,8 @@ from maskgen import config as config_lib
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   args = config_lib.parse_arg(arg, debug=False, tiny=False, seed=0)
-  given = f"debug={args.debug},tiny={args.tiny},seed={args.seed}"
-  small, captioned = (
-    config_lib.load(f"{pathlib.Path(__file__).with_name(name)}:{given}").to_dict()
-    for name in ("quickstart.py", "diffusion_digits.py")
-  )
+  small = config_lib.load_beside(__file__, "quickstart.py", arg).to_dict()
+  captioned = config_lib.load_beside(__file__, "diffusion_digits.py", arg).to_dict()
   tokenizer, mage = small["tokenizer"], small["mage"]
   # Digits without captions, for the first two stages; shifts are in the data already.
   plain = {**captioned["data"], "preprocess": "decode(3)", "eval_preprocess": "decode(3)"}

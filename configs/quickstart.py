@@ -15,11 +15,11 @@ Arguments:
 
 import ml_collections
 
-from maskgen.config import parse_arg
+from maskgen import config as config_lib
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
-  args = parse_arg(arg, debug=False, tiny=False, seed=0)
+  args = config_lib.parse_arg(arg, debug=False, tiny=False, seed=0)
   config = ml_collections.ConfigDict()
   config.stages = ("tokenizer", "mage")
   config.tokenizer = tokenizer(args)
@@ -73,7 +73,6 @@ def tokenizer(args) -> dict:
       generator=dict(learning_rate=8e-3, warmup_steps=0 if args.debug else 50),
       discriminator=dict(learning_rate=1e-3, schedule="constant", b1=0.0, b2=0.99),
     ),
-    mesh=dict(data=-1, fsdp=1, tensor=1),
     ema=dict(generator=0.99),
     evals=dict(reconstruction=dict(type="reconstruction", every_steps=300)),
   )
@@ -116,15 +115,7 @@ def mage(args) -> dict:
         clip_norm=3.0,
       ),
     ),
-    mesh=dict(data=-1, fsdp=1, tensor=1),
-    # Where parameters live on a mesh: (regex over paths, the mesh axis of each dimension).
-    sharding=(
-      ("^frozen/", ()),
-      ("/(query|key|value|up)/kernel$", ("fsdp", "tensor")),
-      ("/(query|key|value|up)/bias$", ("tensor",)),
-      ("/(out|down)/kernel$", ("tensor", "fsdp")),
-      ("(embedding|position)$", (None, "fsdp")),
-    ),
+    sharding=(("^frozen/", ()), *config_lib.TRANSFORMER_RULES),
     ema=dict(main=0.999),
     evals=dict(
       validation=dict(type="loss", every_steps=every),

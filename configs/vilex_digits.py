@@ -23,20 +23,19 @@ import ml_collections
 
 from maskgen import config as config_lib
 from maskgen import storage
-from maskgen.config import parse_arg
 from maskgen.errors import UserError
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
-  args = parse_arg(arg, decoder="", encoder="", debug=False, tiny=False, seed=0)
+  args = config_lib.parse_arg(arg, decoder="", encoder="", debug=False, tiny=False, seed=0)
   if args.encoder and not args.encoder.startswith("mage:"):
     raise UserError(f"config argument ':encoder={args.encoder}': give mage:PATH, with a trained MAGE model")
   if args.decoder:
     return ml_collections.ConfigDict(vilex(args, args.decoder, storage.load_config(args.decoder)))
-  chosen = "".join(f"{name}," for name in ("debug", "tiny") if getattr(args, name))
-  decoder = config_lib.to_dict(config_lib.load(f"diffusion_digits.py:{chosen}seed={args.seed}"))
+  given = dict(debug=args.debug, tiny=args.tiny, seed=args.seed)
+  decoder = config_lib.load_beside(__file__, "diffusion_digits.py", **given).to_dict()
   stages = dict(decoder=decoder, vilex=vilex(args, "stage:decoder", decoder))
   return ml_collections.ConfigDict(dict(stages=tuple(stages), **stages))
 
@@ -90,7 +89,6 @@ def vilex(args, path: str, decoder: dict) -> dict:
         multipliers=(("^encoder/", 0.3),) if mage else (),
       )
     ),
-    mesh=dict(data=-1, fsdp=1, tensor=1),
     ema=dict(main=0.99 if args.tiny else 0.998),
     evals=dict(
       validation=dict(type="loss", every_steps=1000),

@@ -30,13 +30,10 @@ Arguments:
   :debug          2 steps of tiny networks
 """
 
-import pathlib
-
 import ml_collections
 
 from maskgen import config as config_lib
 from maskgen import storage
-from maskgen.errors import UserError, nearest
 from maskgen.importers import diffusers
 from maskgen.importers.diffusers_layouts import LAYOUTS
 from maskgen.importers.published import PUBLISHED
@@ -54,16 +51,15 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   if not (args.tiny or args.debug):
     return config
   # The small versions bring a text-to-image model of their own.
-  digits = pathlib.Path(__file__).with_name("vilex_digits.py")
-  small = config_lib.load(f"{digits}:debug={args.debug},tiny={args.tiny}").to_dict()
-  shrink(config, small["vilex"])
-  return ml_collections.ConfigDict({**small, "vilex": config.to_dict()})
+  stages = config_lib.load_beside(__file__, "vilex_digits.py", debug=args.debug, tiny=args.tiny)
+  shrink(config, stages.vilex)
+  stages.vilex = config
+  return stages
 
 
 def full(args) -> ml_collections.ConfigDict:
-  if args.family not in LAYOUTS:
-    raise UserError(f"config argument ':family={args.family}' does not exist{nearest(args.family, LAYOUTS)}")
-  decoder, size = args.decoder or LAYOUTS[args.family].published, args.size
+  layout = config_lib.choose("family", args.family, LAYOUTS)
+  decoder, size = args.decoder or layout.published, args.size
   folder = diffusers.folder_of(decoder, args.family)
   mage, path = args.encoder.startswith("mage:"), args.encoder.removeprefix("mage:")
   found = {} if path in PUBLISHED else storage.load_config(path)
@@ -73,7 +69,6 @@ def full(args) -> ml_collections.ConfigDict:
   augment = words or "|flip_lr"
   return ml_collections.ConfigDict(
     dict(
-      seed=0,
       batch_size=args.batch_size,
       accumulation=args.accumulation,
       total_steps=300_000,
@@ -123,24 +118,20 @@ def full(args) -> ml_collections.ConfigDict:
         # Of photographs features="mobilenet_v2:/path/to.npz" tells more than pixels do.
         reconstruction=dict(type="lexicon", every_steps=10_000, num_tokens=(1, 4, 16, 75), num_images=64),
       ),
-      mesh=dict(data=-1, fsdp=1, tensor=1),
       # What no rule names, such as the frozen U-Net, is split over fsdp where it is large.
       sharding=(
         ("/v(_row|_col)?/", ()),  # Adafactor's, which are small
-        ("/(query|key|value|up)/kernel$", ("fsdp", "tensor")),
-        ("/(query|key|value|up)/bias$", ("tensor",)),
-        ("/(out|down)/kernel$", ("tensor", "fsdp")),
-        ("(embedding|position)$", (None, "fsdp")),
+        *config_lib.TRANSFORMER_RULES,
       ),
     )
   )
 
 
-def shrink(config: ml_collections.ConfigDict, small: dict) -> None:
+def shrink(config: ml_collections.ConfigDict, small: ml_collections.ConfigDict) -> None:
   """Keeps optimizer and recipe, and takes data, networks and lengths from the lexicon of digits."""
-  for key in small.keys() - {"optimizer"}:
+  for key in set(small) - {"optimizer"}:
     config[key] = small[key]
   config.accumulation = 1
   # Networks from scratch and a run this short need larger steps, for all alike.
   for key in ("learning_rate", "warmup_steps", "multipliers"):
-    config.optimizer.main[key] = small["optimizer"]["main"][key]
+    config.optimizer.main[key] = small.optimizer.main[key]

@@ -13,13 +13,10 @@ Hardware: 256 chips of TPU v5e for the paper's batch; docs/scaling.md has what a
 Arguments: those of vilex_sd15.py; `:decoder` is a converted Stable Diffusion 2 for 512 pixels, "base".
 """
 
-import pathlib
-
 import ml_collections
 
 from maskgen import config as config_lib
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
-  sd15 = pathlib.Path(__file__).with_name("vilex_sd15.py")
-  return config_lib.load(f"{sd15}:family=sd21,{arg or ''}")
+  return config_lib.load_beside(__file__, "vilex_sd15.py", arg, family="sd21")

@@ -14,13 +14,10 @@ what a step then needs has not been compiled.
 Arguments: those of vilex_sd15.py; `:decoder` is a converted Stable Diffusion XL, base.
 """
 
-import pathlib
-
 import ml_collections
 
 from maskgen import config as config_lib
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
-  sd15 = pathlib.Path(__file__).with_name("vilex_sd15.py")
-  return config_lib.load(f"{sd15}:family=sdxl,size=1024,accumulation=8,{arg or ''}")
+  return config_lib.load_beside(__file__, "vilex_sd15.py", arg, family="sdxl", size=1024, accumulation=8)

@@ -20,12 +20,9 @@ Arguments:
   :batch_size   examples per step
 """
 
-import pathlib
-
 import ml_collections
 
 from maskgen import config as config_lib
-from maskgen.errors import UserError, nearest
 
 # The least share of a picture's area that a crop keeps.
 CROPS = {"weak": 0.8, "strong": 0.2}
@@ -35,12 +32,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   args = config_lib.parse_arg(
     arg, path="imagenet", perceptual="", augmentation="weak", debug=False, tiny=False, batch_size=256
   )
-  if args.augmentation not in CROPS:
-    raise UserError(f"augmentation '{args.augmentation}' does not exist{nearest(args.augmentation, CROPS)}")
-  crop = f"random_resized_crop(256, ({CROPS[args.augmentation]}, 1.0))"
+  share = config_lib.choose("augmentation", args.augmentation, CROPS)
   config = ml_collections.ConfigDict(
     dict(
-      seed=0,
       batch_size=args.batch_size,
       total_steps=1_000_000,
       log_every_steps=100,
@@ -49,7 +43,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         source=f"folder:{args.path}",
         split="train",
         eval_split="val",
-        preprocess=f"decode(3)|{crop}|flip_lr",
+        preprocess=f"decode(3)|random_resized_crop(256, ({share}, 1.0))|flip_lr",
         eval_preprocess="decode(3)|resize_small(256)|center_crop(256)",
       ),
       pretrained=dict(perceptual=args.perceptual) if args.perceptual else dict(),
@@ -83,8 +77,6 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
       ),
       ema=dict(generator=0.999),
       evals=dict(reconstruction=dict(type="reconstruction", every_steps=10_000)),
-      mesh=dict(data=-1, fsdp=1, tensor=1),
-      accumulation=1,
     )
   )
   if args.tiny:
@@ -96,7 +88,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
 
 def shrink(config: ml_collections.ConfigDict) -> None:
   """Keeps the recipe and takes digits, network sizes and lengths from the quickstart."""
-  small = config_lib.load(str(pathlib.Path(__file__).with_name("quickstart.py"))).tokenizer
+  small = config_lib.load_beside(__file__, "quickstart.py").tokenizer
   for key in ("batch_size", "log_every_steps", "checkpoint", "data", "evals"):
     config[key] = small[key]
   for key in ("image_size", "tokenizer", "discriminator", "adversarial_start"):

@@ -113,6 +113,25 @@ def test_files_that_are_no_config(name, text, message, tmp_path):
     config_lib.load(str(tmp_path / name))
 
 
+# Configs that build on others
+
+
+def test_a_config_builds_on_the_file_beside_it(tmp_path):
+  (tmp_path / "mage_base.py").write_text(
+    "import ml_collections\n\n\ndef get_config(arg):\n  return ml_collections.ConfigDict(dict(given=arg))\n"
+  )
+  mine = str(tmp_path / "mine.py")
+  config = config_lib.load_beside(mine, "mage_base.py", "rate=2,size=4", size=3, debug=True)
+  assert config.given == "size=3,debug=True,rate=2,size=4"
+  config.new_key = 1  # it is not locked
+
+
+@pytest.mark.parametrize("name", ["mage_base", "mage_large"])
+def test_sizes_that_do_not_exist_are_named(name):
+  with pytest.raises(UserError, match=r"':size=bsae' does not exist; did you mean 'base'\?"):
+    config_lib.load(f"configs/{name}.py:size=bsae")
+
+
 # Overrides
 
 
@@ -161,7 +180,7 @@ def test_shipped_configs_survive_json(name, arg):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("arg", ["", ":debug", ":tiny"])
+@pytest.mark.parametrize("arg", ["", ":debug", ":tiny", ":debug,tiny"])
 def test_shipped_configs_have_only_keys_that_are_read(name, arg):
   config = config_lib.to_dict(config_lib.load(f"configs/{name}{arg}"))
   for stage in config.get("stages", [None]):

@@ -2,11 +2,13 @@
 
 from maskgen.config.build import DTYPES, build_dataclass, check_at_least, check_dtype, duration
 from maskgen.config.changes import difference
-from maskgen.config.loading import find_file, load, parse_arg, to_dict
+from maskgen.config.loading import choose, find_file, load, load_beside, parse_arg, to_dict
+from maskgen.config.rules import TRANSFORMER_RULES
 from maskgen.config.schema import Checkpointing, Mesh, Profile, RunConfig
 
 __all__ = [
   "DTYPES",
+  "TRANSFORMER_RULES",
   "Checkpointing",
   "Mesh",
   "Profile",
@@ -14,10 +16,12 @@ __all__ = [
   "build_dataclass",
   "check_at_least",
   "check_dtype",
+  "choose",
   "difference",
   "duration",
   "find_file",
   "load",
+  "load_beside",
   "parse_arg",
   "to_dict",
 ]

@@ -45,6 +45,17 @@ def parse_arg(arg: str | None, **defaults: Any) -> SimpleNamespace:
   return SimpleNamespace(**values)
 
 
+def choose(name: str, value: str, choices: Mapping[str, Any]) -> Any:
+  """Returns what a config's argument `name` stands for.
+
+  Raises:
+    UserError: if `value` is not among the choices.
+  """
+  if value not in choices:
+    raise UserError(f"config argument ':{name}={value}' does not exist{nearest(value, choices)}")
+  return choices[value]
+
+
 def _parse(name: str, text: str, like: Any) -> Any:
   """Reads `text` as a value of the type of `like`."""
   if isinstance(like, str):
@@ -103,6 +114,21 @@ def load(spec: str, overrides: Mapping[str, str] | None = None) -> ml_collection
   for key, text in (overrides or {}).items():
     _override(config, key, text)
   return config
+
+
+def load_beside(file: str, name: str, arg: str | None = None, **arguments: Any) -> ml_collections.ConfigDict:
+  """Loads the config that another config builds on, and leaves it unlocked.
+
+  Args:
+    file: `__file__` of the config that builds on it.
+    name: the file to load: from the same folder, or else as maskgen ships it.
+    arg: arguments that the user gave, as `get_config` has them; they come last and so decide.
+    **arguments: arguments for it.
+  """
+  beside = pathlib.Path(file).with_name(name)
+  given = [f"{key}={value}" for key, value in arguments.items()] + [arg] * bool(arg)
+  config = load(f"{beside if beside.is_file() else name}:{','.join(given)}")
+  return ml_collections.ConfigDict(config.to_dict())
 
 
 def _fill_in(section: ml_collections.ConfigDict, cls: type) -> None:
