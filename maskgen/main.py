@@ -161,9 +161,15 @@ def check_same_run(root: epath.Path, config: Mapping[str, Any]) -> None:
   previous = root / "config.json"
   if previous.exists():
     try:
-      changes = config_lib.difference(json.loads(previous.read_text()), config)
+      stored = json.loads(previous.read_text())
     except json.JSONDecodeError as error:
       raise UserError(f"{previous} is damaged ({error}): restore it, or give another --workdir") from None
+    stored.pop("version", None)  # which `write_config` adds
+    if stored == config:
+      return
+    from maskgen.training.sections import find_type  # takes seconds
+
+    changes = config_lib.difference(stored, config, find_type)
     if changes:
       more = f" and {len(changes) - 3} more" if len(changes) > 3 else ""
       raise UserError(

@@ -8,9 +8,11 @@ import ml_collections
 import pytest
 
 from maskgen import config as config_lib
+from maskgen import main
 from maskgen.config import fields
 from maskgen.errors import UserError, nearest
 from maskgen.models.vqgan import VQGAN
+from maskgen.training.sections import find_type
 
 CONFIGS = sorted(p.name for p in (pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
 
@@ -312,7 +314,7 @@ def test_a_renamed_key_is_strict():
 # Differences
 
 
-OLD = {"seed": 1, "data": {"source": "digits"}, "mesh": {"data": -1}, "version": "1", "log_every_steps": 5}
+OLD = {"seed": 1, "data": {"source": "digits"}, "mesh": {"data": -1}, "log_every_steps": 5}
 
 
 @pytest.mark.parametrize(
@@ -322,7 +324,7 @@ OLD = {"seed": 1, "data": {"source": "digits"}, "mesh": {"data": -1}, "version":
     ({"seed": 2}, ["seed: 1 -> 2"]),
     ({"data": {"source": "synthetic"}}, ["data.source: digits -> synthetic"]),
     ({"new": 3}, ["new: (absent) -> 3"]),
-    ({"mesh": {"data": 2}, "version": "2", "log_every_steps": 9}, []),
+    ({"mesh": {"data": 2}, "log_every_steps": 9, "accumulation": 2}, []),
     ({"checkpoint": {"keep": 9}, "profile": {"steps": 3}, "sharding": [["a", []]]}, []),
     ({"evals": {"loss": {"type": "loss"}}}, []),
     # A key elsewhere that is only called like an operational one counts.
@@ -334,7 +336,8 @@ def test_difference_names_what_changes_numbers(changes, expected, staged):
   new = OLD | changes
   if staged:
     expected = [f"first.{line}" for line in expected]
-    assert config_lib.difference({"first": OLD, "version": "1"}, {"first": new, "version": "2"}) == expected
+    stages = {"stages": ["first"]}
+    assert config_lib.difference(stages | {"first": OLD}, stages | {"first": new}) == expected
   else:
     assert config_lib.difference(OLD, new) == expected
 
@@ -342,6 +345,62 @@ def test_difference_names_what_changes_numbers(changes, expected, staged):
 def test_difference_sees_removed_keys_and_empty_groups():
   assert config_lib.difference({"a": 1, "b": 2}, {"a": 1}) == ["b: 2 -> (absent)"]
   assert config_lib.difference({"ema": {}}, {"ema": {"main": 0.9}})
+
+
+@pytest.mark.parametrize(
+  ("old", "new", "expected"),
+  [
+    ({"name": "diffusion"}, {"name": "diffusion", "unet": {"remat": "full"}}, []),
+    (
+      {"name": "diffusion", "unet": {"width": 8}},
+      {"name": "diffusion", "unet": {"width": 9, "remat": "full"}},
+      ["objective.unet.width: 8 -> 9"],
+    ),
+    # Sections within an objective's section, which name their own class.
+    (
+      {"name": "vilex", "encoder": {"name": "vit"}, "decoder": {"name": "diffusion", "unet": {}}},
+      {
+        "name": "vilex",
+        "encoder": {"name": "vit", "remat": "full", "scan": True},
+        "decoder": {"name": "diffusion", "unet": {"remat": "dots"}, "text_encoder": {"attention": "xla"}},
+        "attention": "xla",
+      },
+      [],
+    ),
+    (
+      {"name": "vilex", "decoder": {"name": "diffusers"}},
+      {"name": "vilex", "decoder": {"name": "diffusers", "remat": "full"}},
+      [],
+    ),
+    ({"dtype": "float32"}, {"dtype": "bfloat16"}, ["objective.dtype: float32 -> bfloat16"]),
+    # A class that does not have the field, or that does not exist.
+    ({}, {"unet": {"remat": "full"}}, ["objective.unet.remat: (absent) -> full"]),
+    ({"name": "unknown"}, {"name": "unknown", "remat": "full"}, ["objective.remat: (absent) -> full"]),
+  ],
+)
+def test_how_nested_networks_are_run_does_not_matter(old, new, expected):
+  old, new = ({"objective": {"name": "mage"} | section} for section in (old, new))
+  assert config_lib.difference(old, new, find_type) == expected
+
+
+def test_a_workdir_continues_with_other_remat(tmp_path):
+  config = {"objective": {"name": "diffusion", "unet": {"width": 8}}, "seed": 1}
+  (tmp_path / "config.json").write_text(json.dumps(config | {"version": "0.1"}))
+  main.check_same_run(tmp_path, config)
+  changed = {"name": "diffusion", "unet": {"width": 8, "remat": "full"}}
+  main.check_same_run(tmp_path, config | {"objective": changed})
+  with pytest.raises(UserError, match=r"holds another config's run \(seed: 1 -> 2\)"):
+    main.check_same_run(tmp_path, config | {"seed": 2})
+
+
+def test_a_renamed_key_makes_no_difference():
+  def find(path, section):
+    return Renamed if path == ("objective",) else None
+
+  old, new = ({"objective": {name: 3, "inner": {"depth": 2}}} for name in ("channels", "width"))
+  assert not config_lib.difference(old, new, find)
+  new["objective"]["width"] = 4
+  assert config_lib.difference(old, new, find) == ["objective.width: 3 -> 4"]
 
 
 def test_values_of_a_wrong_type_in_a_section_are_named():

@@ -1,32 +1,60 @@
 """What differs between two configs, and whether it matters to a run that continues."""
 
-import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-# Keys, of a run or of one of its stages, that say how it is carried out, not what it computes: they may
-# change when it is resumed.
-OPERATIONAL = re.compile(
-  r"(\w+\.)?(version|evals|mesh|sharding|accumulation|log_every_steps|checkpoint|profile"
-  r"|objective\.(attention|remat|scan))(\.|$)"
-)
+from maskgen.config import fields
+from maskgen.config.schema import RunConfig
+
+# (path, section) -> the dataclass of a section of a run that `RunConfig` leaves open, or None.
+FindType = Callable[[tuple[str, ...], Mapping[str, Any]], type | None]
 
 
-def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-  """Lists `key: old -> new` for what differs between two `to_dict` results and changes a run's numbers."""
-  old_flat, new_flat = _flatten(old), _flatten(new)
+def difference(
+  old: Mapping[str, Any], new: Mapping[str, Any], find_type: FindType = lambda path, section: None
+) -> list[str]:
+  """Lists `key: old -> new` for what differs between two `to_dict` results and changes a run's numbers.
+
+  Operational fields do not count, and a key that was renamed is compared under its new name.
+
+  Args:
+    old: a config of one model, or of several stages.
+    new: another one.
+    find_type: tells the dataclass of sections such as `("objective",)` or `("optimizer", "main")`.
+
+  Raises:
+    UserError: if a config gives a key under its old and its new name.
+  """
+  old_flat, new_flat = _flatten(old, find_type), _flatten(new, find_type)
   return [
     f"{key}: {old_flat.get(key, '(absent)')} -> {new_flat.get(key, '(absent)')}"
     for key in sorted(old_flat.keys() | new_flat.keys())
-    if old_flat.get(key) != new_flat.get(key) and not OPERATIONAL.match(key)
+    if old_flat.get(key) != new_flat.get(key)
   ]
 
 
-def _flatten(node: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def _flatten(config: Mapping[str, Any], find_type: FindType) -> dict[str, Any]:
+  """The keys that matter, by their path joined with dots."""
   flat: dict[str, Any] = {}
-  for key, value in node.items():
-    if isinstance(value, Mapping) and value:
-      flat.update(_flatten(value, f"{prefix}{key}."))
-    else:
-      flat[f"{prefix}{key}"] = value
+
+  def visit(section: Mapping[str, Any], cls: type | None, prefix: str, path: tuple[str, ...] = ()) -> None:
+    known = fields.of(cls) if cls else {}
+    for key, value in (fields.current_names(cls, section) if cls else section).items():
+      field = known.get(key)
+      if field and field.metadata.get("operational"):
+        continue
+      inner = None
+      if isinstance(value, Mapping):
+        inner = fields.section_type(cls, field, value) if cls and field else None
+        inner = inner or find_type((*path, key), value)
+      if isinstance(value, Mapping) and (value or inner):
+        visit(value, inner, f"{prefix}{key}.", (*path, key))
+      else:
+        flat[prefix + key] = value
+
+  stages = [stage for stage in config.get("stages", ()) if isinstance(config.get(stage), Mapping)]
+  for stage in stages:
+    visit(config[stage], RunConfig, f"{stage}.")
+  rest = {key: value for key, value in config.items() if key not in stages}
+  visit(rest, RunConfig, "")
   return flat

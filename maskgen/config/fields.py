@@ -59,7 +59,7 @@ def static(default: Any = dataclasses.MISSING, *, was: str = "", **options: Any)
 
 
 def section(find: Callable[[Mapping[str, Any]], type], *, was: str = "", **options: Any) -> Any:
-  """A field that holds a config section as it is, whose dataclass `find` tells by its content."""
+  """A field that holds a config section as it is, whose dataclass `find` tells, or raises `UserError`."""
   return _field(dataclasses.MISSING, options, find=find, was=was)
 
 
@@ -100,14 +100,12 @@ def current_names(cls: type, options: Mapping[str, Any], where: str = "") -> dic
 
 
 def section_type(cls: type, field: dataclasses.Field[Any], value: Any) -> type | None:
-  """The dataclass of a field that holds a section, or None if it holds a value.
-
-  Raises:
-    UserError: if the section does not tell its dataclass.
-  """
-  find = field.metadata.get("find")
-  if find is not None:
-    found: type = find(value)
+  """The dataclass of a field that holds a section; None if it holds a value, or names no known class."""
+  if "find" in field.metadata:
+    try:
+      found: type = field.metadata["find"](value)
+    except UserError:  # which building the section raises again
+      return None
     return found
   hint = typing.get_type_hints(cls)[field.name]
   return hint if isinstance(hint, type) and dataclasses.is_dataclass(hint) else None
@@ -124,7 +122,7 @@ def walk(
     path: of the section.
 
   Raises:
-    UserError: as `current_names` and `section_type`.
+    UserError: if a key is given under its old and its new name.
   """
   given = current_names(cls, options) if isinstance(options, Mapping) else vars(options)
   for name, field in of(cls).items():

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from maskgen.config import fields
 from maskgen.config.build import check_at_least
 from maskgen.errors import UserError
 
@@ -89,16 +90,16 @@ class RunConfig:
   total_steps: int | None = None
   total_epochs: float | None = None
   seed: int = 0
-  accumulation: int = 1
+  accumulation: int = fields.operational(1)
   ema: Mapping[str, float] = dataclasses.field(default_factory=dict)
   pretrained: Mapping[str, str] = dataclasses.field(default_factory=dict)
   resume: str | None = None
-  evals: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-  mesh: Mesh = Mesh()
-  sharding: tuple[tuple[str, tuple[Any, ...]], ...] = ()
-  log_every_steps: int = 50
-  checkpoint: Checkpointing = Checkpointing()
-  profile: Profile = Profile()
+  evals: Mapping[str, Any] = fields.operational(default_factory=dict)
+  mesh: Mesh = fields.operational(Mesh())
+  sharding: tuple[tuple[str, tuple[Any, ...]], ...] = fields.operational(())
+  log_every_steps: int = fields.operational(50)
+  checkpoint: Checkpointing = fields.operational(Checkpointing())
+  profile: Profile = fields.operational(Profile())
 
   def __post_init__(self):
     check_at_least(self, 1, "batch_size", "accumulation", "log_every_steps")

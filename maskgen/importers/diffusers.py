@@ -19,11 +19,12 @@ import numpy as np
 from etils import epath
 
 from maskgen import storage
-from maskgen.config import build_dataclass, check_dtype
+from maskgen.config import build_dataclass, check_dtype, fields
 from maskgen.errors import UserError, nearest
 from maskgen.importers import Converted, diffusers_configs, torch_tensors
 from maskgen.importers.diffusers_layouts import LAYOUTS
 from maskgen.importers.published import PUBLISHED
+from maskgen.models.remat import REMAT
 from maskgen.models.text_to_image import TEXT_PARTS, TextToImage
 from maskgen.models.vilex import Renderer
 from maskgen.numerics.text import Captions, Tokenizer, open_tokenizer
@@ -168,10 +169,10 @@ class Folder:
   folder: str = ""
   family: str = ""
   image_size: tuple[int, int]
-  param_dtype: str = "float32"
-  dtype: str = "float32"
-  attention: str = "auto"
-  remat: str = "none"
+  param_dtype: str = fields.precision("float32")
+  dtype: str = fields.precision("float32")
+  attention: str = fields.operational("auto", plain="xla")
+  remat: str = fields.operational("none", less_memory=REMAT[1:])
 
   def __post_init__(self):
     check_dtype(self.param_dtype)

@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from maskgen.config import check_at_least, check_dtype
+from maskgen.config import check_at_least, check_dtype, fields
 from maskgen.errors import UserError
 from maskgen.models import remat as remat_lib
 from maskgen.models.resnet import Downsample, ResnetBlock, Upsample, conv, group_norm
@@ -154,9 +154,9 @@ class AutoencoderKL(nn.Module):
   latent_channels: int = 4
   scale: float = 0.18215
   groups: int = 32
-  dtype: str = "float32"
-  attention: str = "auto"
-  remat: str = "none"
+  dtype: str = fields.precision("float32")
+  attention: str = fields.operational("auto", plain="xla")
+  remat: str = fields.operational("none", less_memory=remat_lib.REMAT[1:])
 
   def __post_init__(self):
     check_at_least(self, 1, "channels", "layers", "image_channels", "latent_channels", "groups")

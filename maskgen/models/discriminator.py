@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maskgen.config import check_at_least, check_dtype
+from maskgen.config import check_at_least, check_dtype, fields
 from maskgen.errors import UserError
 
 
@@ -22,7 +22,7 @@ class Discriminator(nn.Module):
   channels: int = 128
   max_channels: int = 512
   blocks: int = 5
-  dtype: str = "float32"
+  dtype: str = fields.precision("float32")
 
   def __post_init__(self):
     check_at_least(self, 1, "channels", "max_channels", "blocks")

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from maskgen import sharding
+from maskgen.config import fields
+from maskgen.models.remat import REMAT
 from maskgen.models.transformer import Dropout, Transformer, embedding_init, kernel_init
 from maskgen.numerics.vocab import Vocab
 
@@ -35,10 +37,10 @@ class Encoder(nn.Module):
   depth: int = 12
   heads: int = 12
   dropout: float = 0.1
-  dtype: str = "float32"
-  attention: str = "auto"
-  remat: str = "none"
-  scan: bool = False
+  dtype: str = fields.precision("float32")
+  attention: str = fields.operational("auto", plain="xla")
+  remat: str = fields.operational("none", less_memory=REMAT[1:])
+  scan: bool = fields.operational(False)
   drop_path: float = 0.0
 
   def setup(self):

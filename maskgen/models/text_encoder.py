@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from maskgen.config import check_at_least, check_dtype
+from maskgen.config import check_at_least, check_dtype, fields
 from maskgen.errors import UserError, nearest
 from maskgen.models import remat as remat_lib
 from maskgen.models.resnet import layer_norm
@@ -149,9 +149,9 @@ class TextEncoder(nn.Module):
   activation: str = "quick_gelu"
   projection: int = 0
   epsilon: float = 1e-5
-  dtype: str = "float32"
-  attention: str = "auto"
-  remat: str = "none"
+  dtype: str = fields.precision("float32")
+  attention: str = fields.operational("auto", plain="xla")
+  remat: str = fields.operational("none", less_memory=remat_lib.REMAT[1:])
 
   def __post_init__(self):
     check_at_least(self, 1, "vocabulary_size", "positions", "width", "depth", "heads", "hidden")

@@ -14,7 +14,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from maskgen.config import check_at_least, check_dtype
+from maskgen.config import check_at_least, check_dtype, fields
 from maskgen.errors import UserError
 from maskgen.models import remat as remat_lib
 from maskgen.models.resnet import Downsample, ResnetBlock, Upsample, conv, group_norm, layer_norm
@@ -250,9 +250,9 @@ class UNet(nn.Module):
   scale_shift: bool = False
   groups: int = 32
   epsilon: float = 1e-5
-  dtype: str = "float32"
-  attention: str = "auto"
-  remat: str = "none"
+  dtype: str = fields.precision("float32")
+  attention: str = fields.operational("auto", plain="xla")
+  remat: str = fields.operational("none", less_memory=remat_lib.REMAT[1:])
 
   def __post_init__(self):
     positive = ("channels", "layers", "middle_depth", "heads", "in_channels", "out_channels", "context_width")

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maskgen.config import check_at_least
+from maskgen.config import check_at_least, fields
 from maskgen.models.text_to_image import TextToImage
 from maskgen.models.unet import Condition
 from maskgen.numerics import diffusion, prompts
@@ -30,8 +30,8 @@ class Sampling:
     text_guidance: how much its words count beside them, likewise; text-free guidance (section 3.3).
   """
 
-  steps: int = 25
-  sampler: str = "dpm"
+  steps: int = fields.static(25)
+  sampler: str = fields.static("dpm")
   image_guidance: float = 2.0
   text_guidance: float = 2.0
 
@@ -60,7 +60,7 @@ class Renderer:
   start_id: int
   end_id: int
   padding_ids: tuple[int, ...]
-  param_dtype: str = "float32"
+  param_dtype: str = fields.precision("float32")
 
   def shapes(self) -> dict[str, Any]:
     """The shapes of the frozen parameters, `{part: tree}`."""

@@ -7,9 +7,9 @@ import flax.linen as nn
 import jax
 
 from maskgen import sharding
-from maskgen.config import check_at_least, check_dtype
+from maskgen.config import check_at_least, check_dtype, fields
 from maskgen.errors import UserError
-from maskgen.models.remat import check_remat
+from maskgen.models.remat import REMAT, check_remat
 from maskgen.models.transformer import Transformer, check_attention, embedding_init, kernel_init
 
 
@@ -33,10 +33,10 @@ class ViT(nn.Module):
   depth: int = 12
   heads: int = 12
   hidden: int = 0
-  dtype: str = "float32"
-  attention: str = "auto"
-  remat: str = "none"
-  scan: bool = False
+  dtype: str = fields.precision("float32")
+  attention: str = fields.operational("auto", plain="xla")
+  remat: str = fields.operational("none", less_memory=REMAT[1:])
+  scan: bool = fields.operational(False)
 
   def __post_init__(self):
     check_at_least(self, 1, "patch", "width", "depth", "heads")

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from maskgen import sharding
-from maskgen.config import check_at_least, check_dtype
+from maskgen.config import check_at_least, check_dtype, fields
 from maskgen.errors import UserError
 
 SHORTCUTS = ("input", "reference")
@@ -147,7 +147,7 @@ class VQGAN(nn.Module):
   norm_groups: int = 32
   shortcut: str = "input"
   image_channels: int = 3
-  dtype: str = "float32"
+  dtype: str = fields.precision("float32")
 
   def __post_init__(self):
     positive = ("channels", "multipliers", "strides", "blocks", "codebook_size", "code_width")

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maskgen.config import check_at_least
+from maskgen.config import check_at_least, fields
 from maskgen.errors import UserError, nearest
 
 
@@ -87,8 +87,8 @@ class Sampling:
     guidance: how much the prompt counts: 0 not at all, 1 as trained, above 1 it shows more and variety less.
   """
 
-  steps: int = 25
-  sampler: str = "dpm"
+  steps: int = fields.static(25)
+  sampler: str = fields.static("dpm")
   guidance: float = 7.5
 
   def __post_init__(self):

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from maskgen import config as config_lib
+from maskgen.config import fields
 from maskgen.errors import UserError, nearest
 
 # The share of the initially unknown tokens that is still masked when the share t of the steps is done:
@@ -58,14 +59,14 @@ class Sampling:
     guidance_schedule: a name in `GUIDANCE_SCHEDULES`.
   """
 
-  steps: int = 20
-  schedule: str = "cosine"
+  steps: int = fields.static(20)
+  schedule: str = fields.static("cosine")
   temperature: float = 6.0
-  order: str = "confidence"
+  order: str = fields.static("confidence")
   softmax_temperature: float = 1.0
-  reuse: int = 1
+  reuse: int = fields.static(1)
   guidance: float = 1.0
-  guidance_schedule: str = "constant"
+  guidance_schedule: str = fields.static("constant")
 
   def __post_init__(self):
     remaining_table(self.schedule, self.steps, 0)

@@ -17,6 +17,7 @@ import jax
 from maskgen import config as config_lib
 from maskgen import sharding
 from maskgen.batch import BatchSpec as BatchSpec
+from maskgen.config import fields
 from maskgen.errors import UserError, nearest
 from maskgen.models.vqgan import VQGAN
 from maskgen.numerics.text import Captions
@@ -24,10 +25,6 @@ from maskgen.numerics.text import Captions
 Tree = Any
 Batch = Mapping[str, jax.Array]
 Metrics = dict[str, jax.Array]
-# Options of prediction functions that set array sizes or choose what is computed.
-STATIC_OPTIONS = ("steps", "schedule", "order", "reuse", "guidance_schedule", "sampler")
-# Fields of networks that say how they are run, not what they are.
-HOW = ("dtype", "param_dtype", "attention", "remat", "scan", "parent", "name")
 # (variables, batch, rng) -> arrays; variables = {"params": {group: tree}, "frozen": tree, "extra": tree}.
 PredictFn = Callable[..., Any]
 
@@ -117,19 +114,32 @@ class Objective(Protocol):
     """
 
 
+def find(section: Mapping[str, Any], **others: type) -> type:
+  """Returns the class of the objective that a config section names.
+
+  Args:
+    section: a section with the key `name`.
+    **others: classes by further names that the section may give.
+
+  Raises:
+    UserError: for an unknown name.
+  """
+  name = str(section.get("name"))
+  known = [module.name for module in pkgutil.iter_modules(__path__)]
+  if name not in (*known, *others):
+    raise UserError(f"config.objective.name '{name}' does not exist{nearest(name, known)}")
+  return others.get(name) or importlib.import_module(f"{__name__}.{name}").Objective
+
+
 def build(section: Mapping[str, Any]) -> Objective:
   """Builds the objective that a config section names.
 
   Raises:
     UserError: for an unknown name or key, or a value that the objective refuses.
   """
-  options = dict(section)
-  name = options.pop("name", None)
-  known = [module.name for module in pkgutil.iter_modules(__path__)]
-  if name not in known:
-    raise UserError(f"config.objective.name '{name}' does not exist{nearest(str(name), known)}")
-  module = importlib.import_module(f"{__name__}.{name}")
-  return config_lib.build_dataclass(module.Objective, options, "config.objective")
+  options = {key: value for key, value in section.items() if key != "name"}
+  found: Objective = config_lib.build_dataclass(find(section), options, "config.objective")
+  return found
 
 
 def check_image_size(size: Any) -> None:
@@ -143,22 +153,18 @@ def check_image_size(size: Any) -> None:
 
 
 def check_tokenizer(found: VQGAN, expected: VQGAN) -> None:
-  """Checks that the tokenizer of a pretrained model is that of `config.objective`.
-
-  Raises:
-    UserError: naming a field that differs.
-  """
-  for field in dataclasses.fields(VQGAN):
-    theirs, ours = getattr(found, field.name), getattr(expected, field.name)
-    # The type of the computation may differ: parameters are float32.
-    if theirs != ours and field.name not in ("dtype", "parent", "name"):
-      raise UserError(
-        f"its tokenizer has {field.name}={theirs}, config.objective.tokenizer has {ours}: make them equal"
-      )
+  """Checks that the tokenizer of a pretrained model is that of `config.objective`; errors as `check_same`."""
+  check_same(found, expected, "its tokenizer", "config.objective.tokenizer")
 
 
-def check_same(found: Any, expected: Any) -> None:
-  """Checks that networks of a pretrained model are those of `config.objective`, but for how they are run.
+def check_same(found: Any, expected: Any, what: str = "it", where: str = "config.objective") -> None:
+  """Checks that networks of a pretrained model are those of a config, but for how they are run.
+
+  Args:
+    found: the pretrained model's networks, a dataclass.
+    expected: those of the config.
+    what: what to call the former in errors.
+    where: what to call the latter.
 
   Raises:
     UserError: naming a field that differs.
@@ -167,16 +173,20 @@ def check_same(found: Any, expected: Any) -> None:
   for field in sorted(theirs.keys() | ours.keys()):
     if theirs.get(field) != ours.get(field):
       raise UserError(
-        f"it has {field}={theirs.get(field)}, config.objective has {ours.get(field)}: make them equal"
+        f"{what} has {field}={theirs.get(field)}, {where} has {ours.get(field)}: make them equal"
       )
 
 
 def _described(value: Any, prefix: str = "") -> dict[str, Any]:
-  """The fields of nested dataclasses by their path."""
+  """The fields of nested dataclasses by their path, but for how they are run and in which type."""
   if isinstance(value, tuple) and any(map(dataclasses.is_dataclass, value)):
     parts = {str(i): one for i, one in enumerate(value)}
   elif dataclasses.is_dataclass(value):
-    names = (field.name for field in dataclasses.fields(value) if field.name not in HOW)
+    names = (
+      name
+      for name, field in fields.of(type(value)).items()
+      if field.metadata.keys().isdisjoint(("operational", "precision"))
+    )
     parts = {name: getattr(value, name) for name in names}
   else:
     return {prefix: value}
@@ -187,12 +197,14 @@ def _described(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def compile_predict_fns(objective: Objective, mesh: jax.sharding.Mesh | None = None) -> dict[str, PredictFn]:
-  """The objective's prediction functions, jitted for a mesh; `STATIC_OPTIONS` are static."""
+  """The objective's prediction functions, jitted for a mesh; see `maskgen.config.fields.static`."""
+  walked = fields.walk(type(objective), objective)
+  static = tuple({path[-1] for path, field, _ in walked if field.metadata.get("static")})
 
   def jit(fn: PredictFn) -> PredictFn:
     parameters = inspect.signature(fn).parameters.values()
     options = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
     fn = sharding.on_mesh(fn, mesh) if mesh else fn
-    return jax.jit(fn, static_argnames=STATIC_OPTIONS if options else ())
+    return jax.jit(fn, static_argnames=static if options else ())
 
   return {name: jit(fn) for name, fn in objective.predict_fns().items()}

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 from maskgen import config as config_lib
 from maskgen import images as images_lib
 from maskgen import objectives
+from maskgen.config import fields
 from maskgen.errors import UserError, nearest
 from maskgen.models.mage import Encoder
-from maskgen.models.remat import check_remat
+from maskgen.models.remat import REMAT, check_remat
 from maskgen.models.transformer import check_attention
 from maskgen.models.vqgan import VQGAN
 from maskgen.numerics import losses as losses_lib
@@ -96,10 +97,10 @@ class Objective:
   label_smoothing: float = 0.0
   mixup: float = 0.0
   cutmix: float = 0.0
-  dtype: str = "float32"
-  attention: str = "auto"
-  remat: str = "none"
-  scan: bool = False
+  dtype: str = fields.precision("float32")
+  attention: str = fields.operational("auto", plain="xla")
+  remat: str = fields.operational("none", less_memory=REMAT[1:])
+  scan: bool = fields.operational(False)
 
   def __post_init__(self):
     check_image_size(self.image_size)

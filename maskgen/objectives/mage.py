@@ -9,9 +9,10 @@ import jax.numpy as jnp
 
 from maskgen import config as config_lib
 from maskgen import images as images_lib
+from maskgen.config import fields
 from maskgen.errors import UserError
 from maskgen.models.mage import Mage
-from maskgen.models.remat import check_remat
+from maskgen.models.remat import REMAT, check_remat
 from maskgen.models.transformer import check_attention
 from maskgen.models.vqgan import VQGAN
 from maskgen.numerics import losses as losses_lib
@@ -51,10 +52,10 @@ class Objective:
   decoder_depth: int = 8
   decoder_heads: int = 16
   dropout: float = 0.1
-  dtype: str = "float32"
-  attention: str = "auto"
-  remat: str = "none"
-  scan: bool = False
+  dtype: str = fields.precision("float32")
+  attention: str = fields.operational("auto", plain="xla")
+  remat: str = fields.operational("none", less_memory=REMAT[1:])
+  scan: bool = fields.operational(False)
   mask_ratio: masking.MaskRatio = masking.MaskRatio()
   label_smoothing: float = 0.1
   sampling: sampling_lib.Sampling = sampling_lib.Sampling()

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from maskgen import config as config_lib
 from maskgen import images as images_lib
+from maskgen.config import fields
 from maskgen.errors import UserError, nearest
 from maskgen.models import perceptual
 from maskgen.models import remat as remat_lib
@@ -70,7 +71,7 @@ class Objective:
   adversarial_start: int = 0
   r1_weight: float = 10.0
   lecam_weight: float = 0.0
-  remat: str = "none"
+  remat: str = fields.operational("none", less_memory=("full",))
 
   def __post_init__(self):
     check_image_size(self.image_size)

@@ -6,6 +6,7 @@ Letters: b batch, s images of a prompt, n tokens of an image, m words, l positio
 import dataclasses
 import functools
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -16,6 +17,7 @@ import numpy as np
 from maskgen import config as config_lib
 from maskgen import images as images_lib
 from maskgen import objectives, sharding
+from maskgen.config import fields
 from maskgen.errors import UserError, nearest
 from maskgen.importers import diffusers
 from maskgen.models.attention_pool import AttentionPool
@@ -66,8 +68,8 @@ class Objective:
   codebook_size: ClassVar[int] = 0
   num_classes: ClassVar[int] = 0
 
-  decoder: Mapping[str, Any]
-  encoder: Mapping[str, Any]
+  decoder: Mapping[str, Any] = fields.section(partial(objectives.find, diffusers=diffusers.Folder))
+  encoder: Mapping[str, Any] = fields.section(partial(objectives.find, vit=ViT))
   pretrained_encoder: bool = False
   tokens: int = 75
   pool_width: int = 1024
@@ -78,8 +80,8 @@ class Objective:
   words: Words = Words()
   warm_start_steps: int = 0
   first_step: int = 0
-  dtype: str = "float32"
-  attention: str = "auto"
+  dtype: str = fields.precision("float32")
+  attention: str = fields.operational("auto", plain="xla")
   sampling: Sampling = Sampling()
 
   def __post_init__(self):
@@ -296,8 +298,8 @@ def _read_decoder(section: Mapping[str, Any]) -> tuple[Renderer, Captions]:
 
 
 def _vit(section: Mapping[str, Any], where: str) -> VitEncoder:
-  fields = {key: value for key, value in section.items() if key != "name"}
-  found: ViT = config_lib.build_dataclass(ViT, fields, where)
+  options = {key: value for key, value in section.items() if key != "name"}
+  found: ViT = config_lib.build_dataclass(ViT, options, where)
   return VitEncoder(found.clone(hidden=found.hidden or 4 * found.width))
 
 
@@ -306,12 +308,8 @@ def _mage_encoder(section: Mapping[str, Any]) -> MageEncoder:
   if not isinstance(found, mage.Objective):
     raise UserError("it is no masked generative encoder: give a model trained by the mage objective")
   names = ("width", "depth", "heads", "dtype", "attention", "remat", "scan")
-  network = Encoder(
-    vocab=found.model.vocab,
-    num_tokens=found.num_tokens,
-    dropout=0.0,
-    **{name: getattr(found, name) for name in names},
-  )
+  options = {name: getattr(found, name) for name in names}
+  network = Encoder(vocab=found.model.vocab, num_tokens=found.num_tokens, dropout=0.0, **options)
   return MageEncoder(network, found.tokenizer, found.image_size)
 
 
