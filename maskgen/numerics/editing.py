@@ -16,21 +16,21 @@ from scipy import ndimage
 from maskgen.errors import UserError
 from maskgen.numerics import masking
 
-# Of a window's tokens, if any window allows it.
+# The largest share of a window's tokens that may be unknown, if some window allows it.
 _MOST_UNKNOWN = 0.5
-# Between the sides of one window and of the next larger one that is tried.
+# Ratio between the sides of successive candidate windows.
 _RATIO = 2**0.25
-# Of a picture that is grown: the limit at which Pillow warns of a decompression bomb.
+# Limit on extended images: where Pillow warns of a decompression bomb.
 _MAX_PIXELS = Image.MAX_IMAGE_PIXELS or 1 << 26
 
 
 @dataclasses.dataclass(frozen=True)
 class Window:
-  """The rectangle of an image that a model sees; it may reach beyond the image.
+  """The rectangle of an image that a model sees; it may extend beyond the image.
 
   Attributes:
-    top, left: of its first pixel, in pixels of the image; negative beyond the image.
-    height, width: in pixels of the image.
+    top, left: position of its first pixel, in pixels of the image; may be negative.
+    height, width: size in pixels of the image.
   """
 
   top: int
@@ -39,9 +39,9 @@ class Window:
   width: int
 
   def cut(self, image: np.ndarray, hole: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """The window at the model's size; what it shows beyond the image is part of the hole.
+    """The window at the model's size; the part beyond the image belongs to the hole.
 
-    No pixel of the hole takes part in a pixel that is left outside the hole.
+    No pixel of the hole contributes to a pixel outside the hole.
 
     Args:
       image: float32 [H, W, c].
@@ -54,17 +54,17 @@ class Window:
     return _resize(self._crop(image, 0.0), size), self.cut_hole(hole, size)
 
   def cut_hole(self, hole: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """The hole of `cut`, alone."""
+    """Only the hole of `cut`."""
     crop = self._crop(hole, True)
     return _resize(crop[..., None].astype(np.float32), size)[..., 0] > 0.0
 
   def paste(self, image: np.ndarray, made: np.ndarray, opacity: np.ndarray) -> np.ndarray:
-    """The image with the window's pixels blended in; what has opacity 0 keeps its bits.
+    """The image with the window's pixels blended in; pixels with opacity 0 keep their exact values.
 
     Args:
       image: float32 [H, W, c].
-      made: float32 [h, w, c], the window at the model's size.
-      opacity: float32 [H, W] in [0, 1], of what was made; 0 outside the window.
+      made: float32 [h, w, c], the generated window at the model's size.
+      opacity: float32 [H, W] in [0, 1], of the generated pixels; 0 outside the window.
 
     Returns:
       float32 [H, W, c].
@@ -77,14 +77,14 @@ class Window:
     return result
 
   def _crop(self, image: np.ndarray, beyond: Any) -> np.ndarray:
-    """The pixels [height, width, ...], with a value for those beyond the image."""
+    """The pixels [height, width, ...], padded with `beyond` outside the image."""
     here, inside = self._overlap(image.shape)
     crop = np.full((self.height, self.width, *image.shape[2:]), beyond, image.dtype)
     crop[inside] = image[here]
     return crop
 
   def _overlap(self, shape: tuple[int, ...]) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
-    """The pixels that image and window share: their rows and columns in the image and in the window."""
+    """Rows and columns of the overlap of image and window, in the image and in the window."""
     top, left = max(self.top, 0), max(self.left, 0)
     bottom, right = min(self.top + self.height, shape[0]), min(self.left + self.width, shape[1])
     here = slice(top, bottom), slice(left, right)
@@ -97,9 +97,9 @@ class Window:
 def choose_window(hole: np.ndarray, size: tuple[int, int], factor: int) -> Window:
   """Chooses the window in which a hole is filled.
 
-  It has the model's aspect ratio, holds the whole hole, lies within the image as far as it fits, and its
-  pixels are not magnified unless the image is smaller than the model's. Of such windows it is the smallest
-  at least half of whose tokens are known, or if there is none the one with most.
+  The window has the model's aspect ratio, contains the whole hole, stays within the image where it fits, and
+  is not magnified unless the image is smaller than the model's size. Among such windows, the smallest one
+  with at least half of its tokens known is chosen; if there is none, the one with the largest known share.
 
   Args:
     hole: bool [H, W].
@@ -130,22 +130,22 @@ def choose_window(hole: np.ndarray, size: tuple[int, int], factor: int) -> Windo
 
 
 def _bounds(hole: np.ndarray, axis: int) -> tuple[int, int]:
-  """The first place of a hole along an axis and the one behind the last; the middle, if there is no hole."""
+  """The range [start, stop) of a hole along an axis; the middle if there is no hole."""
   places = np.flatnonzero(hole.any(axis=1 - axis))
   return (int(places[0]), int(places[-1]) + 1) if places.size else (hole.shape[axis] // 2,) * 2
 
 
 def _place(start: int, length: int, available: int) -> int:
-  """Moves an interval into [0, available), or to its middle if it is longer."""
+  """Shifts an interval into [0, available), or centres it if it is longer."""
   return min(max(start, 0), available - length) if length <= available else (available - length) // 2
 
 
 def _resize(
   image: np.ndarray, size: tuple[int, int], method: Image.Resampling = Image.Resampling.BILINEAR
 ) -> np.ndarray:
-  """Resizes float32 [., ., c] to [*size, c] with a filter as wide as antialiasing needs.
+  """Resizes float32 [., ., c] to [*size, c] with an antialiasing filter.
 
-  By default the one of most training pipelines; its weights are positive and reach no further than a pixel.
+  The default is the filter of most training pipelines; its weights are positive and its support is local.
   """
   if image.shape[:2] == size:
     return image
@@ -154,19 +154,19 @@ def _resize(
 
 
 def grow(hole: np.ndarray, pixels: int) -> np.ndarray:
-  """Adds to a hole, bool [H, W], all that is at most so many pixels away from it."""
+  """Dilates a hole, bool [H, W], by a distance in pixels."""
   return _distance(hole) <= pixels if pixels else hole
 
 
 def opacity(hole: np.ndarray, feather: int) -> np.ndarray:
-  """How much of what is made shows, float32 [H, W]: 1 in the hole, then less over `feather` pixels."""
+  """Opacity of generated pixels, float32 [H, W]: 1 in the hole, falling to 0 over `feather` pixels."""
   if not feather:
     return hole.astype(np.float32)
   return np.clip(1.0 - _distance(hole) / (feather + 1), 0.0, 1.0).astype(np.float32)
 
 
 def _distance(hole: np.ndarray) -> np.ndarray:
-  """Of every pixel to the nearest of the hole, in pixels."""
+  """Distance of every pixel to the hole, in pixels."""
   return ndimage.distance_transform_edt(~hole) if hole.any() else np.full(hole.shape, np.inf)
 
 
@@ -174,11 +174,11 @@ def box_hole(box: Sequence[int], shape: tuple[int, int]) -> np.ndarray:
   """A rectangular hole, bool [H, W].
 
   Args:
-    box: (x0, y0, x1, y1) in pixels from the top left corner; x1 and y1 are the first outside.
+    box: (x0, y0, x1, y1) in pixels from the top left corner; x1 and y1 are exclusive.
     shape: (H, W).
 
   Raises:
-    UserError: if the box is empty or reaches out of the image.
+    UserError: if the box is empty or extends beyond the image.
   """
   x0, y0, x1, y1 = box
   text = f"box {x0},{y0},{x1},{y1}"
@@ -186,8 +186,8 @@ def box_hole(box: Sequence[int], shape: tuple[int, int]) -> np.ndarray:
     raise UserError(f"{text} is empty: give X0,Y0,X1,Y1 with X0 < X1 and Y0 < Y1")
   if x0 < 0 or y0 < 0 or x1 > shape[1] or y1 > shape[0]:
     raise UserError(
-      f"{text} reaches out of the image: X is within 0..{shape[1]} and Y within 0..{shape[0]}; to add "
-      "pixels outside, outpaint"
+      f"{text} extends beyond the image: X must be within 0..{shape[1]} and Y within 0..{shape[0]}; to add "
+      "pixels outside, use outpainting"
     )
   hole = np.zeros(shape, bool)
   hole[y0:y1, x0:x1] = True
@@ -199,30 +199,30 @@ def extend(images: np.ndarray, sides: Sequence[int | float]) -> tuple[np.ndarray
 
   Args:
     images: [b, H, W, c].
-    sides: what is added at the top, right, bottom and left: whole numbers are pixels, floats are shares of
-      the image's height or width.
+    sides: what to add at the top, right, bottom and left: integers are pixels, floats are fractions of the
+      image's height or width.
 
   Returns:
-    The canvas [b, H', W', c], and what is new of it, bool [H', W'].
+    The canvas [b, H', W', c], and its new pixels, bool [H', W'].
 
   Raises:
-    UserError: for sides that are no such numbers, or add nothing or too much.
+    UserError: if a side is not such a number, or if all add nothing or too much.
   """
   height, width = images.shape[1:3]
   for side in sides:
     number = isinstance(side, int | float | np.integer | np.floating) and not isinstance(side, bool)
     if not number or not 0 <= side < math.inf:
-      raise UserError(f"cannot add {side!r} to a side: give pixels such as 64, or a share such as 0.5")
+      raise UserError(f"cannot add {side!r} to a side: give pixels such as 64, or a fraction such as 0.5")
   top, right, bottom, left = (
     round(side * length) if isinstance(side, float | np.floating) else int(side)
     for side, length in zip(sides, (height, width, height, width), strict=True)
   )
   if not top + right + bottom + left:
-    raise UserError("nothing is added on any side: give pixels such as 64, or a share such as 0.5")
+    raise UserError("nothing is added on any side: give pixels such as 64, or a fraction such as 0.5")
   if (height + top + bottom) * (width + left + right) > _MAX_PIXELS:
     raise UserError(
-      f"a picture of {width + left + right} x {height + top + bottom} pixels is more than the "
-      f"{_MAX_PIXELS:,} that are allowed: add less, or resize it first"
+      f"a picture of {width + left + right} x {height + top + bottom} pixels exceeds the limit of "
+      f"{_MAX_PIXELS:,}: add less, or resize it first"
     )
   rows, columns = (top, bottom), (left, right)
   canvas = np.pad(images, ((0, 0), rows, columns, (0, 0)))

@@ -1,4 +1,4 @@
-"""Losses as pure functions: float32 in, one value per example out unless said otherwise.
+"""Losses as pure functions: float32 inputs, one value per example unless stated otherwise.
 
 Letters: b batch, n tokens, K classes or codes, d width, m vectors.
 """
@@ -44,24 +44,24 @@ def mean_per_example(values: jax.Array) -> jax.Array:
 def nt_xent(embeddings: jax.Array, candidates: jax.Array, temperature: float) -> tuple[jax.Array, jax.Array]:
   """Contrastive loss of two views of each example (NT-Xent of SimCLR, Chen et al. 2020, equation 1).
 
-  The positive of a view is the example's other view; its negatives are both views of all other examples. With
-  a batch that is split over devices `candidates` are the embeddings gathered, and `embeddings` stay split.
+  The positive of a view is the example's other view; its negatives are both views of all other examples. If
+  the batch is sharded over devices, `candidates` are the gathered embeddings, and `embeddings` stay sharded.
 
   Args:
-    embeddings: [b, 2, d], of any length: they are normalised.
-    candidates: the same embeddings once more.
+    embeddings: [b, 2, d], of any norm: they are normalised.
+    candidates: the same embeddings, see above.
     temperature: of the softmax over cosines, above 0.
 
   Returns:
     loss: float32 [b], a mean over both views.
-    nearest: float32 [b], the share of an example's views whose positive is nearer than every negative.
+    nearest: float32 [b], the fraction of an example's views whose positive is nearer than every negative.
   """
   b, views, width = embeddings.shape
   own, others = (_normalise(x.astype(jnp.float32)) for x in (embeddings, candidates))
   positive = (own * own[:, ::-1]).sum(axis=-1) / temperature  # [b, 2]
   cosines = jnp.einsum("ivd,jd->ivj", own, others.reshape(-1, width), precision="highest")
   same = jnp.arange(b)[:, None] == jnp.arange(b * views)[None] // views  # [b, 2b]
-  # Not -inf, whose gradient is no number where an example is alone.
+  # Not -inf, whose gradient is NaN for an example without negatives.
   negatives = jnp.where(same[:, None], jnp.finfo(jnp.float32).min, cosines / temperature)
   loss = jax.nn.softplus(jax.nn.logsumexp(negatives, axis=-1) - positive)
   nearest = (positive > negatives.max(axis=-1)).astype(jnp.float32)
@@ -104,8 +104,8 @@ def lecam_penalty(
 ) -> jax.Array:
   """(D(real) - fake anchor)^2 + (D(fake) - real anchor)^2 (LeCAM of Tseng et al. 2021, equation 4).
 
-  The anchors, scalars, are moving averages of the logits of fakes and of real images: the discriminator is
-  kept from telling the two ever further apart.
+  The anchors are scalars, moving averages of the logits of real and of fake images. The penalty keeps the
+  discriminator from separating the two ever further.
   """
   return jnp.square(real_logits - fake_anchor) + jnp.square(fake_logits - real_anchor)
 
@@ -114,21 +114,21 @@ def r1_penalty(discriminate: Callable[[jax.Array], jax.Array], real: jax.Array) 
   """Squared gradient norm of the discriminator at real images (R1 of Mescheder et al. 2018, equation 9).
 
   Args:
-    discriminate: images [b, h, w, c] -> logits [b]; each logit depends on its own image alone.
+    discriminate: images [b, h, w, c] -> logits [b]; each logit depends only on its own image.
     real: [b, h, w, c].
 
   Returns:
-    [b]; the customary factor gamma / 2 is the caller's.
+    [b]; the caller applies the usual factor gamma / 2.
   """
   gradient = jax.grad(lambda images: discriminate(images).sum())(real)
   return jnp.square(gradient).reshape(real.shape[0], -1).sum(axis=-1)
 
 
 def code_entropy_loss(distances: jax.Array, temperature: float = 0.01) -> jax.Array:
-  """Entropy term that keeps codes in use (of MaskGIT's published tokenizer code).
+  """Entropy term that keeps codes in use (from MaskGIT's published tokenizer code).
 
-  Mean entropy of each vector's soft assignment minus the entropy of the mean assignment: low when every
-  vector is sure of its code and all codes are used alike. It couples the whole batch.
+  Mean entropy of each vector's soft assignment minus the entropy of the mean assignment: low when each
+  assignment is certain and all codes are used equally. It couples the whole batch.
 
   Args:
     distances: squared distances [m, K] from vectors to codes.

@@ -19,7 +19,7 @@ class MaskRatio:
   Attributes:
     mean: mean of the Gaussian before truncation.
     std: its standard deviation.
-    low: the smallest ratio; this share of the tokens is also what the encoder never sees.
+    low: the smallest ratio; also the fraction of the tokens that the encoder never sees.
     high: the largest ratio.
   """
 
@@ -42,21 +42,21 @@ class MaskRatio:
     return jnp.clip(self.mean + self.std * normal, self.low, self.high)
 
 
-# In tokens: 100 * 0.55 is 55, whatever its rounding in float32 or float64.
+# In tokens, so that 100 * 0.55 counts as 55 however it rounds in float32 or float64.
 _ROUNDING = 1e-3
 
 
 def num_dropped(num_tokens: int, ratio: MaskRatio) -> int:
-  """How many masked tokens the encoder never sees: ceil(n * low), the same for every example."""
+  """The number of masked tokens that the encoder never sees: ceil(n * low), the same for every example."""
   return math.ceil(num_tokens * ratio.low - _ROUNDING)
 
 
 def random_mask(keys: jax.Array, num_tokens: int, ratio: MaskRatio) -> tuple[jax.Array, jax.Array]:
   """Chooses which tokens are masked, and which positions the encoder keeps.
 
-  Of each example's tokens ceil(n * r) are masked, r drawn from `ratio`, and ceil(n * low) of the masked ones
-  are dropped: the encoder sees the same number of positions, k = n - ceil(n * low), in every example.
-  Ranks of random numbers decide, so ties are impossible and shapes are static.
+  For each example, ceil(n * r) tokens are masked, with r drawn from `ratio`, and ceil(n * low) of the masked
+  ones are dropped: the encoder sees the same number of positions, k = n - ceil(n * low), in every example.
+  Tokens are selected by the ranks of a random permutation, so there are no ties and shapes are static.
 
   Args:
     keys: PRNG keys [b]; example i depends on key i alone.
@@ -77,12 +77,12 @@ def random_mask(keys: jax.Array, num_tokens: int, ratio: MaskRatio) -> tuple[jax
 
 
 def token_mask(pixel_mask: jax.Array, factor: int) -> jax.Array:
-  """Tokens that a pixel mask makes unknown: those it touches, and one more ring around them.
+  """Tokens that a pixel mask makes unknown: those it touches, and one ring of tokens around them.
 
-  The codes next to a hole still record the hole that the tokenizer saw.
+  The codes next to a hole encode the hole that the tokenizer saw.
 
   Args:
-    pixel_mask: bool [b, h, w], True where pixels are to be made anew.
+    pixel_mask: bool [b, h, w], True where pixels are regenerated.
     factor: pixels per token along each side.
 
   Returns:

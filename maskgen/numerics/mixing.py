@@ -1,8 +1,8 @@
 """Mixtures of images and their labels: mixup (Zhang et al. 2018) and cutmix (Yun et al. 2019).
 
-The partner of an image is the one at its place in the reversed batch, and everything random about an
-example comes from its own PRNG key: results do not depend on how a batch lies on devices. Of an odd
-batch the middle example stays as it is.
+The partner of an image is the one at its position in the reversed batch, and all randomness of an example
+comes from its own PRNG key: results do not depend on how the batch is sharded. The middle example of an odd
+batch is unchanged.
 
 Letters: b batch, h height, w width, c channels, k classes.
 """
@@ -16,17 +16,17 @@ Mixed = tuple[jax.Array, jax.Array]
 
 
 def mixup(keys: jax.Array, images: jax.Array, labels: jax.Array, alpha: float) -> Mixed:
-  """Adds up two images and their labels (Zhang et al. 2018, section 2).
+  """Interpolates two images and their labels (Zhang et al. 2018, section 2).
 
       x~ = l x + (1 - l) x'        y~ = l y + (1 - l) y'        l ~ Beta(alpha, alpha)
 
-  The share l is drawn for each example, where the paper's code draws it for each batch.
+  The weight l is drawn for each example; the paper's code draws one for each batch.
 
   Args:
     keys: PRNG keys [b].
     images: floats [b, h, w, c].
     labels: floats [b, k], probabilities of classes.
-    alpha: above 0; small values give shares near 0 and 1, 1 gives uniform ones.
+    alpha: above 0; small values give weights near 0 and 1, 1 gives uniform weights.
 
   Returns:
     images and labels of the same shapes and dtypes.
@@ -44,10 +44,10 @@ def cutmix(keys: jax.Array, images: jax.Array, labels: jax.Array, alpha: float) 
       x~ = M x + (1 - M) x'        y~ = l y + (1 - l) y'        l ~ Beta(alpha, alpha)
 
   M is 0 in a box of h sqrt(1 - l) by w sqrt(1 - l) pixels, rounded down, around a uniformly random
-  pixel. What lies outside of the image is cut off, and l is replaced by the share of pixels that x
-  keeps, as in the paper's code. Drawn for each example.
+  pixel. The box is clipped to the image, and l is replaced by the fraction of pixels that x keeps, as in the
+  paper's code. Boxes are drawn for each example.
 
-  Args, result and error are those of `mixup`.
+  For arguments, result and errors see `mixup`.
   """
   _, height, width, _ = images.shape
   return _mix(_cutmix_weights(keys, height, width, alpha), images, labels)
@@ -63,7 +63,7 @@ def mixup_or_cutmix(
 ) -> Mixed:
   """Chooses for each example: cutmix with probability `switch`, else mixup.
 
-  Both alphas are those with which MAE is fine-tuned (He et al. 2022, appendix A.1, table 9).
+  The default alphas are those of MAE's fine-tuning (He et al. 2022, appendix A.1, table 9).
 
   Args:
     keys: PRNG keys [b].
@@ -102,7 +102,7 @@ def _mix(weights: jax.Array, images: jax.Array, labels: jax.Array) -> Mixed:
 
 
 def _mixup_weights(keys: jax.Array, height: int, width: int, alpha: float) -> jax.Array:
-  """The same share for all pixels of an example; float32 [b, h, w]."""
+  """The same weight for all pixels of an example; float32 [b, h, w]."""
   return jnp.broadcast_to(_shares(keys, alpha)[:, None, None], (len(keys), height, width))
 
 
@@ -115,7 +115,7 @@ def _cutmix_weights(keys: jax.Array, height: int, width: int, alpha: float) -> j
 
 
 def _interval(keys: jax.Array, share: jax.Array, size: int) -> jax.Array:
-  """True on floor(share * size) of `size` places around a random one; bool [b, size]."""
+  """True on floor(share * size) of `size` positions around a random one; bool [b, size]."""
   extent = jnp.floor(share * size).astype(jnp.int32)
   middle = jax.vmap(lambda key: jax.random.randint(key, (), 0, size))(keys)
   place = jnp.arange(size)[None] - (middle - extent // 2)[:, None]

@@ -15,7 +15,7 @@ from maskgen import config as config_lib
 from maskgen.config import fields
 from maskgen.errors import UserError, nearest
 
-# The share of the initially unknown tokens that is still masked when the share t of the steps is done:
+# The fraction of the initially unknown tokens that is still masked after the fraction t of the steps:
 # 1 at t = 0, 0 at t = 1.
 SCHEDULES: dict[str, Callable[[float], float]] = {
   "cosine": lambda t: math.cos(math.pi / 2 * t),
@@ -31,8 +31,8 @@ LogitsFn = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 # The same, and a function (tokens, unknown, where int32 [b, q], t) -> logits [b, q, K] at positions `where`.
 ReusingFn = Callable[[jax.Array, jax.Array, jax.Array], tuple[jax.Array, Callable[..., jax.Array]]]
 
-# How much of the guidance is in force when the share t of the steps is done. The first tokens decide on the
-# composition, where strong guidance costs the most variety.
+# The fraction of the guidance that applies after the fraction t of the steps. The first tokens decide the
+# composition, where strong guidance reduces variety the most.
 GUIDANCE_SCHEDULES: dict[str, Callable[[jax.Array], jax.Array]] = {
   "constant": jnp.ones_like,
   "linear": lambda t: t,
@@ -48,14 +48,14 @@ class Sampling:
     steps: number of steps.
     schedule: a name in `SCHEDULES`.
     temperature: scale of the Gumbel noise on the confidence, annealed to 0 at the last step; 0 unmasks the
-      most confident tokens first. Quality and variety depend on it strongly. Other orders do without.
-    order: which tokens are unmasked first: "confidence", those of whose samples the model is most certain;
-      "halton", those of a fixed sequence that spreads evenly over the image, see `halton`; "random".
-    softmax_temperature: divides the logits that tokens are drawn from; below 1 likely codes get likelier.
-    reuse: every so many steps the model is evaluated in full; the steps between evaluate the tokens at stake
-      alone and reuse the features of the others. 1 evaluates all in full; it must divide `steps`.
-    guidance: s, how much the condition counts, for models that have one: 0 not at all, 1 as trained, above 1
-      the condition shows more and variety less.
+      most confident tokens first. Quality and variety depend on it strongly. Other orders ignore it.
+    order: which tokens are unmasked first: "confidence", those with the most probable samples; "halton", a
+      fixed sequence that covers the image evenly, see `halton`; or "random".
+    softmax_temperature: divides the logits that tokens are sampled from; values below 1 favour likely codes.
+    reuse: a full evaluation every `reuse` steps; the steps in between evaluate only the tokens to be unmasked
+      and reuse the features of the others. 1 makes every evaluation a full one; it must divide `steps`.
+    guidance: the scale s, for models with a condition: 0 ignores the condition, 1 is the model as trained,
+      larger values strengthen the condition and reduce variety.
     guidance_schedule: a name in `GUIDANCE_SCHEDULES`.
   """
 
@@ -88,15 +88,14 @@ def guide(
   guidance: float | jax.Array,
   guidance_schedule: str,
 ) -> jax.Array:
-  """Classifier-free guidance (Ho and Salimans 2022): logits that tell the condition from none at all.
+  """Classifier-free guidance (Ho and Salimans 2022).
 
-  The scale grows from 1 to s as the schedule f says, s_t = 1 + (s - 1) f(t), and the logits are
-  u + s_t (c - u).
+  The scale grows from 1 to s by the schedule f, s_t = 1 + (s - 1) f(t), and the logits are u + s_t (c - u).
 
   Args:
     conditional: c, logits of any shape.
     unconditional: u, logits of the same shape.
-    t: float32 scalar, the share of the steps that are done.
+    t: float32 scalar, the fraction of completed steps.
     guidance: s, see `Sampling`.
     guidance_schedule: see `Sampling`.
   """
@@ -105,16 +104,17 @@ def guide(
 
 
 def remaining_table(schedule: str, steps: int, num_tokens: int) -> np.ndarray:
-  """Tabulates how many of u = 0 .. n initially unknown tokens are masked after each step.
+  """Tabulates how many of u = 0 .. n initially unknown tokens are still masked after each step.
 
-  These are floor(u * schedule(t)) for t = (step + 1) / steps, but each step before the last unmasks at least
-  one token and leaves one. Tabulating in float64 makes the counts independent of the device's rounding.
+  The counts are floor(u * schedule(t)) for t = (step + 1) / steps, except that each step before the last
+  unmasks at least one token and leaves at least one. They are computed in float64, independently of the
+  device's rounding.
 
   Returns:
     int32 [steps, n + 1]; the last row is 0.
 
   Raises:
-    UserError: for an unknown schedule, or steps that are not a whole number of at least 1.
+    UserError: for an unknown schedule, or if steps is not an integer of at least 1.
   """
   if schedule not in SCHEDULES:
     raise UserError(f"schedule '{schedule}' does not exist{nearest(schedule, SCHEDULES)}")
@@ -122,7 +122,7 @@ def remaining_table(schedule: str, steps: int, num_tokens: int) -> np.ndarray:
     raise UserError(f"sampling needs a whole number of steps, at least 1 (got {steps!r})")
   shares = [SCHEDULES[schedule]((step + 1) / steps) for step in range(steps)]
   masked = np.arange(num_tokens + 1)
-  # The billionth: (1 - 10 / 12) * 12 is 2, not 1.999....
+  # 1e-9, since (1 - 10 / 12) * 12 should be 2, not 1.999....
   table = np.floor(np.outer(shares, masked) + 1e-9).astype(np.int32)
   for row in table[:-1]:
     row[:] = masked = np.minimum(np.clip(row, 1, np.maximum(masked - 1, 1)), masked)
@@ -131,24 +131,24 @@ def remaining_table(schedule: str, steps: int, num_tokens: int) -> np.ndarray:
 
 
 def halton(grid: tuple[int, int]) -> np.ndarray:
-  """The order in which the 2-D Halton sequence of bases 2 and 3 first meets the cells of a grid.
+  """The order in which the 2-D Halton sequence of bases 2 and 3 first visits the cells of a grid.
 
-  Besnier et al. 2025, section 4: tokens that are unmasked together are far apart, so they tell each other
-  little, and after any number of steps the known ones cover the image evenly.
+  Besnier et al. 2025, section 4: tokens that are unmasked together are far apart and nearly independent, and
+  after any number of steps the known tokens cover the image evenly.
 
   Args:
     grid: (h', w').
 
   Returns:
-    int64 [h' * w'], each cell's number row by row, once.
+    int64 [h' * w'], each cell's row-major index once.
   """
-  from scipy.stats import qmc  # a second to import, for this order alone
+  from scipy.stats import qmc  # takes a second to import, only needed here
 
   count = grid[0] * grid[1]
   sequence = qmc.Halton(2, scramble=False).fast_forward(1)  # point 0 is the corner, point 1 is central
   cells = np.zeros(0, np.int64)
   while len(np.unique(cells)) < count:
-    # The billionth: 3 * (1 / 3) is 1, also where 1 / 3 is a rounded sum of digits.
+    # 1e-9, since 3 * (1 / 3) should be 1 also where 1 / 3 is a rounded sum of digits.
     rows, columns = np.floor(sequence.random(count) * grid + 1e-9).astype(np.int64).T
     cells = np.append(cells, rows * grid[1] + columns)
   _, first = np.unique(cells, return_index=True)
@@ -172,23 +172,23 @@ def decode(
 ) -> jax.Array:
   """Fills in unknown tokens, by default the most confident first.
 
-  Each step samples every unknown token, adds Gumbel noise annealed by (1 - t) to the log-probability of
-  the sample, and masks the least confident ones again, as many as the schedule says for that example's
-  number of initially unknown tokens. Other orders do without noise and confidence.
+  Each step samples every unknown token, adds Gumbel noise annealed by (1 - t) to the log-probability of the
+  sample, and masks the least confident ones again; the schedule and the example's number of initially
+  unknown tokens determine how many. Other orders use neither noise nor confidence.
 
-  With `reuse` the tokens that a full evaluation and the partial ones after it unmask are chosen by the full
-  one (ReCAP, Liu et al. 2025, section 4); partial evaluations sample them anew, each given those before.
+  With `reuse`, a full evaluation selects all tokens that it and the partial evaluations after it unmask
+  (ReCAP, Liu et al. 2025, section 4); each partial evaluation samples them again, given the earlier ones.
 
   Args:
     logits_fn: (tokens int32 [b, n], unknown bool [b, n], t float32 scalar) -> logits [b, n, K]; it must hide
-      the unknown tokens. t is the share of the steps that are done, 0 at the first.
-    keys: PRNG keys [b]; example i depends on key i alone.
-    tokens: int32 [b, n]; what stands at unknown positions does not matter.
-    unknown: bool [b, n]; any number per example, also none.
-    grid: (h', w'), how the n tokens lie, row by row.
-    reusing_fn: as `logits_fn`, for `reuse` of more than 1; it returns the logits and a function (tokens,
-      unknown, where int32 [b, q], t) -> logits [b, q, K] at the positions `where`, no two of them the same,
-      which may take all else from the full evaluation.
+      the unknown tokens. t is the fraction of completed steps, 0 at the first.
+    keys: PRNG keys [b]; example i depends only on key i.
+    tokens: int32 [b, n]; values at unknown positions do not matter.
+    unknown: bool [b, n]; any number per example, including none.
+    grid: (h', w'), the row-major layout of the n tokens.
+    reusing_fn: like `logits_fn`, required if `reuse` exceeds 1; it returns the logits and a function (tokens,
+      unknown, where int32 [b, q], t) -> logits [b, q, K] at the distinct positions `where`, which may reuse
+      everything else from the full evaluation.
     steps: see `Sampling`.
     schedule: see `Sampling`.
     temperature: see `Sampling`.
@@ -200,7 +200,7 @@ def decode(
     int32 [b, n]; known tokens are unchanged.
 
   Raises:
-    UserError: if an option is wrong, or features are to be reused and there is no `reusing_fn`.
+    UserError: if an option is wrong, or `reuse` exceeds 1 without a `reusing_fn`.
   """
   return trajectory(
     logits_fn,
@@ -233,11 +233,11 @@ def trajectory(
   softmax_temperature: float | jax.Array = 1.0,
   reuse: int = 1,
 ) -> tuple[jax.Array, jax.Array]:
-  """All that `decode`, with the same arguments, goes through.
+  """The intermediate states of `decode`, with the same arguments.
 
   Returns:
-    Tokens int32 [steps, b, n] after each step, unknown ones as they were drawn last; and which are unknown,
-    bool [steps, b, n].
+    Tokens int32 [steps, b, n] after each step, with the most recent sample of unknown ones; and which tokens
+    are unknown, bool [steps, b, n].
   """
   counts = remaining_table(schedule, steps, tokens.shape[-1])
   most = most_unmasked(counts, reuse)
@@ -278,10 +278,10 @@ def trajectory(
     assert reusing_fn is not None
     logits, again = reusing_fn(*carry, first / steps)
     *after, positions, rank = full(*carry, logits, first)
-    # All that is unmasked before the next full step, and to fill up what is known, or unmasked later.
+    # Everything unmasked before the next full step, padded with positions known or unmasked later.
     start = jnp.minimum(remaining(first + reuse - 1), tokens.shape[-1] - most)
     where = jnp.take_along_axis(positions, start + jnp.arange(most)[None], axis=-1)
-    place = jnp.clip(rank - start, 0, most - 1)  # of each token in `where`, if it is there
+    place = jnp.clip(rank - start, 0, most - 1)  # index of each token in `where`, if present
 
     def partial_step(carry: tuple[jax.Array, jax.Array], step: jax.Array):
       before, unknown = carry
@@ -301,7 +301,12 @@ def trajectory(
 
 
 def most_unmasked(remaining: np.ndarray, reuse: int) -> int:
-  """The most tokens that `reuse` steps from a full one on can unmask, of a table int32 [steps, n + 1].
+  """The largest number of tokens that `reuse` steps, starting at a full one, can unmask.
+
+  Args:
+    remaining: the table int32 [steps, n + 1] of `remaining_table`.
+    reuse: number of steps.
+
 
   Raises:
     UserError: if `reuse` does not divide the number of steps.
@@ -313,7 +318,7 @@ def most_unmasked(remaining: np.ndarray, reuse: int) -> int:
 
 
 def _priority(order: str, grid: tuple[int, int], keys: jax.Array, steps: int) -> jax.Array | None:
-  """For each token [b, n] the greater number the sooner it is unmasked, or None: by confidence."""
+  """A priority for each token [b, n], higher is unmasked sooner; None for the order by confidence."""
   if order == "confidence":
     return None
   count = grid[0] * grid[1]
