@@ -154,22 +154,150 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
   DAMAGES[damage](workdir)
   assert maskgen.load(workdir) is not None  # reads the one before, and changes nothing
   assert (workdir / "checkpoints" / "9").exists()
-  assert "step 9: " in caplog.text and "is damaged, the one before it is used" in caplog.text
+  assert "step 9 is damaged" in caplog.text
   assert train.train(experiment, workdir) == finished[1]
   tiny.assert_same_bits(newest(experiment, workdir), newest(experiment, finished[0]))
   assert [p.name.split("-")[0] for p in (workdir / "damaged").iterdir()] == ["9"]
 
 
-def test_nothing_intact_is_an_error(experiment, finished, tmp_path):
-  workdir = epath.Path(tmp_path) / "mage"
+def copy_of(finished, folder):
+  workdir = epath.Path(folder) / "mage"
   shutil.copytree(finished[0], workdir)
-  steps = [int(p.name) for p in (workdir / "checkpoints").iterdir()]
-  for step in steps:
+  return workdir
+
+
+def steps_of(workdir):
+  return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
+
+
+def test_nothing_intact_is_an_error_and_moves_nothing(experiment, finished, tmp_path):
+  workdir = copy_of(finished, tmp_path)
+  for step in (before := steps_of(workdir)):
     flip(data_files(workdir, step), 0.5)
-  with pytest.raises(
-    UserError, match=r"holds no intact checkpoint \(step 9: .*; step 8: .*restore one from a copy"
-  ):
+  for _ in range(2):
+    with pytest.raises(
+      UserError, match=r"holds no intact checkpoint \(step 9: .*; step 8: .*restore one from a copy"
+    ):
+      train.train(experiment, workdir)
+  assert steps_of(workdir) == before and not (workdir / "damaged").exists()
+
+
+@pytest.mark.parametrize(
+  "error",
+  [
+    PermissionError(13, "Permission denied"),
+    OSError(5, "Input/output error"),
+    jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 123 bytes."),
+    ValueError("UNAVAILABLE: Error reading from the store"),
+    ValueError('PERMISSION_DENIED: Error opening local file "x"'),
+  ],
+  ids=str,
+)
+def test_a_checkpoint_that_cannot_be_read_is_not_damaged(error, experiment, finished, tmp_path, monkeypatch):
+  workdir = copy_of(finished, tmp_path)
+  before = steps_of(workdir)
+
+  def fail(*_, **__):
+    raise error
+
+  for method in ("restore", "metadata"):
+    with monkeypatch.context() as patch, pytest.raises(TransientError) as caught:
+      patch.setattr(ocp.PyTreeCheckpointHandler, method, fail)
+      train.train(experiment, workdir)
+    assert str(error) in str(caught.value) and "step 9 of " in str(caught.value)
+    assert steps_of(workdir) == before and not (workdir / "damaged").exists()
+  assert train.train(experiment, workdir) == finished[1]
+
+
+@pytest.mark.parametrize("change", ["swapped", "copied"])
+def test_a_checkpoint_in_the_folder_of_another_step_is_not_used(change, experiment, finished, tmp_path):
+  workdir = copy_of(finished, tmp_path)
+  folder = workdir / "checkpoints"
+  (folder / "9").rename(folder / "other")
+  if change == "swapped":
+    (folder / "8").rename(folder / "9")
+    (folder / "other").rename(folder / "8")
+  else:
+    shutil.copytree(folder / "8", folder / "9")
+    shutil.rmtree(folder / "other")
+  assert train.train(experiment, workdir) == finished[1]
+  tiny.assert_same_bits(newest(experiment, workdir), newest(experiment, finished[0]))
+  put_aside = {path.name.split("-")[0] for path in (workdir / "damaged").iterdir()}
+  assert put_aside == ({"8", "9"} if change == "swapped" else {"9"})
+
+
+def test_a_run_that_lost_its_checkpoints_does_not_begin_anew_unasked(experiment, finished, tmp_path):
+  workdir = copy_of(finished, tmp_path)
+  (workdir / "checkpoints").rmtree()
+  (workdir / "damaged" / "9").mkdir(parents=True)
+  lines = (workdir / "metrics.jsonl").read_text()
+  with pytest.raises(UserError, match=r"no checkpoint, but its metrics.jsonl has come to step 9: restore"):
     train.train(experiment, workdir)
+  assert (workdir / "metrics.jsonl").read_text() == lines
+  (workdir / "metrics.jsonl").unlink()
+  with pytest.raises(UserError, match=r"no checkpoint besides damaged ones: .* or rename .*/damaged"):
+    train.train(experiment, workdir)
+  (workdir / "damaged").rename(workdir / "kept")
+  assert train.train(experiment, workdir) == finished[1]
+
+
+TWO = """
+import sys
+import jax, numpy as np
+from etils import epath
+from maskgen import cli, processes, sharding, storage
+from maskgen.config import Checkpointing, Mesh
+def main(argv):
+  workdir, address, index, save = epath.Path(argv[0]), argv[1], int(argv[2]), argv[3] == "save"
+  processes.start(address, 2, index)
+  mesh = sharding.make_mesh(Mesh(fsdp=2))
+  split = jax.NamedSharding(mesh, jax.P("fsdp"))
+  checkpoints = storage.Checkpoints(workdir, Checkpointing())
+  if save:
+    value = np.random.default_rng(0).normal(size=(2, 2**18)).astype(np.float32)
+    for step in (1, 2):
+      array = jax.make_array_from_callback(value.shape, split, lambda at: step * value[at])
+      number = jax.device_put(np.int32(step), sharding.replicated(mesh))
+      checkpoints.save(step, {"step": number, "kernel": array})
+  else:
+    targets = {"kernel": jax.ShapeDtypeStruct((2, 2**18), np.float32, sharding=split)}
+    checkpoints.read(lambda stored: targets)
+    print(f"continues from {checkpoints.latest()}")
+  checkpoints.close()
+cli.run(main)
+"""
+
+
+def two_processes(workdir, action):
+  """Saves or reads an array that is sharded over two processes: statuses, what they print, their errors."""
+  address = f"127.0.0.1:{tiny.free_port()}"
+  both = [
+    tiny.python("-c", TWO, str(workdir), address, str(index), action, env={"XLA_FLAGS": ""})
+    for index in range(2)
+  ]
+  ends = [process.communicate(timeout=200) for process in both]
+  return [process.returncode for process in both], [out for out, _ in ends], [err for _, err in ends]
+
+
+@pytest.mark.slow
+def test_what_one_of_two_processes_cannot_read_neither_uses(tmp_path):
+  statuses, _, errors = two_processes(tmp_path, "save")
+  assert statuses == [0, 0], errors
+  files = (tmp_path / "checkpoints" / "2" / "state" / "ocdbt.process_1" / "d").iterdir()
+  file = max(files, key=lambda path: path.stat().st_size)  # half of the kernel
+  content = file.read_bytes()
+  file.unlink()
+  file.mkdir()  # which is no damage: it cannot be read
+  statuses, _, errors = two_processes(tmp_path, "read")
+  assert statuses == [75, 75], errors
+  assert all("step 2 of " in error and "cannot be read" in error for error in errors)
+  file.rmdir()
+  file.write_bytes(content)
+  flip([file], 0.5)
+  statuses, outputs, errors = two_processes(tmp_path, "read")
+  assert statuses == [0, 0], errors
+  assert [output.splitlines()[-1] for output in outputs] == ["continues from 1"] * 2
+  assert [path.name.split("-")[0] for path in (tmp_path / "damaged").iterdir()] == ["2"]
 
 
 def test_checksums_see_every_bit_and_no_sharding():

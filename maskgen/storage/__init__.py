@@ -5,13 +5,14 @@ written once. An export holds `config.json` and `weights.safetensors`. Arrays ar
 path names (`params/main/encoder/...`), so that a part of a model can be read without knowing the rest.
 """
 
-from maskgen.storage.checkpoints import Checkpoints, open_to_read
+from maskgen.storage.checkpoints import DAMAGED, Checkpoints, open_to_read
 from maskgen.storage.frozen import read_frozen, read_frozen_arrays, write_frozen
 from maskgen.storage.models import CONFIG, load_config, load_variables, resolve, write_export
 from maskgen.storage.tensors import WEIGHTS, to_host
 
 __all__ = [
   "CONFIG",
+  "DAMAGED",
   "WEIGHTS",
   "Checkpoints",
   "load_config",

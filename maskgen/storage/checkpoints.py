@@ -1,11 +1,13 @@
 """Checkpoints of a run (Orbax): complete or absent, each array with a checksum."""
 
 import logging
+import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from etils import epath
 
@@ -13,14 +15,20 @@ from maskgen import config as config_lib
 from maskgen import processes, tree
 from maskgen.errors import TransientError, UserError
 
+DAMAGED = "damaged"
+# What TensorStore says of files that are there and hold something else, or are missing from a checkpoint.
+_DAMAGE = ("DATA_LOSS", "FAILED_PRECONDITION", "INVALID_ARGUMENT", "NOT_FOUND", "OUT_OF_RANGE")
+_ELSEWHERE = "another process found it damaged"
+
 log = logging.getLogger("maskgen")
 
 
 class Checkpoints:
   """The checkpoints of one workdir: written in the background, complete or absent.
 
-  Each holds a checksum of every array, which is compared when it is read: disks and stores do turn bits.
-  A damaged checkpoint is named and put aside, and the one before it is used.
+  Each holds a checksum of every array, compared when it is read, since disks and stores do flip bits.
+  A checkpoint that is proven to be damaged is named and put aside once an older one turns out to be intact.
+  One that cannot be read stays where it is, and ends the run.
   """
 
   def __init__(self, workdir: epath.Path, section: config_lib.Checkpointing | None = None):
@@ -34,8 +42,9 @@ class Checkpoints:
     # Devices that hold the same array write a slice each; smaller slices cost more than they save.
     arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**20)
     registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
-    state = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
-    items = {"state": state, "checksums": ocp.JsonCheckpointHandler()}
+    self._state = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
+    self._checksums = ocp.JsonCheckpointHandler()
+    items = {"state": self._state, "checksums": self._checksums}
     self._manager = ocp.CheckpointManager(
       (workdir / "checkpoints").absolute(), options=options, item_handlers=items
     )
@@ -56,63 +65,104 @@ class Checkpoints:
       raise self._not_written(error) from error
 
   def read(self, choose: Callable[[dict[str, Any]], Mapping[str, Any]]) -> dict[str, Any]:
-    """Reads arrays of the newest checkpoint that is intact.
+    """Reads arrays of the newest checkpoint that is intact; damaged ones that are newer are put aside.
 
     Args:
       choose: from the names of all arrays with their shapes and dtypes, to targets for those to read.
 
     Raises:
       UserError: if none is intact, or by `choose`.
+      TransientError: if one cannot be read, which says nothing about what it holds.
     """
-    reasons = []
+    damaged: dict[int, str] = {}
     for step in sorted(self._manager.all_steps(), reverse=True):
-      try:
-        stored = dict(self._manager.item_metadata(step)["state"].tree)
-      except Exception as error:  # Orbax and its stores raise many kinds.
-        stored, reason = {}, _first_line(error)
-      wanted = choose(stored) if stored else {}
-      found: dict[str, Any] = {}
-      if stored:
-        found, reason = self._read_intact(step, wanted)
-      if not processes.any_of(bool(reason)):
+      found, reason = self._read_intact(step, choose)
+      if found is not None:
+        self._put_aside(damaged)
         return found
-      reasons.append(f"step {step}: {reason or 'another process found it damaged'}")
-      log.warning("the checkpoint of %s is damaged, the one before it is used", reasons[-1])
-      self._put_aside(step)
+      damaged[step] = reason
+      log.warning("the checkpoint of step %d is damaged (%s): trying the one before it", step, reason)
+    reasons = "; ".join(f"step {step}: {reason}" for step, reason in damaged.items())
     raise UserError(
-      f"{self._manager.directory} holds no intact checkpoint ({'; '.join(reasons)}): restore one from a copy"
+      f"{self._manager.directory} holds no intact checkpoint ({reasons}): restore one from a copy"
     )
 
-  def _read_intact(self, step: int, wanted: Mapping[str, Any]) -> tuple[dict[str, Any], str]:
-    """Reads arrays, and says what is wrong with them, or nothing."""
+  def _read_intact(
+    self, step: int, choose: Callable[[dict[str, Any]], Mapping[str, Any]]
+  ) -> tuple[dict[str, Any] | None, str]:
+    """Reads arrays, or says how the checkpoint is damaged; the same in all processes.
+
+    They agree after each part, since each reads files of its own and the next part may need all of them.
+    Orbax's handlers are called directly for the same reason: its manager waits for the other processes where
+    one that fails does not come.
+    """
+    folder = self._manager.directory / str(step)
+
+    def read_description() -> tuple[dict[str, Any], dict[str, int]]:
+      stored = dict(self._state.metadata(folder / "state").tree)
+      checksums = self._checksums.restore(folder / "checksums")
+      if stored.keys() != checksums.keys():
+        raise ValueError("the names of arrays and of checksums differ")
+      if checksums.get("step", number := _checksum_of(step)) != number:
+        raise ValueError("it holds the state of another step")
+      return stored, checksums
+
+    description, reason = self._agree(step, read_description)
+    if description is None:
+      return None, reason
+    stored, expected = description
+    wanted = dict(choose(stored))
     if not wanted:
       return {}, ""  # which Orbax refuses to read
-    target = dict(wanted)
     arguments = ocp.args.PyTreeRestore(
-      item=target,
-      restore_args=ocp.checkpoint_utils.construct_restore_args(target),
+      item=wanted,
+      restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
       partial_restore=True,
     )
-    items = ocp.args.Composite(state=arguments, checksums=ocp.args.JsonRestore())
-    try:
-      restored = self._manager.restore(step, args=items)
-      arrays = {name: restored["state"][name] for name in wanted}
-      expected = {name: restored["checksums"][name] for name in wanted}
-    except Exception as error:  # Orbax and its stores raise many kinds.
-      return {}, _first_line(error)
+    arrays, reason = self._agree(step, lambda: self._state.restore(folder / "state", args=arguments))
+    if arrays is None:
+      return None, reason
+    arrays = {name: arrays[name] for name in wanted}
     found = tree.checksums(arrays)
     odd = [name for name in wanted if found[name] != expected[name]]
-    return arrays, f"the checksum of {odd[0]} is wrong" if odd else ""
+    if processes.any_of(bool(odd)):
+      return None, f"the checksum of {odd[0]} is wrong" if odd else _ELSEWHERE
+    return arrays, ""
 
-  def _put_aside(self, step: int) -> None:
-    """Moves a damaged checkpoint out of the way of a run that will come to its step again."""
-    if self._writes:
-      if jax.process_index() == 0:
-        aside = self._manager.directory.parent / "damaged"
-        aside.mkdir(parents=True, exist_ok=True)
+  def _agree(self, step: int, read: Callable[[], Any]) -> tuple[Any, str]:
+    """Reads something in each process; None and the reason in all if it is damaged in one.
+
+    Raises:
+      TransientError: in all processes, if it cannot be read in one.
+    """
+    found, damage, trouble = None, "", ""
+    try:
+      found = read()
+    except Exception as error:  # Orbax and its stores raise many kinds.
+      if _shows_damage(error):
+        damage = _first_line(error)
+      else:
+        trouble = _first_line(error)
+    if processes.any_of(bool(trouble)):
+      raise TransientError(
+        f"step {step} of {self._manager.directory} cannot be read ({trouble or 'see the other processes'}): "
+        "nothing was changed, make it readable and start the same command"
+      )
+    if processes.any_of(bool(damage)):
+      return None, damage or _ELSEWHERE
+    return found, ""
+
+  def _put_aside(self, steps: Iterable[int]) -> None:
+    """Moves damaged checkpoints out of the way of a run that will come to their steps again."""
+    if not self._writes or not steps:
+      return
+    if jax.process_index() == 0:
+      aside = self._manager.directory.parent / DAMAGED
+      aside.mkdir(parents=True, exist_ok=True)
+      for step in steps:
         (self._manager.directory / str(step)).rename(aside / f"{step}-{time.time_ns()}")
-      processes.wait("a damaged checkpoint is put aside")
-      self._manager.reload()
+    processes.wait("damaged checkpoints are put aside")
+    self._manager.reload()
 
   def _not_written(self, error: Exception) -> TransientError:
     latest = self.latest()
@@ -147,6 +197,18 @@ class Checkpoints:
       self._manager.close()
     except Exception as error:  # Orbax and its stores raise many kinds.
       raise self._not_written(error) from error
+
+
+def _shows_damage(error: Exception) -> bool:
+  """Whether an error says that a checkpoint's content is wrong, and not only that it cannot be read now."""
+  if code := re.match(r"([A-Z_]+): ", str(error)):
+    return code[1] in _DAMAGE
+  kinds = (ValueError, LookupError, AttributeError, TypeError, FileNotFoundError)  # of what parsers meet
+  return isinstance(error, kinds)
+
+
+def _checksum_of(step: int) -> int:
+  return tree.checksums({"step": jnp.int32(step)})["step"]
 
 
 def _first_line(error: Exception) -> str:

@@ -7,7 +7,29 @@ from typing import Any
 import jax
 from etils import epath
 
-from maskgen.storage import Checkpoints, open_to_read, read_frozen, write_frozen
+from maskgen.errors import UserError
+from maskgen.storage import DAMAGED, Checkpoints, open_to_read, read_frozen, write_frozen
+from maskgen.training import metrics
+
+
+def check_nothing_lost(workdir: epath.Path, save_steps: int) -> None:
+  """Checks that a workdir without a checkpoint has not had one, before a run begins anew in it.
+
+  Raises:
+    UserError: if it has.
+  """
+  steps = [line["step"] for line in metrics.read(workdir)]
+  # A save waits until the one before it is complete, so that a line from after two saves proves one.
+  if steps and (steps[-1] - 1) // save_steps - (steps[0] - 1) // save_steps >= 2:
+    raise UserError(
+      f"{workdir} has no checkpoint, but its {metrics.METRICS} has come to step {steps[-1]}: restore a "
+      f"checkpoint from a copy, or delete {metrics.METRICS} to train from the start"
+    )
+  if list((workdir / DAMAGED).glob("*")):
+    raise UserError(
+      f"{workdir} has no checkpoint besides damaged ones: restore one from a copy, or rename "
+      f"{workdir / DAMAGED} to train from the start"
+    )
 
 
 def start(

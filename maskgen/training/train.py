@@ -19,7 +19,7 @@ from maskgen.training.clock import Clock
 from maskgen.training.experiment import Experiment
 from maskgen.training.preemption import Preemption
 from maskgen.training.profiler import Profiler
-from maskgen.training.start import start
+from maskgen.training.start import check_nothing_lost, start
 
 RESULTS = "results.json"
 log = logging.getLogger("maskgen")
@@ -62,6 +62,8 @@ def train(experiment: Experiment, workdir: epath.Path) -> dict[str, float]:
 def loop(experiment: Experiment, workdir: epath.Path, checkpoints: storage.Checkpoints) -> None:
   """Trains from wherever the workdir stands to the end; for errors see `train`."""
   cfg, total = experiment.config, experiment.total_steps
+  if checkpoints.latest() is None:
+    check_nothing_lost(workdir, cfg.checkpoint.save_steps)
   state, frozen, origin = start(
     workdir,
     checkpoints,
