@@ -108,6 +108,10 @@ def test_every_module_can_be_imported():
     importlib.import_module(module.name)
 
 
+def test_the_package_is_typed():
+  assert (PACKAGE / "py.typed").is_file()
+
+
 # Keys of configs
 
 

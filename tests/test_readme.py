@@ -45,6 +45,14 @@ def test_the_main_commands_are_there():
   assert blocks("python")
 
 
+def test_continuous_integration_runs_the_two_commands():
+  workflow = (pathlib.Path(__file__).parents[1] / ".github/workflows/tests.yml").read_text()
+  chains = [line for line in "\n".join(blocks("bash")).splitlines() if "pytest" in line or MAIN in line]
+  assert len(chains) == 2
+  for chain in chains:
+    assert f"- run: {chain}\n" in workflow
+
+
 def test_all_blocks_have_a_language():
   assert README.count("```") == 2 * len(re.findall(r"^```\w+$", README, flags=re.MULTILINE))
 
