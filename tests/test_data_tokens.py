@@ -13,6 +13,7 @@ import tiny
 from etils import epath
 
 import maskgen
+from maskgen import config
 from maskgen.data import sources
 from maskgen.data.cache import Cache
 from maskgen.data.pipeline import Data
@@ -205,9 +206,16 @@ def test_wrong_flags(cache, trained, options, message):
     tokenize.main(flags(trained / "tokenizer", cache, **options))
 
 
-def test_only_tokenizers_make_codes(trained, tmp_path):
-  with pytest.raises(UserError, match="mage is no tokenizer: give the workdir or export of one"):
-    tokenize.main(flags(trained / "mage", tmp_path / "out"))
+def test_a_model_of_codes_brings_its_tokenizer(cache, trained, tmp_path):
+  tokenize.main(flags(trained / "mage", tmp_path / "out"))
+  same_files(tmp_path / "out", cache)
+
+
+def test_models_without_codes_are_refused(tmp_path):
+  section = config.to_dict(config.load("vilex_digits.py:debug"))["vilex"]["objective"]
+  (tmp_path / "config.json").write_text(json.dumps({"objective": section}))
+  with pytest.raises(UserError, match="is of objective 'vilex', which has no tokenizer: give a tokenizer, or a"):
+    tokenize.main(flags(tmp_path, tmp_path / "out"))
 
 
 def test_other_folders_are_left_alone(trained, tmp_path):

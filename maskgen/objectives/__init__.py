@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import jax
 
 from maskgen import config as config_lib
-from maskgen import sharding
+from maskgen import sharding, tree
 from maskgen.batch import BatchSpec as BatchSpec
 from maskgen.config import fields
 from maskgen.errors import UserError, nearest
@@ -37,7 +37,10 @@ class Objective(Protocol):
 
   @property
   def codebook_size(self) -> int:
-    """The number of image codes; 0 where it has none."""
+    """The number of codes that `encode` chooses from; 0 without a tokenizer."""
+
+  def tokenizer_params(self, variables: Tree) -> Tree:
+    """The tokenizer's parameters among the model's variables; needed unless `codebook_size` is 0."""
 
   @property
   def image_shape(self) -> tuple[int, int, int]:
@@ -194,6 +197,11 @@ def _described(value: Any, prefix: str = "") -> dict[str, Any]:
   return functools.reduce(
     lambda known, part: known | _described(part[1], f"{prefix}.{part[0]}".lstrip(".")), parts.items(), kind
   )
+
+
+def tokenizer_fingerprint(params: Tree) -> str:
+  """Identifies a tokenizer by its parameters: token caches store it, and training compares it."""
+  return tree.fingerprint({"params": {"generator": params}})
 
 
 def compile_predict_fns(objective: Objective, mesh: jax.sharding.Mesh | None = None) -> dict[str, PredictFn]:

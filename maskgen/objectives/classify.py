@@ -134,6 +134,9 @@ class Objective:
   def codebook_size(self) -> int:
     return self.tokenizer.codebook_size
 
+  def tokenizer_params(self, variables: Tree) -> Tree:
+    return variables["frozen"]["tokenizer"]
+
   @property
   def image_shape(self) -> tuple[int, int, int]:
     return (*self.image_size, self.tokenizer.image_channels)
@@ -298,11 +301,4 @@ class Objective:
     def reconstruct(variables, batch, rng):
       return decode(variables, {"tokens": encode(variables, batch, rng)}, rng)
 
-    return {
-      "loss": loss,
-      "classify": classify,
-      "features": features,
-      "encode": encode,
-      "decode": decode,
-      "reconstruct": reconstruct,
-    }
+    return {fn.__name__: fn for fn in (loss, classify, features, encode, decode, reconstruct)}

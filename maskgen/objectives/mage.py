@@ -90,6 +90,9 @@ class Objective:
   def codebook_size(self) -> int:
     return self.tokenizer.codebook_size
 
+  def tokenizer_params(self, variables: Tree) -> Tree:
+    return variables["frozen"]["tokenizer"]
+
   @property
   def image_shape(self) -> tuple[int, int, int]:
     return (*self.image_size, self.tokenizer.image_channels)
@@ -303,16 +306,6 @@ class Objective:
       tokens = fill(sampling_lib.decode, variables, batch, tokens, unknown, options)
       return jnp.where(hole, decode(variables, {"tokens": tokens}, rng), pixels)
 
-    return {
-      "loss": loss,
-      "mask": mask,
-      "encode": encode,
-      "decode": decode,
-      "reconstruct": reconstruct,
-      "features": features,
-      "logits": logits,
-      "generate": generate,
-      "generate_uniform": generate_uniform,
-      "trajectory": trajectory,
-      "inpaint": inpaint,
-    }
+    of_tokens = (loss, mask, features, logits)
+    of_images = (encode, decode, reconstruct, generate, generate_uniform, trajectory, inpaint)
+    return {fn.__name__: fn for fn in (*of_tokens, *of_images)}

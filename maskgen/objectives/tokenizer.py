@@ -93,6 +93,9 @@ class Objective:
   def codebook_size(self) -> int:
     return self.tokenizer.codebook_size
 
+  def tokenizer_params(self, variables: Tree) -> Tree:
+    return variables["params"]["generator"]
+
   @property
   def image_shape(self) -> tuple[int, int, int]:
     return (*self.image_size, self.tokenizer.image_channels)

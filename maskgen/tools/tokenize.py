@@ -41,7 +41,9 @@ def main(argv: Sequence[str]) -> None:
     "processes share the shards.",
     "python -m maskgen.tools.tokenize --model=runs/vqgan --source=folder:/data/imagenet --out=/data/tokens",
   )
-  parser.add_argument("--model", required=True, help="workdir or export of a tokenizer")
+  parser.add_argument(
+    "--model", required=True, help="workdir or export of a tokenizer, or of a model with one"
+  )
   parser.add_argument("--source", required=True, help="data source, as config.data.source has it")
   parser.add_argument("--out", required=True, help="folder of the cache, local or remote")
   parser.add_argument("--split", default="train", help="split of the source")
@@ -67,23 +69,27 @@ def main(argv: Sequence[str]) -> None:
     raise UserError(f"--process_index={index}: give a number from 0 to {count - 1}")
 
   import maskgen
-  from maskgen import tree
+  from maskgen import objectives, storage
   from maskgen.data import crops
   from maskgen.data.cache import Cache, Manifest
 
+  section = storage.load_config(args.model).get("objective")
+  if section and not objectives.build(section).codebook_size:
+    raise UserError(
+      f"--model={args.model} is of objective '{section['name']}', which has no tokenizer: give a tokenizer, "
+      "or a model that was trained on the codes of one"
+    )
   model = maskgen.load(args.model)
-  takes = model.objective.batch_spec().inputs.keys()
-  if takes != {"image"} or "encode" not in model.objective.predict_fns():
-    raise UserError(f"--model={args.model} is no tokenizer: give the workdir or export of one")
-  height, width, channels = model.objective.image_shape
+  objective = model.objective
+  height, width, channels = objective.image_shape
   preprocess = args.preprocess or (
     f"decode({channels})|random_resized_crop(({height}, {width}), (0.2, 1.0))|flip_lr"
   )
-  reader = crops.open_reader(args.source, args.split, preprocess, args.seed, model.objective.image_shape)
+  reader = crops.open_reader(args.source, args.split, preprocess, args.seed, objective.image_shape)
   manifest = Manifest(
-    tokenizer=tree.fingerprint({"params": {"generator": model.variables["params"]["generator"]}}),
-    image_shape=model.objective.image_shape,
-    codebook_size=model.objective.codebook_size,
+    tokenizer=objectives.tokenizer_fingerprint(objective.tokenizer_params(model.variables)),
+    image_shape=objective.image_shape,
+    codebook_size=objective.codebook_size,
     tokens=model.num_tokens,
     crops=args.crops,
     source=args.source,

@@ -10,7 +10,7 @@ from etils import epath
 
 from maskgen import batch as batch_lib
 from maskgen import config as config_lib
-from maskgen import evaluators, files, objectives, processes, sharding, storage, tree
+from maskgen import evaluators, files, objectives, processes, sharding, storage
 from maskgen.errors import UserError, nearest
 from maskgen.importers.published import PUBLISHED
 from maskgen.objectives import vilex
@@ -148,12 +148,8 @@ class Experiment:
   def init(self, workdir: epath.Path) -> tuple[TrainState, Any]:
     """Makes (state, frozen) from fresh and pretrained parameters, each born where it belongs."""
     self.check_pretrained(workdir)
-    loaded = {
-      name: storage.load_variables(storage.resolve(self.config.pretrained[name], workdir), target)
-      for name, target in self.targets["pretrained"].items()
-    }
     shardings = (self._shardings["state"], self._shardings["frozen"])
-    return jax.jit(self._init, out_shardings=shardings)(loaded)
+    return jax.jit(self._init, out_shardings=shardings)(self._load_pretrained(workdir))
 
   def check_pretrained(self, workdir: epath.Path, pending: Collection[epath.Path] = ()) -> None:
     """Checks that what `config.resume` and `config.pretrained` name is there and of the right kind.
@@ -182,15 +178,32 @@ class Experiment:
         self.objective.check_pretrained(name, storage.load_config(path))
       except UserError as error:
         raise UserError(f"config.pretrained.{name}={given}: {error}") from None
-      if self.data.codes is not None:
-        loaded = storage.load_variables(path, self.targets["pretrained"][name])
-        tokenizer = loaded["params"] if name == "tokenizer" else {"generator": loaded["frozen"]["tokenizer"]}
-        if tree.fingerprint({"params": tokenizer}) != self.data.codes.tokenizer:
-          raise UserError(
-            f"config.data.source={self.config.data['source']} was made with another tokenizer than that of "
-            f"config.pretrained.{name}={given}: give that tokenizer, or make the cache anew with "
-            "maskgen.tools.tokenize"
-          )
+    if self.data.codes is not None and not set(pending) & set(self._pretrained(workdir).values()):
+      self._check_codes(workdir)
+
+  def _check_codes(self, workdir: epath.Path) -> None:
+    """Checks that cached codes come from the tokenizer that training begins with."""
+    cfg = self.config
+    assert self.data.codes is not None
+
+    def begin(pretrained: Any) -> Any:
+      return self.objective.tokenizer_params(self.objective.init(jax.random.key(0), pretrained))
+
+    # Compiled, this passes on what was loaded, and makes none of the fresh parameters.
+    tokenizer = jax.jit(begin)(self._load_pretrained(workdir))
+    if objectives.tokenizer_fingerprint(tokenizer) != self.data.codes.tokenizer:
+      given = " and ".join(f"config.pretrained.{name}={path}" for name, path in cfg.pretrained.items())
+      raise UserError(
+        f"config.data.source={cfg.data['source']} was made with another tokenizer than that of {given}: give "
+        "that tokenizer, or make the cache anew with maskgen.tools.tokenize"
+      )
+
+  def _pretrained(self, workdir: epath.Path) -> dict[str, epath.Path]:
+    return {name: storage.resolve(given, workdir) for name, given in self.config.pretrained.items()}
+
+  def _load_pretrained(self, workdir: epath.Path) -> dict[str, Any]:
+    paths, targets = self._pretrained(workdir), self.targets["pretrained"]
+    return {name: storage.load_variables(paths[name], target) for name, target in targets.items()}
 
   def check_data(self, workdir: epath.Path) -> None:
     """Checks that the records are those that a run in this workdir began with.
