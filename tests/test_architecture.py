@@ -23,7 +23,7 @@ from maskgen.training import optim
 PACKAGE = pathlib.Path(maskgen.__file__).parent
 # A file imports from rows above its own, or from its own row without a cycle.
 ROWS = (
-  "errors files tree images sheet config cli",
+  "errors files tree images sheet plugins config cli",
   "numerics sharding processes costs batch",
   "data",
   "models",

@@ -96,7 +96,7 @@ class TestRegistry:
   @pytest.mark.parametrize(
     ("spec", "message"),
     [
-      ("digit", "data source 'digit' is unknown; did you mean 'digits'"),
+      ("digit", "data source 'digit' does not exist; did you mean 'digits'"),
       ("folder", "write it as 'folder:/path'"),
       ("digits:8", "write it as 'digits'"),
     ],

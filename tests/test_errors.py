@@ -115,7 +115,7 @@ def test_required_arguments(missing, tmp_path):
     ("objective.tokenizer.norm_groups = 3", r"config\.objective\.tokenizer: channels=8 .* norm_groups=3"),
     ("objective.tokenizer.shortcut = 'none'", r"shortcut 'none' does not exist"),
     ("data.sorce = 'digits'", r"config\.data has no key 'sorce'; did you mean 'source'\?"),
-    ("data.source = 'digts'", r"'digts' is unknown; did you mean 'digits'\?"),
+    ("data.source = 'digts'", r"'digts' does not exist; did you mean 'digits'\?"),
     ("data.source = 'folder:/nowhere'", r"'/nowhere' is not a folder"),
     ("data.split = 'trian'", r"split 'trian' .*did you mean 'train'\?"),
     ("data.preprocess = 'decode(3)|resise(16)'", r"op 'resise' .*did you mean resize"),

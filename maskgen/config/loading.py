@@ -1,24 +1,28 @@
 """Config files: loading `FILE[:key=value,...]`, and overriding keys from the command line.
 
-A config is a Python file with `get_config(arg)` that returns an `ml_collections.ConfigDict`.
+A config is a Python file with `get_config(arg)` that returns an `ml_collections.ConfigDict`. It may import
+and name modules that lie beside it, see `maskgen.plugins`.
 """
 
 import ast
 import dataclasses
 import importlib.util
 import pathlib
+import re
 from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
 import ml_collections
 
+from maskgen import plugins
 from maskgen.config.schema import RunConfig
 from maskgen.errors import UserError, nearest
 
 # Sections of a config whose keys belong to what the config names, not to `RunConfig`.
 OPEN = ("objective", "data", "optimizer", "evals")
-
+# An evaluation of a run, or of one of its stages.
+_EVALUATION_TYPE = re.compile(r"(?:(\w+)\.)?evals\.(\w+)\.type")
 
 _CONFIG_FOLDERS = (
   pathlib.Path(__file__).parents[1] / "configs",  # in an installed package
@@ -98,6 +102,7 @@ def load(spec: str, overrides: Mapping[str, str] | None = None) -> ml_collection
   if module_spec is None or module_spec.loader is None:
     raise UserError(f"config file {path} is not a Python file (.py)")
   module = importlib.util.module_from_spec(module_spec)
+  plugins.add_code_folder(file.parent)
   try:
     module_spec.loader.exec_module(module)
   except SyntaxError as error:
@@ -105,13 +110,16 @@ def load(spec: str, overrides: Mapping[str, str] | None = None) -> ml_collection
   if not hasattr(module, "get_config"):
     raise UserError(f"config file {path} has no function get_config(arg)")
   config = module.get_config(arg or None)
+  plugins.add_code_folder(file.parent)  # in front of those of configs that it builds on
   with config.unlocked():
     for run in (
       [config[stage] for stage in config.stages if stage in config] if "stages" in config else [config]
     ):
       _fill_in(run, RunConfig)
   config.lock()
-  for key, text in (overrides or {}).items():
+  overrides = overrides or {}
+  _add_evaluations(config, overrides)
+  for key, text in overrides.items():
     _override(config, key, text)
   return config
 
@@ -140,6 +148,17 @@ def _fill_in(section: ml_collections.ConfigDict, cls: type) -> None:
       _fill_in(section[field.name], type(field.default))
     elif field.default is not dataclasses.MISSING and field.name not in section:
       section[field.name] = field.default
+
+
+def _add_evaluations(config: ml_collections.ConfigDict, overrides: Mapping[str, str]) -> None:
+  """Adds a section for each evaluation whose type is set though the config does not have it."""
+  for key in overrides:
+    if match := _EVALUATION_TYPE.fullmatch(key):
+      stage, name = match.groups()
+      run = config.get(stage) if stage else config
+      if isinstance(run, ml_collections.ConfigDict) and "objective" in run:
+        with config.unlocked():
+          run.evals = {name: {}, **run.get("evals", {})}
 
 
 def _override(config: ml_collections.ConfigDict, key: str, text: str) -> None:

@@ -1,11 +1,13 @@
 """Preprocessing ops: plain functions of one part of a record, eager or inside tf.data.
 
-To add an op, decorate `def name(image, *args)` with `@op`. The name of the first parameter, such as
-`image`, is the key of the record that the op takes and replaces. Keyword-only parameters are given by
-the pipeline: `seed`, an int64 tensor [2] as TensorFlow's stateless random ops have it, and `draw`, an
-int64 scalar that counts how often the record was drawn before. Images are uint8 [h, w, c] before and
-after, c static; crops also take a `Picture`, of which they decode their rectangle only. A size is an
-int for a square, or (height, width). Bad arguments raise ValueError.
+To add an op, decorate `def name(image, *args)` with `@op`. A specification names it with its module, as in
+`decode|my_package.my_ops.name(2)`, or by `name` alone where the module is imported already.
+
+The name of the first parameter, such as `image`, is the key of the record that the op takes and replaces.
+Keyword-only parameters are given by the pipeline: `seed`, an int64 tensor [2] as TensorFlow's stateless
+random ops have it, and `draw`, an int64 scalar that counts how often the record was drawn before. Images are
+uint8 [h, w, c] before and after, c static; crops also take a `Picture`, of which they decode their rectangle
+only. A size is an int for a square, or (height, width). Bad arguments raise ValueError.
 """
 
 import functools
@@ -18,6 +20,7 @@ from maskgen.data.picture import MAX_PIXELS, Picture
 Op = Callable[..., tf.Tensor]
 Size = int | tuple[int, int]
 
+# By the names of their functions, and by those with their modules.
 OPS: dict[str, Op] = {}
 _METHODS = ("bilinear", "bicubic", "nearest", "lanczos3", "area")
 _PAD_MODES = ("constant", "reflect", "symmetric")
@@ -30,13 +33,12 @@ def op(function: Op) -> Op:
   def with_pixels(value: tf.Tensor | Picture, *args, **kwargs) -> tf.Tensor:
     return function(value.pixels() if isinstance(value, Picture) else value, *args, **kwargs)
 
-  OPS[function.__name__] = with_pixels
-  return with_pixels
+  return picture_op(with_pixels)
 
 
 def picture_op(function: Op) -> Op:
   """Registers an op that takes a picture as it is, to decode no more than it needs."""
-  OPS[function.__name__] = function
+  OPS[function.__name__] = OPS[f"{function.__module__}.{function.__name__}"] = function
   return function
 
 

@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from maskgen import plugins
 from maskgen.data import augment, captions, rand_augment  # noqa: F401  (they register their ops)
 from maskgen.data.cpu_tf import tf
 from maskgen.data.ops import OPS
@@ -114,14 +115,18 @@ def _split(node: ast.expr) -> Iterator[ast.expr]:
 
 def _parse_stage(node: ast.expr, spec: str) -> Stage:
   call = node if isinstance(node, ast.Call) else ast.Call(node, [], [])
-  if not isinstance(call.func, ast.Name):
+  name = ast.unparse(call.func)
+  if not all(part.isidentifier() for part in name.split(".")):
     raise _malformed(spec, f"not an op: '{ast.unparse(node)}'")
-  name = call.func.id
   if name == TWO_VIEWS:
     raise UserError(f"{TWO_VIEWS} in preprocessing '{spec}' takes no arguments and comes first")
+  module, _, function = name.rpartition(".")
+  if module and name not in OPS:
+    plugins.find_module(module, None, f"preprocessing '{spec}': module")
   if name not in OPS:
-    close = difflib.get_close_matches(name, OPS, n=1, cutoff=0.5)
-    hint = f"did you mean {close[0]}{_signature(close[0])}?" if close else f"known: {', '.join(sorted(OPS))}"
+    known = sorted(known for known in OPS if "." not in known)
+    close = difflib.get_close_matches(function, known, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]}{_signature(close[0])}?" if close else f"known: {', '.join(known)}"
     raise UserError(f"op '{name}' in preprocessing '{spec}' is unknown; {hint}")
   try:
     args = [_literal(arg) for arg in call.args]

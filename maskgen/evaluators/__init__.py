@@ -1,29 +1,18 @@
 """Numbers and pictures from prediction functions: one module per evaluator.
 
-Each module has a frozen dataclass `Evaluator` whose fields are its options in `config.evals`.
+Each module has a frozen dataclass `Evaluator` whose fields are its options in `config.evals`. The `type` of
+an evaluation names a module here, or one of yours (docs/extending.md).
 """
 
-import importlib
 from collections.abc import Mapping
 from typing import Any
 
 from maskgen import config as config_lib
-from maskgen.errors import UserError, nearest
+from maskgen import plugins
+from maskgen.errors import UserError
 from maskgen.evaluators.context import Context, Evaluator, Report
 
-__all__ = ["EVALUATORS", "Context", "Evaluator", "Report", "build"]
-
-EVALUATORS = (
-  "accuracy",
-  "captioned_digits",
-  "digit_edits",
-  "generation",
-  "lexicon",
-  "loss",
-  "probe",
-  "reconstruction",
-  "samples",
-)
+__all__ = ["Context", "Evaluator", "Report", "build"]
 
 # Keys of an evaluation's section that are read elsewhere: here, and by the training loop.
 _NOT_OPTIONS = ("type", "every_steps")
@@ -38,11 +27,10 @@ def build(name: str, config: Mapping[str, Any], context: Context) -> Evaluator:
   """
   where = f"config.evals.{name}"
   if "type" not in config:
-    raise UserError(f"{where} needs the key 'type', one of {', '.join(EVALUATORS)}")
-  kind = config["type"]
-  if kind not in EVALUATORS:
-    raise UserError(f"{where}.type '{kind}' does not exist{nearest(kind, EVALUATORS)}")
-  cls = importlib.import_module(f"maskgen.evaluators.{kind}").Evaluator
+    known = ", ".join(plugins.short_names(__name__, "Evaluator"))
+    raise UserError(f"{where} needs the key 'type', one of {known}")
+  module: Any = plugins.find_module(str(config["type"]), __name__, f"{where}.type", "Evaluator")
+  cls = module.Evaluator
   options = {key: value for key, value in config.items() if key not in _NOT_OPTIONS}
   for function in cls.requires:
     if function not in context.predict:

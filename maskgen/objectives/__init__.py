@@ -1,24 +1,23 @@
 """What is trained: one file per objective.
 
-`config.objective.name` is the name of a module here; its `Objective` dataclass is built from the rest of
-the section. The training loop, evaluators and API know objectives by the protocol below alone.
+`config.objective.name` names a module here, or one of yours (docs/extending.md); its `Objective` dataclass
+is built from the rest of the section. The training loop, evaluators and API know objectives by the protocol
+below alone.
 """
 
 import dataclasses
 import functools
-import importlib
 import inspect
-import pkgutil
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import jax
 
 from maskgen import config as config_lib
-from maskgen import sharding, tree
+from maskgen import plugins, sharding, tree
 from maskgen.batch import BatchSpec as BatchSpec
 from maskgen.config import fields
-from maskgen.errors import UserError, nearest
+from maskgen.errors import UserError
 from maskgen.models.vqgan import VQGAN
 from maskgen.numerics.text import Captions
 
@@ -128,10 +127,10 @@ def find(section: Mapping[str, Any], **others: type) -> type:
     UserError: for an unknown name.
   """
   name = str(section.get("name"))
-  known = [module.name for module in pkgutil.iter_modules(__path__)]
-  if name not in (*known, *others):
-    raise UserError(f"config.objective.name '{name}' does not exist{nearest(name, known)}")
-  return others.get(name) or importlib.import_module(f"{__name__}.{name}").Objective
+  if name in others:
+    return others[name]
+  module: Any = plugins.find_module(name, __name__, "config.objective.name", "Objective")
+  return module.Objective
 
 
 def build(section: Mapping[str, Any]) -> Objective:

@@ -3,17 +3,17 @@
 A source offers random access: the record of an index is the same whatever was fetched before. All else
 (order, epochs, resuming, slices per process, damaged records) is the pipeline's.
 
-To add one, write a function `open(argument, split)` that returns a `Source`, or raises `UserError` on an
-argument or split that does not exist, and decorate it with `@source("name:what")`, or `@source("name")` if
-it takes no argument. It is known once its module is imported, for instance by your config file. The sources
-of maskgen are the modules beside this file, imported when they are asked for.
+To add one, write a module with a function of `argument` and `split` that returns a `Source`, or raises
+`UserError` on an argument or split that does not exist, and decorate it with `@source("name:what")`, or
+`@source("name")` if it takes no argument. A config names it by its module, as in
+`config.data.source='my_package.my_source:argument'`, or by `name` where the module is imported already. The
+sources of maskgen are the modules beside this file.
 """
 
 import dataclasses
-import importlib
-import pkgutil
 from collections.abc import Callable
 
+from maskgen import plugins
 from maskgen.data.cpu_tf import tf
 from maskgen.errors import UserError, nearest
 
@@ -64,6 +64,7 @@ class Source:
 
 Open = Callable[[str, str], Source]
 
+# By the names of their usage, and of their modules.
 SOURCES: dict[str, tuple[str, Open]] = {}
 
 
@@ -71,7 +72,7 @@ def source(usage: str) -> Callable[[Open], Open]:
   """Registers the function that opens the sources written as `usage`."""
 
   def register(function: Open) -> Open:
-    SOURCES[usage.partition(":")[0]] = (usage, function)
+    SOURCES[usage.partition(":")[0]] = SOURCES[function.__module__] = (usage, function)
     return function
 
   return register
@@ -84,14 +85,15 @@ def open_source(spec: str, split: str) -> Source:
     UserError: if the source or the split is unknown, malformed or empty.
   """
   prefix, _, argument = spec.partition(":")
-  ours = {module.name for module in pkgutil.iter_modules(__path__)}
-  if prefix in ours:
-    importlib.import_module(f"{__name__}.{prefix}")
   if prefix not in SOURCES:
-    raise UserError(f"data source '{spec}' is unknown{nearest(prefix, ours | SOURCES.keys())}")
+    module = plugins.find_module(prefix, __name__, "data source")
+    if module.__name__ not in SOURCES:
+      raise UserError(f"data source '{prefix}' is {module.__file__}, which has no @source function: add one")
+    prefix = module.__name__
   usage, function = SOURCES[prefix]
-  if bool(argument) != (":" in usage):
-    raise UserError(f"data source '{spec}' is malformed: write it as '{usage}'")
+  _, colon, what = usage.partition(":")
+  if bool(argument) != bool(colon):
+    raise UserError(f"data source '{spec}' is malformed: write it as '{spec.partition(':')[0]}{colon}{what}'")
   opened = function(argument, split)
   if not opened.size:
     raise UserError(f"split '{split}' of data source '{spec}' is empty: choose another split")

@@ -1,0 +1,187 @@
+"""Modules that a config names: maskgen's own by short names, anybody else's by the names Python imports.
+
+Objectives, evaluators, data sources and preprocessing ops are all found here. A name such as `mage` is a
+module of maskgen; any other, such as `my_package.my_objective`, is a module on Python's path or, failing
+that, in a *code folder*. Code folders are the folders of the config files that this process has loaded, so
+that a module may lie beside its config, and `code/` in models that were loaded with `trust_code`. A run
+copies what it has imported from code folders to `code/` in its workdir; modules on Python's path belong to
+the environment and are not copied.
+"""
+
+import dataclasses
+import importlib
+import os
+import pathlib
+import pkgutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec, PathFinder
+from types import ModuleType
+
+from etils import epath
+
+from maskgen.errors import UserError, nearest
+
+CODE = "code"
+
+
+class UnknownModuleError(UserError):
+  """A name that is neither one of maskgen's nor a module that can be imported.
+
+  Attributes:
+    name: the name.
+  """
+
+  def __init__(self, message: str, name: str):
+    super().__init__(message)
+    self.name = name
+
+
+class _CodeFolders:
+  """The last finder on `sys.meta_path`: looks for top-level modules in code folders, the newest first.
+
+  Attributes:
+    folders: the code folders.
+    found: for each module that was found, its folder.
+  """
+
+  def __init__(self):
+    self.folders: list[str] = []
+    self.found: dict[str, str] = {}
+
+  def find_spec(
+    self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+  ) -> ModuleSpec | None:
+    for folder in self.folders if path is None else ():
+      if (spec := PathFinder.find_spec(name, [folder])) is not None:
+        self.found[name] = folder
+        return spec
+    return None
+
+
+_code_folders = _CodeFolders()
+sys.meta_path.append(_code_folders)
+
+
+def add_code_folder(folder: os.PathLike | str) -> None:
+  """Makes the modules in a local folder importable, after those on Python's path.
+
+  Raises:
+    UserError: if it holds another version of a module that this process has imported from a code folder.
+  """
+  root = pathlib.Path(folder).resolve()
+  for name, file in _imported_files().items():
+    other = root / name
+    if other != file and other.is_file() and other.read_bytes() != file.read_bytes():
+      raise UserError(
+        f"{other} differs from {file}, which this process has imported under the same name: rename one of "
+        "them, or start another process"
+      )
+  folders = _code_folders.folders
+  folders[:] = [str(root), *(other for other in folders if other != str(root))]
+  importlib.invalidate_caches()
+
+
+def trust(model: epath.Path) -> None:
+  """Makes the code that lies in a model's folder importable, if there is any."""
+  code = model / CODE
+  if not code.exists():
+    return
+  if "://" in str(code):
+    local = epath.Path(tempfile.mkdtemp(prefix="maskgen_code_"))
+    _copy({name: code / name for name in _files(code)}, local)
+    code = local
+  add_code_folder(code)
+
+
+def write_code(model: epath.Path) -> None:
+  """Copies what this process has imported from code folders to `code/` in a model's folder."""
+  _copy({name: epath.Path(file) for name, file in _imported_files().items()}, model / CODE)
+
+
+def copy_code(source: epath.Path, model: epath.Path) -> None:
+  """Copies `code/` from one model's folder to another's, if there is any."""
+  _copy({name: source / CODE / name for name in _files(source / CODE)}, model / CODE)
+
+
+def find_module(name: str, package: str | None, where: str, attribute: str = "") -> ModuleType:
+  """Imports the module that a config names.
+
+  Args:
+    name: the short name of a module of `package`, or the full name of another module.
+    package: the package of maskgen in which short names are looked up, such as `maskgen.objectives`, if any.
+    where: what the name is, for error messages, such as `config.objective.name`.
+    attribute: the dataclass that the module must define, such as `Objective`, if any.
+
+  Raises:
+    UnknownModuleError: if there is no such module.
+    UserError: if a module from outside maskgen lacks the class.
+  """
+  inside = package is not None and name in _names(package)
+  module = importlib.import_module(f"{package}.{name}") if inside else _import(name)
+  if module is not None and (not attribute or _defines(module, attribute)):
+    return module
+  if module is not None and not inside:
+    raise UserError(f"{where} '{name}' is {module.__file__}, which has no dataclass {attribute}: add one")
+  if "." in name or not package:
+    raise UnknownModuleError(
+      f"{where} '{name}' cannot be imported: install it, add its folder to PYTHONPATH, or put it beside the "
+      "config file",
+      name,
+    )
+  raise UnknownModuleError(
+    f"{where} '{name}' does not exist{nearest(name, short_names(package, attribute))}", name
+  )
+
+
+def short_names(package: str, attribute: str = "") -> list[str]:
+  """The modules of one of maskgen's packages, or those that define a dataclass `attribute`."""
+  return [
+    name
+    for name in _names(package)
+    if not attribute or _defines(importlib.import_module(f"{package}.{name}"), attribute)
+  ]
+
+
+def _names(package: str) -> list[str]:
+  return [found.name for found in pkgutil.iter_modules(importlib.import_module(package).__path__)]
+
+
+def _defines(module: ModuleType, attribute: str) -> bool:
+  return dataclasses.is_dataclass(getattr(module, attribute, None))
+
+
+def _import(name: str) -> ModuleType | None:
+  """Imports a module by its full name; None if there is none."""
+  if not all(part.isidentifier() for part in name.split(".")):
+    return None
+  try:
+    return importlib.import_module(name)
+  except ModuleNotFoundError as error:
+    # If an import within the module fails, the module is at fault.
+    if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+      raise
+    return None
+
+
+def _imported_files() -> dict[str, pathlib.Path]:
+  """The files that were imported from code folders, by their paths in these."""
+  files = {}
+  for name, module in tuple(sys.modules.items()):
+    folder = _code_folders.found.get(name.partition(".")[0])
+    file = getattr(module, "__file__", None)
+    if folder and file:
+      files[pathlib.Path(file).relative_to(folder).as_posix()] = pathlib.Path(file)
+  return files
+
+
+def _files(folder: epath.Path) -> list[str]:
+  """The paths of the Python files in a folder, relative to it."""
+  return [str(file.relative_to(folder)) for file in sorted(folder.rglob("*.py"))] if folder.exists() else []
+
+
+def _copy(files: dict[str, epath.Path], target: epath.Path) -> None:
+  for name, file in files.items():
+    (target / name).parent.mkdir(parents=True, exist_ok=True)
+    (target / name).write_bytes(file.read_bytes())
