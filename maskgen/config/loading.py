@@ -134,7 +134,7 @@ def load_beside(file: str, name: str, arg: str | None = None, **arguments: Any) 
     **arguments: arguments for it.
   """
   beside = pathlib.Path(file).with_name(name)
-  given = [f"{key}={value}" for key, value in arguments.items()] + [arg] * bool(arg)
+  given = [*(f"{key}={value}" for key, value in arguments.items()), *([arg] if arg else [])]
   config = load(f"{beside if beside.is_file() else name}:{','.join(given)}")
   return ml_collections.ConfigDict(config.to_dict())
 
