@@ -29,6 +29,11 @@ def to_uint8(images: np.ndarray) -> np.ndarray:
   return np.rint(np.clip(images, 0.0, 1.0) * 255.0).astype(np.uint8)
 
 
+def like(given: np.ndarray, made: np.ndarray) -> np.ndarray:
+  """Float images in [0, 1] in the type of those that a user gave: uint8, or as they are."""
+  return to_uint8(made) if given.dtype == np.uint8 else made
+
+
 def turn_hues(images: jax.Array, sixths: jax.Array) -> jax.Array:
   """Turns the hues of float images [b, h, w, 3] by sixths of the circle, int32 [b]: by 1 red becomes yellow.
 

@@ -13,7 +13,7 @@ import sys
 import pytest
 
 import maskgen
-from maskgen import config, evaluators, objectives
+from maskgen import config, evaluators, objectives, serving
 from maskgen.data.pipeline import Data
 from maskgen.models.discriminator import Discriminator
 from maskgen.models.vqgan import VQGAN
@@ -85,6 +85,11 @@ def test_imports_have_no_cycle():
   tuple(graphlib.TopologicalSorter(GRAPH).static_order())
 
 
+@pytest.mark.parametrize("name", ["serving.loading", "serving.model", "serving.requests"])
+def test_generic_files_know_no_objective(name):
+  assert not [target for target in GRAPH[name] if target.startswith("objectives.")]
+
+
 def test_tensorflow_lives_in_data():
   for name, tree in TREES.items():
     for node in ast.walk(tree):
@@ -136,6 +141,11 @@ def modules_of(package) -> list:
     importlib.import_module(f"{package.__name__}.{info.name}")
     for info in pkgutil.iter_modules(package.__path__)
   ]
+
+
+@pytest.mark.parametrize("module", modules_of(objectives), ids=lambda module: module.__name__)
+def test_objectives_name_the_class_that_users_call(module):
+  assert issubclass(serving.loading.find_class(module.Objective), serving.Model)
 
 
 OWN = [optim.Optimizer, masking.MaskRatio, VQGAN, Discriminator, Data]

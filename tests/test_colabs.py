@@ -28,10 +28,13 @@ from maskgen import config as config_lib
 from maskgen import main
 from maskgen.models import vilex
 from maskgen.numerics import sampling
+from maskgen.serving import ImageWords, TokenModel
 
 ROOT = pathlib.Path(__file__).parents[1]
 FOLDER = ROOT / "docs" / "colabs"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.ipynb"))
+# What the notebooks load.
+CLASSES = dict.fromkeys(NAMES, TokenModel) | {"vilex": ImageWords}
 SHOWS = re.compile(r"^(show|display|Image\.fromarray)\(|^  display\(", re.MULTILINE)
 
 every_notebook = pytest.mark.parametrize("name", NAMES)
@@ -150,7 +153,7 @@ def test_arguments_of_the_model_exist(name):
     if not isinstance(node, ast.Call) or not ast.unparse(node.func).startswith("model."):
       continue
     if isinstance(node.func.value, ast.Name):  # not model.objective.init()
-      known = set(inspect.signature(getattr(maskgen.Model, node.func.attr)).parameters)
+      known = set(inspect.signature(getattr(CLASSES[name], node.func.attr)).parameters)
       known |= options if "options" in known else set()
       assert {keyword.arg for keyword in node.keywords if keyword.arg} <= known, ast.unparse(node)
 

@@ -3,16 +3,14 @@
 import numpy as np
 import pytest
 import test_text_to_image
-import tiny
 from safetensors.numpy import load_file, save_file
 from test_vilex import LENGTH, SECTION, SIZE, TOKENS, batch, setup
 
 import maskgen
 from maskgen import objectives, storage
 from maskgen.errors import UserError
-from maskgen.serving import lexicon
+from maskgen.serving import ImageWords, image_words
 
-trained = tiny.trained
 folders = test_text_to_image.folders
 
 
@@ -21,6 +19,11 @@ def model(tmp_path_factory):
   folder = tmp_path_factory.mktemp("vilex") / "model"
   storage.write_export(folder, {"objective": SECTION}, setup()[1])
   return maskgen.load(folder)
+
+
+def without_weights(section=SECTION):
+  """A model that reads prompts and files."""
+  return ImageWords({"objective": section}, objectives.build(section), {})
 
 
 def test_tokens_of_images(model):
@@ -57,15 +60,15 @@ def test_prompts_with_images(model):
 
 
 def test_layouts():
-  objective, _, _ = setup()
+  model = without_weights()
   tokens = np.ones((TOKENS, 8), np.float32)
-  laid = lexicon.lay_out(objective, "a {} on {}", [tokens, tokens[:2]])
+  laid = model.lay_out("a {} on {}", [tokens, tokens[:2]])
   np.testing.assert_array_equal(laid["num_words"], [1, 1, 0])
   np.testing.assert_array_equal(laid["number"], [3, 2])  # as many as fit, of a room of 8 with 2 words
   assert laid["vectors"].shape == (2, TOKENS, 8) and laid["words"].shape == (3, LENGTH - 2)
-  behind = lexicon.lay_out(objective, "on blue", [tokens])
+  behind = model.lay_out("on blue", [tokens])
   np.testing.assert_array_equal(behind["num_words"], [0, 2])
-  assert "words" not in lexicon.lay_out(objective, "", [tokens])
+  assert "words" not in model.lay_out("", [tokens])
   for arguments, message in (
     (("a {}", []), r"has 1 places \{\} for 0 images"),
     (("a dog", []), "has a word that this model never read, 'dog'"),
@@ -75,12 +78,12 @@ def test_layouts():
     (("{}", [tokens], 9), "num_tokens is 9: this model has 1 to 4"),
   ):
     with pytest.raises(UserError, match=message):
-      lexicon.lay_out(objective, *arguments)
+      model.lay_out(*arguments)
 
 
 def test_shares_of_a_prompt():
   """Numbers that are asked for are kept to; the other images share the rest."""
-  objective, _, _ = setup()
+  model = without_weights()
   tokens = np.ones((TOKENS, 8), np.float32)
   for wanted, expected in (
     ([1, None, None], [1, 3, 3]),
@@ -89,7 +92,7 @@ def test_shares_of_a_prompt():
     (2, [2, 2, 2]),
     (None, [2, 2, 2]),
   ):
-    laid = lexicon.lay_out(objective, "{}{}{}", [tokens] * 3, wanted)
+    laid = model.lay_out("{}{}{}", [tokens] * 3, wanted)
     np.testing.assert_array_equal(laid["number"], expected)
   for images, wanted, message in (
     (3, [4, 4, None], "num_tokens asks for 8 tokens, and 1 images share the rest: .* at most 8 fit"),
@@ -99,9 +102,9 @@ def test_shares_of_a_prompt():
     (9, None, "leaves no room for 9 images"),
   ):
     with pytest.raises(UserError, match=message):
-      lexicon.lay_out(objective, "{}" * images, [tokens] * images, wanted)
+      model.lay_out("{}" * images, [tokens] * images, wanted)
   with pytest.raises(UserError, match="num_tokens is 3 for an image of which only 2 are given"):
-    lexicon.lay_out(objective, "{}", [tokens[:2]], 3)
+    model.lay_out("{}", [tokens[:2]], 3)
 
 
 def test_another_image_in_each_row(model):
@@ -143,40 +146,53 @@ def test_negative_prompts(model):
 def test_between_tokens():
   first, second = np.random.default_rng(0).normal(size=(2, 3, 8)).astype(np.float32)
   second *= np.linalg.norm(first, axis=-1, keepdims=True) / np.linalg.norm(second, axis=-1, keepdims=True)
-  for share, expected in ((0.0, first), (1.0, second)):
-    np.testing.assert_allclose(lexicon.between(first, second, share), expected, atol=1e-6)
-  middle = lexicon.between(first, second, 0.5)
+  start, middle, end = image_words.between(first, second, 3)
+  np.testing.assert_allclose(start, first, atol=1e-6)
+  np.testing.assert_allclose(end, second, atol=1e-6)
   np.testing.assert_allclose(*(np.linalg.norm(x, axis=-1) for x in (middle, first)), rtol=1e-5)
-  np.testing.assert_allclose(lexicon.between(first, first, 0.3), first, atol=1e-6)
+  for same in image_words.between(first, first, 4):
+    np.testing.assert_allclose(same, first, atol=1e-6)
+  assert image_words.between(first, second[:2], 2).shape == (2, 2, 8)
 
 
 def test_files_of_tokens(tmp_path):
-  objective, _, _ = setup()
+  model = without_weights()
   tokens = np.random.default_rng(0).normal(size=(3, 2, 8)).astype(np.float32)
-  lexicon.write_tokens(tmp_path / "three.safetensors", tokens)
-  np.testing.assert_array_equal(lexicon.read_tokens(tmp_path / "three.safetensors", objective), tokens)
+  model.write_tokens(tmp_path / "three.safetensors", tokens)
+  np.testing.assert_array_equal(model.read_tokens(tmp_path / "three.safetensors"), tokens)
   assert load_file(tmp_path / "three.safetensors").keys() == {"tokens"}
   with pytest.raises(UserError, match=r"shape \(2, 8\): give those of a batch"):
-    lexicon.write_tokens(tmp_path / "two.safetensors", tokens[0])
+    model.write_tokens(tmp_path / "two.safetensors", tokens[0])
   with pytest.raises(UserError, match=r"shape \(3, 2, 8\): give those of one image"):
-    lexicon.write_embedding(tmp_path / "word.safetensors", tokens, objective)
+    model.write_embedding(tmp_path / "word.safetensors", tokens)
+
+
+def test_functions_of_the_first_version(tmp_path):
+  from maskgen import lexicon
+
+  objective, path = setup()[0], tmp_path / "cat.safetensors"
+  tokens = np.ones((2, 8), np.float32)
+  maskgen.lexicon.write_embedding(path, tokens, objective)
+  np.testing.assert_array_equal(lexicon.read_tokens(path, objective), tokens[None])
+  lexicon.write_tokens(path, 2 * tokens[None])
+  np.testing.assert_array_equal(lexicon.read_tokens(path, objective), 2 * tokens[None])
 
 
 @pytest.mark.parametrize(("name", "widths"), [("sd", (8,)), ("xl", (4, 8))])
 def test_textual_inversions(folders, tmp_path, name, widths):
   """Written for models of one and of two text encoders, and read again."""
   decoder = dict(name="diffusers", folder=str(folders / name), image_size=(8, 8))
-  objective = objectives.build(SECTION | dict(decoder=decoder, tokens=3))
+  model = without_weights(SECTION | dict(decoder=decoder, tokens=3))
   tokens = np.random.default_rng(0).normal(size=(2, sum(widths))).astype(np.float32)
-  lexicon.write_embedding(tmp_path / "cat.safetensors", tokens, objective)
+  model.write_embedding(tmp_path / "cat.safetensors", tokens)
   found = load_file(tmp_path / "cat.safetensors")
   names = ["emb_params"] if len(widths) == 1 else ["clip_l", "clip_g"]
   assert found.keys() == {*names}
   np.testing.assert_array_equal(np.concatenate([found[name] for name in names], axis=-1), tokens)
-  np.testing.assert_array_equal(lexicon.read_tokens(tmp_path / "cat.safetensors", objective), tokens[None])
+  np.testing.assert_array_equal(model.read_tokens(tmp_path / "cat.safetensors"), tokens[None])
   if len(widths) == 1:  # under the name of a word, and in half precision, as others write them
     save_file({"<cat>": tokens.astype(np.float16)}, tmp_path / "cat.safetensors")
-    found = lexicon.read_tokens(tmp_path / "cat.safetensors", objective)
+    found = model.read_tokens(tmp_path / "cat.safetensors")
     np.testing.assert_allclose(found, tokens[None], atol=1e-3)
 
 
@@ -196,16 +212,4 @@ def test_textual_inversions(folders, tmp_path, name, widths):
 def test_wrong_files_of_tokens(data, message, tmp_path):
   save_file({name: value.astype(np.float32) for name, value in data.items()}, tmp_path / "a.safetensors")
   with pytest.raises(UserError, match=message):
-    lexicon.read_tokens(tmp_path / "a.safetensors", setup()[0])
-
-
-def test_other_models_have_no_tokens_of_images(trained):
-  tokenizer = maskgen.load(trained / "tokenizer")
-  images = np.zeros((1, 16, 16, 3), np.uint8)
-  for call in (
-    lambda: tokenizer.encode(images, num_tokens=2),
-    lambda: tokenizer.reconstruct(images, num_tokens=2),
-    lambda: tokenizer.generate(images=[images[0]]),
-  ):
-    with pytest.raises(UserError, match="of objective 'tokenizer' knows no tokens of images"):
-      call()
+    without_weights().read_tokens(tmp_path / "a.safetensors")

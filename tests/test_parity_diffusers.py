@@ -23,7 +23,7 @@ from maskgen.models.unet import Condition
 from maskgen.numerics import diffusion
 from maskgen.numerics.prompts import Run
 from maskgen.numerics.text import open_tokenizer
-from maskgen.serving import lexicon
+from maskgen.serving import ImageWords
 
 FAMILIES = ("sd15", "sd21", "sdxl")
 PROGRAM = pathlib.Path(__file__).parent / "diffusers_reference.py"
@@ -124,10 +124,11 @@ def inverted(folder):
   tokens = {}
   for family in FAMILIES:
     decoder = dict(name="diffusers", folder=str(folder / family / "model"), image_size=(32, 64))
-    objective = objectives.build(SECTION | dict(decoder=decoder, tokens=4))
-    width = sum(objective.renderer.model.text_widths)
-    tokens[family] = objective, np.random.default_rng(0).normal(size=(3, width)).astype(np.float32)
-    lexicon.write_embedding(folder / family / "inversion.safetensors", tokens[family][1], objective)
+    section = SECTION | dict(decoder=decoder, tokens=4)
+    model = ImageWords({"objective": section}, objectives.build(section), {})
+    width = sum(model.objective.renderer.model.text_widths)
+    tokens[family] = model, np.random.default_rng(0).normal(size=(3, width)).astype(np.float32)
+    model.write_embedding(folder / family / "inversion.safetensors", tokens[family][1])
   compute(folder, "inversions")
   return tokens
 
@@ -135,9 +136,9 @@ def inverted(folder):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_images_are_textual_inversions(folder, inverted, family):
   """Several vectors, among words; and one file for each kind of model."""
-  objective, tokens = inverted[family]
-  laid = lexicon.lay_out(objective, "the {} on the mat", [tokens])
-  renderer, params = objective.renderer, load(folder, family)[0].params
+  model, tokens = inverted[family]
+  laid = model.lay_out("the {} on the mat", [tokens])
+  renderer, params = model.objective.renderer, load(folder, family)[0].params
   said = [
     renderer.words(params, ids[None], number[None])
     for ids, number in zip(laid["words"], laid["num_words"], strict=True)

@@ -9,7 +9,7 @@ from test_vilex import DECODER, SECTION, SIZE, setup
 import maskgen
 from maskgen import images, storage
 from maskgen.errors import UserError
-from maskgen.serving import lexicon
+from maskgen.serving import token_files
 from maskgen.tools import vilex
 
 COMMANDS = tuple(vilex.COMMANDS)
@@ -29,7 +29,7 @@ def folder(tmp_path_factory):
   (folder / "text.png").write_text("no picture")
   (folder / "text.safetensors").write_text("{" * 20)
   save_file({"tokens": np.zeros((1, 2, 9), np.float32)}, folder / "other.safetensors")
-  lexicon.write_tokens(folder / "two.safetensors", np.zeros((2, 2, 8)))
+  token_files.write_tokens(folder / "two.safetensors", np.zeros((2, 2, 8)))
   return folder
 
 
@@ -160,7 +160,11 @@ def test_pictures_of_any_size(folder, model, tmp_path):
     ("prompt", ["--prompt=a {}", "--image=@a.png:5"], r"num_tokens is 5: this model has 1 to 4"),
     ("prompt", ["--prompt=a {}", "--image=@a.png", "--num_tokens=0"], r"num_tokens is 0: this model has"),
     ("prompt", ["--image=@a.png:-1"], r"num_tokens is -1: this model has 1 to 4"),
-    ("prompt", ["--image=@two.safetensors:3"], r"two\.safetensors:3: the file holds only 2 tokens"),
+    (
+      "prompt",
+      ["--image=@two.safetensors:3"],
+      r"two\.safetensors:3: the file holds 2 tokens of an image, give 1 to 2",
+    ),
     ("prompt", [], r"neither --prompt nor --image is given"),
     ("prompt", ["--prompt=a", "--count=0"], r"--count=0: give at least 1"),
     ("prompt", ["--prompt=a", "--sampler=euler"], r"sampler 'euler' does not exist"),

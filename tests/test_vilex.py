@@ -14,7 +14,7 @@ from flax.core import FrozenDict
 from maskgen import images, objectives, storage, tree
 from maskgen.errors import UserError
 from maskgen.numerics.prompts import Run
-from maskgen.serving import lexicon
+from maskgen.serving import ImageWords
 from maskgen.tools import convert
 from maskgen.training import optim
 from maskgen.training.state import TrainState
@@ -352,7 +352,8 @@ def test_published_decoders(folders, tmp_path, name, widths):
   predict = objectives.compile_predict_fns(objective)
   vectors = predict["encode"](variables, batch(2), None)
   assert vectors.shape == (2, 3, sum(widths))
-  given = lexicon.lay_out(objective, "{} b", list(vectors[:1]))
+  model = ImageWords({"objective": section}, objective, variables)
+  given = model.lay_out("{} b", list(vectors[:1]))
   given = {name: np.stack([value] * 2) for name, value in given.items()} | {"key": keys(2)}
   images = predict["generate"](variables, given, None)
   assert images.shape == (2, 8, 8, 3) and np.isfinite(images).all()

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import jax
 
@@ -29,7 +29,14 @@ PredictFn = Callable[..., Any]
 
 
 class Objective(Protocol):
-  """A frozen dataclass whose fields are the keys of `config.objective`."""
+  """A frozen dataclass whose fields are the keys of `config.objective`.
+
+  Attributes:
+    serving: the class that `maskgen.load` returns, by its full name; a subclass of `maskgen.Model`, which is
+      the default.
+  """
+
+  serving: ClassVar[str]
 
   def batch_spec(self) -> BatchSpec:
     """What its losses read from a batch."""

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -81,6 +81,8 @@ class Objective:
       draws one.
     dtype, attention, remat, scan: how the encoder is run, see `Transformer`.
   """
+
+  serving: ClassVar[str] = "maskgen.serving.Classifier"
 
   image_size: tuple[int, int]
   classes: int

@@ -5,7 +5,7 @@ Letters: b batch, h w image, l positions of a caption.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +40,8 @@ class Objective:
       guided.
     sampling: defaults for generation.
   """
+
+  serving: ClassVar[str] = "maskgen.serving.TextToImageModel"
 
   image_size: tuple[int, int]
   patch: int = 1

@@ -39,6 +39,7 @@ class Objective:
     sampling: defaults for generation and inpainting.
   """
 
+  serving: ClassVar[str] = "maskgen.serving.TokenModel"
   captions: ClassVar[Captions | None] = None
 
   image_size: tuple[int, int]

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -53,6 +53,8 @@ class Objective:
     remat: what the backward pass computes again, "none" or "full" (the residual blocks of the network); the
       numbers are the same.
   """
+
+  serving: ClassVar[str] = "maskgen.serving.Tokenizer"
 
   image_size: tuple[int, int]
   tokenizer: VQGAN = VQGAN()

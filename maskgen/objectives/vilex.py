@@ -60,11 +60,11 @@ class Objective:
       an encoder from scratch. Not in the paper.
     first_step: of the noise's steps the first one that is trained with. At those before it, all with less
       noise, a picture shows by itself what a prompt could say of it. Not in the paper.
-    dtype: of the pooling.
-    attention: likewise, see `maskgen.models.transformer.attend`.
+    dtype, attention: of the pooling, see `AttentionPool`.
     sampling: defaults for generation.
   """
 
+  serving: ClassVar[str] = "maskgen.serving.ImageWords"
   codebook_size: ClassVar[int] = 0
   num_classes: ClassVar[int] = 0
 

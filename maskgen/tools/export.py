@@ -50,13 +50,11 @@ def _write_reference(model: "maskgen.Model", path: str, out: str) -> Mapping[str
 
   from maskgen import files, storage
   from maskgen.importers import mage
-  from maskgen.objectives.mage import Objective
 
-  objective = model.objective
-  if not isinstance(objective, Objective) or type(objective) is not Objective:
-    raise UserError(
-      f"{path} is a model of objective '{model.config['objective']['name']}': --format=mage takes a mage"
-    )
+  objective: Any = model.objective
+  name = model.config["objective"]["name"]
+  if name != "mage":
+    raise UserError(f"{path} is a model of objective '{name}': --format=mage takes a mage")
   mage.check_expressible(objective.tokenizer, objective.grid)
   params = {"main": model.variables["params"]["main"], "tokenizer": model.variables["frozen"]["tokenizer"]}
   tensors = storage.to_host(mage.to_reference(params, objective.model, objective.tokenizer))

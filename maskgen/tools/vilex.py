@@ -4,7 +4,7 @@ import argparse
 import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from etils import epath
@@ -14,6 +14,9 @@ from tqdm import tqdm
 from maskgen import cli, sheet
 from maskgen import images as images_lib
 from maskgen.errors import UserError
+
+if TYPE_CHECKING:
+  from maskgen.serving import ImageWords
 
 FILE_OF_TOKENS = ".safetensors"
 # Options of sampling, by default the config's.
@@ -27,8 +30,8 @@ class Seen(NamedTuple):
   Attributes:
     name: as it was given.
     picture: uint8 [h, w, c], of the model's size; or what stands for it, if it was given as tokens.
-    tokens: float32 [k, d].
-    number: how many of them are wanted; None for as many as fit.
+    tokens: float32 [k, d], those that are wanted.
+    number: k if it was asked for; None for as many as fit.
   """
 
   name: str
@@ -75,13 +78,14 @@ def reconstruct(argv: Sequence[str]) -> None:
   model, seen = _load(args)
 
   from maskgen.numerics import prompts
-  from maskgen.serving import lexicon
 
   powers = prompts.TailDrop("powers")
   sections: dict[str, list[Entry]] = {}
   for image in seen:
     wanted = numbers or [int(k) for k in powers.choices(len(image.tokens))]
-    chosen = [lexicon.check_number(model.objective, k) for k in ([image.number] if image.number else wanted)]
+    chosen = [image.number] if image.number else wanted
+    for k in chosen:
+      model.lay_out("", [image.tokens], k)  # which checks it
     for seed in range(args.seed, args.seed + args.count):
       drawn = [(_plural(k), dict(seed=seed, images=[image.tokens], num_tokens=k)) for k in chosen]
       sections[f"{image.name}, --seed={seed}"] = [("the image", image), *drawn]
@@ -106,11 +110,8 @@ def prompt(argv: Sequence[str]) -> None:
   if not args.prompt and not args.image:
     raise UserError("neither --prompt nor --image is given: give at least one of them")
   model, seen = _load(args, args.num_tokens)
-
-  from maskgen.serving import lexicon
-
   tokens, numbers = [image.tokens for image in seen], [image.number for image in seen]
-  stand = lexicon.lay_out(model.objective, args.prompt, tokens, numbers).get("number", ())
+  stand = model.lay_out(args.prompt, tokens, numbers).get("number", ())
   sections: dict[str, list[Entry]] = {}
   if seen:
     sections["images"] = [(_plural(k), image) for image, k in zip(seen, stand, strict=True)]
@@ -140,17 +141,16 @@ def interpolate(argv: Sequence[str]) -> None:
   if len(seen) != 2:
     raise UserError(f"--image gives {len(seen)} images: give the two to draw between")
 
-  from maskgen.serving import lexicon
+  from maskgen.serving import image_words
 
-  first, second = (image.tokens[: image.number] for image in seen)
-  k = min(len(first), len(second))
-  drawn: list[Entry] = []
-  for share in lexicon.shares(args.count):
-    tokens = lexicon.between(first[:k], second[:k], share)
-    drawn.append((f"{share:.0%}", dict(seed=args.seed, prompt=args.prompt, images=[tokens])))
-  lexicon.lay_out(model.objective, args.prompt, [first[:k]])  # which checks the prompt
+  tokens = image_words.between(seen[0].tokens, seen[1].tokens, args.count)
+  model.lay_out(args.prompt, [tokens[0]])  # which checks the prompt
+  drawn: list[Entry] = [
+    (f"{share:.0%}", dict(seed=args.seed, prompt=args.prompt, images=[one]))
+    for share, one in zip(np.linspace(0.0, 1.0, args.count), tokens, strict=True)
+  ]
   title = f"{args.prompt or 'images alone'}, from the first to the second"
-  _draw(args, model, {"images": [(_plural(k), image) for image in seen], title: drawn})
+  _draw(args, model, {"images": [(_plural(tokens.shape[1]), image) for image in seen], title: drawn})
 
 
 def encode(argv: Sequence[str]) -> None:
@@ -161,15 +161,12 @@ def encode(argv: Sequence[str]) -> None:
   )
   _add_num_tokens(parser)
   args = _parse(parser, argv, FILE_OF_TOKENS)
-  _, seen = _load(args, args.num_tokens)
-  tokens = [image.tokens[: image.number] for image in seen]
+  model, seen = _load(args, args.num_tokens)
+  tokens = [image.tokens for image in seen]
   if len({len(one) for one in tokens}) > 1:
     numbers = ", ".join(str(len(one)) for one in tokens)
     raise UserError(f"--image gives {numbers} tokens: give --num_tokens alone, which is the same for all")
-
-  from maskgen.serving import lexicon
-
-  lexicon.write_tokens(args.out, np.stack(tokens))
+  model.write_tokens(args.out, np.stack(tokens))
   k, d = tokens[0].shape
   print(f"wrote {k} tokens of {d} numbers for each of {len(tokens)} images to {args.out}")
 
@@ -186,12 +183,8 @@ def embedding(argv: Sequence[str]) -> None:
   model, seen = _load(args, args.num_tokens)
   if len(seen) != 1:
     raise UserError(f"--image gives {len(seen)} images: give one, as a file is one word")
-
-  from maskgen.serving import lexicon
-
-  tokens = seen[0].tokens[: seen[0].number]
-  lexicon.write_embedding(args.out, tokens, model.objective)
-  print(f"wrote {len(tokens)} vectors to {args.out}")
+  model.write_embedding(args.out, seen[0].tokens)
+  print(f"wrote {len(seen[0].tokens)} vectors to {args.out}")
 
 
 COMMANDS: Mapping[str, tuple[Callable[[Sequence[str]], None], str]] = {
@@ -256,22 +249,20 @@ def _whole_numbers(name: str, text: str) -> list[int]:
     raise UserError(f"--{name}={text}: give whole numbers, such as 4 or 1,4,8") from None
 
 
-def _load(args: argparse.Namespace, num_tokens: int | None = None) -> tuple[Any, list[Seen]]:
+def _load(args: argparse.Namespace, num_tokens: int | None = None) -> tuple["ImageWords", list[Seen]]:
   """The model and the images, of each of which so many tokens are wanted if it does not say.
 
   What is wrong with pictures shows before the model is loaded.
   """
   import maskgen
-  from maskgen import storage
+  from maskgen.serving import ImageWords
 
   opened = [_open(text) for text in args.image or ()]
-  objective = storage.load_config(args.model).get("objective")
-  if objective and objective["name"] != "vilex":
-    raise UserError(
-      f"--model={args.model} is of objective '{objective['name']}': give one of the vilex objective"
-    )
   log.info("loading %s", args.model)
   model = maskgen.load(args.model)
+  if not isinstance(model, ImageWords):
+    name = model.config["objective"]["name"]
+    raise UserError(f"--model={args.model} is of objective '{name}': give one of the vilex objective")
   seen = []
   for path, picture, number in tqdm(opened, desc="reading images", disable=len(opened) < 2):
     seen += _see(model, path, picture, num_tokens if number is None else number)
@@ -290,31 +281,27 @@ def _open(text: str) -> tuple[str, Image.Image | None, int | None]:
   return path, None, number
 
 
-def _see(model: Any, path: str, picture: Image.Image | None, number: int | None) -> list[Seen]:
+def _see(model: "ImageWords", path: str, picture: Image.Image | None, number: int | None) -> list[Seen]:
   """The image of a picture file, or those of a file of tokens."""
-  from maskgen.serving import lexicon
-
-  objective = model.objective
-  if number is not None:
-    lexicon.check_number(objective, number)
-  height, width, _ = objective.image_shape
+  height, width, _ = model.objective.image_shape
   if picture is not None:
     pixels = np.asarray(ImageOps.fit(picture, (width, height), Image.Resampling.BICUBIC))
-    return [Seen(path, pixels, model.encode(pixels[None])[0], number)]
-  tokens = lexicon.read_tokens(path, objective)
-  if number is not None and number > tokens.shape[1]:
-    raise UserError(f"--image={path}:{number}: the file holds only {tokens.shape[1]} tokens of an image")
+    return [Seen(path, pixels, model.encode(pixels[None], number)[0], number)]
+  tokens = model.read_tokens(path)
+  held = tokens.shape[1]
+  if number is not None and not 1 <= number <= held:
+    raise UserError(f"--image={path}:{number}: the file holds {held} tokens of an image, give 1 to {held}")
   shown = sheet.fit(np.zeros((height, width, 1), np.uint8)).shape
-  drawn = sheet.page(f"{path}, {tokens.shape[1]} tokens", shown[0], shown[1])
+  drawn = sheet.page(f"{path}, {held} tokens", shown[0], shown[1])
   names = [path] if len(tokens) == 1 else [f"{path}, image {i}" for i in range(len(tokens))]
-  return [Seen(name, drawn, one, number) for name, one in zip(names, tokens, strict=True)]
+  return [Seen(name, drawn, one[:number], number) for name, one in zip(names, tokens, strict=True)]
 
 
 def _plural(k: int) -> str:
   return "1 token" if k == 1 else f"{k} tokens"
 
 
-def _draw(args: argparse.Namespace, model: Any, sections: Mapping[str, Sequence[Entry]]) -> None:
+def _draw(args: argparse.Namespace, model: "ImageWords", sections: Mapping[str, Sequence[Entry]]) -> None:
   """Draws and writes pictures: one alone, several each in a file, and all on a sheet."""
   names = (*_SAMPLING, "negative_prompt")
   options = {name: value for name in names if (value := getattr(args, name, None)) is not None}

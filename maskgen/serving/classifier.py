@@ -1,0 +1,18 @@
+"""Models that classify images."""
+
+import numpy as np
+
+from maskgen.serving.tokenizer import Tokenizer
+
+
+class Classifier(Tokenizer):
+  """A classifier on the encoder of a masked generative model, and that model's tokenizer.
+
+  model = maskgen.load("runs/finetune")
+  probabilities = model.classify(images)  # float32 [b, classes]
+  features = model.features(images)  # float32 [b, d], below the head
+  """
+
+  def classify(self, images: np.ndarray) -> np.ndarray:
+    """The probability of each class, float32 [b, classes], in the order of the training data's classes."""
+    return self.call("classify", {"image": self.check_images(images)})

@@ -1,0 +1,269 @@
+"""Images as words of a frozen text-to-image model (ViLex): "a {} on a red background", and a picture.
+
+Letters: s images of a prompt, n tokens of an image, k of them that are used, d their width, m words, p pieces
+of a prompt between its images.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from maskgen import images as images_lib
+from maskgen.errors import UserError
+from maskgen.serving import requests, token_files
+from maskgen.serving.model import Model
+
+PLACE = "{}"
+# How many tokens: of every image, or of each; None for as many as fit.
+Numbers = int | Sequence[int | None] | None
+
+
+class ImageWords(Model):
+  """A visual lexicon: it turns images into vectors that stand among words, and draws what such prompts say.
+
+  model = maskgen.load("runs/vilex_digits/vilex")
+  tokens = model.encode(images)  # float32 [b, n, d]
+  made = model.generate(prompt="a {} on a red background", images=[image])
+  """
+
+  objective: Any  # such as `maskgen.objectives.vilex.Objective`
+
+  def encode(self, images: np.ndarray, num_tokens: int | None = None) -> np.ndarray:
+    """The first `num_tokens` tokens of images, by default all, float32 [b, k, d].
+
+    They are vectors that can stand among words; the first ones say what matters most.
+    """
+    number = self._check_number(num_tokens)
+    return self.call("encode", {"image": self.check_images(images)})[:, :number]
+
+  def reconstruct(
+    self, images: np.ndarray, num_tokens: int | None = None, seed: int = 0, **options: Any
+  ) -> np.ndarray:
+    """Draws images anew from their first `num_tokens` tokens, by default all, in the dtype they came in.
+
+    Another seed makes variations. Options are those of `generate`.
+    """
+    checked = self.check_images(images)
+    number = np.full((len(checked), 1), self._check_number(num_tokens), np.int32)
+    request = {"image": checked, "number": number, "key": requests.keys(seed, len(checked))}
+    return images_lib.like(checked, self.call("reconstruct", request, **self._options(options)))
+
+  def generate(
+    self,
+    seed: int = 0,
+    batch: int | None = None,
+    prompt: str | None = None,
+    images: Sequence[np.ndarray] | np.ndarray | None = None,
+    num_tokens: Numbers = None,
+    negative_prompt: str | None = None,
+    **options: Any,
+  ) -> np.ndarray:
+    """New images, float32 [batch, h, w, c] in [0, 1]; image i depends on the seed, i and the prompt.
+
+    Args:
+      seed: of the randomness.
+      batch: how many; by default one, or one per row of the images.
+      prompt: one text, with "{}" where an image stands; without any, images stand before the words, or behind
+        them if the model was trained so.
+      images: those of the prompt: each [h, w, c], or its tokens [k, d] from `encode`; or with a leading axis
+        b, one for each image that is made.
+      num_tokens: of all of them, or a list of one for each; by default as many as there are, or as fit.
+      negative_prompt: a text that guidance leads away from.
+      **options: the fields of `maskgen.models.vilex.Sampling`; by default those of the config.
+    """
+    options = self._options(options)
+    vectors = [self._vectors(image) for image in self._in_turn(images)]
+    if prompt is not None and not isinstance(prompt, str):
+      raise UserError(f"prompt is {prompt!r}: give one text for all images that are made")
+    rows = max([len(tokens) for tokens in vectors], default=1)
+    batch = requests.count(rows if batch is None else batch)
+    request = {"key": requests.keys(seed, batch), **self._lay_out(prompt or "", vectors, num_tokens, batch)}
+    if negative_prompt is not None:
+      request["avoided"] = requests.captions(negative_prompt, batch, self.objective.texts)
+    return self.call("generate", request, **options)
+
+  def interpolate(
+    self, first: np.ndarray, second: np.ndarray, count: int = 5, seed: int = 0, **options: Any
+  ) -> np.ndarray:
+    """Draws images between two, float32 [count, h, w, c], all from the same noise.
+
+    Args:
+      first: an image [h, w, c], or its tokens [k, d].
+      second: likewise; of two numbers of tokens the smaller one counts.
+      count: how many, with the two ends.
+      seed: of the noise.
+      **options: as for `generate`, `prompt` and `negative_prompt` among them.
+    """
+    start, end = (self._vectors(image)[0] for image in (first, second))
+    made = [self.generate(seed, 1, images=[tokens], **options) for tokens in between(start, end, count)]
+    return np.concatenate(made)
+
+  def lay_out(
+    self, prompt: str, images: Sequence[np.ndarray], num_tokens: Numbers = None
+  ) -> dict[str, np.ndarray]:
+    """What the prediction function `generate` takes for one image that is made of a prompt.
+
+    Args:
+      prompt: as for `generate`.
+      images: their tokens, float [k, d] with k up to n.
+      num_tokens: of every image, or of each; by default, and for None, as many as there are, or an equal
+        share of what fits beside the words and the other images.
+
+    Returns:
+      For images `vectors` [s, n, d] and `number` int32 [s], for words `words` int32 [p, m] and `num_words`
+      int32 [p]; p is s + 1.
+
+    Raises:
+      UserError: if places and images do not go together, a word is unknown, or the prompt is too long.
+    """
+    pieces = prompt.split(PLACE)
+    if len(pieces) == 1:
+      nothing = [""] * len(images)
+      pieces = [prompt, *nothing] if self.objective.words.place == "behind" else [*nothing, prompt]
+    if len(pieces) != len(images) + 1:
+      raise UserError(
+        f"the prompt '{prompt}' has {len(pieces) - 1} places {PLACE} for {len(images)} images: give one "
+        "for each, or none"
+      )
+    tokenizer, room = self.objective.texts.opened, self.objective.renderer.room
+    for piece in pieces:
+      unknown = tokenizer.unknown(piece)
+      if unknown is not None:
+        raise UserError(f"the prompt '{prompt}' has a word that this model never read, {unknown}")
+    ids = [tokenizer.encode(piece) for piece in pieces]
+    num_words = [len(piece) for piece in ids]
+    number = self._share_room(prompt, images, num_tokens, room - sum(num_words))
+    laid: dict[str, np.ndarray] = {}
+    if images:
+      vectors = [np.pad(tokens, ((0, self.objective.tokens - len(tokens)), (0, 0))) for tokens in images]
+      laid |= {"vectors": np.stack(vectors).astype(np.float32), "number": np.array(number, np.int32)}
+    if any(num_words):
+      words = np.array([piece + [0] * (room - len(piece)) for piece in ids], np.int32)
+      laid |= {"words": words, "num_words": np.array(num_words, np.int32)}
+    return laid
+
+  def write_tokens(self, path: epath.PathLike, tokens: np.ndarray) -> None:
+    """Writes tokens of images, float [b, k, d], see `token_files.write_tokens`."""
+    token_files.write_tokens(path, tokens)
+
+  def write_embedding(self, path: epath.PathLike, tokens: np.ndarray) -> None:
+    """Writes an image's tokens, float [k, d], as a textual inversion, see `token_files.write_embedding`."""
+    token_files.write_embedding(path, tokens, self.objective.renderer.model.text_widths)
+
+  def read_tokens(self, path: epath.PathLike) -> np.ndarray:
+    """Reads a file of tokens or a textual inversion, float32 [b, k, d], see `token_files.read_tokens`."""
+    return token_files.read_tokens(path, self.objective.renderer.model.text_widths, self.objective.tokens)
+
+  def _options(self, options: dict[str, Any]) -> dict[str, Any]:
+    return requests.options(options, self.objective.sampling)
+
+  def _check_number(self, num_tokens: int | None) -> int:
+    """How many tokens of an image are wanted, by default all."""
+    most = self.objective.tokens
+    if num_tokens is None:
+      return most
+    if not isinstance(num_tokens, int | np.integer) or not 1 <= num_tokens <= most:
+      raise UserError(f"num_tokens is {num_tokens!r}: this model has 1 to {most} for an image")
+    return int(num_tokens)
+
+  def _in_turn(self, images: Iterable[np.ndarray] | None) -> Iterable[np.ndarray]:
+    """The images of a prompt one by one; the rows of a single image would be taken for images."""
+    if getattr(images, "shape", None) == self.objective.image_shape:
+      raise UserError("images is a single one: give a list, images=[image]")
+    return () if images is None else images
+
+  def _vectors(self, image: np.ndarray) -> np.ndarray:
+    """The tokens [b, k, d] of an image of a prompt, see `generate`; b is 1 for an image without that axis."""
+    given = np.asarray(image)
+    is_tokens = given.ndim > 1 and given.shape[-1] == sum(self.objective.renderer.model.text_widths)
+    if is_tokens and given.ndim < 4:
+      self._check_number(given.shape[-2])
+      return given.reshape(-1, *given.shape[-2:])
+    return self.encode(given if given.ndim == 4 else given[None])
+
+  def _lay_out(
+    self, prompt: str, images: Sequence[np.ndarray], num_tokens: Numbers, batch: int
+  ) -> dict[str, np.ndarray]:
+    """`lay_out` for a batch; row i holds row i of images [b, k, d], and images [1, k, d] are in all rows."""
+    for tokens in images:
+      if len(tokens) not in (1, batch):
+        raise UserError(
+          f"an image of the prompt has {len(tokens)} rows, {batch} images are to be made: give one, or one "
+          "each"
+        )
+    rows = [
+      self.lay_out(prompt, [tokens[i % len(tokens)] for tokens in images], num_tokens) for i in range(batch)
+    ]
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+  def _share_room(
+    self, prompt: str, images: Sequence[np.ndarray], num_tokens: Numbers, room: int
+  ) -> list[int]:
+    """How many tokens of each image stand in a prompt that has room for so many; words are never cut."""
+    if num_tokens is None or isinstance(num_tokens, int | np.integer):
+      wanted: list[int | None] = [num_tokens] * len(images)
+    else:
+      wanted = list(num_tokens)
+    if len(wanted) != len(images):
+      raise UserError(
+        f"num_tokens has {len(wanted)} numbers for {len(images)} images: give one for each, or a single one"
+      )
+    if room < len(images):
+      what = f"leaves no room for {len(images)} images" if images else f"has {-room} tokens too many"
+      raise UserError(f"the prompt '{prompt}' {what}: shorten it")
+    left, sharing = room, 0
+    for number, tokens in zip(wanted, images, strict=True):
+      if number is None:
+        sharing += 1
+      elif self._check_number(number) > len(tokens):
+        raise UserError(
+          f"num_tokens is {number} for an image of which only {len(tokens)} are given: give fewer"
+        )
+      else:
+        left -= number
+    if left < sharing:
+      raise UserError(
+        f"num_tokens asks for {room - left} tokens, and {sharing} images share the rest: beside the words of "
+        f"'{prompt}' at most {room} fit"
+      )
+    share = left // max(sharing, 1)
+    return [
+      min(len(tokens), share) if number is None else number
+      for number, tokens in zip(wanted, images, strict=True)
+    ]
+
+
+def between(first: np.ndarray, second: np.ndarray, count: int) -> np.ndarray:
+  """Tokens on the arcs from one image to another, both ends included, float32 [count, k, d].
+
+  Args:
+    first: float [k, d].
+    second: likewise; the smaller k counts.
+    count: how many.
+
+  Raises:
+    UserError: for less than one.
+  """
+  if count < 1:
+    raise UserError(f"count is {count}: give at least 1")
+  first, second = first[: len(second)], second[: len(first)]
+  return np.stack([_on_arc(first, second, share) for share in np.linspace(0.0, 1.0, count)])
+
+
+def _on_arc(first: np.ndarray, second: np.ndarray, share: float) -> np.ndarray:
+  """Each vector of [k, d] turned towards the other one by a share of the angle between them."""
+
+  def norm(x: np.ndarray) -> np.ndarray:
+    return np.linalg.norm(x, axis=-1, keepdims=True)
+
+  cosine = (first * second).sum(-1, keepdims=True) / np.maximum(norm(first) * norm(second), 1e-12)
+  angle = np.arccos(np.clip(cosine, -1.0, 1.0))
+  sine = np.sin(angle)
+  # Where the two point the same way the arc is a line.
+  flat = sine < 1e-4
+  safe = np.where(flat, 1.0, sine)
+  of_first = np.where(flat, 1.0 - share, np.sin((1.0 - share) * angle) / safe)
+  of_second = np.where(flat, share, np.sin(share * angle) / safe)
+  return (of_first * first + of_second * second).astype(np.float32)

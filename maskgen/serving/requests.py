@@ -1,0 +1,87 @@
+"""What users ask a model to draw: how many images, with which seed, texts, classes and options."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from maskgen.errors import UserError, nearest
+from maskgen.numerics.text import Captions
+
+_BATCH = 16
+
+
+def count(batch: int | None, *conditions: Any) -> int:
+  """How many images: `batch`, by default one for each entry of the first condition that is a list, or 16.
+
+  Raises:
+    UserError: for less than one.
+  """
+  if batch is None:
+    several = [given for given in conditions if given is not None and np.ndim(given)]
+    batch = np.size(several[0]) if several else _BATCH
+  if batch < 1:
+    raise UserError(f"batch is {batch}: give at least 1")
+  return batch
+
+
+def keys(seed: int, batch: int) -> jax.Array:
+  """One key per image, whatever the batch."""
+  return jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.arange(batch))
+
+
+def captions(prompt: Any, batch: int, reader: Captions | None) -> np.ndarray:
+  """The ids of a text, or of one per image, int32 [batch, length].
+
+  Raises:
+    UserError: if the prompts are no texts or too many, or the model reads none.
+  """
+  if reader is None:
+    raise UserError("prompt is given: this model was trained without captions, leave it out")
+  prompts = list(prompt) if np.ndim(prompt) else [prompt]
+  if not all(isinstance(one, str) for one in prompts):
+    raise UserError(f"prompt is {prompt!r}: give a text, or one per image")
+  if len(prompts) not in (1, batch):
+    raise UserError(
+      f"prompt has {len(prompts)} entries for {batch} images: give one per image, or a single one"
+    )
+  return np.broadcast_to(reader.read(prompts), (batch, reader.length))
+
+
+def labels(label: int | Sequence[int] | np.ndarray, batch: int, classes: int) -> np.ndarray:
+  """The class of each image, int32 [batch].
+
+  Raises:
+    UserError: if they are no classes of the model or too many, or the model has none.
+  """
+  given = np.asarray(label)
+  if not classes:
+    raise UserError("label is given: this model was trained without classes, leave it out")
+  if not np.issubdtype(given.dtype, np.integer) or given.ndim > 1:
+    raise UserError(f"label is {given.dtype}{list(given.shape)}: give an integer, or one per image")
+  if given.ndim and len(given) != batch:
+    raise UserError(f"label has {len(given)} entries for {batch} images: give one per image, or a single one")
+  if given.min() < 0 or given.max() >= classes:
+    raise UserError(f"label ranges over {given.min()}..{given.max()}: classes are 0..{classes - 1}")
+  return np.broadcast_to(given, (batch,)).astype(np.int32)
+
+
+def options(given: dict[str, Any], defaults: Any) -> dict[str, Any]:
+  """Checks options of sampling.
+
+  Args:
+    given: those that a user gives.
+    defaults: the objective's `sampling`, a dataclass that checks its fields.
+
+  Raises:
+    UserError: for an unknown name or a value that the dataclass refuses.
+  """
+  known = [field.name for field in dataclasses.fields(defaults)]
+  for name in given:
+    if name not in known:
+      raise UserError(f"sampling has no option '{name}'{nearest(name, known)}")
+  dataclasses.replace(defaults, **given)  # which checks the values
+  return given

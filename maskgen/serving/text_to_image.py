@@ -1,0 +1,37 @@
+"""Models that draw what a text says."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from maskgen.serving import requests
+from maskgen.serving.model import Model
+
+
+class TextToImageModel(Model):
+  """A diffusion model that draws what a text says.
+
+  model = maskgen.load("runs/diffusion_digits")
+  images = model.generate(prompt="a red three on a blue background", batch=8, guidance=2.0)
+  images = model.generate(prompt=["a red three", "a small five"], steps=20)
+  """
+
+  objective: Any  # such as `maskgen.objectives.diffusion.Objective`
+
+  def generate(
+    self, seed: int = 0, batch: int | None = None, prompt: str | Sequence[str] | None = None, **options: Any
+  ) -> np.ndarray:
+    """New images, float32 [batch, h, w, c] in [0, 1]; image i depends on the seed, i and its prompt.
+
+    Args:
+      seed: of the randomness.
+      batch: how many; by default one per prompt, or 16.
+      prompt: a text, or one per image; None for no text.
+      **options: the fields of `maskgen.numerics.diffusion.Sampling`; by default those of the config.
+    """
+    batch = requests.count(batch, prompt)
+    request: dict[str, Any] = {"key": requests.keys(seed, batch)}
+    if prompt is not None:
+      request["caption"] = requests.captions(prompt, batch, self.objective.captions)
+    return self.call("generate", request, **requests.options(options, self.objective.sampling))

@@ -1,0 +1,194 @@
+"""Masked generative models: they draw, edit and represent images."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from maskgen import images as images_lib
+from maskgen.errors import UserError
+from maskgen.numerics import editing
+from maskgen.serving import requests
+from maskgen.serving.tokenizer import Tokenizer
+
+
+class TokenModel(Tokenizer):
+  """A masked generative model, such as MAGE: it draws, edits and represents images by their tokens.
+
+  model = maskgen.load("runs/quickstart/mage")
+  images = model.generate(seed=0, batch=16)
+  edited = model.inpaint(images, hole)  # hole: bool [h, w], True where pixels are to be made anew
+  """
+
+  objective: Any  # such as `maskgen.objectives.mage.Objective`
+
+  def logits(self, tokens: np.ndarray, token_mask: np.ndarray) -> np.ndarray:
+    """What the model predicts at every position.
+
+    Args:
+      tokens: int [b, n].
+      token_mask: bool [b, n]; True hides the token from the model.
+
+    Returns:
+      float32 [b, n, codebook].
+    """
+    tokens = self.check_tokens(tokens)
+    token_mask = _mask(token_mask, tokens.shape, "token_mask")
+    return self.call("logits", {"tokens": tokens, "token_mask": token_mask})
+
+  def generate(
+    self,
+    seed: int = 0,
+    batch: int | None = None,
+    label: int | Sequence[int] | np.ndarray | None = None,
+    prompt: str | Sequence[str] | None = None,
+    **options: Any,
+  ) -> np.ndarray:
+    """New images, float32 [batch, h, w, c] in [0, 1]; image i depends on the seed, i and its label or prompt.
+
+    Args:
+      seed: of the randomness.
+      batch: how many; by default one per label or prompt, or 16.
+      label: a class, or one per image, for a model that was trained with classes; None for no class.
+      prompt: a text, or one per image, for a model that was trained with captions; None for no text.
+      **options: the fields of `maskgen.numerics.sampling.Sampling`; by default those of the config.
+    """
+    return self.call("generate", self._request(seed, batch, label, prompt), **self._options(options))
+
+  def trajectory(
+    self,
+    seed: int = 0,
+    batch: int | None = None,
+    label: int | Sequence[int] | np.ndarray | None = None,
+    prompt: str | Sequence[str] | None = None,
+    **options: Any,
+  ) -> tuple[np.ndarray, np.ndarray]:
+    """What `generate`, with the same arguments, goes through.
+
+    Returns:
+      Images float32 [batch, steps, h, w, c] in [0, 1] after each step, in which unknown tokens are as drawn
+      last; and which tokens are unknown, bool [batch, steps, h', w'].
+    """
+    return self.call("trajectory", self._request(seed, batch, label, prompt), **self._options(options))
+
+  def inpaint(
+    self,
+    images: np.ndarray,
+    pixel_mask: np.ndarray,
+    seed: int = 0,
+    label: int | Sequence[int] | np.ndarray | None = None,
+    prompt: str | Sequence[str] | None = None,
+    *,
+    feather: int = 0,
+    **options: Any,
+  ) -> np.ndarray:
+    """Makes the masked pixels anew; all others keep their values.
+
+    Images may have any size: the model fills a window around the hole, scaled to its own size and back.
+
+    Args:
+      images: [b, h, w, c], or one image [h, w, c].
+      pixel_mask: bool [b, h, w] or [h, w], True where pixels are to be made anew.
+      seed: of the randomness; image i depends on the seed and i alone.
+      label: as for `generate`.
+      prompt: likewise.
+      feather: width in pixels of a band around the hole that is made anew, too, and fades into the image.
+      **options: as for `generate`.
+
+    Returns:
+      Images of the shape and dtype that came in.
+    """
+    single = np.ndim(images) == 3
+    checked = self.check_images(np.asarray(images)[None] if single else images, any_size=True)
+    shape = checked.shape[:3]
+    if 0 in shape:
+      raise UserError(f"images have shape {checked.shape}: give at least one of at least one pixel")
+    pixel_mask = np.asarray(pixel_mask)
+    if pixel_mask.ndim == 2 and pixel_mask.shape == shape[1:]:
+      pixel_mask = np.broadcast_to(pixel_mask, shape)
+    pixel_mask = _mask(pixel_mask, shape, "pixel_mask")
+    if not isinstance(feather, int) or feather < 0:
+      raise UserError(f"feather is {feather!r}: give a whole number of pixels")
+    request, options = self._request(seed, len(checked), label, prompt), self._options(options)
+    floats = np.asarray(images_lib.to_float(jnp.asarray(checked)))
+    filled = images_lib.like(checked, self._fill(floats, pixel_mask, request, feather, options))
+    return filled[0] if single else filled
+
+  def outpaint(
+    self,
+    images: np.ndarray,
+    top: int | float = 0,
+    right: int | float = 0,
+    bottom: int | float = 0,
+    left: int | float = 0,
+    seed: int = 0,
+    **options: Any,
+  ) -> np.ndarray:
+    """Continues images beyond their sides.
+
+    Args:
+      images: [b, h, w, c], or one image [h, w, c].
+      top: what is added there: an int in pixels, or a float as a share of h or w, as for the others.
+      right: see `top`.
+      bottom: see `top`.
+      left: see `top`.
+      seed: of the randomness.
+      **options: as for `inpaint`, `label` and `feather` among them.
+
+    Returns:
+      Larger images, of the dtype that came in.
+    """
+    single = np.ndim(images) == 3
+    checked = self.check_images(np.asarray(images)[None] if single else images, any_size=True)
+    canvas, added = editing.extend(checked, (top, right, bottom, left))
+    filled = self.inpaint(canvas, added, seed, **options)
+    return filled[0] if single else filled
+
+  def _fill(
+    self,
+    images: np.ndarray,
+    holes: np.ndarray,
+    request: Mapping[str, Any],
+    feather: int,
+    options: dict[str, Any],
+  ) -> np.ndarray:
+    """Fills holes bool [b, h, w] of float32 images [b, h, w, c] of any size, each in a window of its own."""
+    size = self.objective.image_shape[:2]
+    factor = math.isqrt(math.prod(size) // self.num_tokens)
+    grown = [editing.grow(hole, feather) for hole in holes]
+    windows = [editing.choose_window(hole, size, factor) for hole in grown]
+    cuts = [w.cut(image, hole, size) for w, image, hole in zip(windows, images, grown, strict=True)]
+    image, mask = (np.stack(part) for part in zip(*cuts, strict=True))
+    made = self.call("inpaint", {"image": image, "mask": mask, **request}, **options)
+    parts = zip(windows, images, made, holes, strict=True)
+    return np.stack([w.paste(image, new, editing.opacity(hole, feather)) for w, image, new, hole in parts])
+
+  def _request(self, seed: int, batch: int | None, label: Any, prompt: Any) -> dict[str, Any]:
+    """A batch of images to be made, see `generate`."""
+    batch = requests.count(batch, label, prompt)
+    request: dict[str, Any] = {"key": requests.keys(seed, batch)}
+    if label is not None:
+      request["label"] = requests.labels(label, batch, self.objective.num_classes)
+    if prompt is not None:
+      request["caption"] = requests.captions(prompt, batch, self.objective.captions)
+    return request
+
+  def _options(self, options: dict[str, Any]) -> dict[str, Any]:
+    if not self.objective.num_classes and self.objective.captions is None:
+      for name in options:
+        if name.startswith("guidance"):
+          raise UserError(
+            f"{name} is given: this model was trained without classes to guide to, leave it out"
+          )
+    return requests.options(options, self.objective.sampling)
+
+
+def _mask(mask: np.ndarray, shape: tuple[int, ...], name: str) -> np.ndarray:
+  mask = np.asarray(mask)
+  if mask.shape != shape:
+    raise UserError(f"{name} has shape {mask.shape}: it must be {shape}, the size of what it masks")
+  if mask.dtype != bool:
+    raise UserError(f"{name} is {mask.dtype}: give booleans, True where masked")
+  return mask
