@@ -92,6 +92,31 @@ def test_remedies_are_tried_in_order():
   assert remedies.show(next(used)) == "--config.accumulation=2"
 
 
+def test_remat_of_nested_networks_is_proposed():
+  report = {
+    "mesh": {"data": 8, "fsdp": 1, "tensor": 1},
+    "batch_size": 8,
+    "hbm_bytes_per_device": 120,
+    "hbm_limit_bytes": 100,
+    "state_bytes_per_device": dict.fromkeys(("parameters", "optimizer", "averages"), 0),
+  }
+  config = {"objective": {"name": "diffusion", "unet": {"remat": "dots"}}}
+  first, second = remedies.candidates(config, report)
+  # One that has "dots" already gets more with the last change alone.
+  assert remedies.show(first) == "--config.objective.text_encoder.remat=dots"
+  assert remedies.apply(config, second)["objective"] == {
+    "name": "diffusion",
+    "text_encoder": {"remat": "full"},
+    "unet": {"remat": "full"},
+  }
+  decoder = {"name": "diffusers", "family": "sd15"}
+  config = {"objective": {"name": "vilex", "encoder": {"name": "vit"}, "decoder": decoder}}
+  assert [*map(remedies.show, remedies.candidates(config, report))] == [
+    f"--config.objective.decoder.remat={how} --config.objective.encoder.remat={how}"
+    for how in ("dots", "full")
+  ]
+
+
 @pytest.mark.slow
 def test_the_first_remedy_that_fits_is_found_by_compiling(monkeypatch, tmp_path, capsys):
   arguments = [f"--config={tiny.FILE}", "--stage=mage", "--config.mage.batch_size=128"]

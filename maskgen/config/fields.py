@@ -114,11 +114,11 @@ def section_type(cls: type, field: dataclasses.Field[Any], value: Any) -> type |
 def walk(
   cls: type, options: Any, path: tuple[str, ...] = ()
 ) -> Iterator[tuple[tuple[str, ...], dataclasses.Field[Any], Any]]:
-  """Yields path, field and value of each field at any depth, also where the section leaves out a key.
+  """Yields path, field and value of each field at any depth, also of those that the section leaves out.
 
   Args:
     cls: the section's dataclass.
-    options: the section, or what was built of it.
+    options: the section, or what was built from it.
     path: of the section.
 
   Raises:
@@ -128,7 +128,17 @@ def walk(
   for name, field in of(cls).items():
     value = given.get(name, field.default)
     nested = section_type(cls, field, value)
+    was = field.metadata.get("was", "")
+    key = (*path, was if was in (options if isinstance(options, Mapping) else ()) else name)
     if nested is None:
-      yield (*path, name), field, value
+      yield key, field, value
     else:
-      yield from walk(nested, {} if value is dataclasses.MISSING else value, (*path, name))
+      yield from walk(nested, {} if value is dataclasses.MISSING else value, key)
+
+
+def replace(options: Mapping[str, Any], changes: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
+  """Returns a copy of a section with other values at some paths, as `walk` yields them."""
+  changed = dict(options)
+  for (name, *rest), value in changes.items():
+    changed[name] = replace(changed.get(name, {}), {tuple(rest): value}) if rest else value
+  return changed

@@ -1,6 +1,5 @@
 """What may make a step fit that does not: in order, and cumulative within a row of choices."""
 
-import contextlib
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -8,8 +7,8 @@ from typing import Any
 import jax
 
 from maskgen import objectives, sharding
+from maskgen.config import fields
 from maskgen.errors import UserError
-from maskgen.models.remat import REMAT
 from maskgen.preflight.estimate import estimate
 
 log = logging.getLogger("maskgen")
@@ -51,7 +50,7 @@ def candidates(config: Mapping[str, Any], report: Mapping[str, Any], slices: int
   saved = (1 - slices / mesh["data"]) * sum(state[part] for part in ("parameters", "optimizer", "averages"))
   if saved >= report["hbm_bytes_per_device"] - report["hbm_limit_bytes"]:
     yield fsdp
-  steps = [{"objective.remat": how} for how in _more_remat(config)]
+  steps = list(_less_memory(config["objective"]))
   most = steps[-1] if steps else {}
   per_device = report["batch_size"] // (mesh["data"] * mesh["fsdp"])
   accumulation = config.get("accumulation", 1)
@@ -63,27 +62,19 @@ def candidates(config: Mapping[str, Any], report: Mapping[str, Any], slices: int
     yield from (fsdp | step for step in steps)
 
 
-def _more_remat(config: Mapping[str, Any]) -> list[str]:
-  """The values of `objective.remat` that keep less than the present one, if the objective has such a key."""
-  now = REMAT.index(config["objective"].get("remat", "none"))
-  known = []
-  for how in REMAT[now + 1 :]:
-    with contextlib.suppress(UserError):
-      objectives.build(config["objective"] | {"remat": how})
-      known.append(how)
-  return known
+def _less_memory(section: Mapping[str, Any]) -> Iterator[Change]:
+  """Yields what makes all networks of an objective keep less for the backward pass, and then still less."""
+  left = {}
+  for path, field, value in fields.walk(objectives.find(section), section):
+    choices = field.metadata.get("less_memory", ())
+    left[".".join(("objective", *path))] = choices[choices.index(value) + 1 if value in choices else 0 :]
+  for level in range(max(map(len, left.values())), 0, -1):
+    yield {key: choices[-level] for key, choices in left.items() if len(choices) >= level}
 
 
 def apply(config: Mapping[str, Any], change: Change) -> dict[str, Any]:
   """Returns a copy of a plain config with other values for some keys."""
-  changed = dict(config)
-  for key, value in change.items():
-    section, _, name = key.rpartition(".")
-    if section:
-      changed[section] = {**changed.get(section, {}), name: value}
-    else:
-      changed[name] = value
-  return changed
+  return fields.replace(config, {tuple(key.split(".")): value for key, value in change.items()})
 
 
 def show(change: Change) -> str:

@@ -118,8 +118,13 @@ class Experiment:
       donate_argnums=0,
     )
 
-  def make_update(self, objective: objectives.Objective) -> Update:
-    """The step, not compiled, for this objective or one of the same parameters."""
+  def make_update(self, objective: objectives.Objective, accumulation: int | None = None) -> Update:
+    """The step, not compiled, for this objective or one of the same parameters.
+
+    Args:
+      objective: what is trained.
+      accumulation: number of micro-batches, by default the config's.
+    """
     cfg = self.config
     update = make_update(
       objective,
@@ -127,7 +132,7 @@ class Experiment:
       self._schedules,
       seed=cfg.seed,
       ema=cfg.ema,
-      accumulation=cfg.accumulation,
+      accumulation=accumulation or cfg.accumulation,
     )
     return sharding.on_mesh(update, self.mesh)
 
