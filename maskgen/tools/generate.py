@@ -58,23 +58,18 @@ def main(argv: Sequence[str]) -> None:
   classes = None if args.label is None else parse_labels(args.label, model.objective.num_classes)
   if classes and args.prompt:
     raise UserError(f"--label={args.label} and --prompt={args.prompt[0]}: give one of them")
-  rows = len(classes or args.prompt or "1")
+  name, wanted = ("label", classes) if classes else ("prompt", args.prompt or [])
+  rows = max(len(wanted), 1)
   each = max(args.count // rows, 1)
-  labels = classes and [label for label in classes for _ in range(each)]
-  prompts = args.prompt and [prompt for prompt in args.prompt for _ in range(each)]
+  conditions = {name: [one for one in wanted for _ in range(each)]} if wanted else {}
   count, columns = rows * each, each if rows > 1 else None
-  pictures = model.generate(seed=args.seed, batch=count, label=labels, prompt=prompts, **given)
+  pictures = model.generate(seed=args.seed, batch=count, **conditions, **given)
   images.write_png(args.out, images.enlarge(images.grid(pictures, columns)))
   print(f"wrote {count} images to {args.out}")
   if args.trajectory is not None:
     shown = min(count, _ROWS)
-    made = model.trajectory(
-      seed=args.seed,
-      batch=shown,
-      label=labels and labels[:shown],
-      prompt=prompts and prompts[:shown],
-      **given,
-    )
+    first = {name: values[:shown] for name, values in conditions.items()}
+    made = model.trajectory(seed=args.seed, batch=shown, **first, **given)
     images.write_png(args.trajectory, images.enlarge(draw_trajectory(*made), smallest=1024))
     print(f"wrote how they come into being to {args.trajectory}")
 
