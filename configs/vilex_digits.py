@@ -41,7 +41,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
 
 
 def vilex(args, path: str, decoder: dict) -> dict:
-  warm, steps = (1, 2) if args.debug else (300, 500) if args.tiny else (3000, 3600)
+  alignment_steps, steps = (1, 2) if args.debug else (300, 500) if args.tiny else (3000, 3600)
   small, mage = args.debug, args.encoder.removeprefix("mage:")
   few = dict(num_images=8, num_pictures=2) if small else {}
   encoder = dict(
@@ -74,8 +74,8 @@ def vilex(args, path: str, decoder: dict) -> dict:
       # Tokens that were never trained beside words lose the class when words move them, and tokens that words
       # never contradicted win over them.
       words=dict(share=0.4, place="within", subject=DIGITS, recoloured=0.4),
-      warm_start_steps=warm,
-      first_step=400,
+      alignment_steps=alignment_steps,
+      min_timestep=400,
       sampling=dict(steps=20, sampler="dpm", image_guidance=2.0, text_guidance=2.0),
     ),
     optimizer=dict(

@@ -202,8 +202,8 @@ def test_losses_of_prompts():
   assert "loss_caption" not in predict["loss"](variables, {"image": batch()["image"]}, jax.random.key(0))
 
 
-def test_a_warm_start_aligns_captions_ever_less():
-  compute, parts = gradient(warm_start_steps=4)
+def test_alignment_with_captions_fades():
+  compute, parts = gradient(alignment_steps=4)
   (plain, _), slopes = gradient()[0](parts["params"], parts["frozen"], 0)
   # Without a U-Net nothing but the alignment moves the encoder.
   blind = jax.tree.map(jnp.zeros_like, parts["frozen"]["decoder"]["unet"])
@@ -217,9 +217,18 @@ def test_a_warm_start_aligns_captions_ever_less():
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), after, slopes)
 
 
+def test_configs_with_earlier_names_are_read(caplog):
+  old = objectives.build(SECTION | dict(first_step=3, warm_start_steps=4))
+  assert old == objectives.build(SECTION | dict(min_timestep=3, alignment_steps=4))
+  assert {record.getMessage() for record in caplog.records} == {
+    "config.objective.first_step is now called 'min_timestep': rename the key",
+    "config.objective.warm_start_steps is now called 'alignment_steps': rename the key",
+  }
+
+
 def test_steps_with_little_noise_are_left_out():
   """To predict nothing costs the square of v = alpha e - sigma x, at the last step that of x: alpha is 0."""
-  objective, variables, _ = setup(first_step=999)
+  objective, variables, _ = setup(min_timestep=999)
   decoder = variables["frozen"]["decoder"]
   blind = {**decoder, "unet": jax.tree.map(jnp.zeros_like, decoder["unet"])}
   given = variables["params"], {**variables["frozen"], "decoder": blind}, {}, batch() | {"key": keys(4)}
@@ -228,10 +237,10 @@ def test_steps_with_little_noise_are_left_out():
   np.testing.assert_allclose(loss, jnp.square(pictures).mean(), rtol=1e-2)
 
 
-def test_recoloured_images_have_captions_and_no_warm_start():
+def test_recoloured_images_have_captions_and_no_alignment():
   """What is drawn stays as it is, what is seen has other hues, where words stand beside it."""
-  plain, parts = gradient(words=FrozenDict(share=1.0), warm_start_steps=4)
-  turned, _ = gradient(words=FrozenDict(share=1.0, recoloured=1.0), warm_start_steps=4)
+  plain, parts = gradient(words=FrozenDict(share=1.0), alignment_steps=4)
+  turned, _ = gradient(words=FrozenDict(share=1.0, recoloured=1.0), alignment_steps=4)
   (loss, metrics), _ = plain(parts["params"], parts["frozen"], 0)
   (other, fewer), _ = turned(parts["params"], parts["frozen"], 0)
   # One caption of four is empty, and says no hue.
@@ -282,7 +291,7 @@ def test_features_and_reconstructions():
       dict(words=dict(place="within", subject=("cats",))),
       "'cats' is no single word to the tokenizer",
     ),
-    (dict(first_step=1000), "first_step is 1000: the decoder's noise has steps 0 to 999"),
+    (dict(min_timestep=1000), "min_timestep is 1000: the decoder's noise has steps 0 to 999"),
     (dict(pool_heads=3), "does not divide into 3 heads"),
     (dict(sampling=dict(sampler="euler")), "sampler 'euler' does not exist"),
     (dict(tail_drop=dict(distribution="pow")), "distribution 'pow' does not exist"),

@@ -129,7 +129,7 @@ class TextToImage:
     images: jax.Array,
     conditions: Sequence[Condition],
     keys: jax.Array,
-    first_step: int = 0,
+    min_timestep: int = 0,
   ) -> jax.Array:
     """How badly noise is found in images: the loss of diffusion, unweighted, at steps drawn uniformly.
 
@@ -138,7 +138,7 @@ class TextToImage:
       images: float32 [b, height, width, 3] in [0, 1].
       conditions: s of them, which share step and noise.
       keys: one per example, of which `ERROR_KEYS` children are used.
-      first_step: the one with the least noise that is drawn.
+      min_timestep: the smallest one that is drawn.
 
     Returns:
       Mean squared errors, float32 [s, b].
@@ -147,7 +147,7 @@ class TextToImage:
 
     def draw(key: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
       step, noise, latent = (jax.random.fold_in(key, i) for i in range(ERROR_KEYS))
-      t = jax.random.randint(step, (), first_step, self.schedule.steps)
+      t = jax.random.randint(step, (), min_timestep, self.schedule.steps)
       shape = latents.mean.shape[1:]
       return t, jax.random.normal(noise, shape), jax.random.normal(latent, shape)
 

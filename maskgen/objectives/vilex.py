@@ -55,11 +55,11 @@ class Objective:
     pool_width, pool_depth, pool_heads, pool_self_attention: see `AttentionPool`.
     tail_drop: how many of the n tokens examples are trained with.
     words: how examples are trained with words of their caption beside the image.
-    warm_start_steps: for so many steps the end of a prompt of tokens is also to mean what the end of the
-      image's caption means to the text encoder, at first as much as the loss counts and then ever less; for
-      an encoder from scratch. Not in the paper.
-    first_step: of the noise's steps the first one that is trained with. At those before it, all with less
-      noise, a picture shows by itself what a prompt could say of it. Not in the paper.
+    alignment_steps: for so many steps a second loss, whose weight falls from 1 to 0, aligns the end of a
+      prompt of tokens with the end of the image's caption after the text encoder; for an encoder from
+      scratch. Not in the paper.
+    min_timestep: the smallest timestep of the noise that is drawn in training. Below it there is so little
+      noise that the image itself shows what a prompt could say of it. Not in the paper.
     dtype, attention: of the pooling, see `AttentionPool`.
     sampling: defaults for generation.
   """
@@ -78,14 +78,14 @@ class Objective:
   pool_self_attention: bool = True
   tail_drop: TailDrop = TailDrop()
   words: Words = Words()
-  warm_start_steps: int = 0
-  first_step: int = 0
+  alignment_steps: int = fields.renamed(0, was="warm_start_steps")
+  min_timestep: int = fields.renamed(0, was="first_step")
   dtype: str = fields.precision("float32")
   attention: str = fields.operational("auto", plain="xla")
   sampling: Sampling = Sampling()
 
   def __post_init__(self):
-    config_lib.check_at_least(self, 0, "warm_start_steps", "first_step")
+    config_lib.check_at_least(self, 0, "alignment_steps", "min_timestep")
     room = self.renderer.room
     if not 1 <= self.tokens <= room:
       raise UserError(f"tokens is {self.tokens}: a prompt of this decoder holds 1 to {room}")
@@ -93,15 +93,15 @@ class Objective:
     if self.pretrained_encoder and isinstance(encoder, MageEncoder):
       raise UserError("pretrained_encoder is for a ViT: a MAGE encoder is pretrained anyway, leave it out")
     schedule = self.renderer.model.schedule
-    if self.first_step >= schedule.steps:
+    if self.min_timestep >= schedule.steps:
       raise UserError(
-        f"first_step is {self.first_step}: the decoder's noise has steps 0 to {schedule.steps - 1}"
+        f"min_timestep is {self.min_timestep}: the decoder's noise has steps 0 to {schedule.steps - 1}"
       )
     diffusion.visited(schedule, self.sampling.sampler, self.sampling.steps)
 
   @property
   def captions(self) -> Captions | None:
-    return self.texts if self.words.share or self.warm_start_steps else None
+    return self.texts if self.words.share or self.alignment_steps else None
 
   def batch_spec(self) -> BatchSpec:
     return BatchSpec(image_shape=self.image_shape, captions=self.captions)
@@ -214,14 +214,14 @@ class Objective:
       runs = [said.before, image._replace(number=fitting), said.behind]
     condition, _ = self.renderer.condition(frozen["decoder"], runs)
     errors = self.renderer.model.errors
-    loss = errors(frozen["decoder"], images, [condition], batch["key"], self.first_step)[0].mean()
+    loss = errors(frozen["decoder"], images, [condition], batch["key"], self.min_timestep)[0].mean()
     metrics = self._health(frozen, vectors) | {"kept_tokens": image.number.mean()}
-    if self.warm_start_steps:
+    if self.alignment_steps:
       caption = self.renderer.caption(frozen["decoder"], batch["caption"])
       apart = self.renderer.misalignment(frozen["decoder"], image, caption)
       # What an image shows in other hues its caption does not mean.
       metrics["misalignment"] = (apart if said is None else jnp.where(said.sixths > 0, 0.0, apart)).mean()
-      loss += jnp.maximum(1.0 - step / self.warm_start_steps, 0.0) * metrics["misalignment"]
+      loss += jnp.maximum(1.0 - step / self.alignment_steps, 0.0) * metrics["misalignment"]
     return {"main": loss}, metrics, extra
 
   @functools.cached_property
