@@ -22,56 +22,22 @@ Arguments:
   :debug         2 steps of each on synthetic pictures
 """
 
-import pathlib
-
 import ml_collections
 
 from maskgen import config as config_lib
-from maskgen.errors import UserError, nearest
 
 # Of the paper's two models.
-SIZES = {
-  "base": dict(width=768, depth=12, heads=12, learning_rate=0.1),
-  "large": dict(width=1024, depth=24, heads=16, learning_rate=0.05),
-}
+LEARNING_RATES = {"base": 0.1, "large": 0.05}
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
-  args = config_lib.parse_arg(
-    arg,
-    model="",
-    path="imagenet",
-    source="",
-    eval_split="val",
-    classes=1000,
-    size="base",
-    batch_size=4096,
-    accumulation=1,
-    debug=False,
-    tiny=False,
-  )
-  config = full(args)
-  if not (args.tiny or args.debug):
-    return config
-  quickstart = config_lib.load(f"{pathlib.Path(__file__).with_name('quickstart.py')}:debug={args.debug}")
-  shrink(config, quickstart.mage)
-  if args.model:
-    return config
-  # Without a model the small versions bring one of their own.
-  config.pretrained.mage = "stage:mage"
-  stages = {name: quickstart[name].to_dict() for name in ("tokenizer", "mage")}
-  return ml_collections.ConfigDict(
-    dict(stages=("tokenizer", "mage", "classify"), classify=config.to_dict(), **stages)
-  )
-
-
-def full(args) -> ml_collections.ConfigDict:
-  if args.size not in SIZES:
-    raise UserError(f"config argument ':size={args.size}' does not exist{nearest(args.size, SIZES)}")
-  size = SIZES[args.size]
-  return ml_collections.ConfigDict(
+  given = dict(path="imagenet", source="", eval_split="val", classes=1000, batch_size=4096, accumulation=1)
+  args = config_lib.parse_arg(arg, model="", size="base", debug=False, tiny=False, **given)
+  mage = config_lib.load_beside(__file__, "mage_base.py", size=args.size).objective
+  learning_rate = config_lib.choose("size", args.size, LEARNING_RATES)
+  lars = dict(name="lars", base_learning_rate=learning_rate, warmup_epochs=10.0, b1=0.9, weight_decay=0.0)
+  config = ml_collections.ConfigDict(
     dict(
-      seed=0,
       batch_size=args.batch_size,
       accumulation=args.accumulation,
       total_epochs=90.0,
@@ -87,36 +53,29 @@ def full(args) -> ml_collections.ConfigDict:
       pretrained=dict(mage=args.model or "runs/mage_base"),
       objective=dict(
         name="classify",
-        image_size=(256, 256),
         classes=args.classes,
-        tokenizer=dict(
-          channels=128,
-          multipliers=(1, 1, 2, 2, 4),
-          strides=(2, 2, 2, 2),
-          blocks=2,
-          codebook_size=1024,
-          code_width=256,
-          normalize_codes=False,
-          norm_groups=32,
-          dtype="bfloat16",
-        ),
-        width=size["width"],
-        depth=size["depth"],
-        heads=size["heads"],
+        **{key: mage[key] for key in ("image_size", "tokenizer", "width", "depth", "heads")},
         trained="head",
         norm="batch",
         dtype="bfloat16",
         scan=True,
       ),
-      optimizer=dict(
-        main=dict(
-          name="lars", base_learning_rate=size["learning_rate"], warmup_epochs=10.0, b1=0.9, weight_decay=0.0
-        )
-      ),
+      optimizer=dict(main=lars),
       evals=dict(accuracy=dict(type="accuracy", every_steps=5000)),
-      mesh=dict(data=-1, fsdp=1, tensor=1),
     )
   )
+  return small_version(config, args) if args.tiny or args.debug else config
+
+
+def small_version(config: ml_collections.ConfigDict, args) -> ml_collections.ConfigDict:
+  """The recipe with data, network sizes and lengths of the quickstart, and its MAGE if none is given."""
+  stages = config_lib.load_beside(__file__, "quickstart.py", debug=args.debug)
+  shrink(config, stages.mage)
+  if args.model:
+    return config
+  config.pretrained.mage = "stage:mage"
+  stages.update(stages=("tokenizer", "mage", "classify"), classify=config)
+  return stages
 
 
 def shrink(config: ml_collections.ConfigDict, small: ml_collections.ConfigDict) -> None:

@@ -5,8 +5,10 @@ import dataclasses
 import graphlib
 import importlib
 import inspect
+import itertools
 import pathlib
 import pkgutil
+import re
 import subprocess
 import sys
 
@@ -199,3 +201,28 @@ def test_configs_are_small(repository):
   assert paths
   for path in paths:
     assert len(path.read_text().splitlines()) <= 150, path.name
+
+
+def said_lines(path: pathlib.Path) -> list[str]:
+  """The lines that say something: no docstrings, comments, imports, signatures or lone brackets."""
+  text, left_out = path.read_text(), set()
+  for node in ast.walk(ast.parse(text)):
+    if isinstance(node, ast.Import | ast.ImportFrom):
+      left_out |= {node.lineno}
+    if isinstance(node, ast.FunctionDef):
+      left_out |= {node.lineno}
+    if isinstance(node, ast.Module | ast.FunctionDef) and ast.get_docstring(node):
+      docstring = node.body[0]
+      left_out |= set(range(docstring.lineno, docstring.end_lineno + 1))
+  lines = [line.strip() for i, line in enumerate(text.splitlines(), 1) if i not in left_out]
+  return [line for line in lines if re.search(r"\w", line) and not line.startswith("#")]
+
+
+def test_configs_do_not_repeat_each_other(repository):
+  """Of any two, less than 40% of the lines of the shorter one also stand in the other."""
+  said = {path.name: said_lines(path) for path in (repository / "configs").glob("*.py")}
+  assert said and all(said.values())
+  for pair in itertools.combinations(said, 2):
+    shorter, longer = sorted((said[name] for name in pair), key=len)
+    share = sum(line in longer for line in shorter) / len(shorter)
+    assert share < 0.4, f"{share:.0%} of the lines of one of {pair} stand in the other"

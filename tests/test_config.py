@@ -128,7 +128,23 @@ def test_a_config_builds_on_the_file_beside_it(tmp_path):
   config.new_key = 1  # it is not locked
 
 
-@pytest.mark.parametrize("name", ["mage_base", "mage_large"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_copy_elsewhere_is_the_same_config(name, repository, tmp_path):
+  """Though the files it builds on stay where they are."""
+  copy = tmp_path / name
+  copy.write_text((repository / "configs" / name).read_text())
+  for arg in ("", ":debug"):
+    assert config_lib.load(f"{copy}{arg}") == config_lib.load(f"configs/{name}{arg}")
+
+
+def test_stages_share_no_section():
+  """A config may give two stages one section; what is then changed in a stage is changed there alone."""
+  config = config_lib.load("configs/mage_class_cond.py:tiny", {"mage.checkpoint.save_steps": "7"})
+  assert config.mage.checkpoint.save_steps == 7
+  assert config.mage_class_cond.checkpoint.save_steps != 7
+
+
+@pytest.mark.parametrize("name", ["mage_base", "mage_large", "probe_mage", "fewshot_mage"])
 def test_sizes_that_do_not_exist_are_named(name):
   with pytest.raises(UserError, match=r"':size=bsae' does not exist; did you mean 'base'\?"):
     config_lib.load(f"configs/{name}.py:size=bsae")

@@ -109,13 +109,12 @@ def load(spec: str, overrides: Mapping[str, str] | None = None) -> ml_collection
     raise UserError(f"config file {path} is not valid Python: {error}") from error
   if not hasattr(module, "get_config"):
     raise UserError(f"config file {path} has no function get_config(arg)")
-  config = module.get_config(arg or None)
+  config = _copy(module.get_config(arg or None))
   plugins.add_code_folder(file.parent)  # in front of those of configs that it builds on
-  with config.unlocked():
-    for run in (
-      [config[stage] for stage in config.stages if stage in config] if "stages" in config else [config]
-    ):
-      _fill_in(run, RunConfig)
+  for run in (
+    [config[stage] for stage in config.stages if stage in config] if "stages" in config else [config]
+  ):
+    _fill_in(run, RunConfig)
   config.lock()
   overrides = overrides or {}
   _add_evaluations(config, overrides)
@@ -135,8 +134,17 @@ def load_beside(file: str, name: str, arg: str | None = None, **arguments: Any) 
   """
   beside = pathlib.Path(file).with_name(name)
   given = [*(f"{key}={value}" for key, value in arguments.items()), *([arg] if arg else [])]
-  config = load(f"{beside if beside.is_file() else name}:{','.join(given)}")
-  return ml_collections.ConfigDict(config.to_dict())
+  return load(f"{beside if beside.is_file() else name}:{','.join(given)}").unlock()
+
+
+def _copy(section: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+  """Copies a config such that a section that two stages share becomes one of each."""
+  return ml_collections.ConfigDict(
+    {
+      key: _copy(value) if isinstance(value, ml_collections.ConfigDict) else value
+      for key, value in section.items()
+    }
+  )
 
 
 def _fill_in(section: ml_collections.ConfigDict, cls: type) -> None:
