@@ -33,13 +33,13 @@ class Conditional(mage.Objective, abc.ABC):
   The encoder's features remain those of the pretrained model. The decoder starts where that one's ended.
 
   Attributes:
-    told: the key of a batch that the condition is made of.
+    condition_key: the key of a batch that the condition is made from.
     condition_width: c.
     condition_dropout: the share of examples that are trained without their condition, which lets the model
       generate without one, and be guided.
   """
 
-  told: ClassVar[str]
+  condition_key: ClassVar[str]
 
   condition_width: int = 768
   condition_dropout: float = 0.1
@@ -97,11 +97,11 @@ class Conditional(mage.Objective, abc.ABC):
 
   @abc.abstractmethod
   def _condition(self, params: Mapping[str, Tree], batch: Batch) -> jax.Array:
-    """What the decoder is told of each example, float32 [b, l, c]."""
+    """The condition of each example, float32 [b, l, c]."""
 
   @abc.abstractmethod
   def _no_condition(self, params: Mapping[str, Tree]) -> jax.Array:
-    """What it is told instead of a condition, float32 [1, l, c]."""
+    """What stands in the place of a missing condition, float32 [1, l, c]."""
 
   def _logits(
     self,
@@ -116,7 +116,7 @@ class Conditional(mage.Objective, abc.ABC):
     # The encoder is no longer trained: no dropout in it.
     latents = self._apply("encode", params, frozen, tokens, mask, kept)
     condition = nothing = jnp.repeat(self._no_condition(params), len(tokens), axis=0)
-    if self.told in batch:
+    if self.condition_key in batch:
       condition = self._condition(params, batch)
     if rng is not None:
       drop = jax.vmap(self._drops)(batch["key"])
@@ -134,7 +134,7 @@ class Conditional(mage.Objective, abc.ABC):
     self, variables: Tree, batch: Batch, guidance: float | jax.Array, guidance_schedule: str
   ) -> sampling_lib.LogitsFn:
     unguided = isinstance(guidance, int | float) and guidance == 1  # else it is traced, and may be anything
-    if unguided or self.told not in batch:
+    if unguided or self.condition_key not in batch:
       return super()._logits_fn(variables, batch, guidance, guidance_schedule)
     params, frozen = variables["params"], variables["frozen"]
     condition = self._condition(params, batch)
@@ -165,7 +165,7 @@ class Objective(Conditional):
     classes: how many there are; labels count them from 0.
   """
 
-  told: ClassVar[str] = "label"
+  condition_key: ClassVar[str] = "label"
 
   classes: int
 

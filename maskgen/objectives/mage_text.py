@@ -26,7 +26,7 @@ class Objective(mage_conditional.Conditional):
       `captions`, whatever is said here.
   """
 
-  told: ClassVar[str] = "caption"
+  condition_key: ClassVar[str] = "caption"
 
   captions: Captions = dataclasses.field()  # type: ignore[misc]  # others have None for their class
   text_encoder: TextEncoder = TextEncoder()
