@@ -394,5 +394,5 @@ def test_what_is_pretrained_must_be_the_same_network(objective, trained):
   objective.check_pretrained("mage", found)
   with pytest.raises(UserError, match=r"its objective has depth=1, .* has 2"):
     dataclasses.replace(objective, depth=2).check_pretrained("mage", found)
-  with pytest.raises(UserError, match="it is no MAGE"):
+  with pytest.raises(UserError, match="it is not an unconditional MAGE"):
     objective.check_pretrained("mage", maskgen.load(trained / "tokenizer").config)

@@ -282,8 +282,8 @@ def test_features_and_reconstructions():
   ("changes", "message"),
   [
     (dict(tokens=LENGTH - 1), f"tokens is {LENGTH - 1}: a prompt of this decoder holds 1 to {LENGTH - 2}"),
-    (dict(encoder=dict(name="resnet")), "encoder.name 'resnet' does not exist"),
-    (dict(encoder=DECODER), "encoder.name 'diffusion' does not exist"),
+    (dict(encoder=dict(name="resnet")), "'resnet' does not exist"),
+    (dict(encoder=DECODER), "encoder.name is 'diffusion', which has no image encoder: give a model that has"),
     (dict(words=dict(share=2.0)), "share is 2.0: it is a share"),
     (dict(words=dict(place="amid")), "place 'amid' does not exist"),
     (dict(words=dict(recoloured=0.5)), "recoloured is 0.5 and share is 0"),
@@ -320,7 +320,7 @@ def test_a_mage_encoder():
   assert "embedding" in variables["params"]["main"]["encoder"]
   assert predict["encode"](variables, {"image": batch()["image"]}, None).shape == (4, TOKENS, 8)
   objective.check_pretrained("encoder", {"objective": section})
-  with pytest.raises(UserError, match=r"it has network.width=32, config.objective has 16"):
+  with pytest.raises(UserError, match=r"it has encoder.network.width=32, config.objective has 16"):
     objective.check_pretrained("encoder", {"objective": section | dict(width=32)})
 
 
@@ -328,14 +328,14 @@ def test_a_pretrained_vit():
   objective = objectives.build(SECTION | dict(pretrained_encoder=True))
   fields = {key: value for key, value in SECTION["encoder"].items() if key != "name"}
   objective.check_pretrained("encoder", {"network": "vit", "vit": fields | dict(hidden=32)})
-  with pytest.raises(UserError, match=r"it has network.hidden=40, config.objective has 32"):
+  with pytest.raises(UserError, match=r"it has encoder.network.hidden=40, config.objective has 32"):
     objective.check_pretrained("encoder", {"network": "vit", "vit": fields | dict(hidden=40)})
-  with pytest.raises(UserError, match="it is no ViT: give one that"):
+  with pytest.raises(UserError, match=r"its config\.name is 'diffusion', which has no image encoder"):
     objective.check_pretrained("encoder", {"objective": DECODER})
   ones = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), objective.pretrained_shapes())
   main = jax.jit(objective.init)(jax.random.key(0), ones)["params"]["main"]
   tiny.assert_same_bits(main["encoder"], ones["encoder"]["params"]["main"])
-  with pytest.raises(UserError, match="pretrained_encoder is for a ViT"):
+  with pytest.raises(UserError, match="an encoder with a tokenizer is always pretrained"):
     objectives.build(SECTION | dict(pretrained_encoder=True, encoder=tiny.stage("mage")["objective"]))
 
 

@@ -1,76 +1,233 @@
-"""What turns an image into vectors for pooling: a ViT on pixels, or the encoder of a MAGE model.
+"""Image encoders: one contract for every network that turns images into vectors.
 
-Parameters are those of the network; what must stay as it is, a MAGE's tokenizer, is apart. Letters: b batch,
-h w image, n patches or tokens, d width.
+These words mean the same everywhere:
+
+- *Patch tokens* (`encode`), [b, n, d]: the last block's output after the encoder's final normalisation, one
+  vector per patch or code. A class position is left out.
+- The *pooled* vector (`pool`), float32 [b, d]: the mean over all n positions, nothing being masked. A MAGE
+  encoder takes it before its final normalisation (Li et al. 2023, section 4.2), a ViT after it.
+  Classification heads see this vector.
+- *Features* (`features`), float32 [b, d]: the pooled vector, standardised over d without parameters. The
+  prediction function `features` of every objective returns them; probes, nearest neighbours and few-shot
+  evaluations use them.
+- A *masked mean* is the mean over the positions that an encoder sees of a masked image. The contrastive loss
+  of MAGE-C takes it of the patch tokens; no evaluation does.
+
+Letters: b batch, h w c image, n patches or codes, d width.
 """
 
+import abc
 import dataclasses
-from typing import Any
+import functools
+from collections.abc import Mapping
+from typing import Any, ClassVar, Self
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from maskgen import config as config_lib
+from maskgen import images as images_lib
 from maskgen.models.mage import Encoder
+from maskgen.models.transformer import check_attention
 from maskgen.models.vit import ViT
 from maskgen.models.vqgan import VQGAN
 
 IMAGE_CHANNELS = 3
+Batch = Mapping[str, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
-class VitEncoder:
-  """A ViT; nothing of it is frozen."""
+class ImageEncoder(abc.ABC):
+  """The contract. `params` are the network's parameters; `frozen` holds the tokenizer's, if it has one.
 
-  network: ViT
-
-  def init(self, rng: jax.Array) -> Any:
-    """Fresh parameters."""
-    return self.network.init(rng, jnp.zeros((1, *self.network.image_size, IMAGE_CHANNELS)))["params"]
-
-  def encode(self, params: Any, frozen: Any, images: jax.Array) -> jax.Array:
-    """Images float32 [b, h, w, c] in [0, 1] of any size to float [b, n, d]."""
-    del frozen
-    found: Any = self.network.apply({"params": params}, images)
-    return found
-
-  def pool(self, params: Any, frozen: Any, images: jax.Array) -> jax.Array:
-    """The mean of what `encode` gives, float32 [b, d]."""
-    return self.encode(params, frozen, images).astype(jnp.float32).mean(axis=1)
-
-
-@dataclasses.dataclass(frozen=True)
-class MageEncoder:
-  """The encoder of a MAGE model, which sees all tokens that its frozen tokenizer makes of an image.
+  A batch has `image`, uint8 or float32 [b, h, w, c] in [0, 1], which is resized where its size differs, or,
+  for an encoder with a tokenizer, `tokens`, integers [b, n]. Calls with `rng` apply dropout and drop path.
 
   Attributes:
-    network: the encoder, without dropout.
-    tokenizer: the tokenizer.
-    image_size: (h, w) of the images that the two were trained on; others are resized.
+    network: the Linen module, with the fields `width`, `dropout`, `drop_path`, `attention` and `dtype`.
+    tokenizer: makes the codes that the network sees; None for a network that sees pixels.
+  """
+
+  network: Any
+  tokenizer: VQGAN | None
+
+  @property
+  @abc.abstractmethod
+  def image_shape(self) -> tuple[int, int, int]:
+    """The images (h, w, c) it was trained on."""
+
+  @property
+  @abc.abstractmethod
+  def layers(self) -> tuple[str, ...]:
+    """Regular expressions over parameter paths, from input to output: the embedding, then each block."""
+
+  @abc.abstractmethod
+  def init(self, rng: jax.Array, *, pooled: bool = False) -> Any:
+    """Fresh parameters: all that `encode` reads, or all that `pool` reads."""
+
+  @abc.abstractmethod
+  def encode(self, params: Any, frozen: Any, batch: Batch, rng: jax.Array | None = None) -> jax.Array:
+    """Patch tokens [b, n, d], see above."""
+
+  @abc.abstractmethod
+  def pool(self, params: Any, frozen: Any, batch: Batch, rng: jax.Array | None = None) -> jax.Array:
+    """Pooled vectors, float32 [b, d], see above."""
+
+  @property
+  def width(self) -> int:
+    """The width d."""
+    width: int = self.network.width
+    return width
+
+  def with_dropout(self, dropout: float, drop_path: float) -> Self:
+    """The same encoder with these rates of dropout and drop path.
+
+    Raises:
+      UserError: if its attention has no dropout.
+    """
+    check_attention(self.network.attention, self.network.dtype, dropout)
+    return dataclasses.replace(self, network=self.network.clone(dropout=dropout, drop_path=drop_path))
+
+  def _apply(self, method: str, params: Any, *args: Any, rng: jax.Array | None) -> Any:
+    rngs = None if rng is None else {"dropout": rng}
+    return self.network.apply({"params": params}, *args, train=rng is not None, rngs=rngs, method=method)
+
+
+@dataclasses.dataclass(frozen=True)
+class VitEncoder(ImageEncoder):
+  """A ViT on pixels; nothing of it is frozen.
+
+  Attributes:
+    section_type: the dataclass of the config section that describes the network.
+  """
+
+  section_type: ClassVar[type[nn.Module]] = ViT
+
+  network: ViT
+  tokenizer: None = None
+
+  @classmethod
+  def from_section(cls, section: Mapping[str, Any], where: str) -> "VitEncoder":
+    """Builds it from the fields of `ViT`."""
+    network: ViT = config_lib.build_dataclass(ViT, section, where, dropout=0.0, drop_path=0.0)
+    return cls(network.clone(hidden=network.hidden or 4 * network.width))
+
+  @property
+  def image_shape(self) -> tuple[int, int, int]:
+    return (*self.network.image_size, IMAGE_CHANNELS)
+
+  @property
+  def layers(self) -> tuple[str, ...]:
+    return ("(patch_embedding/|position$)", *_blocks(self.network.depth))
+
+  def init(self, rng: jax.Array, *, pooled: bool = False) -> Any:
+    return self.network.init(rng, jnp.zeros((1, *self.image_shape)))["params"]
+
+  def encode(self, params: Any, frozen: Any, batch: Batch, rng: jax.Array | None = None) -> jax.Array:
+    found: jax.Array = self._apply("__call__", params, images_lib.to_float(batch["image"]), rng=rng)
+    return found
+
+  def pool(self, params: Any, frozen: Any, batch: Batch, rng: jax.Array | None = None) -> jax.Array:
+    return self.encode(params, frozen, batch, rng).astype(jnp.float32).mean(axis=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class MageEncoder(ImageEncoder):
+  """The encoder of a MAGE model, which sees all codes that its frozen tokenizer makes of an image.
+
+  Attributes:
+    image_size: (h, w) of the images that network and tokenizer were trained on.
   """
 
   network: Encoder
   tokenizer: VQGAN
   image_size: tuple[int, int]
 
-  def init(self, rng: jax.Array) -> Any:
-    """Fresh parameters."""
+  @property
+  def image_shape(self) -> tuple[int, int, int]:
+    return (*self.image_size, self.tokenizer.image_channels)
+
+  @property
+  def layers(self) -> tuple[str, ...]:
+    return ("(embedding|position|embedding_norm)(/|$)", *_blocks(self.network.depth))
+
+  def init(self, rng: jax.Array, *, pooled: bool = False) -> Any:
     tokens = jnp.zeros((1, self.network.num_tokens), jnp.int32)
+    if pooled:  # which leaves the final normalisation out
+      return self.network.init(rng, tokens, method="pool")["params"]
     return self.network.init(rng, tokens, tokens > 0, method="encode")["params"]
 
-  def encode(self, params: Any, frozen: Any, images: jax.Array) -> jax.Array:
-    """Images float32 [b, h, w, c] in [0, 1] of any size to float [b, n, d], the class position left out."""
-    tokens = self._tokenize(frozen, images)
-    mask = jnp.zeros(tokens.shape, bool)
-    found: Any = self.network.apply({"params": params}, tokens, mask, method="encode")
+  def encode(self, params: Any, frozen: Any, batch: Batch, rng: jax.Array | None = None) -> jax.Array:
+    tokens = self._tokens(frozen, batch)
+    found = self._apply("encode", params, tokens, jnp.zeros(tokens.shape, bool), rng=rng)
     return found[:, 1:]
 
-  def pool(self, params: Any, frozen: Any, images: jax.Array) -> jax.Array:
-    """What the MAGE model itself makes of images, before it is normalised: float32 [b, d]."""
-    found: Any = self.network.apply({"params": params}, self._tokenize(frozen, images), method="pool")
+  def pool(self, params: Any, frozen: Any, batch: Batch, rng: jax.Array | None = None) -> jax.Array:
+    found: jax.Array = self._apply("pool", params, self._tokens(frozen, batch), rng=rng)
     return found
 
-  def _tokenize(self, frozen: Any, images: jax.Array) -> jax.Array:
+  def _tokens(self, frozen: Any, batch: Batch) -> Any:
+    if "tokens" in batch:
+      return batch["tokens"].astype(jnp.int32)
+    images = images_lib.to_float(batch["image"])
     shape = (len(images), *self.image_size, images.shape[-1])
-    images = jnp.clip(jax.image.resize(images, shape, "bilinear"), 0.0, 1.0)
-    tokens: Any = self.tokenizer.apply({"params": frozen}, images, method="tokenize")
-    return tokens
+    if images.shape != shape:
+      images = jnp.clip(jax.image.resize(images, shape, "bilinear"), 0.0, 1.0)
+    return self.tokenizer.apply({"params": frozen["tokenizer"]}, images, method="tokenize")
+
+
+def _blocks(depth: int) -> tuple[str, ...]:
+  """The blocks of a `Transformer`."""
+  return tuple(f"encoder/block_{i}/" for i in range(depth))
+
+
+# Networks that are image encoders by themselves, without an objective.
+NETWORKS: dict[str, type[VitEncoder]] = {"vit": VitEncoder}
+
+
+@dataclasses.dataclass(frozen=True)
+class EncoderPart:
+  """An image encoder as a part of a model: which one, and where among the model's variables it lies.
+
+  A tokenizer's parameters are at "frozen/tokenizer". The methods are those of the encoder; they take the
+  variables of the model, `{"params": {group: tree}, "frozen": tree}`.
+
+  Attributes:
+    encoder: the encoder.
+    params: path of the tree that has its parameters, perhaps beside others, such as "params/main".
+    pooled: whether the model has only the parameters that `pool` reads.
+  """
+
+  encoder: ImageEncoder
+  params: str
+  pooled: bool = False
+
+  def shapes(self) -> dict[str, Any]:
+    """Shapes of the encoder's part of the model's variables."""
+    key, encoder = jax.random.key(0), self.encoder
+    params = jax.eval_shape(functools.partial(encoder.init, pooled=self.pooled), key)
+    shapes = functools.reduce(lambda tree, name: {name: tree}, reversed(self.params.split("/")), params)
+    if encoder.tokenizer is not None:
+      images = jax.ShapeDtypeStruct((1, *encoder.image_shape), jnp.float32)
+      tokenizer = jax.eval_shape(encoder.tokenizer.init, key, images)["params"]
+      shapes["frozen"] = shapes.get("frozen", {}) | {"tokenizer": tokenizer}
+    return shapes
+
+  def split(self, variables: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The encoder's parameters and its frozen parts."""
+    params = functools.reduce(lambda tree, name: tree[name], self.params.split("/"), variables)
+    frozen = {} if self.encoder.tokenizer is None else {"tokenizer": variables["frozen"]["tokenizer"]}
+    return params, frozen
+
+  def encode(self, variables: Mapping[str, Any], batch: Batch, rng: jax.Array | None = None) -> jax.Array:
+    """Patch tokens [b, n, d]."""
+    return self.encoder.encode(*self.split(variables), batch, rng)
+
+  def pool(self, variables: Mapping[str, Any], batch: Batch, rng: jax.Array | None = None) -> jax.Array:
+    """Pooled vectors, float32 [b, d]."""
+    return self.encoder.pool(*self.split(variables), batch, rng)
+
+  def features(self, variables: Mapping[str, Any], batch: Batch) -> jax.Array:
+    """Features, float32 [b, d]."""
+    return nn.standardize(self.pool(variables, batch), axis=-1, epsilon=1e-6)

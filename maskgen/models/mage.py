@@ -112,10 +112,6 @@ class Encoder(nn.Module):
     x = self.blocks(tokens, jnp.zeros(tokens.shape, bool), None, train=train)
     return x[:, 1:].astype(jnp.float32).mean(axis=1)
 
-  def features(self, tokens: jax.Array) -> jax.Array:
-    """Representation of unmasked tokens [b, n]: `pool`, normalised without parameters; float32 [b, d]."""
-    return nn.standardize(self.pool(tokens), axis=-1, epsilon=1e-6)
-
 
 class Mage(Encoder):
   """Encoder over the kept tokens, decoder over all; the defaults are ViT-B's.

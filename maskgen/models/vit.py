@@ -23,6 +23,7 @@ class ViT(nn.Module):
     patch: pixels of a patch's side.
     width, depth, heads: d, the number of blocks, and the heads of each.
     hidden: width inside the MLPs, by default 4 d.
+    dropout, drop_path: while training, see `Transformer`.
     dtype: the type of the computation; parameters are float32.
     attention, remat, scan: how the blocks are run, see `Transformer`.
   """
@@ -33,6 +34,8 @@ class ViT(nn.Module):
   depth: int = 12
   heads: int = 12
   hidden: int = 0
+  dropout: float = 0.0
+  drop_path: float = 0.0
   dtype: str = fields.precision("float32")
   attention: str = fields.operational("auto", plain="xla")
   remat: str = fields.operational("none", less_memory=REMAT[1:])
@@ -42,7 +45,7 @@ class ViT(nn.Module):
     check_at_least(self, 1, "patch", "width", "depth", "heads")
     check_at_least(self, 0, "hidden")
     check_dtype(self.dtype)
-    check_attention(self.attention, self.dtype, 0.0)
+    check_attention(self.attention, self.dtype, self.dropout)
     check_remat(self.remat)
     if len(self.image_size) != 2 or any(side < 1 or side % self.patch for side in self.image_size):
       raise UserError(f"image_size is {self.image_size}: give (height, width), multiples of {self.patch}")
@@ -56,7 +59,7 @@ class ViT(nn.Module):
     return (self.image_size[0] // self.patch) * (self.image_size[1] // self.patch)
 
   @nn.compact
-  def __call__(self, images: jax.Array) -> jax.Array:
+  def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
     """Images float32 [b, h, w, c] in [0, 1], of any size, to float [b, n, d], normalised, row by row."""
     shape = (images.shape[0], *self.image_size, images.shape[-1])
     if images.shape != shape:
@@ -70,12 +73,14 @@ class ViT(nn.Module):
     x = Transformer(
       self.depth,
       self.heads,
+      dropout=self.dropout,
       dtype=self.dtype,
       attention=self.attention,
       remat=self.remat,
       scan=self.scan,
+      drop_path=self.drop_path,
       hidden=self.hidden,
       tanh_gelu=True,
       name="encoder",
-    )(sharding.constrain_batch(x.astype(self.dtype)), train=False)
+    )(sharding.constrain_batch(x.astype(self.dtype)), train=train)
     return nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="encoder_norm")(x)

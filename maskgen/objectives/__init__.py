@@ -18,6 +18,7 @@ from maskgen import plugins, sharding, tree
 from maskgen.batch import BatchSpec as BatchSpec
 from maskgen.config import fields
 from maskgen.errors import UserError
+from maskgen.models.image_encoder import NETWORKS, EncoderPart
 from maskgen.models.vqgan import VQGAN
 from maskgen.numerics.text import Captions
 
@@ -59,6 +60,9 @@ class Objective(Protocol):
   @property
   def captions(self) -> Captions | None:
     """How a `caption` is tokenized; None where neither losses nor predictions take one."""
+
+  # Optional: `image_encoder`, a property that returns an `EncoderPart`, lets `classify`, `vilex`, layer decay
+  # and whatever else builds on an image encoder take this objective's.
 
   def pretrained_shapes(self) -> dict[str, Tree]:
     """For each name that `config.pretrained` must give: the part of that model's variables it needs."""
@@ -148,6 +152,35 @@ def build(section: Mapping[str, Any]) -> Objective:
   """
   options = {key: value for key, value in section.items() if key != "name"}
   found: Objective = config_lib.build_dataclass(find(section), options, "config.objective")
+  return found
+
+
+def find_encoder(section: Mapping[str, Any]) -> type:
+  """As `find`, of a section that `encoder_part` takes."""
+  return find(section, **{name: encoder.section_type for name, encoder in NETWORKS.items()})
+
+
+def encoder_part(section: Mapping[str, Any], where: str) -> EncoderPart:
+  """Finds the image encoder of a model.
+
+  Args:
+    section: the model's `config.objective`; or `name`, one of `NETWORKS`, and the fields of that network.
+    where: the section's name for error messages.
+
+  Raises:
+    UserError: if the model has no image encoder.
+  """
+  name, options = section.get("name"), {key: value for key, value in section.items() if key != "name"}
+  if name in NETWORKS:
+    return EncoderPart(NETWORKS[name].from_section(options, where), "params/main")
+  try:
+    found = getattr(build(section), "image_encoder", None)
+  except UserError as error:
+    raise UserError(f"{where} describes no model: {error}") from None
+  if not isinstance(found, EncoderPart):
+    raise UserError(
+      f"{where}.name is '{name}', which has no image encoder: give a model that has, such as MAGE"
+    )
   return found
 
 

@@ -11,7 +11,8 @@ from maskgen import config as config_lib
 from maskgen import images as images_lib
 from maskgen.config import fields
 from maskgen.errors import UserError
-from maskgen.models.mage import Mage
+from maskgen.models.image_encoder import EncoderPart, MageEncoder
+from maskgen.models.mage import Encoder, Mage
 from maskgen.models.remat import REMAT, check_remat
 from maskgen.models.transformer import check_attention
 from maskgen.models.vqgan import VQGAN
@@ -134,6 +135,18 @@ class Objective:
     return BatchSpec(
       image_shape=self.image_shape, num_tokens=self.num_tokens, codebook_size=self.codebook_size
     )
+
+  @property
+  def image_encoder(self) -> EncoderPart:
+    """The encoder, which other objectives can take."""
+    names = ("width", "depth", "heads", "dtype", "attention", "remat", "scan")
+    network = Encoder(
+      vocab=self.model.vocab,
+      num_tokens=self.num_tokens,
+      dropout=0.0,
+      **{name: getattr(self, name) for name in names},
+    )
+    return EncoderPart(MageEncoder(network, self.tokenizer, self.image_size), "params/main")
 
   def pretrained_shapes(self) -> dict[str, Tree]:
     images = jax.ShapeDtypeStruct((1, *self.image_shape), jnp.float32)
@@ -266,8 +279,7 @@ class Objective:
       return decode(variables, {"tokens": encode(variables, batch, rng)}, rng)
 
     def features(variables, batch, rng):
-      tokens = encode(variables, batch, rng)
-      return self._apply("features", variables["params"], variables["frozen"], tokens)
+      return self.image_encoder.features(variables, batch)
 
     def logits(variables, batch, rng):
       params, frozen = variables["params"], variables["frozen"]

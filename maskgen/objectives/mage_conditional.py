@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from maskgen import config as config_lib
 from maskgen import objectives, sharding
 from maskgen.errors import UserError
+from maskgen.models.image_encoder import EncoderPart
 from maskgen.models.mage import Mage
 from maskgen.models.transformer import embedding_init
 from maskgen.numerics import sampling as sampling_lib
@@ -58,6 +59,10 @@ class Conditional(mage.Objective, abc.ABC):
   def batch_spec(self) -> BatchSpec:
     return dataclasses.replace(super().batch_spec(), num_classes=self.num_classes, captions=self.captions)
 
+  @property
+  def image_encoder(self) -> EncoderPart:
+    return dataclasses.replace(super().image_encoder, params="frozen/encoder")
+
   def pretrained_shapes(self) -> dict[str, Tree]:
     tokenizer = super().pretrained_shapes()["tokenizer"]["params"]["generator"]
     tokens = jax.ShapeDtypeStruct((1, self.num_tokens), jnp.int32)
@@ -66,10 +71,9 @@ class Conditional(mage.Objective, abc.ABC):
     return {"mage": {"params": {"main": main}, "frozen": {"tokenizer": tokenizer}}}
 
   def check_pretrained(self, name: str, config: Mapping[str, Any]) -> None:
-    section = config.get("objective", {})
-    if section.get("name") not in ("mage", "mage_c"):
-      raise UserError("it is no MAGE: give a model trained by objective 'mage' or 'mage_c'")
-    found: Any = objectives.build(section)
+    found = objectives.build(config["objective"]) if "objective" in config else None
+    if not isinstance(found, mage.Objective) or isinstance(found, Conditional):
+      raise UserError("it is not an unconditional MAGE: give a model trained by objective 'mage' or 'mage_c'")
     objectives.check_tokenizer(found.tokenizer, self.tokenizer)
     encoder = ("class_ids", "null_class", "width", "depth", "heads")
     for field in ("image_size", *encoder, "decoder_width", "decoder_depth", "decoder_heads"):

@@ -9,32 +9,28 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any, ClassVar
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from maskgen import config as config_lib
 from maskgen import images as images_lib
-from maskgen import objectives, sharding
+from maskgen import objectives, sharding, storage
 from maskgen.config import fields
-from maskgen.errors import UserError, nearest
+from maskgen.errors import UserError
 from maskgen.importers import diffusers
 from maskgen.models.attention_pool import AttentionPool
-from maskgen.models.image_encoder import IMAGE_CHANNELS, MageEncoder, VitEncoder
-from maskgen.models.mage import Encoder
+from maskgen.models.image_encoder import IMAGE_CHANNELS, EncoderPart
 from maskgen.models.text_to_image import ERROR_KEYS
 from maskgen.models.vilex import Renderer, Sampling
-from maskgen.models.vit import ViT
 from maskgen.numerics import diffusion, prompts
 from maskgen.numerics.prompts import Run, TailDrop, Words
 from maskgen.numerics.text import Captions
-from maskgen.objectives import Batch, BatchSpec, Metrics, PredictFn, Tree, check_same, mage
+from maskgen.objectives import Batch, BatchSpec, Metrics, PredictFn, Tree, check_same
 from maskgen.objectives import diffusion as diffusion_objective
 
 # Which children of an example's key decide on its tokens and on its words.
 _KEEP, _SAY = ERROR_KEYS, ERROR_KEYS + 1
-ENCODERS = ("vit", "mage", "mage_c")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,8 +45,9 @@ class Objective:
     decoder: the `config.objective` of `config.pretrained.decoder`, a model of the diffusion objective; or
       what `maskgen.tools.convert --format=diffusers` wrote of a published one.
     encoder: name="vit" and the fields of `ViT`; or the `config.objective` of `config.pretrained.encoder`, a
-      MAGE model.
-    pretrained_encoder: whether a ViT starts as `config.pretrained.encoder`, or from scratch.
+      model of any objective that has an image encoder, such as MAGE.
+    pretrained_encoder: whether the encoder starts as `config.pretrained.encoder`, or from scratch. One with
+      frozen parts, such as the tokenizer of MAGE, is always pretrained.
     tokens: n, at most what a prompt of the decoder holds.
     pool_width, pool_depth, pool_heads, pool_self_attention: see `AttentionPool`.
     tail_drop: how many of the n tokens examples are trained with.
@@ -69,7 +66,7 @@ class Objective:
   num_classes: ClassVar[int] = 0
 
   decoder: Mapping[str, Any] = fields.section(partial(objectives.find, diffusers=diffusers.Folder))
-  encoder: Mapping[str, Any] = fields.section(partial(objectives.find, vit=ViT))
+  encoder: Mapping[str, Any] = fields.section(objectives.find_encoder)
   pretrained_encoder: bool = False
   tokens: int = 75
   pool_width: int = 1024
@@ -89,9 +86,11 @@ class Objective:
     room = self.renderer.room
     if not 1 <= self.tokens <= room:
       raise UserError(f"tokens is {self.tokens}: a prompt of this decoder holds 1 to {room}")
-    encoder, _, _ = self.image_encoder, self.pool, self._subjects  # which check their fields
-    if self.pretrained_encoder and isinstance(encoder, MageEncoder):
-      raise UserError("pretrained_encoder is for a ViT: a MAGE encoder is pretrained anyway, leave it out")
+    source, _, _ = self._source, self.pool, self._subjects  # which check their fields
+    if self.pretrained_encoder and source.encoder.tokenizer:
+      raise UserError(
+        "pretrained_encoder: an encoder with a tokenizer is always pretrained, leave the key out"
+      )
     schedule = self.renderer.model.schedule
     if self.min_timestep >= schedule.steps:
       raise UserError(
@@ -124,13 +123,15 @@ class Objective:
   def _decoder(self) -> tuple[Renderer, Captions]:
     return _read_decoder(self.decoder)
 
-  @functools.cached_property
-  def image_encoder(self) -> VitEncoder | MageEncoder:
+  @property
+  def image_encoder(self) -> EncoderPart:
     """The image encoder."""
-    name = self.encoder.get("name")
-    if name not in ENCODERS:
-      raise UserError(f"encoder.name '{name}' does not exist{nearest(str(name), ENCODERS)}")
-    return _mage_encoder(self.encoder) if name != "vit" else _vit(self.encoder, "config.objective.encoder")
+    return EncoderPart(self._source.encoder, "params/main/encoder")
+
+  @functools.cached_property
+  def _source(self) -> EncoderPart:
+    """The encoder as a part of `config.pretrained.encoder`."""
+    return objectives.encoder_part(self.encoder, "config.objective.encoder")
 
   @property
   def pool(self) -> AttentionPool:
@@ -148,14 +149,8 @@ class Objective:
 
   def pretrained_shapes(self) -> dict[str, Tree]:
     shapes: dict[str, Tree] = {"decoder": {"params": {"main": self.renderer.shapes()}}}
-    encoder, key = self.image_encoder, jax.random.key(0)
-    params = {"main": jax.eval_shape(encoder.init, key)}
-    if isinstance(encoder, MageEncoder):
-      images = jnp.zeros((1, *encoder.image_size, IMAGE_CHANNELS))
-      tokenizer = jax.eval_shape(encoder.tokenizer.init, key, images)["params"]
-      shapes["encoder"] = {"params": params, "frozen": {"tokenizer": tokenizer}}
-    elif self.pretrained_encoder:
-      shapes["encoder"] = {"params": params}
+    if self.pretrained_encoder or self._source.encoder.tokenizer:
+      shapes["encoder"] = self._source.shapes()
     return shapes
 
   def check_pretrained(self, name: str, config: Mapping[str, Any]) -> None:
@@ -166,23 +161,19 @@ class Objective:
       check_same(dataclasses.replace(found, image_size=self.renderer.image_size), self.renderer)
     elif name == "decoder":
       check_same(_read_decoder(section)[0], self.renderer)
-    elif isinstance(self.image_encoder, MageEncoder):
-      check_same(_mage_encoder(section), self.image_encoder)
-    elif "vit" not in config:
-      raise UserError("it is no ViT: give one that maskgen.tools.convert made with --format=siglip")
     else:
-      check_same(_vit(config["vit"], "its config"), self.image_encoder)
+      check_same(objectives.encoder_part(storage.model_section(config), "its config"), self._source)
 
   def init(self, rng: jax.Array, pretrained: Mapping[str, Tree]) -> dict[str, Tree]:
     encoder_rng, pool_rng = jax.random.split(rng)
-    frozen = {"decoder": pretrained["decoder"]["params"]["main"], "tokenizer": {}}
+    frozen = {"decoder": pretrained["decoder"]["params"]["main"]}
+    network = self._source.encoder
     if "encoder" in pretrained:
-      encoder = pretrained["encoder"]["params"]["main"]
-      frozen["tokenizer"] = pretrained["encoder"].get("frozen", {}).get("tokenizer", {})
+      encoder, parts = self._source.split(pretrained["encoder"])
+      frozen |= parts
     else:
-      encoder = self.image_encoder.init(encoder_rng)
-    images = jnp.zeros((1, *self.image_shape))
-    patches = jax.eval_shape(self.image_encoder.encode, encoder, frozen["tokenizer"], images)
+      encoder = network.init(encoder_rng)
+    patches = jax.eval_shape(network.encode, encoder, frozen, {"image": jnp.zeros((1, *self.image_shape))})
     pool = self.pool.init(pool_rng, jnp.zeros(patches.shape, patches.dtype))["params"]
     # A token is born as long as a word is: a frozen text encoder never saw longer ones.
     pool = {**pool, "scale": self.renderer.scale(frozen["decoder"])}
@@ -230,7 +221,7 @@ class Objective:
 
   def _vectors(self, params: Tree, frozen: Tree, images: jax.Array) -> jax.Array:
     """The tokens of images float32 [b, h, w, c] in [0, 1]; float32 [b, n, d]."""
-    patches = self.image_encoder.encode(params["encoder"], frozen["tokenizer"], images)
+    patches = self.image_encoder.encode({"params": {"main": params}, "frozen": frozen}, {"image": images})
     vectors: Any = self.pool.apply({"params": params["pool"]}, patches)
     return sharding.constrain_batch(vectors)
 
@@ -259,9 +250,7 @@ class Objective:
       return dict(zip(runs, errors, strict=True))
 
     def features(variables, batch, rng):
-      images, frozen = images_lib.to_float(batch["image"]), variables["frozen"]["tokenizer"]
-      pooled = self.image_encoder.pool(variables["params"]["main"]["encoder"], frozen, images)
-      return nn.standardize(pooled, axis=-1, epsilon=1e-6)
+      return self.image_encoder.features(variables, batch)
 
     def generate(variables, batch, rng, **options):
       frozen, chosen = variables["frozen"]["decoder"], dataclasses.asdict(self.sampling) | options
@@ -295,22 +284,6 @@ def _read_decoder(section: Mapping[str, Any]) -> tuple[Renderer, Captions]:
   tokenizer = found.captions.opened
   ids = (tokenizer.start_id, tokenizer.end_id, (tokenizer.padding_id,))
   return Renderer(found.model, found.image_size, found.captions.length, *ids), found.captions
-
-
-def _vit(section: Mapping[str, Any], where: str) -> VitEncoder:
-  options = {key: value for key, value in section.items() if key != "name"}
-  found: ViT = config_lib.build_dataclass(ViT, options, where)
-  return VitEncoder(found.clone(hidden=found.hidden or 4 * found.width))
-
-
-def _mage_encoder(section: Mapping[str, Any]) -> MageEncoder:
-  found = objectives.build(section)
-  if not isinstance(found, mage.Objective):
-    raise UserError("it is no masked generative encoder: give a model trained by the mage objective")
-  names = ("width", "depth", "heads", "dtype", "attention", "remat", "scan")
-  options = {name: getattr(found, name) for name in names}
-  network = Encoder(vocab=found.model.vocab, num_tokens=found.num_tokens, dropout=0.0, **options)
-  return MageEncoder(network, found.tokenizer, found.image_size)
 
 
 def _keys(batch: Batch, number: int) -> jax.Array:

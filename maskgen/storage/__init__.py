@@ -7,7 +7,14 @@ path names (`params/main/encoder/...`), so that a part of a model can be read wi
 
 from maskgen.storage.checkpoints import DAMAGED, Checkpoints, open_to_read
 from maskgen.storage.frozen import read_frozen, read_frozen_arrays, write_frozen
-from maskgen.storage.models import CONFIG, load_config, load_variables, resolve, write_export
+from maskgen.storage.models import (
+  CONFIG,
+  load_config,
+  load_variables,
+  model_section,
+  resolve,
+  write_export,
+)
 from maskgen.storage.tensors import WEIGHTS, to_host
 
 __all__ = [
@@ -17,6 +24,7 @@ __all__ = [
   "Checkpoints",
   "load_config",
   "load_variables",
+  "model_section",
   "open_to_read",
   "read_frozen",
   "read_frozen_arrays",

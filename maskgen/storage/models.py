@@ -50,6 +50,20 @@ def load_config(path: epath.PathLike) -> dict[str, Any]:
   return config
 
 
+def model_section(config: Mapping[str, Any]) -> dict[str, Any]:
+  """The section that describes a model of this `config.json`: its objective, or its network by name.
+
+  Raises:
+    UserError: if it describes neither.
+  """
+  if "objective" in config:
+    return dict(config["objective"])
+  name = str(config.get("network"))
+  if name not in config:
+    raise UserError("its config.json describes no model: give the workdir of a run, or an export")
+  return {"name": name, **config[name]}
+
+
 def load_variables(path: epath.PathLike, target: Any) -> Any:
   """Reads a model's variables, with moving averages in the place of the parameters that have one.
 
