@@ -21,7 +21,7 @@ from maskgen.importers import diffusers, diffusers_configs, torch_tensors
 from maskgen.models.text_to_image import TEXT_PARTS, TextToImage
 from maskgen.models.unet import Condition
 from maskgen.numerics import diffusion
-from maskgen.numerics.prompts import Run
+from maskgen.numerics.prompts import Segment
 from maskgen.numerics.text import open_tokenizer
 from maskgen.serving import ImageWords
 
@@ -126,7 +126,7 @@ def inverted(folder):
     decoder = dict(name="diffusers", folder=str(folder / family / "model"), image_size=(32, 64))
     section = SECTION | dict(decoder=decoder, tokens=4)
     model = ImageWords({"objective": section}, objectives.build(section), {})
-    width = sum(model.objective.renderer.model.text_widths)
+    width = sum(model.objective.text_to_image.model.text_widths)
     tokens[family] = model, np.random.default_rng(0).normal(size=(3, width)).astype(np.float32)
     model.write_embedding(folder / family / "inversion.safetensors", tokens[family][1])
   compute(folder, "inversions")
@@ -138,13 +138,13 @@ def test_images_are_textual_inversions(folder, inverted, family):
   """Several vectors, among words; and one file for each kind of model."""
   model, tokens = inverted[family]
   laid = model.lay_out("the {} on the mat", [tokens])
-  renderer, params = model.objective.renderer, load(folder, family)[0].params
+  text_to_image, params = model.objective.text_to_image, load(folder, family)[0].params
   said = [
-    renderer.words(params, ids[None], number[None])
+    text_to_image.words(params, ids[None], number[None])
     for ids, number in zip(laid["words"], laid["num_words"], strict=True)
   ]
-  image = Run(laid["vectors"], laid["number"])
-  found, _ = renderer.condition(params, [said[0], image, said[1]])
+  image = Segment(laid["vectors"], laid["number"])
+  found, _ = text_to_image.condition(params, [said[0], image, said[1]])
   expected = load_file(folder / family / "inverted.safetensors")
   check(found.context, expected["context"])
   assert ("pooled" in expected) == (family == "sdxl")

@@ -7,19 +7,19 @@ import pytest
 
 from maskgen.errors import UserError
 from maskgen.numerics import prompts
-from maskgen.numerics.prompts import Frame, Run, TailDrop, Words
+from maskgen.numerics.prompts import Frame, Segment, TailDrop, Words
 
 WIDTH, LENGTH = 3, 12
 FRAME = Frame(*(np.full(WIDTH, value, np.float32) for value in (-1, -2, -3)))
 
 
-def reference(runs, length):
+def reference(segments, length):
   """Prompts, row by row and vector by vector."""
   rows, ends = [], []
-  for b in range(len(runs[0].number)):
+  for b in range(len(segments[0].number)):
     row = [FRAME.start]
-    for run in runs:
-      row += list(run.vectors[b, : run.number[b]])
+    for segment in segments:
+      row += list(segment.vectors[b, : segment.number[b]])
     ends.append(len(row))
     row.append(FRAME.end)
     rows.append(row + [FRAME.padding] * (length - len(row)))
@@ -27,7 +27,9 @@ def reference(runs, length):
 
 
 def draw(rng, n, batch=4):
-  return Run(rng.normal(size=(batch, n, WIDTH)).astype(np.float32), rng.integers(0, n + 1, batch, np.int32))
+  return Segment(
+    rng.normal(size=(batch, n, WIDTH)).astype(np.float32), rng.integers(0, n + 1, batch, np.int32)
+  )
 
 
 @pytest.mark.parametrize("sizes", [(6, 4), (4, 6), (10,), (3, 2, 2, 3), (1,)])
@@ -35,15 +37,15 @@ def test_prompts_are_what_a_loop_writes(sizes):
   traces = []
 
   @jax.jit
-  def assemble(runs):
-    traces.append(runs)
-    return prompts.assemble(runs, FRAME, LENGTH)
+  def assemble(segments):
+    traces.append(segments)
+    return prompts.assemble(segments, FRAME, LENGTH)
 
   rng = np.random.default_rng(0)
   for _ in range(20):
-    runs = [draw(rng, n) for n in sizes]
-    found = assemble(runs)
-    embeddings, end = reference(runs, LENGTH)
+    segments = [draw(rng, n) for n in sizes]
+    found = assemble(segments)
+    embeddings, end = reference(segments, LENGTH)
     np.testing.assert_array_equal(found.embeddings, embeddings)
     np.testing.assert_array_equal(found.end, end)
     assert found.end.dtype == jnp.int32
@@ -55,21 +57,21 @@ def test_dropped_vectors_are_as_if_they_never_were():
   image, words = draw(rng, 6), draw(rng, 4)
   for k in range(7):
     whole = prompts.assemble([image._replace(number=np.full(4, k, np.int32)), words], FRAME, LENGTH)
-    short = prompts.assemble([Run(image.vectors[:, :k], np.full(4, k, np.int32)), words], FRAME, LENGTH)
+    short = prompts.assemble([Segment(image.vectors[:, :k], np.full(4, k, np.int32)), words], FRAME, LENGTH)
     np.testing.assert_array_equal(whole.embeddings, short.embeddings)
     np.testing.assert_array_equal(whole.end, short.end)
 
 
 def test_gradients_reach_what_is_used_and_nothing_else():
-  run = Run(np.ones((1, 5, WIDTH), np.float32), np.int32([3]))
-  slope = jax.grad(lambda v: prompts.assemble([run._replace(vectors=v)], FRAME, LENGTH).embeddings.sum())(
-    run.vectors
+  segment = Segment(np.ones((1, 5, WIDTH), np.float32), np.int32([3]))
+  slope = jax.grad(lambda v: prompts.assemble([segment._replace(vectors=v)], FRAME, LENGTH).embeddings.sum())(
+    segment.vectors
   )
   np.testing.assert_array_equal(slope[0, :, 0], [1, 1, 1, 0, 0])
 
 
 def test_words_stay():
-  found = prompts.room(np.int32([6, 6, 2]), np.int32([3, 9, 3]), LENGTH)
+  found = prompts.num_fitting(np.int32([6, 6, 2]), np.int32([3, 9, 3]), LENGTH)
   np.testing.assert_array_equal(found, [6, 1, 2])
 
 
@@ -77,7 +79,7 @@ def say(words, number=6, subjects=(), examples=4000):
   """How many of a caption's words, 1, 2, ..., are before and behind images, and how far hues are turned."""
   keys = jax.random.split(jax.random.key(0), examples)
   vectors = np.tile(np.arange(1.0, 8.0, dtype=np.float32)[None, :, None], (examples, 1, WIDTH))
-  caption = Run(vectors, np.full(examples, number, np.int32))
+  caption = Segment(vectors, np.full(examples, number, np.int32))
   said = jax.jit(words.draw)(keys, caption, np.tile(np.isin(np.arange(1, 8), subjects), (examples, 1)))
   before, behind, sixths = map(np.asarray, (said.before.number, said.behind.number, said.sixths))
   assert ((before + behind) <= number).all()

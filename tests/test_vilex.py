@@ -13,7 +13,7 @@ from flax.core import FrozenDict
 
 from maskgen import images, objectives, storage, tree
 from maskgen.errors import UserError
-from maskgen.numerics.prompts import Run
+from maskgen.numerics.prompts import Segment
 from maskgen.serving import ImageWords
 from maskgen.tools import convert
 from maskgen.training import optim
@@ -124,11 +124,11 @@ def test_fewer_tokens_are_a_shorter_prompt():
   objective, variables, predict = setup()
   vectors = predict["encode"](variables, batch(), None)
   assert vectors.shape == (4, TOKENS, 8)
-  condition = jax.jit(objective.renderer.condition)
+  condition = jax.jit(objective.text_to_image.condition)
   for k in range(1, TOKENS + 1):
     number = jnp.full((4,), k)
-    dropped, end = condition(variables["frozen"]["decoder"], [Run(vectors, number)])
-    short, _ = condition(variables["frozen"]["decoder"], [Run(vectors[:, :k], number)])
+    dropped, end = condition(variables["frozen"]["decoder"], [Segment(vectors, number)])
+    short, _ = condition(variables["frozen"]["decoder"], [Segment(vectors[:, :k], number)])
     np.testing.assert_allclose(dropped.context, short.context, atol=1e-6)
     np.testing.assert_array_equal(end, k + 1)
 
@@ -233,7 +233,7 @@ def test_steps_with_little_noise_are_left_out():
   blind = {**decoder, "unet": jax.tree.map(jnp.zeros_like, decoder["unet"])}
   given = variables["params"], {**variables["frozen"], "decoder": blind}, {}, batch() | {"key": keys(4)}
   loss = objective.losses(*given, jax.random.key(1), 0, train=True)[0]["main"]
-  pictures = objective.renderer.model.encode(decoder, images.to_float(batch()["image"])).mean
+  pictures = objective.text_to_image.model.encode(decoder, images.to_float(batch()["image"])).mean
   np.testing.assert_allclose(loss, jnp.square(pictures).mean(), rtol=1e-2)
 
 

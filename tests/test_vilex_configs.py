@@ -43,13 +43,13 @@ def load(config, **overrides):
 @pytest.mark.parametrize(("config", "family"), CONFIGS.items())
 def test_shapes_need_no_folder(config, family):
   objective = objectives.build(load(config)["objective"])
-  assert diffusers.family_of(objective.renderer.model) == family
+  assert diffusers.family_of(objective.text_to_image.model) == family
   shapes = objective.pretrained_shapes()
   for part, leaves in shapes["decoder"]["params"]["main"].items():
     expected = np.dtype("float32" if part == "vae" else "bfloat16")
     assert {leaf.dtype for leaf in jax.tree.leaves(leaves)} == {expected}, part
   assert 410e6 < tree.count(shapes["encoder"]) < 415e6  # SigLIP's So400m/14 without its head
-  assert objective.tokens == 75 == objective.renderer.room
+  assert objective.tokens == 75 == objective.text_to_image.max_prompt_tokens
   assert objective.captions is None and objective.texts.length == 77
 
 
@@ -145,7 +145,7 @@ def test_the_pretrained_decoder_is_of_the_family_too(converted):
 )
 def test_wrong_sections(changes, message):
   with pytest.raises(UserError, match=message):
-    diffusers.read_renderer(dict(name="diffusers", family="sd15", image_size=(512, 512)) | changes)
+    diffusers.read_frozen(dict(name="diffusers", family="sd15", image_size=(512, 512)) | changes)
 
 
 # From pictures to a trained lexicon

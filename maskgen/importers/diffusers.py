@@ -26,7 +26,7 @@ from maskgen.importers.diffusers_layouts import LAYOUTS
 from maskgen.importers.published import PUBLISHED
 from maskgen.models.remat import REMAT
 from maskgen.models.text_to_image import TEXT_PARTS, TextToImage
-from maskgen.models.vilex import Renderer
+from maskgen.models.vilex import FrozenTextToImage
 from maskgen.numerics.text import Captions, Tokenizer, open_tokenizer
 
 FAMILIES = {
@@ -187,7 +187,7 @@ class Folder:
     return pathlib.Path(os.path.expanduser(self.folder or self.family))
 
 
-def read_renderer(section: Mapping[str, Any]) -> tuple[Renderer, Captions]:
+def read_frozen(section: Mapping[str, Any]) -> tuple[FrozenTextToImage, Captions]:
   """The model that a config section with name="diffusers" describes, and how it reads captions.
 
   Raises:
@@ -208,7 +208,8 @@ def read_renderer(section: Mapping[str, Any]) -> tuple[Renderer, Captions]:
   if len(given.image_size) != 2 or any(size < 1 or size % side for size in given.image_size):
     raise UserError(f"image_size is {given.image_size}: give (height, width), multiples of {side}")
   captions = Captions(f"bpe:{given.root / 'tokenizer'}", length)
-  return Renderer(model, given.image_size, length, start_id, end_id, paddings, given.param_dtype), captions
+  ids = (start_id, end_id, paddings)
+  return FrozenTextToImage(model, given.image_size, length, *ids, given.param_dtype), captions
 
 
 def folder_of(path: str | os.PathLike, family: str) -> str:

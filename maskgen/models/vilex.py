@@ -16,7 +16,7 @@ from maskgen.config import check_at_least, fields
 from maskgen.models.text_to_image import TextToImage
 from maskgen.models.unet import Condition
 from maskgen.numerics import diffusion, prompts
-from maskgen.numerics.prompts import Frame, Run
+from maskgen.numerics.prompts import Frame, Segment
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Sampling:
 
 
 @dataclasses.dataclass(frozen=True)
-class Renderer:
+class FrozenTextToImage:
   """Pure functions of the frozen parameters.
 
   Attributes:
@@ -73,7 +73,7 @@ class Renderer:
     return jax.ShapeDtypeStruct(leaf.shape, self.param_dtype)
 
   @property
-  def room(self) -> int:
+  def max_prompt_tokens(self) -> int:
     """How many vectors and words a prompt holds."""
     return self.length - 2
 
@@ -92,18 +92,18 @@ class Renderer:
       [jnp.full(table.shape[-1], jnp.sqrt(jnp.square(table).mean()), jnp.float32) for table in tables]
     )
 
-  def words(self, params: Any, ids: jax.Array, number: jax.Array) -> Run:
+  def words(self, params: Any, ids: jax.Array, number: jax.Array) -> Segment:
     """The first words, int32 [b], of ids int32 [b, n]."""
-    return Run(self._embed(params, [ids] * len(self.padding_ids)), number)
+    return Segment(self._embed(params, [ids] * len(self.padding_ids)), number)
 
-  def caption(self, params: Any, ids: jax.Array) -> Run:
+  def caption(self, params: Any, ids: jax.Array) -> Segment:
     """The words of captions int32 [b, n] that begin with the start id and have an end id."""
     return self.words(params, ids[:, 1:-1], (ids == self.end_id).argmax(axis=1).astype(jnp.int32) - 1)
 
-  def condition(self, params: Any, runs: Sequence[Run]) -> tuple[Condition, jax.Array]:
-    """What a prompt of these runs means to the U-Net, and where it ends, int32 [b]."""
+  def condition(self, params: Any, segments: Sequence[Segment]) -> tuple[Condition, jax.Array]:
+    """What a prompt of these segments means to the U-Net, and where it ends, int32 [b]."""
     special = [jnp.array([[self.start_id, self.end_id, padding]]) for padding in self.padding_ids]
-    prompt = prompts.assemble(runs, Frame(*self._embed(params, special)[0]), self.length)
+    prompt = prompts.assemble(segments, Frame(*self._embed(params, special)[0]), self.length)
     ends = np.cumsum(self.model.text_widths)[:-1]
     parts = jnp.split(prompt.embeddings, ends, axis=-1)
     return self.model.condition(params, parts, prompt.end, self.image_size), prompt.end
@@ -114,11 +114,11 @@ class Renderer:
     empty, _ = self.condition(params, [self.words(params, none[:, None], none)])
     return self.model.null(empty)
 
-  def misalignment(self, params: Any, tokens: Run, caption: Run) -> jax.Array:
+  def misalignment(self, params: Any, tokens: Segment, caption: Segment) -> jax.Array:
     """The mean squared distance between the ends of two prompts, after the text encoder; float32 [b]."""
 
-    def at_end(run: Run) -> jax.Array:
-      condition, end = self.condition(params, [run])
+    def at_end(segment: Segment) -> jax.Array:
+      condition, end = self.condition(params, [segment])
       return jnp.take_along_axis(condition.context, end[:, None, None], axis=1)[:, 0]
 
     return jnp.square(at_end(tokens) - jax.lax.stop_gradient(at_end(caption))).mean(axis=-1)
@@ -127,9 +127,9 @@ class Renderer:
     self,
     params: Any,
     keys: jax.Array,
-    words: Sequence[Run],
-    images: Sequence[Run],
-    avoided: Run | None = None,
+    words: Sequence[Segment],
+    images: Sequence[Segment],
+    negative: Segment | None = None,
     *,
     image_guidance: float | jax.Array,
     text_guidance: float | jax.Array,
@@ -146,20 +146,20 @@ class Renderer:
       keys: one per image.
       words: of the prompt: what is before, between and behind its images; or none.
       images: of the prompt.
-      avoided: what guidance leads away from, in the place of nothing.
+      negative: what guidance leads away from, in the place of nothing.
       image_guidance: see `Sampling`, as for the others.
       text_guidance: likewise.
       sampler: likewise.
       steps: likewise.
     """
-    nothing = self.nothing(params, len(keys)) if avoided is None else self.condition(params, [avoided])[0]
+    nothing = self.nothing(params, len(keys)) if negative is None else self.condition(params, [negative])[0]
     conditions, scales = [nothing], []
     if images:
       conditions.append(self.condition(params, images)[0])
       scales.append(image_guidance)
     if words:
       pairs = zip(words[1:], images, strict=True)
-      both = [words[0], *(run for said, image in pairs for run in (image, said))]
+      both = [words[0], *(segment for said, image in pairs for segment in (image, said))]
       conditions.append(self.condition(params, both)[0])
       scales.append(text_guidance)
     together = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *conditions)

@@ -1,6 +1,6 @@
 """Prompts in the space of word embeddings, where vectors that no word has can stand among words.
 
-Letters: b batch, l positions of a prompt, n vectors of a run, d width.
+Letters: b batch, l positions of a prompt, n vectors of a segment, d width.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ DISTRIBUTIONS = ("uniform", "powers", "all")
 PLACES = ("before", "behind", "within")
 
 
-class Run(NamedTuple):
+class Segment(NamedTuple):
   """Vectors of which a prompt has the first ones.
 
   Attributes:
@@ -50,21 +50,22 @@ class Prompt(NamedTuple):
   end: jax.Array
 
 
-def assemble(runs: Sequence[Run], frame: Frame, length: int) -> Prompt:
-  """Puts runs behind each other: start, the first vectors of each run, end, padding.
+def assemble(segments: Sequence[Segment], frame: Frame, length: int) -> Prompt:
+  """Puts segments behind each other: start, the first vectors of each segment, end, padding.
 
-  What a run leaves out leaves no gap, so that a prompt with k of n vectors is the one with a run of k
+  What a segment leaves out leaves no gap, so that a prompt with k of n vectors is the one with a segment of k
   vectors, bit for bit, and what follows the end is padding as behind a short text. Numbers are traced: other
   ones compile nothing anew.
 
   Args:
-    runs: in their order, not more than length - 2 vectors in all (see `room`); more are cut at the end.
+    segments: in their order, not more than length - 2 vectors in all (see `num_fitting`); more are cut at the
+      end.
     frame: the special embeddings.
     length: l.
   """
-  vectors = jnp.concatenate([run.vectors for run in runs], axis=1)
+  vectors = jnp.concatenate([segment.vectors for segment in segments], axis=1)
   used = jnp.concatenate(
-    [jnp.arange(run.vectors.shape[1])[None] < run.number[:, None] for run in runs], axis=1
+    [jnp.arange(segment.vectors.shape[1])[None] < segment.number[:, None] for segment in segments], axis=1
   )
   content = jnp.take_along_axis(vectors, jnp.argsort(~used, axis=1, stable=True)[..., None], axis=1)
   content = jnp.pad(content, ((0, 0), (1, max(0, length - 1 - content.shape[1])), (0, 0)))[:, :length]
@@ -75,7 +76,7 @@ def assemble(runs: Sequence[Run], frame: Frame, length: int) -> Prompt:
   return Prompt(jnp.where((at > 0) & (at < last), content, around), end)
 
 
-def room(number: jax.Array, words: jax.Array, length: int) -> jax.Array:
+def num_fitting(number: jax.Array, words: jax.Array, length: int) -> jax.Array:
   """How many of so many vectors fit beside so many words: the words stay, and the tail is cut.
 
   Args:
@@ -95,8 +96,8 @@ class Said(NamedTuple):
     sixths: int32 [b], by how many sixths of the circle the hues of what is seen are turned.
   """
 
-  before: Run
-  behind: Run
+  before: Segment
+  behind: Segment
   sixths: jax.Array
 
 
@@ -131,7 +132,7 @@ class Words:
     if self.subject and self.place != "within":
       raise UserError(f"subject is for images within their captions, and place is '{self.place}'")
 
-  def draw(self, keys: jax.Array, caption: Run, subjects: jax.Array) -> Said:
+  def draw(self, keys: jax.Array, caption: Segment, subjects: jax.Array) -> Said:
     """Draws what stands beside images.
 
     Args:
@@ -159,7 +160,7 @@ class Words:
     first, last = ends.T
     at = jnp.arange(caption.vectors.shape[1])[None] + last[:, None]
     behind = jnp.take_along_axis(caption.vectors, at[..., None], axis=1, mode="clip")
-    return Said(caption._replace(number=first), Run(behind, number - last), sixths)
+    return Said(caption._replace(number=first), Segment(behind, number - last), sixths)
 
 
 @dataclasses.dataclass(frozen=True)

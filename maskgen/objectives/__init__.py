@@ -122,7 +122,7 @@ class Objective(Protocol):
 
     A visual lexicon has its own: encode -> tokens float32 [b, n, d]; generate (batch: key; `vectors`
     [b, s, n, d] and `number` [b, s] for the images of a prompt, `words` [b, s + 1, m] and `num_words`
-    [b, s + 1] for what is said before, between and behind them; `avoided` [b, length], a negative prompt),
+    [b, s + 1] for what is said before, between and behind them; `negative` [b, length], a negative prompt),
     reconstruct (batch: image; `number` [b, 1], key).
     """
 

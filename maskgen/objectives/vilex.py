@@ -22,9 +22,9 @@ from maskgen.importers import diffusers
 from maskgen.models.attention_pool import AttentionPool
 from maskgen.models.image_encoder import IMAGE_CHANNELS, EncoderPart
 from maskgen.models.text_to_image import ERROR_KEYS
-from maskgen.models.vilex import Renderer, Sampling
+from maskgen.models.vilex import FrozenTextToImage, Sampling
 from maskgen.numerics import diffusion, prompts
-from maskgen.numerics.prompts import Run, TailDrop, Words
+from maskgen.numerics.prompts import Segment, TailDrop, Words
 from maskgen.numerics.text import Captions
 from maskgen.objectives import Batch, BatchSpec, Metrics, PredictFn, Tree, check_same
 from maskgen.objectives import diffusion as diffusion_objective
@@ -83,15 +83,15 @@ class Objective:
 
   def __post_init__(self):
     config_lib.check_at_least(self, 0, "alignment_steps", "min_timestep")
-    room = self.renderer.room
-    if not 1 <= self.tokens <= room:
-      raise UserError(f"tokens is {self.tokens}: a prompt of this decoder holds 1 to {room}")
+    limit = self.text_to_image.max_prompt_tokens
+    if not 1 <= self.tokens <= limit:
+      raise UserError(f"tokens is {self.tokens}: a prompt of this decoder holds 1 to {limit}")
     source, _, _ = self._source, self.pool, self._subjects  # which check their fields
     if self.pretrained_encoder and source.encoder.tokenizer:
       raise UserError(
         "pretrained_encoder: an encoder with a tokenizer is always pretrained, leave the key out"
       )
-    schedule = self.renderer.model.schedule
+    schedule = self.text_to_image.model.schedule
     if self.min_timestep >= schedule.steps:
       raise UserError(
         f"min_timestep is {self.min_timestep}: the decoder's noise has steps 0 to {schedule.steps - 1}"
@@ -112,15 +112,15 @@ class Objective:
 
   @property
   def image_shape(self) -> tuple[int, int, int]:
-    return (*self.renderer.image_size, IMAGE_CHANNELS)
+    return (*self.text_to_image.image_size, IMAGE_CHANNELS)
 
   @property
-  def renderer(self) -> Renderer:
+  def text_to_image(self) -> FrozenTextToImage:
     """The frozen model."""
     return self._decoder[0]
 
   @functools.cached_property
-  def _decoder(self) -> tuple[Renderer, Captions]:
+  def _decoder(self) -> tuple[FrozenTextToImage, Captions]:
     return _read_decoder(self.decoder)
 
   @property
@@ -138,7 +138,7 @@ class Objective:
     """What makes tokens of patches."""
     return AttentionPool(
       queries=self.tokens,
-      widths=self.renderer.model.text_widths,
+      widths=self.text_to_image.model.text_widths,
       width=self.pool_width,
       depth=self.pool_depth,
       heads=self.pool_heads,
@@ -148,7 +148,7 @@ class Objective:
     )
 
   def pretrained_shapes(self) -> dict[str, Tree]:
-    shapes: dict[str, Tree] = {"decoder": {"params": {"main": self.renderer.shapes()}}}
+    shapes: dict[str, Tree] = {"decoder": {"params": {"main": self.text_to_image.shapes()}}}
     if self.pretrained_encoder or self._source.encoder.tokenizer:
       shapes["encoder"] = self._source.shapes()
     return shapes
@@ -157,10 +157,10 @@ class Objective:
     section: Mapping[str, Any] = config.get("objective", {})
     if name == "decoder" and "decoder" in config:  # a converted one, which draws images of any size
       family = self.decoder.get("family", "")
-      found = diffusers.read_renderer({**config["decoder"], "family": family})[0]
-      check_same(dataclasses.replace(found, image_size=self.renderer.image_size), self.renderer)
+      found = diffusers.read_frozen({**config["decoder"], "family": family})[0]
+      check_same(dataclasses.replace(found, image_size=self.text_to_image.image_size), self.text_to_image)
     elif name == "decoder":
-      check_same(_read_decoder(section)[0], self.renderer)
+      check_same(_read_decoder(section)[0], self.text_to_image)
     else:
       check_same(objectives.encoder_part(storage.model_section(config), "its config"), self._source)
 
@@ -176,7 +176,7 @@ class Objective:
     patches = jax.eval_shape(network.encode, encoder, frozen, {"image": jnp.zeros((1, *self.image_shape))})
     pool = self.pool.init(pool_rng, jnp.zeros(patches.shape, patches.dtype))["params"]
     # A token is born as long as a word is: a frozen text encoder never saw longer ones.
-    pool = {**pool, "scale": self.renderer.scale(frozen["decoder"])}
+    pool = {**pool, "scale": self.text_to_image.scale(frozen["decoder"])}
     return {"params": {"main": {"encoder": encoder, "pool": pool}}, "frozen": frozen, "extra": {}}
 
   def losses(
@@ -193,23 +193,24 @@ class Objective:
     images = images_lib.to_float(batch["image"])
     seen, said = images, None
     if self.words.share:
-      caption = self.renderer.caption(frozen["decoder"], batch["caption"])
+      caption = self.text_to_image.caption(frozen["decoder"], batch["caption"])
       subjects = jnp.isin(batch["caption"][:, 1:-1], self._subjects)
       said = self.words.draw(_keys(batch, _SAY), caption, subjects)
       seen = images_lib.turn_hues(images, said.sixths)
     vectors = self._vectors(params["main"], frozen, seen)
-    image = Run(vectors, self.tail_drop.draw(_keys(batch, _KEEP), self.tokens))
-    runs = [image]
+    image = Segment(vectors, self.tail_drop.draw(_keys(batch, _KEEP), self.tokens))
+    segments = [image]
     if said is not None:
-      fitting = prompts.room(image.number, said.before.number + said.behind.number, self.renderer.length)
-      runs = [said.before, image._replace(number=fitting), said.behind]
-    condition, _ = self.renderer.condition(frozen["decoder"], runs)
-    errors = self.renderer.model.errors
+      num_words = said.before.number + said.behind.number
+      fitting = prompts.num_fitting(image.number, num_words, self.text_to_image.length)
+      segments = [said.before, image._replace(number=fitting), said.behind]
+    condition, _ = self.text_to_image.condition(frozen["decoder"], segments)
+    errors = self.text_to_image.model.errors
     loss = errors(frozen["decoder"], images, [condition], batch["key"], self.min_timestep)[0].mean()
     metrics = self._health(frozen, vectors) | {"kept_tokens": image.number.mean()}
     if self.alignment_steps:
-      caption = self.renderer.caption(frozen["decoder"], batch["caption"])
-      apart = self.renderer.misalignment(frozen["decoder"], image, caption)
+      caption = self.text_to_image.caption(frozen["decoder"], batch["caption"])
+      apart = self.text_to_image.misalignment(frozen["decoder"], image, caption)
       # What an image shows in other hues its caption does not mean.
       metrics["misalignment"] = (apart if said is None else jnp.where(said.sixths > 0, 0.0, apart)).mean()
       loss += jnp.maximum(1.0 - step / self.alignment_steps, 0.0) * metrics["misalignment"]
@@ -227,12 +228,12 @@ class Objective:
 
   def _health(self, frozen: Tree, vectors: jax.Array) -> Metrics:
     """How long tokens are for words, and how much of that differs between images: 0 when they collapse."""
-    scaled = jax.lax.stop_gradient(vectors / self.renderer.scale(frozen["decoder"])[None, None])
+    scaled = jax.lax.stop_gradient(vectors / self.text_to_image.scale(frozen["decoder"])[None, None])
     length = jnp.sqrt(jnp.square(scaled).mean())
     return {"token_scale": length, "token_spread": jnp.sqrt(scaled.var(axis=0).mean()) / length}
 
   def predict_fns(self) -> dict[str, PredictFn]:
-    renderer = self.renderer
+    decoder = self.text_to_image
 
     def encode(variables, batch, rng):
       images = images_lib.to_float(batch["image"])
@@ -242,12 +243,12 @@ class Objective:
       frozen, images = variables["frozen"]["decoder"], images_lib.to_float(batch["image"])
       vectors, b = encode(variables, batch, rng), len(images)
       numbers = {"loss": self.tokens, "loss_1_token": 1, "loss_no_prompt": 0}
-      runs = {name: Run(vectors, jnp.full((b,), number)) for name, number in numbers.items()}
+      segments = {name: Segment(vectors, jnp.full((b,), number)) for name, number in numbers.items()}
       if "caption" in batch:
-        runs["loss_caption"] = renderer.caption(frozen, batch["caption"])
-      conditions = [renderer.condition(frozen, [run])[0] for run in runs.values()]
-      errors = renderer.model.errors(frozen, images, conditions, jax.random.split(rng, b))
-      return dict(zip(runs, errors, strict=True))
+        segments["loss_caption"] = decoder.caption(frozen, batch["caption"])
+      conditions = [decoder.condition(frozen, [segment])[0] for segment in segments.values()]
+      errors = decoder.model.errors(frozen, images, conditions, jax.random.split(rng, b))
+      return dict(zip(segments, errors, strict=True))
 
     def features(variables, batch, rng):
       return self.image_encoder.features(variables, batch)
@@ -255,14 +256,14 @@ class Objective:
     def generate(variables, batch, rng, **options):
       frozen, chosen = variables["frozen"]["decoder"], dataclasses.asdict(self.sampling) | options
       words, images = [], []
-      avoided = renderer.caption(frozen, batch["avoided"]) if "avoided" in batch else None
+      negative = decoder.caption(frozen, batch["negative"]) if "negative" in batch else None
       if "words" in batch:
         pieces, number = batch["words"], batch["num_words"]
-        words = [renderer.words(frozen, pieces[:, i], number[:, i]) for i in range(pieces.shape[1])]
+        words = [decoder.words(frozen, pieces[:, i], number[:, i]) for i in range(pieces.shape[1])]
       if "vectors" in batch:
         vectors, number = batch["vectors"], batch["number"]
-        images = [Run(vectors[:, i], number[:, i]) for i in range(vectors.shape[1])]
-      return renderer.draw(frozen, batch["key"], words, images, avoided, **chosen)
+        images = [Segment(vectors[:, i], number[:, i]) for i in range(vectors.shape[1])]
+      return decoder.draw(frozen, batch["key"], words, images, negative, **chosen)
 
     def reconstruct(variables, batch, rng, **options):
       vectors = encode(variables, batch, rng)
@@ -274,16 +275,16 @@ class Objective:
     return {fn.__name__: fn for fn in (loss, encode, features, reconstruct, generate)}
 
 
-def _read_decoder(section: Mapping[str, Any]) -> tuple[Renderer, Captions]:
+def _read_decoder(section: Mapping[str, Any]) -> tuple[FrozenTextToImage, Captions]:
   """A text-to-image model, and how it reads captions."""
   if section.get("name") == "diffusers":
-    return diffusers.read_renderer(section)
+    return diffusers.read_frozen(section)
   found = objectives.build(section)
   if not isinstance(found, diffusion_objective.Objective):
     raise UserError("it makes no images of texts: give a model trained by the diffusion objective")
   tokenizer = found.captions.opened
   ids = (tokenizer.start_id, tokenizer.end_id, (tokenizer.padding_id,))
-  return Renderer(found.model, found.image_size, found.captions.length, *ids), found.captions
+  return FrozenTextToImage(found.model, found.image_size, found.captions.length, *ids), found.captions
 
 
 def _keys(batch: Batch, number: int) -> jax.Array:

@@ -81,7 +81,7 @@ class ImageWords(Model):
     batch = requests.count(rows if batch is None else batch)
     request = {"key": requests.keys(seed, batch), **self._lay_out(prompt or "", vectors, num_tokens, batch)}
     if negative_prompt is not None:
-      request["avoided"] = requests.captions(negative_prompt, batch, self.objective.texts)
+      request["negative"] = requests.captions(negative_prompt, batch, self.objective.texts)
     return self.call("generate", request, **options)
 
   def interpolate(
@@ -127,20 +127,20 @@ class ImageWords(Model):
         f"the prompt '{prompt}' has {len(pieces) - 1} places {PLACE} for {len(images)} images: give one "
         "for each, or none"
       )
-    tokenizer, room = self.objective.texts.opened, self.objective.renderer.room
+    tokenizer, limit = self.objective.texts.opened, self.objective.text_to_image.max_prompt_tokens
     for piece in pieces:
       unknown = tokenizer.unknown(piece)
       if unknown is not None:
         raise UserError(f"the prompt '{prompt}' has a word that this model never read, {unknown}")
     ids = [tokenizer.encode(piece) for piece in pieces]
     num_words = [len(piece) for piece in ids]
-    number = self._share_room(prompt, images, num_tokens, room - sum(num_words))
+    number = self._share_tokens(prompt, images, num_tokens, limit - sum(num_words))
     laid: dict[str, np.ndarray] = {}
     if images:
       vectors = [np.pad(tokens, ((0, self.objective.tokens - len(tokens)), (0, 0))) for tokens in images]
       laid |= {"vectors": np.stack(vectors).astype(np.float32), "number": np.array(number, np.int32)}
     if any(num_words):
-      words = np.array([piece + [0] * (room - len(piece)) for piece in ids], np.int32)
+      words = np.array([piece + [0] * (limit - len(piece)) for piece in ids], np.int32)
       laid |= {"words": words, "num_words": np.array(num_words, np.int32)}
     return laid
 
@@ -150,11 +150,13 @@ class ImageWords(Model):
 
   def write_embedding(self, path: epath.PathLike, tokens: np.ndarray) -> None:
     """Writes an image's tokens, float [k, d], as a textual inversion, see `token_files.write_embedding`."""
-    token_files.write_embedding(path, tokens, self.objective.renderer.model.text_widths)
+    token_files.write_embedding(path, tokens, self.objective.text_to_image.model.text_widths)
 
   def read_tokens(self, path: epath.PathLike) -> np.ndarray:
     """Reads a file of tokens or a textual inversion, float32 [b, k, d], see `token_files.read_tokens`."""
-    return token_files.read_tokens(path, self.objective.renderer.model.text_widths, self.objective.tokens)
+    return token_files.read_tokens(
+      path, self.objective.text_to_image.model.text_widths, self.objective.tokens
+    )
 
   def _options(self, options: dict[str, Any]) -> dict[str, Any]:
     return requests.options(options, self.objective.sampling)
@@ -177,7 +179,7 @@ class ImageWords(Model):
   def _vectors(self, image: np.ndarray) -> np.ndarray:
     """The tokens [b, k, d] of an image of a prompt, see `generate`; b is 1 for an image without that axis."""
     given = np.asarray(image)
-    is_tokens = given.ndim > 1 and given.shape[-1] == sum(self.objective.renderer.model.text_widths)
+    is_tokens = given.ndim > 1 and given.shape[-1] == sum(self.objective.text_to_image.model.text_widths)
     if is_tokens and given.ndim < 4:
       self._check_number(given.shape[-2])
       return given.reshape(-1, *given.shape[-2:])
@@ -198,10 +200,10 @@ class ImageWords(Model):
     ]
     return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
 
-  def _share_room(
-    self, prompt: str, images: Sequence[np.ndarray], num_tokens: Numbers, room: int
+  def _share_tokens(
+    self, prompt: str, images: Sequence[np.ndarray], num_tokens: Numbers, limit: int
   ) -> list[int]:
-    """How many tokens of each image stand in a prompt that has room for so many; words are never cut."""
+    """How many tokens of each image stand in a prompt that holds `limit` of them; words are never cut."""
     if num_tokens is None or isinstance(num_tokens, int | np.integer):
       wanted: list[int | None] = [num_tokens] * len(images)
     else:
@@ -210,10 +212,10 @@ class ImageWords(Model):
       raise UserError(
         f"num_tokens has {len(wanted)} numbers for {len(images)} images: give one for each, or a single one"
       )
-    if room < len(images):
-      what = f"leaves no room for {len(images)} images" if images else f"has {-room} tokens too many"
+    if limit < len(images):
+      what = f"leaves no room for {len(images)} images" if images else f"has {-limit} tokens too many"
       raise UserError(f"the prompt '{prompt}' {what}: shorten it")
-    left, sharing = room, 0
+    left, sharing = limit, 0
     for number, tokens in zip(wanted, images, strict=True):
       if number is None:
         sharing += 1
@@ -225,8 +227,8 @@ class ImageWords(Model):
         left -= number
     if left < sharing:
       raise UserError(
-        f"num_tokens asks for {room - left} tokens, and {sharing} images share the rest: beside the words of "
-        f"'{prompt}' at most {room} fit"
+        f"num_tokens asks for {limit - left} tokens, and {sharing} images share the rest: beside the words "
+        f"of '{prompt}' at most {limit} fit"
       )
     share = left // max(sharing, 1)
     return [

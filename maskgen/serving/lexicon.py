@@ -16,9 +16,9 @@ __all__ = ["read_tokens", "write_embedding", "write_tokens"]
 
 def write_embedding(path: epath.PathLike, tokens: np.ndarray, objective: "vilex.Objective") -> None:
   """See `maskgen.serving.ImageWords.write_embedding`."""
-  token_files.write_embedding(path, tokens, objective.renderer.model.text_widths)
+  token_files.write_embedding(path, tokens, objective.text_to_image.model.text_widths)
 
 
 def read_tokens(path: epath.PathLike, objective: "vilex.Objective") -> np.ndarray:
   """See `maskgen.serving.ImageWords.read_tokens`."""
-  return token_files.read_tokens(path, objective.renderer.model.text_widths, objective.tokens)
+  return token_files.read_tokens(path, objective.text_to_image.model.text_widths, objective.tokens)
