@@ -7,6 +7,9 @@ A call with `cached=True` evaluates the class position and the `kept` tokens alo
 an earlier call in which the collection `cache` was mutable and all were seen.
 """
 
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -16,6 +19,24 @@ from maskgen.config import fields
 from maskgen.models.remat import REMAT
 from maskgen.models.transformer import Dropout, Transformer, embedding_init, kernel_init
 from maskgen.numerics.vocab import Vocab
+
+
+class Prediction(NamedTuple):
+  """What the network predicts of masked tokens.
+
+  Attributes:
+    tokens: int32 [b, n], the codes.
+    mask: bool [b, n], True where a code is hidden.
+    kept: int32 [b, k], the positions that the encoder sees.
+    latents: [b, 1 + k, d], the encoder's output at the class position and at those it sees.
+    logits: float32 [b, n, codebook], the decoder's output.
+  """
+
+  tokens: jax.Array
+  mask: jax.Array
+  kept: jax.Array
+  latents: jax.Array
+  logits: jax.Array
 
 
 class Encoder(nn.Module):
@@ -211,3 +232,18 @@ class Mage(Encoder):
     """Touches every parameter, for `init`."""
     width = self.condition_width
     return self.code_logits(tokens, mask, condition=jnp.zeros((len(tokens), 1, width)) if width else None)
+
+
+def reusing(model: Mage, params: Any) -> Callable[..., Any]:
+  """A network of these parameters for `sampling.decode`, which reuses features of positions it skips."""
+
+  def all_positions(tokens, unknown, t):
+    first, cache = model.apply({"params": params}, tokens, unknown, method="code_logits", mutable=["cache"])
+
+    def again(tokens, unknown, where, t):
+      known = {"params": params, **cache}
+      return model.apply(known, tokens, unknown, where, cached=True, method="code_logits")
+
+    return first, again
+
+  return all_positions

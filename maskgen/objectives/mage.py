@@ -12,7 +12,7 @@ from maskgen import images as images_lib
 from maskgen.config import fields
 from maskgen.errors import UserError
 from maskgen.models.image_encoder import EncoderPart, MageEncoder
-from maskgen.models.mage import Encoder, Mage
+from maskgen.models.mage import Encoder, Mage, Prediction, reusing
 from maskgen.models.remat import REMAT, check_remat
 from maskgen.models.transformer import check_attention
 from maskgen.models.vqgan import VQGAN
@@ -139,13 +139,7 @@ class Objective:
   @property
   def image_encoder(self) -> EncoderPart:
     """The encoder, which other objectives can take."""
-    names = ("width", "depth", "heads", "dtype", "attention", "remat", "scan")
-    network = Encoder(
-      vocab=self.model.vocab,
-      num_tokens=self.num_tokens,
-      dropout=0.0,
-      **{name: getattr(self, name) for name in names},
-    )
+    network = Encoder(**{name: getattr(self.model, name) for name in fields.of(Encoder)} | {"dropout": 0.0})
     return EncoderPart(MageEncoder(network, self.tokenizer, self.image_size), "params/main")
 
   def pretrained_shapes(self) -> dict[str, Tree]:
@@ -177,83 +171,84 @@ class Objective:
     *,
     train: bool,
   ) -> tuple[dict[str, jax.Array], Metrics, Tree]:
-    values = self._masked_prediction(params, frozen, batch, rng, train=train)
+    found = self.predict_masked(params, frozen, batch, rng if train else None)
+    values = self.scores(params, frozen, batch, found)
     metrics = {name: value.mean() for name, value in values.items() if name != "loss"}
     return {"main": values["loss"].mean()}, metrics, extra
 
-  def _masked_prediction(
-    self, params: Mapping[str, Tree], frozen: Tree, batch: Batch, rng: jax.Array, *, train: bool
-  ) -> Metrics:
-    """Loss, accuracy on masked tokens and mask ratio, each [b]."""
-    tokens = self._tokens(frozen, batch)
+  def predict_masked(self, params: Tree, frozen: Tree, batch: Batch, rng: Any = None) -> Prediction:
+    """Masks the codes of a batch as its keys say, and predicts them; with `rng`, dropout is on."""
+    tokens = self.codes(frozen, batch)
     mask, kept = masking.random_mask(batch["key"], self.num_tokens, self.mask_ratio)
-    logits = self._logits(params, frozen, batch, tokens, mask, kept, rng if train else None)
-    return self._scores(logits, tokens, mask)
+    latents = self.latents(params, frozen, tokens, mask, kept, rng)
+    logits = self.logits(params, frozen, batch, latents, mask, kept, rng)
+    return Prediction(tokens, mask, kept, latents, logits)
 
-  def _tokens(self, frozen: Tree, batch: Batch) -> jax.Array:
+  def codes(self, frozen: Tree, batch: Batch) -> jax.Array:
     """The codes of a batch, int32 [b, n]."""
     if "tokens" in batch:
       return batch["tokens"].astype(jnp.int32)
     return jax.lax.stop_gradient(self._tokenize(frozen, batch["image"]))
 
-  def _scores(self, logits: jax.Array, tokens: jax.Array, mask: jax.Array) -> Metrics:
-    """What logits [b, n, codebook] are worth; see `_masked_prediction`."""
-    loss = losses_lib.cross_entropy(logits, tokens, self.label_smoothing)
-    correct = (logits.argmax(axis=-1) == tokens).astype(jnp.float32)
-    return {
-      "loss": losses_lib.masked_mean(loss, mask),
-      "accuracy": losses_lib.masked_mean(correct, mask),
-      "mask_ratio": mask.mean(axis=-1),
-    }
+  def latents(
+    self, params: Tree, frozen: Tree, tokens: jax.Array, mask: jax.Array, kept: Any = None, rng: Any = None
+  ) -> jax.Array:
+    """The encoder's output [b, 1 + k, d], see `Mage.encode`; with a key, dropout is on."""
+    return self.apply("encode", params, frozen, tokens, mask, kept, rng=rng)
 
-  def _apply(
-    self, method: str, params: Mapping[str, Tree], frozen: Tree, *args: Any, rng: jax.Array | None = None
-  ) -> Any:
-    """Calls a method of the network; with a key dropout is on."""
-    variables = {"params": self._network_params(params, frozen)}
-    if rng is None:
-      return self.model.apply(variables, *args, method=method)
-    return self.model.apply(variables, *args, train=True, rngs={"dropout": rng}, method=method)
-
-  def _network_params(self, params: Mapping[str, Tree], frozen: Tree) -> Tree:
-    """All parameters of `model`."""
-    return params["main"]
-
-  def _logits(
+  def logits(
     self,
     params: Mapping[str, Tree],
     frozen: Tree,
     batch: Batch,
-    tokens: jax.Array,
+    latents: jax.Array,
     mask: jax.Array,
     kept: jax.Array | None = None,
     rng: jax.Array | None = None,
   ) -> jax.Array:
-    """Logits [b, n, codebook], see `Mage.code_logits`; with a key, dropout is on."""
-    return self._apply("code_logits", params, frozen, tokens, mask, kept, rng=rng)
+    """The decoder's logits over the codes, float32 [b, n, codebook]; with a key, dropout is on."""
+    return self.apply("decode", params, frozen, latents, mask, kept, rng=rng)[:, 1:, : self.codebook_size]
+
+  def scores(self, params: Mapping[str, Tree], frozen: Tree, batch: Batch, found: Prediction) -> Metrics:
+    """Values [b] of each example: `loss`, whose mean is trained, and metrics, for training and validation.
+
+    To add a head, put its parameters into the group `main` in `init`, and override this: predict from
+    `found.latents`, and return the values of `super()` with the head's loss added to `loss`.
+    """
+    loss = losses_lib.cross_entropy(found.logits, found.tokens, self.label_smoothing)
+    correct = (found.logits.argmax(axis=-1) == found.tokens).astype(jnp.float32)
+    return {
+      "loss": losses_lib.masked_mean(loss, found.mask),
+      "accuracy": losses_lib.masked_mean(correct, found.mask),
+      "mask_ratio": found.mask.mean(axis=-1),
+    }
+
+  def apply(
+    self, method: str, params: Mapping[str, Tree], frozen: Tree, *args: Any, rng: jax.Array | None = None
+  ) -> Any:
+    """Calls a method of the network; with a key dropout is on."""
+    variables = {"params": self.network_params(params, frozen)}
+    if rng is None:
+      return self.model.apply(variables, *args, method=method)
+    return self.model.apply(variables, *args, train=True, rngs={"dropout": rng}, method=method)
+
+  def network_params(self, params: Mapping[str, Tree], frozen: Tree) -> Tree:
+    """All parameters of `model`."""
+    return params["main"]
 
   def _logits_fn(
     self, variables: Tree, batch: Batch, guidance: float | jax.Array, guidance_schedule: str
   ) -> sampling_lib.LogitsFn:
     """What `sampling.decode` asks for logits; a model without a condition has nothing to be guided by."""
-    return lambda tokens, unknown, t: self._logits(
-      variables["params"], variables["frozen"], batch, tokens, unknown
-    )
+    return lambda tokens, unknown, t: self._logits(variables, batch, tokens, unknown)
+
+  def _logits(self, variables: Tree, batch: Batch, tokens: jax.Array, mask: jax.Array) -> jax.Array:
+    params, frozen = variables["params"], variables["frozen"]
+    return self.logits(params, frozen, batch, self.latents(params, frozen, tokens, mask), mask)
 
   def _reusing_fn(self, variables: Tree) -> sampling_lib.ReusingFn | None:
     """What `sampling.decode` asks for logits where features are reused; None for a model that cannot."""
-    params = {"params": variables["params"]["main"]}
-
-    def reusing_fn(tokens, unknown, t):
-      first, cache = self.model.apply(params, tokens, unknown, method="code_logits", mutable=["cache"])
-
-      def again(tokens, unknown, where, t):
-        known = {**params, **cache}
-        return self.model.apply(known, tokens, unknown, where, cached=True, method="code_logits")
-
-      return first, again
-
-    return reusing_fn
+    return reusing(self.model, variables["params"]["main"])
 
   def _tokenize(self, frozen: Tree, images: jax.Array) -> Any:
     pixels = images_lib.to_float(images)
@@ -262,7 +257,8 @@ class Objective:
   def predict_fns(self) -> dict[str, PredictFn]:
     def loss(variables, batch, rng):
       batch = {**batch, "key": jax.random.split(rng, jax.tree.leaves(batch)[0].shape[0])}
-      return self._masked_prediction(variables["params"], variables["frozen"], batch, rng, train=False)
+      params, frozen = variables["params"], variables["frozen"]
+      return self.scores(params, frozen, batch, self.predict_masked(params, frozen, batch))
 
     def mask(variables, batch, rng):
       drawn, _ = masking.random_mask(batch["key"], self.num_tokens, self.mask_ratio)
@@ -282,15 +278,15 @@ class Objective:
       return self.image_encoder.features(variables, batch)
 
     def logits(variables, batch, rng):
-      params, frozen = variables["params"], variables["frozen"]
-      return self._logits(params, frozen, batch, batch["tokens"], batch["token_mask"])
+      return self._logits(variables, batch, batch["tokens"], batch["token_mask"])
 
     def fill(sampler, variables, batch, tokens, unknown, options: dict[str, Any]):
       chosen = dataclasses.asdict(self.sampling) | options
       guidance = {name: chosen.pop(name) for name in ("guidance", "guidance_schedule")}
       logits_fn = self._logits_fn(variables, batch, **guidance)
-      reusing_fn = self._reusing_fn(variables)
-      return sampler(logits_fn, batch["key"], tokens, unknown, self.grid, reusing_fn, **chosen)
+      return sampler(
+        logits_fn, batch["key"], tokens, unknown, self.grid, self._reusing_fn(variables), **chosen
+      )
 
     def fill_all(sampler, variables, batch, options: dict[str, Any]):
       tokens = jnp.zeros((batch["key"].shape[0], self.num_tokens), jnp.int32)

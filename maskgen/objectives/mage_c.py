@@ -12,7 +12,6 @@ from maskgen import sharding
 from maskgen.errors import UserError
 from maskgen.models.projection import Projection
 from maskgen.numerics import losses as losses_lib
-from maskgen.numerics import masking
 from maskgen.objectives import Batch, BatchSpec, Metrics, Tree, mage
 
 _VIEWS = 2
@@ -73,13 +72,9 @@ class Objective(mage.Objective):
     train: bool,
   ) -> tuple[dict[str, jax.Array], Metrics, Tree]:
     views = _both_views(batch)
-    tokens = self._tokens(frozen, views)
-    mask, kept = masking.random_mask(views["key"], self.num_tokens, self.mask_ratio)
-    dropout = rng if train else None
-    latents = self._apply("encode", params, frozen, tokens, mask, kept, rng=dropout)
-    logits = self._apply("decode", params, frozen, latents, mask, kept, rng=dropout)
-    values = self._scores(logits[:, 1:, : self.codebook_size], tokens, mask)
-    pooled = latents[:, 1:].astype(jnp.float32).mean(axis=1)
+    found = self.predict_masked(params, frozen, views, rng if train else None)
+    values = self.scores(params, frozen, views, found)
+    pooled = found.latents[:, 1:].astype(jnp.float32).mean(axis=1)
     embeddings: Any = self.projection.apply({"params": params["main"]["projection"]}, pooled)
     embeddings = sharding.constrain_batch(embeddings.reshape(-1, _VIEWS, self.projection_width))
     # Embeddings alone cross devices, not what they were made of.

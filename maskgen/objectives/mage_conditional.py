@@ -92,7 +92,7 @@ class Conditional(mage.Objective, abc.ABC):
     frozen = {"tokenizer": pretrained["mage"]["frozen"]["tokenizer"], "encoder": encoder}
     return {"params": {"main": main}, "frozen": frozen, "extra": {}}
 
-  def _network_params(self, params: Mapping[str, Tree], frozen: Tree) -> Tree:
+  def network_params(self, params: Mapping[str, Tree], frozen: Tree) -> Tree:
     return {**frozen["encoder"], **params["main"]}
 
   @abc.abstractmethod
@@ -107,32 +107,38 @@ class Conditional(mage.Objective, abc.ABC):
   def _no_condition(self, params: Mapping[str, Tree]) -> jax.Array:
     """What stands in the place of a missing condition, float32 [1, l, c]."""
 
-  def _logits(
+  def latents(
+    self, params: Tree, frozen: Tree, tokens: jax.Array, mask: jax.Array, kept: Any = None, rng: Any = None
+  ) -> jax.Array:
+    # The encoder is not trained: no dropout in it.
+    return super().latents(params, frozen, tokens, mask, kept)
+
+  def logits(
     self,
     params: Mapping[str, Tree],
     frozen: Tree,
     batch: Batch,
-    tokens: jax.Array,
+    latents: jax.Array,
     mask: jax.Array,
     kept: jax.Array | None = None,
     rng: jax.Array | None = None,
   ) -> jax.Array:
-    # The encoder is no longer trained: no dropout in it.
-    latents = self._apply("encode", params, frozen, tokens, mask, kept)
-    condition = nothing = jnp.repeat(self._no_condition(params), len(tokens), axis=0)
+    condition = nothing = jnp.repeat(self._no_condition(params), len(latents), axis=0)
     if self.condition_key in batch:
       condition = self._condition(params, batch)
     if rng is not None:
       drop = jax.vmap(self._drops)(batch["key"])
       condition = jnp.where(drop[:, None, None], nothing, condition)
-    return self._code_logits(params, frozen, latents, mask, kept, condition, rng=rng)
+    return self._conditional_logits(params, frozen, latents, mask, kept, condition, rng=rng)
 
   def _drops(self, key: jax.Array) -> jax.Array:
     """Whether an example of this key is trained without its condition, a bool scalar."""
     return jax.random.bernoulli(jax.random.fold_in(key, _DROPOUT), self.condition_dropout)
 
-  def _code_logits(self, params: Mapping[str, Tree], frozen: Tree, *args: Any, rng: Any = None) -> jax.Array:
-    return self._apply("decode", params, frozen, *args, rng=rng)[:, 1:, : self.codebook_size]
+  def _conditional_logits(
+    self, params: Mapping[str, Tree], frozen: Tree, *args: Any, rng: Any = None
+  ) -> jax.Array:
+    return self.apply("decode", params, frozen, *args, rng=rng)[:, 1:, : self.codebook_size]
 
   def _logits_fn(
     self, variables: Tree, batch: Batch, guidance: float | jax.Array, guidance_schedule: str
@@ -147,9 +153,9 @@ class Conditional(mage.Objective, abc.ABC):
 
     def logits_fn(tokens: jax.Array, unknown: jax.Array, t: jax.Array) -> jax.Array:
       # The encoder knows of no condition: it runs once for both. They stand side by side, on one device.
-      latents = self._apply("encode", params, frozen, tokens, unknown)
+      latents = self.latents(params, frozen, tokens, unknown)
       latents, unknown = jnp.repeat(latents, 2, axis=0), jnp.repeat(unknown, 2, axis=0)
-      logits = self._code_logits(params, frozen, latents, unknown, None, both)
+      logits = self._conditional_logits(params, frozen, latents, unknown, None, both)
       logits = logits.reshape(-1, 2, *logits.shape[1:])
       return sampling_lib.guide(
         logits[:, 0], logits[:, 1], t, guidance=guidance, guidance_schedule=guidance_schedule
