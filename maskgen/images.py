@@ -1,4 +1,4 @@
-"""Pixels at the borders of the program: uint8 and float32 images, grids, PNG files."""
+"""Pixels at the boundaries of the program: uint8 and float32 images, grids, PNG files."""
 
 import io
 import math
@@ -30,7 +30,7 @@ def to_uint8(images: np.ndarray) -> np.ndarray:
 
 
 def like(given: np.ndarray, made: np.ndarray) -> np.ndarray:
-  """Float images in [0, 1] in the type of those that a user gave: uint8, or as they are."""
+  """Converts float images in [0, 1] to the dtype of the images a user gave: uint8, or unchanged."""
   return to_uint8(made) if given.dtype == np.uint8 else made
 
 
@@ -48,7 +48,7 @@ def turn_hues(images: jax.Array, sixths: jax.Array) -> jax.Array:
 
 
 def check_images(images: np.ndarray, *, channels: int = 3) -> np.ndarray:
-  """Checks images that come from a user and returns them as uint8 or float32.
+  """Checks images that a user passes, and returns them as uint8 or float32.
 
   Args:
     images: [b, h, w, c], uint8 in 0..255 or floating point in [0, 1].
@@ -75,7 +75,7 @@ def check_images(images: np.ndarray, *, channels: int = 3) -> np.ndarray:
 
 
 def open_picture(path: epath.PathLike, what: str) -> Image.Image:
-  """Reads a picture file and turns it upright.
+  """Reads a picture file and applies its EXIF orientation.
 
   Args:
     path: of the file.
@@ -98,7 +98,7 @@ def open_picture(path: epath.PathLike, what: str) -> Image.Image:
 
 
 def on_white(picture: Image.Image) -> Image.Image:
-  """A picture as viewers show it, RGB."""
+  """An RGB picture, with transparency composited on white."""
   if not picture.has_transparency_data:
     return picture.convert("RGB")
   picture = picture.convert("RGBA")
@@ -124,7 +124,7 @@ def grid(images: np.ndarray, columns: int | None = None, padding: int = 2) -> np
 
 
 def enlarge(picture: np.ndarray, smallest: int = 512) -> np.ndarray:
-  """Repeats pixels of [h, w, c] until the longer side reaches `smallest`, so that people can see."""
+  """Repeats pixels of [h, w, c] until the longer side reaches `smallest`."""
   factor = max(1, -(-smallest // max(picture.shape[:2])))
   return np.repeat(np.repeat(picture, factor, axis=0), factor, axis=1)
 

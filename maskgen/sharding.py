@@ -1,9 +1,9 @@
-"""Device meshes, and where each parameter lives on them.
+"""Device meshes, and the sharding of parameters over them.
 
-The mesh has three axes: `data`, `fsdp` and `tensor`. A batch is split over `data` and `fsdp`. A parameter
-goes where the first matching (regex, axes) rule puts it, such as `("mlp/up/kernel", ("fsdp", "tensor"))`,
-one entry per dimension, `()` for replicated; without a matching rule a large parameter is split over
-`fsdp` along its largest divisible dimension.
+The mesh has three axes: `data`, `fsdp` and `tensor`. A batch is sharded over `data` and `fsdp`. A parameter
+is sharded by the first matching (regex, axes) rule, such as `("mlp/up/kernel", ("fsdp", "tensor"))`, with one
+entry per dimension and `()` for replicated; without a matching rule, a large parameter is sharded over `fsdp`
+along its largest divisible dimension.
 """
 
 import functools
@@ -21,15 +21,15 @@ from maskgen import tree
 from maskgen.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
-# Below this many scalars, gathering a parameter costs more than its replicas.
+# Below this number of scalars, gathering a parameter costs more than replicating it.
 SMALL = 2**16
 
 
 def make_mesh(section: config_lib.Mesh, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
-  """Makes the mesh of a config over the given devices, or over all there are.
+  """Makes the mesh of a config over the given devices, by default all.
 
-  Where the devices are slices that a slower network connects, `data` is split over the slices first, so that
-  only sums of gradients cross it.
+  Where a slower network connects several slices, `data` is split over the slices first, so that only sums of
+  gradients cross the network.
 
   Raises:
     UserError: if the axes' product is not the number of devices, or `data` does not divide over the slices.
@@ -60,7 +60,7 @@ def make_mesh(section: config_lib.Mesh, devices: Sequence[jax.Device] | None = N
 
 
 def num_slices(devices: Sequence[jax.Device]) -> int:
-  """Over how many slices, connected by a slower network than each has within, devices lie."""
+  """The number of slices among the devices; a slower network connects slices."""
   return len({getattr(device, "slice_index", 0) for device in devices})
 
 
@@ -69,12 +69,12 @@ def _show(shape: Sequence[int]) -> str:
 
 
 def batch_ways(mesh: Any) -> int:
-  """Into how many parts a mesh splits a batch."""
+  """The number of parts into which a mesh splits a batch."""
   return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
-  """Splits the leading axis over `data` and `fsdp`."""
+  """Shards the leading axis over `data` and `fsdp`."""
   return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
@@ -84,9 +84,9 @@ def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
 
 
 def platform() -> str:
-  """The kind of devices that a function is traced for, "cpu", "gpu" or "tpu": the mesh's, where there is one.
+  """The platform that a function is traced for, "cpu", "gpu" or "tpu": the mesh's, if there is one.
 
-  While a program is compiled ahead of time for other devices, the default backend is not theirs.
+  A program may be compiled ahead of time for devices that are not the default backend.
   """
   device = jax.sharding.get_abstract_mesh().abstract_device
   name = jax.default_backend() if device is None else device.platform
@@ -94,7 +94,7 @@ def platform() -> str:
 
 
 def on_mesh(fn: Callable[..., Any], mesh: jax.sharding.Mesh) -> Callable[..., Any]:
-  """Returns `fn` to be traced for a mesh, which `platform`, `constrain_batch` and `gather` then see."""
+  """Returns `fn`, traced under a mesh that `platform`, `constrain_batch` and `gather` see."""
 
   @functools.wraps(fn)
   def traced(*args: Any, **options: Any) -> Any:
@@ -105,16 +105,16 @@ def on_mesh(fn: Callable[..., Any], mesh: jax.sharding.Mesh) -> Callable[..., An
 
 
 def constrain_batch(x: jax.Array, features: str | None = None) -> jax.Array:
-  """Tells the compiler that activations [b, ..., d] are split like a batch, and d over an axis or not at all.
+  """Constrains activations [b, ..., d] to be sharded like a batch, with d sharded over an axis or replicated.
 
-  Products need it on both sides: then a parameter that is split over `fsdp` is gathered, which is cheap,
-  instead of pulling the activations with it.
+  Products need the constraint on both sides: the compiler then gathers a parameter that is sharded over
+  `fsdp`, which is cheap, instead of resharding the activations.
   """
   return _constrain(x, PartitionSpec(("data", "fsdp"), *(None,) * (x.ndim - 2), features))
 
 
 def gather(tree: Any) -> Any:
-  """Tells the compiler to gather parameters whole before use, such as tables that are looked up."""
+  """Constrains parameters to be replicated before use, such as lookup tables."""
   return jax.tree.map(lambda x: _constrain(x, PartitionSpec()), tree)
 
 
@@ -124,7 +124,7 @@ def _constrain(x: jax.Array, spec: PartitionSpec) -> jax.Array:
     return x
   for size, axes in zip(x.shape, spec, strict=False):
     if size % math.prod(mesh.shape[axis] for axis in _names(axes)):
-      return x  # such as the few pictures of a sample
+      return x  # such as a small batch of samples
   return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, spec))
 
 
@@ -154,8 +154,8 @@ def shard(shapes: Any, rules: Sequence[tuple[str, Sequence[Any]]], mesh: jax.sha
   The rules see full paths, so one rule covers a parameter, its average and its optimizer state.
 
   Raises:
-    UserError: for a rule that is the first match of nothing or does not fit a shape, and for a large
-      parameter that no rule matches and no dimension of which is divisible on an fsdp mesh.
+    UserError: for a rule that is the first match of no parameter or does not fit a shape, and on an fsdp mesh
+      for a large parameter that no rule matches and that has no divisible dimension.
   """
   chosen = tree.first_match(shapes, rules, None)
   return jax.tree_util.tree_map_with_path(
@@ -167,7 +167,7 @@ def shard(shapes: Any, rules: Sequence[tuple[str, Sequence[Any]]], mesh: jax.sha
 
 
 def coverage(targets: Any, rules: Sequence[tuple[str, Sequence[Any]]]) -> str:
-  """A table of what each rule decides: how many arrays, their bytes, and those on each device.
+  """A table of what each rule covers: number of arrays, their bytes, and the bytes on each device.
 
   Args:
     targets: a tree of shapes with shardings, as `shard` chose them by the rules.
@@ -200,7 +200,7 @@ def coverage(targets: Any, rules: Sequence[tuple[str, Sequence[Any]]]) -> str:
 
 
 def _names(entry: Any) -> tuple[str, ...]:
-  """The axes of one dimension, which a rule gives as a name, several names or None."""
+  """The axes of one dimension; a rule gives a name, several names or None."""
   return (entry,) if isinstance(entry, str) else tuple(entry or ())
 
 

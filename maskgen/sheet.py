@@ -1,4 +1,4 @@
-"""Contact sheets: sections of pictures with a few words under each, for people."""
+"""Contact sheets: sections of pictures with captions."""
 
 import bisect
 import dataclasses
@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from maskgen import images
 
-# In pixels. A sheet is wider than this only to hold two cards side by side.
+# In pixels. A sheet is only wider than this if two cards need it.
 _WIDTH = 1280
 _MARGIN, _SEAM, _LINE = 16, 4, 18
 # Sizes of the fonts.
@@ -23,12 +23,12 @@ _BLACK, _GREY, _PAPER = (20, 20, 20), (120, 120, 120), (255, 255, 255)
 
 @dataclasses.dataclass(frozen=True)
 class Card:
-  """Pictures of one record side by side, and what is written below them.
+  """Pictures of one record side by side, with text below.
 
   Attributes:
     pictures: uint8 [h, w, c] with 1 or 3 channels; all cards of a section have as many, of the same size.
-    texts: in black; each takes up to two lines, and what does not fit is cut off.
-    name: in grey, the last line; cut off in front, as paths say most at their ends.
+    texts: in black; each takes up to two lines and is truncated.
+    name: in grey, the last line; truncated at the front, since paths differ at their ends.
   """
 
   pictures: Sequence[np.ndarray]
@@ -49,7 +49,7 @@ def draw(sections: Mapping[str, Sequence[Card]]) -> np.ndarray:
 
 
 def fit(picture: np.ndarray) -> np.ndarray:
-  """A picture of any size, [h, w, c] as for `to_uint8`, in one that suits a card: uint8 [h, w, 3]."""
+  """Scales a picture of any size, [h, w, c] as for `to_uint8`, for a card: uint8 [h, w, 3]."""
   pixels = np.broadcast_to(images.to_uint8(picture), (*picture.shape[:2], 3))
   shown = Image.fromarray(images.enlarge(pixels, _LEAST))
   shown.thumbnail((_MOST, _MOST))
@@ -57,7 +57,7 @@ def fit(picture: np.ndarray) -> np.ndarray:
 
 
 def page(text: str, height: int, width: int) -> np.ndarray:
-  """A picture of a text, for what has no picture: uint8 [height, width, 3], cut off where it is full."""
+  """Renders text in place of a picture: uint8 [height, width, 3], truncated to fit."""
   image = Image.new("RGB", (width, height), (235, 235, 235))
   pen = ImageDraw.Draw(image)
   for number, line in enumerate(_wrap(text, width - 2 * _SEAM, (height - _SEAM) // _LINE)):
@@ -106,7 +106,7 @@ def _length(text: str, size: int) -> int:
 
 
 def _wrap(text: str, width: int, most: int) -> list[str]:
-  """Breaks a text between words into at most so many lines."""
+  """Wraps a text into at most `most` lines."""
   words, lines = text.split(), list[str]()
   while words and len(lines) < most - 1:
     more = bisect.bisect(range(2, len(words) + 1), width, key=lambda n: _length(" ".join(words[:n]), _TEXT))
@@ -116,7 +116,7 @@ def _wrap(text: str, width: int, most: int) -> list[str]:
 
 
 def _cut(text: str, width: int, *, in_front: bool = False) -> str:
-  """Shortens a line to a width in pixels, with an ellipsis for what is left out."""
+  """Truncates a line to a width in pixels, with an ellipsis."""
   if _length(text, _TEXT) <= width:
     return text
 

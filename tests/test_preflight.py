@@ -175,7 +175,7 @@ def test_tpus_that_are_elsewhere(tmp_path, slices):
   [
     ("v5e16x16", 1, r"--topology=v5e16x16: give a TPU slice such as v5e:16x16"),
     ("cpu:0", 1, r"--topology=cpu:0: give the number of CPU devices"),
-    ("cpu:2", 2, r"--slices=2: only TPU slices can be several"),
+    ("cpu:2", 2, r"--slices=2: only TPU slices can be combined"),
     ("gpu:x", 1, r"--topology=gpu:x: give a TPU slice"),
   ],
 )

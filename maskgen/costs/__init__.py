@@ -1,1 +1,1 @@
-"""What a compiled step costs: floating-point operations, HBM traffic, collectives, and the chips that pay."""
+"""What a compiled step costs: FLOPs, HBM traffic, collectives, and the limits of chips."""

@@ -1,4 +1,4 @@
-"""What a chip can do at most, and how long a program must take on it at least."""
+"""The limits of a chip, and lower bounds on the time of a program."""
 
 import dataclasses
 from typing import Any
@@ -10,7 +10,7 @@ _GiB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """The limits of a chip, as its maker states them."""
+  """The limits of a chip, as its vendor states them."""
 
   name: str
   flops: float  # bf16 operations per second, dense
@@ -39,7 +39,7 @@ _CHIPS = {
   "NVIDIA H100 80GB HBM3": Chip("H100", 989e12, 80e9, 3350e9, 450e9),
   "NVIDIA H200": Chip("H200", 989e12, 141e9, 4800e9, 450e9),
 }
-# How often the bytes of a full array leave each of n chips at least: rings, and so the best of schedules.
+# How often the bytes of a full array leave each of n chips at least: ring schedules, which are optimal.
 _LEAVING = {
   "all-reduce": lambda n: 2 * (n - 1) / n,
   "all-gather": lambda n: (n - 1) / n,
@@ -50,22 +50,22 @@ _LEAVING = {
 
 
 def chip_of(device: Any) -> Chip | None:
-  """The chip of a `jax.Device`, or of a device of a topology; None if it is not known, such as a CPU."""
+  """The chip of a `jax.Device`, or of a device of a topology; None if unknown, such as a CPU."""
   return _CHIPS.get(device.device_kind)
 
 
 def bounds(chip: Chip, num_devices: int, flops: float, program: Program, slices: int = 1) -> dict[str, float]:
-  """Seconds that a step takes at least, if nothing but one resource limited it and that were used perfectly.
+  """Lower bounds on the seconds of a step, each as if only one resource limited it, perfectly used.
 
   Args:
     chip: of every device.
-    num_devices: how many there are, in all slices together.
+    num_devices: the number of devices of all slices together.
     flops: operations of all devices together, as `flops.count` returns.
     program: what one device moves.
-    slices: how many slices the devices form, connected by the data-centre network.
+    slices: the number of slices, connected by the data-centre network.
 
   Returns:
-    Seconds of `compute`, `memory` and `interconnect`; of `network` too if there are several slices and the
+    Seconds of `compute`, `memory` and `interconnect`; also of `network` if there are several slices and the
     speed of the chip's network is known.
   """
   leaving = sum(

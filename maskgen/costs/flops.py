@@ -1,4 +1,4 @@
-"""Floating-point operations of a function: its matrix multiplications and convolutions, from its trace."""
+"""FLOPs of a function: its matrix multiplications and convolutions, counted from its trace."""
 
 import math
 from collections.abc import Callable
@@ -13,13 +13,12 @@ from jax.interpreters import partial_eval
 def count(fn: Callable[..., Any], *args: Any) -> int:
   """Counts the floating-point operations of `fn(*args)`, without running or compiling it.
 
-  A multiplication and its addition are two operations; everything else is free, as is usual where the work
-  of a model is compared with a chip's peak. What no output depends on does not count, and neither do
-  products with the zeros that a convolution pads with or puts between its inputs: so a convolution and each
-  of its gradients count alike. A `scan` counts its body times its length (so does a `fori_loop` with
-  constant bounds, which is traced as one), a `while_loop` its body once, a `cond` its most expensive
-  branch, and a `shard_map` its body once for each shard. What a checkpoint computes again counts again. A
-  Pallas kernel does not count by its grid: count what it stands for instead.
+  A multiply-add is two operations; everything else is free, as usual when a model's work is compared with a
+  chip's peak. Dead code does not count, and neither do products with a convolution's padding or dilation
+  zeros, so that a convolution and each of its gradients count alike. A `scan` counts its body times its
+  length (as does a `fori_loop` with constant bounds, traced as a scan), a `while_loop` its body once,
+  a `cond` its most expensive branch, and a `shard_map` its body once per shard. Rematerialised computation
+  counts again. A Pallas kernel is not multiplied by its grid: count what it computes instead.
 
   Args:
     fn: a function that can be traced.

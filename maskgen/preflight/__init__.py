@@ -1,1 +1,1 @@
-"""What a training step needs of devices that need not be here: compiled ahead of time, counted, estimated."""
+"""What a training step needs on any devices: compiled ahead of time, counted and estimated."""

@@ -25,11 +25,12 @@ def estimate(
 
   Args:
     config: the config.
-    devices: to compile for; they need not be here.
+    devices: to compile for; they need not exist on this machine.
     source: "synthetic" for images, or "tokens" for cached codes.
 
   Returns:
-    What `docs/scaling.md` explains. If the step does not fit, what only a compiled step tells is missing.
+    The report that `docs/scaling.md` explains. If the step does not fit, keys that need a compiled step are
+    missing.
 
   Raises:
     UserError: if the config is wrong, or its batch or a parameter does not divide over its mesh.
@@ -73,7 +74,7 @@ def estimate(
     + stats.temp_size_in_bytes
   )
   if devices[0].platform == "tpu":
-    # Temporaries are counted there without regard to when they are used, and the peak elsewhere without them.
+    # On TPUs the sum of temporaries ignores their lifetimes; elsewhere the peak does not include them.
     memory = getattr(stats, "peak_memory_in_bytes", 0) or memory
   program = hlo.analyse(compiled.as_text())
   report |= {
@@ -122,7 +123,7 @@ def _local_bytes(leaf: Any) -> int:
 
 
 def _limit(devices: Sequence[Any], chip: chips.Chip | None) -> float:
-  """Bytes that a program may use on each device."""
+  """The bytes that a program may use on each device."""
   if chip is not None:
     return chip.memory
   if devices[0].platform == "cpu":  # virtual devices share what the machine has
@@ -131,10 +132,10 @@ def _limit(devices: Sequence[Any], chip: chips.Chip | None) -> float:
 
 
 def _least_communication(experiment: Experiment) -> float:
-  """Bytes that leave each device at least for the gradients of large groups: a sum sends them twice.
+  """The minimum of bytes that each device sends in large groups: an all-reduce sends gradients twice.
 
-  With fsdp, parameters are gathered for the forward and for the backward pass, and gradients summed once into
-  their parts; those parts are then summed over `data`.
+  With fsdp, parameters are gathered for the forward and the backward pass, and gradients are reduced once
+  into their shards; those shards are then summed over `data`.
   """
   mesh = experiment.mesh.shape
   whole = sum(

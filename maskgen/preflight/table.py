@@ -1,4 +1,4 @@
-"""A report for people to read."""
+"""A report as text."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,7 +7,7 @@ _GiB = 2**30
 
 
 def show(report: Mapping[str, Any]) -> str:
-  """Formats what `estimate` reports, with the names that the command line has added."""
+  """Formats the report of `estimate`, with the names that the command line adds."""
   mesh = " x ".join(f"{axis}={size}" for axis, size in report["mesh"].items())
   slices = f"{report['slices']} x " if report["slices"] > 1 else ""
   lines = [
@@ -36,7 +36,7 @@ def show(report: Mapping[str, Any]) -> str:
       f"  they send {sent_bytes(report) / 1e6:,.1f} MB; gradients and parameters need at least {least:,.1f}"
     )
   if "bounds_seconds" in report:
-    lines += ["", "least seconds per step, and what follows at most"]
+    lines += ["", "lower bounds of seconds per step, and upper bounds of speed"]
     lines += [_row(name, seconds, ".4f") for name, seconds in report["bounds_seconds"].items()]
     lines += [
       _row("all overlap", report["estimated_step_seconds"], ".4f"),
@@ -53,12 +53,12 @@ def _row(name: str, value: float, form: str) -> str:
 
 
 def sent_bytes(report: Mapping[str, Any]) -> float:
-  """Bytes that collectives send from each device, in large groups: sums go round twice."""
+  """Bytes that collectives send from each device in large groups; an all-reduce sends its operand twice."""
   return sum((1 + (kind == "all-reduce")) * found["bytes"] for kind, found in report["collectives"].items())
 
 
 def verdict(report: Mapping[str, Any]) -> str:
-  """One line: it fits, or what makes it fit."""
+  """One line: whether the step fits, or what makes it fit."""
   if report["fits"]:
     return "fits"
   if report["remedy"] is None:

@@ -1,4 +1,4 @@
-"""Devices to compile for: a TPU slice that is elsewhere, virtual CPU devices, or those of this machine."""
+"""Devices to compile for: a remote TPU slice, virtual CPU devices, or those of this machine."""
 
 import importlib.util
 import os
@@ -10,7 +10,7 @@ from jax.experimental import topologies
 
 from maskgen.errors import UserError
 
-# libtpu would ask the machine for these, at length, and lock its TPU.
+# Without these, libtpu queries the machine for a long time and locks its TPU.
 _NO_TPU_HERE = {
   "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
   "TPU_SKIP_MDS_QUERY": "1",
@@ -23,18 +23,18 @@ _NO_TPU_HERE = {
 
 
 def devices(topology: str, slices: int = 1) -> Sequence[jax.Device]:
-  """Gives the devices of a topology; to be called before anything else asks JAX for devices.
+  """Returns the devices of a topology; call it before anything else asks JAX for devices.
 
   Args:
     topology: a TPU slice by its kind and shape, such as `v5e:16x16`; `cpu:8`; or `local`.
-    slices: how many such TPU slices.
+    slices: the number of such TPU slices.
 
   Raises:
-    UserError: if there is no such topology, or what it takes to compile for it is missing.
+    UserError: if there is no such topology, or its compiler is not installed.
   """
   kind, _, shape = topology.partition(":")
   if slices > 1 and (kind in ("cpu", "local")):
-    raise UserError(f"--slices={slices}: only TPU slices can be several, {topology} cannot")
+    raise UserError(f"--slices={slices}: only TPU slices can be combined, {topology} cannot")
   if topology == "local":
     return jax.devices()
   jax.config.update("jax_platforms", "cpu")
