@@ -7,6 +7,8 @@ import tiny
 from PIL import Image
 
 import maskgen
+from maskgen import serving
+from maskgen.errors import UserError
 from maskgen.tools import export, generate
 
 trained = tiny.trained
@@ -208,6 +210,39 @@ def test_tools_explain_themselves(tool, capsys):
     tool.main(["--help"])
   assert stop.value.code == 0
   assert f"python -m {tool.__name__} --model=" in capsys.readouterr().out
+
+
+# Classes of models
+
+
+def test_each_kind_of_model_has_its_class(mage, tokenizer):
+  assert type(mage) is serving.TokenModel and type(tokenizer) is serving.Tokenizer
+  assert isinstance(mage, maskgen.Model)
+  assert hasattr(mage, "generate") and not hasattr(tokenizer, "generate")
+  with pytest.raises(UserError, match="'tokenizer' cannot paint; it can decode, encode, loss, reconstruct"):
+    tokenizer.paint(pictures(1))
+
+
+def test_any_prediction_function_can_be_called(mage):
+  losses = mage.call("loss", {"image": pictures(3)}, seed=1)
+  assert losses["loss"].shape == (3,)
+  again, other = (mage.call("loss", {"image": pictures(3)}, seed=seed)["loss"] for seed in (1, 2))
+  np.testing.assert_array_equal(again, losses["loss"])
+  assert (other != again).any()
+  with pytest.raises(UserError, match="'mage' cannot paint; it can"):
+    mage.call("paint", {})
+
+
+class Painter(maskgen.Model):
+  """A user's own class."""
+
+
+def test_an_objective_of_a_user_names_its_class(tokenizer):
+  class Own(type(tokenizer.objective)):
+    serving = f"{__name__}.Painter"
+
+  assert serving.loading.find_class(Own) is Painter
+  assert serving.loading.find_class(object) is maskgen.Model
 
 
 def test_variables_are_on_the_device_once(mage):
