@@ -16,6 +16,7 @@ from maskgen import cli, files
 from maskgen import config as config_lib
 from maskgen.errors import UserError
 from maskgen.training import cpu
+from maskgen.training.sections import find_type
 
 log = logging.getLogger("maskgen")
 
@@ -45,7 +46,7 @@ def main(argv: Sequence[str]) -> None:
   others.add_argument("--process_count", type=int, help="how many processes there are")
   others.add_argument("--process_index", type=int, help="which one this is, from 0")
   args, rest = parser.parse_known_args(argv)
-  config = config_lib.to_dict(config_lib.load(args.config, parse_overrides(rest)))
+  config = config_lib.to_dict(config_lib.load(args.config, parse_overrides(rest), find_type))
   if not args.workdir:
     raise UserError("--workdir is empty: give the folder of the run")
   root = epath.Path(args.workdir)
@@ -167,8 +168,6 @@ def check_same_run(root: epath.Path, config: Mapping[str, Any]) -> None:
     stored.pop("version", None)  # which `write_config` adds
     if stored == config:
       return
-    from maskgen.training.sections import find_type  # takes seconds
-
     changes = config_lib.difference(stored, config, find_type)
     if changes:
       more = f" and {len(changes) - 3} more" if len(changes) > 3 else ""

@@ -409,6 +409,35 @@ def test_a_workdir_continues_with_other_remat(tmp_path):
     main.check_same_run(tmp_path, config | {"seed": 2})
 
 
+@pytest.mark.parametrize("written", ["channels", "width"])
+@pytest.mark.parametrize("given", ["channels", "width"])
+@pytest.mark.parametrize("stage", ["", "second"])
+def test_an_override_finds_a_renamed_key(written, given, stage, tmp_path):
+  run = f"dict(objective=dict({written}=3), data=dict())"
+  config = f"dict(stages=('{stage}',), {stage}={run})" if stage else run
+  file = tmp_path / "renamed.py"
+  file.write_text(
+    f"import ml_collections\ndef get_config(arg=None):\n  return ml_collections.ConfigDict({config})\n"
+  )
+
+  def find(path, section):
+    return Renamed if path == ("objective",) else None
+
+  key = f"{stage}.objective.{given}".lstrip(".")
+  found = config_lib.load(str(file), {key: "4"}, find)
+  section = found[stage].objective if stage else found.objective
+  assert section.to_dict() == {written: 4}
+  with pytest.raises(UserError, match=rf"{given} is 'a': it takes values of type int"):
+    config_lib.load(str(file), {key: "a"}, find)
+
+
+def test_overrides_add_sections_of_an_objective_and_no_others():
+  file = "configs/diffusion_digits.py:debug"
+  assert config_lib.load(file, {"objective.inner.depth": "2"}).objective.inner.depth == 2
+  with pytest.raises(UserError, match=r"config\.data has no key 'inner'"):
+    config_lib.load(file, {"data.inner.depth": "2"})
+
+
 def test_a_renamed_key_makes_no_difference():
   def find(path, section):
     return Renamed if path == ("objective",) else None

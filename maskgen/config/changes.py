@@ -1,17 +1,14 @@
 """What differs between two configs, and whether it matters to a run that continues."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from maskgen.config import fields
 from maskgen.config.schema import RunConfig
 
-# (path, section) -> the dataclass of a section of a run that `RunConfig` leaves open, or None.
-FindType = Callable[[tuple[str, ...], Mapping[str, Any]], type | None]
-
 
 def difference(
-  old: Mapping[str, Any], new: Mapping[str, Any], find_type: FindType = lambda path, section: None
+  old: Mapping[str, Any], new: Mapping[str, Any], find_type: fields.FindType = lambda path, section: None
 ) -> list[str]:
   """Lists `key: old -> new` for what differs between two `to_dict` results and changes a run's numbers.
 
@@ -33,7 +30,7 @@ def difference(
   ]
 
 
-def _flatten(config: Mapping[str, Any], find_type: FindType) -> dict[str, Any]:
+def _flatten(config: Mapping[str, Any], find_type: fields.FindType) -> dict[str, Any]:
   """The keys that matter, by their path joined with dots."""
   flat: dict[str, Any] = {}
 

@@ -23,6 +23,9 @@ from maskgen.errors import UserError
 
 log = logging.getLogger("maskgen")
 
+# (path, section) -> the dataclass of a section of a run that `RunConfig` leaves open, or None.
+FindType = Callable[[tuple[str, ...], Mapping[str, Any]], type | None]
+
 _LINEN = {"parent", "name"}  # fields that Flax adds to every module
 _warned: set[tuple[type, str]] = set()
 
@@ -93,10 +96,28 @@ def current_names(cls: type, options: Mapping[str, Any], where: str = "") -> dic
   for key in options.keys() & old.keys():
     if old[key] in options:
       raise UserError(f"{where or 'config'} has both '{key}' and its new name '{old[key]}': remove '{key}'")
-    if where and (cls, key) not in _warned:
-      _warned.add((cls, key))
-      log.warning("%s.%s is now called '%s': rename the key", where, key, old[key])
+    if where:
+      _warn(cls, key, old[key], where)
   return {old.get(key, key): value for key, value in options.items()}
+
+
+def _warn(cls: type, old: str, new: str, where: str) -> None:
+  if (cls, old) not in _warned:
+    _warned.add((cls, old))
+    log.warning("%s.%s is now called '%s': rename the key", where, old, new)
+
+
+def other_name(cls: type, name: str, where: str) -> str | None:
+  """The new name of a key that is given under its old one, or the reverse; None if it has only one name."""
+  for field in of(cls).values():
+    was = field.metadata.get("was")
+    if was and name == field.name:
+      found: str = was
+      return found
+    if was and name == was:
+      _warn(cls, was, field.name, where)
+      return field.name
+  return None
 
 
 def section_type(cls: type, field: dataclasses.Field[Any], value: Any) -> type | None:

@@ -9,13 +9,14 @@ import dataclasses
 import importlib.util
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import ml_collections
 
 from maskgen import plugins
+from maskgen.config import fields
 from maskgen.config.schema import RunConfig
 from maskgen.errors import UserError, nearest
 
@@ -90,8 +91,15 @@ def find_file(path: str) -> pathlib.Path:
   raise UserError(f"config file {path} does not exist{nearest(given.name, shipped)}")
 
 
-def load(spec: str, overrides: Mapping[str, str] | None = None) -> ml_collections.ConfigDict:
+def load(
+  spec: str, overrides: Mapping[str, str] | None = None, find_type: fields.FindType | None = None
+) -> ml_collections.ConfigDict:
   """Loads `FILE[:arguments]`, applies overrides `{"a.b": "value"}` and locks the result.
+
+  Args:
+    spec: the file and its arguments.
+    overrides: values by key; with `find_type` a key that was renamed may have either name.
+    find_type: tells the dataclass of sections that `RunConfig` leaves open.
 
   Raises:
     UserError: if the file does not exist or has no `get_config`, or a key or value is wrong.
@@ -119,7 +127,7 @@ def load(spec: str, overrides: Mapping[str, str] | None = None) -> ml_collection
   overrides = overrides or {}
   _add_evaluations(config, overrides)
   for key, text in overrides.items():
-    _override(config, key, text)
+    _override(config, key, text, find_type)
   return config
 
 
@@ -150,6 +158,8 @@ def _copy(section: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
 def _fill_in(section: ml_collections.ConfigDict, cls: type) -> None:
   """Adds the defaults of a dataclass, so that every key can be seen and overridden."""
   for field in dataclasses.fields(cls):
+    if field.metadata.get("was", "") in section:
+      continue
     if dataclasses.is_dataclass(field.default) and not isinstance(field.default, type):
       if field.name not in section:
         section[field.name] = ml_collections.ConfigDict()
@@ -169,14 +179,18 @@ def _add_evaluations(config: ml_collections.ConfigDict, overrides: Mapping[str, 
           run.evals = {name: {}, **run.get("evals", {})}
 
 
-def _override(config: ml_collections.ConfigDict, key: str, text: str) -> None:
+def _override(
+  config: ml_collections.ConfigDict, key: str, text: str, find_type: fields.FindType | None
+) -> None:
   node = config
-  *parents, leaf = key.split(".")
+  *parents, leaf = _current_path(config, key.split("."), find_type) if find_type else key.split(".")
   for i, part in enumerate((*parents, leaf)):
     is_section = isinstance(node, ml_collections.ConfigDict)
-    if is_section and part not in node and i == len(parents) and set(parents[:2]) & set(OPEN):
+    # Whether what a config leaves out exists is known when the section is used; an objective's sections nest.
+    addable = OPEN if i == len(parents) else ("objective",)
+    if is_section and part not in node and set(parents[: min(i, 2)]) & set(addable):
       with config.unlocked():
-        node[leaf] = None  # whether it exists is known when the section is used
+        node[part] = None if i == len(parents) else ml_collections.ConfigDict()
     if not is_section or part not in node:
       choices = node.keys() if is_section else ()
       where = ".".join(("config", *parents[:i]))
@@ -187,6 +201,35 @@ def _override(config: ml_collections.ConfigDict, key: str, text: str) -> None:
     choices = ", ".join(f"{key}.{k}" for k in node[leaf])
     raise UserError(f"config.{key} is a group of keys: set one of {choices}")
   node[leaf] = _parse(f"config.{key}", text, node[leaf])
+
+
+def _has(section: Any, path: Sequence[str]) -> bool:
+  if not path:
+    return True
+  return (
+    isinstance(section, ml_collections.ConfigDict) and path[0] in section and _has(section[path[0]], path[1:])
+  )
+
+
+def _current_path(run: ml_collections.ConfigDict, path: list[str], find_type: fields.FindType) -> list[str]:
+  """Returns the path of a key with each renamed part under the name that the config uses."""
+  if _has(run, path):  # finding classes takes seconds of imports
+    return path
+  if path[0] in run.get("stages", ()) and path[0] in run and path[1:]:
+    return [path[0], *_current_path(run[path[0]], path[1:], find_type)]
+  found: list[str] = []
+  node: Any = run
+  cls: type | None = RunConfig
+  for part in path:
+    if cls and part not in node:
+      other = fields.other_name(cls, part, ".".join(("config", *found)))
+      part = other if other and other in node else part
+    found.append(part)
+    field, node = fields.of(cls).get(part) if cls else None, node.get(part)
+    if not isinstance(node, ml_collections.ConfigDict):
+      break
+    cls = (fields.section_type(cls, field, node) if cls and field else None) or find_type(tuple(found), node)
+  return [*found, *path[len(found) :]]
 
 
 def to_dict(config: ml_collections.ConfigDict) -> dict[str, Any]:

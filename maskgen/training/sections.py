@@ -3,23 +3,26 @@
 from collections.abc import Mapping
 from typing import Any
 
-from maskgen import objectives
 from maskgen.errors import UserError
-from maskgen.training.optim import Optimizer
 
 
 def find_type(path: tuple[str, ...], section: Mapping[str, Any]) -> type | None:
   """Returns the dataclass of the section at a path of one model's config, or None if it has none."""
-  try:
-    match path:
-      case ("objective",):
-        return objectives.find(section)
-      case ("optimizer", _):
-        return Optimizer
-      case ("data",):
-        from maskgen.data.pipeline import Data  # and TensorFlow
+  # Imports take seconds, and few commands need the class of any section before they have checked the rest.
+  match path:
+    case ("objective",):
+      from maskgen import objectives
 
-        return Data
-  except UserError:  # an unknown name: building the section says so
-    pass
+      try:
+        return objectives.find(section)
+      except UserError:  # an unknown name, which building the section reports
+        return None
+    case ("optimizer", _):
+      from maskgen.training.optim import Optimizer
+
+      return Optimizer
+    case ("data",):
+      from maskgen.data.pipeline import Data
+
+      return Data
   return None
