@@ -2,6 +2,7 @@
 
 import io
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,9 @@ from etils import epath
 from PIL import Image, ImageOps
 
 from maskgen.errors import UserError
+
+# How far floats may leave [0, 1]: resizing white gives a little more than 1.
+_ROUNDING = 1e-3
 
 
 def to_float(images: jax.Array) -> jax.Array:
@@ -47,31 +51,83 @@ def turn_hues(images: jax.Array, sixths: jax.Array) -> jax.Array:
   return jnp.take_along_axis(from_here, channels[:, None, None, :], axis=-1)
 
 
-def check_images(images: np.ndarray, *, channels: int = 3) -> np.ndarray:
+def as_array(images: Any, *, channels: int = 3) -> np.ndarray:
+  """An image or several of them as one array: arrays, Pillow images, or a list of either.
+
+  Args:
+    images: of which Pillow's are converted to the number of channels, on white.
+    channels: 3, or 1 for grey.
+
+  Raises:
+    UserError: for a list of images of different shapes.
+  """
+  if isinstance(images, Image.Image):
+    picture = on_white(images) if channels == 3 else on_white(images).convert("L")
+    return np.asarray(picture).reshape(*picture.size[::-1], channels)
+  if not isinstance(images, list | tuple):
+    return np.asarray(images)
+  arrays = [as_array(image, channels=channels) for image in images]
+  for array in arrays:
+    if array.shape != arrays[0].shape:
+      raise UserError(
+        f"images have shapes {arrays[0].shape} and {array.shape}: resize them to one, or give them one by one"
+      )
+  return np.stack(arrays) if arrays else np.zeros(0)
+
+
+def check_images(images: Any, *, channels: int = 3) -> np.ndarray:
   """Checks images that a user passes, and returns them as uint8 or float32.
 
   Args:
-    images: [b, h, w, c], uint8 in 0..255 or floating point in [0, 1].
+    images: see `as_array`; [b, h, w, c], uint8 in 0..255 or floating point in [0, 1], which rounding may
+      have left by up to 0.001.
     channels: the number of channels c that the model takes.
 
   Raises:
-    UserError: on another rank, number of channels, dtype or range.
+    UserError: on another rank, number of channels, dtype or range, or without a pixel.
   """
-  images = np.asarray(images)
+  images = as_array(images, channels=channels)
   if images.ndim != 4:
-    raise UserError(f"images have shape {images.shape}: give a batch of rank 4, [b, h, w, c]")
+    raise UserError(f"images have shape {images.shape}: give a batch, [b, h, w, c], or a list of images")
   if images.shape[-1] != channels:
     raise UserError(f"images have shape {images.shape}: the last axis must hold {channels} channels")
+  if not images.size:
+    raise UserError(f"images have shape {images.shape}: give at least one of at least one pixel")
   if images.dtype == np.uint8:
     return images
-  if not np.issubdtype(images.dtype, np.floating):
+  if not jnp.issubdtype(images.dtype, jnp.floating):
     raise UserError(f"images are {images.dtype}: give uint8 in 0..255 or floats in [0, 1]")
-  low, high = (float(images.min()), float(images.max())) if images.size else (0.0, 0.0)
-  if not (low >= 0.0 and high <= 1.0):  # also catches NaN
+  floats = images.astype(np.float32)
+  low, high = float(floats.min()), float(floats.max())
+  if not (low >= -_ROUNDING and high <= 1.0 + _ROUNDING):  # also catches NaN
     raise UserError(
       f"float images range over [{low:g}, {high:g}]: scale them to [0, 1], or give uint8 in 0..255"
     )
-  return images.astype(np.float32)
+  return np.clip(floats, 0.0, 1.0)
+
+
+def check_mask(mask: Any, shape: tuple[int, ...], name: str) -> np.ndarray:
+  """Checks a mask that a user passes, and returns it as booleans, True where masked.
+
+  Args:
+    mask: booleans, or numbers that are 0 and 1, or 0 and 255; a last axis of size 1 may follow.
+    shape: of what it masks.
+    name: names it in errors.
+
+  Raises:
+    UserError: on another shape, or for other values.
+  """
+  mask = np.asarray(mask)
+  if mask.shape == (*shape, 1):
+    mask = mask[..., 0]
+  if mask.shape != shape:
+    raise UserError(f"{name} has shape {mask.shape}: it must be {shape}, the size of what it masks")
+  if mask.dtype == bool:
+    return mask
+  masked = mask != 0
+  if not any((mask[masked] == value).all() for value in (1, 255)):
+    raise UserError(f"{name} has values other than 0 and 1: give booleans, True where masked")
+  return masked
 
 
 def open_picture(path: epath.PathLike, what: str) -> Image.Image:

@@ -1,6 +1,7 @@
 """The front door: shapes, dtypes, ranges, and what must not change."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
@@ -183,6 +184,62 @@ def test_loading_and_generating_needs_no_tensorflow(trained):
   process = tiny.python("-c", program)
   _, errors = process.communicate(timeout=300)
   assert process.returncode == 0, errors
+
+
+# What users have
+
+BLACK_AND_WHITE = np.uint8(255) * (pictures(2) > 127)
+
+
+@pytest.mark.parametrize(
+  "convert",
+  [
+    list,
+    lambda images: [Image.fromarray(image) for image in images],
+    lambda images: [Image.fromarray(image).convert("RGBA") for image in images],
+    jnp.asarray,
+    lambda images: jnp.asarray(images / 255, jnp.bfloat16),
+    lambda images: images.astype(np.float16) / 255,
+    lambda images: np.float32(images / 255 * 1.001 - 0.0005),  # as left by resizing
+  ],
+)
+def test_images_come_in_many_forms(convert, tokenizer):
+  expected = tokenizer.encode(BLACK_AND_WHITE)
+  np.testing.assert_array_equal(tokenizer.encode(convert(BLACK_AND_WHITE)), expected)
+
+
+@pytest.mark.parametrize(
+  "convert",
+  [
+    lambda mask: mask.astype(int),
+    lambda mask: np.uint8(255) * mask,
+    lambda mask: mask.astype(np.float32),
+    lambda mask: mask[..., None],
+    jnp.asarray,
+    Image.fromarray,
+  ],
+)
+def test_masks_come_in_many_forms(convert, mage):
+  expected = mage.inpaint(BLACK_AND_WHITE, hole()[0], **OPTIONS)
+  np.testing.assert_array_equal(mage.inpaint(BLACK_AND_WHITE, convert(hole()[0]), **OPTIONS), expected)
+
+
+def test_a_picture_is_edited_as_it_is(mage):
+  image = BLACK_AND_WHITE[0]
+  expected = mage.inpaint(image, hole()[0], **OPTIONS)
+  np.testing.assert_array_equal(mage.inpaint(Image.fromarray(image), hole()[0], **OPTIONS), expected)
+
+
+def test_numbers_come_in_many_forms(mage):
+  expected = mage.generate(seed=3, batch=2, **OPTIONS)
+  for kind in (np.int64, np.uint8, jnp.int32):
+    options = dict(steps=kind(2), temperature=np.float32(1.0))
+    np.testing.assert_array_equal(mage.generate(seed=kind(3), batch=kind(2), **options), expected)
+  images, mask = BLACK_AND_WHITE, hole()
+  np.testing.assert_array_equal(
+    mage.inpaint(images, mask, feather=np.int32(1), **OPTIONS),
+    mage.inpaint(images, mask, feather=1, **OPTIONS),
+  )
 
 
 # Tools

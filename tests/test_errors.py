@@ -329,8 +329,11 @@ BATCH = images(2, 16, 16, 3)
 @pytest.mark.parametrize(
   ("given", "message"),
   [
-    (images(16, 16, 3), r"rank 4"),
-    (images(16, 16), r"rank 4"),
+    (images(16, 16, 3), r"shape \(16, 16, 3\): give a batch, \[b, h, w, c\], or a list of images"),
+    (images(16, 16), r"give a batch"),
+    ([], r"give a batch"),
+    (images(0, 16, 16, 3), r"shape \(0, 16, 16, 3\): give at least one of at least one pixel"),
+    ([images(16, 16, 3), images(16, 20, 3)], r"shapes \(16, 16, 3\) and \(16, 20, 3\): resize them to one"),
     (images(2, 16, 16, 1), r"3 channels"),
     (images(2, 3, 16, 16), r"3 channels"),
     (images(2, 32, 32, 3), r"32x32 pixels: this model takes 16x16, resize"),
@@ -354,9 +357,10 @@ def test_wrong_images(method, given, message, mage):
   [
     (np.ones((2, 8, 8), bool), r"pixel_mask has shape \(2, 8, 8\): it must be \(2, 16, 16\)"),
     (np.ones((3, 16, 16), bool), r"pixel_mask has shape \(3, 16, 16\)"),
-    (np.ones((2, 16, 16, 1), bool), r"pixel_mask has shape"),
-    (np.ones((2, 16, 16), np.uint8), r"pixel_mask is uint8: give booleans"),
-    (np.ones((16, 16), np.float32), r"pixel_mask is float32: give booleans"),
+    (np.ones((2, 16, 16, 3), bool), r"pixel_mask has shape"),
+    (np.full((2, 16, 16), 128, np.uint8), r"pixel_mask has values other than 0 and 1: give booleans"),
+    (np.full((16, 16), 0.5), r"pixel_mask has values other than 0 and 1"),
+    (np.diag(np.arange(16)), r"pixel_mask has values other than 0 and 1"),
   ],
 )
 def test_wrong_pixel_masks(mask, message, mage):
@@ -370,6 +374,7 @@ def test_wrong_pixel_masks(mask, message, mage):
   [
     (np.zeros((2, 15), int), r"int64\[2, 15\]: give integers of shape \[b, 16\]"),
     (np.zeros(16, int), r"\[b, 16\]"),
+    (np.zeros((0, 16), int), r"int64\[0, 16\]"),
     (np.zeros((2, 4, 4), int), r"\[b, 16\]"),
     (np.zeros((2, 16)), r"float64\[2, 16\]"),
     (np.full((2, 16), 32), r"32\.\.32: this model's codes are 0\.\.31"),
@@ -384,9 +389,9 @@ def test_wrong_tokens(method, tokens, message, mage):
   assert_clear(error)
 
 
-@pytest.mark.parametrize("mask", [np.ones((2, 15), bool), np.ones((2, 16), int)])
+@pytest.mark.parametrize("mask", [np.ones((2, 15), bool), np.full((2, 16), 2)])
 def test_wrong_token_masks(mask, mage):
-  with pytest.raises(UserError, match=r"token_mask (has shape|is int64)") as error:
+  with pytest.raises(UserError, match=r"token_mask has (shape|values)") as error:
     mage.logits(np.zeros((2, 16), int), mask)
   assert_clear(error)
 
@@ -400,7 +405,11 @@ def test_wrong_token_masks(mask, mage):
     (dict(steps=0), r"at least 1"),
     (dict(steps=2.5), r"steps"),
     (dict(temperature="hot"), r"temperature"),
-    (dict(batch=0), r"batch"),
+    (dict(batch=0), r"batch is 0: give a whole number, at least 1"),
+    (dict(batch=1.5), r"batch is 1\.5: give a whole number"),
+    (dict(seed=None), r"seed is None: give a whole number"),
+    (dict(seed=1.5), r"seed is 1\.5: give a whole number"),
+    (dict(seed=True), r"seed is True: give a whole number"),
   ],
 )
 def test_wrong_sampling_options(options, message, mage):

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from etils import epath
+from PIL import Image
 
 from maskgen import images as images_lib
 from maskgen.errors import UserError
@@ -172,13 +173,13 @@ class ImageWords(Model):
 
   def _in_turn(self, images: Iterable[np.ndarray] | None) -> Iterable[np.ndarray]:
     """The images of a prompt one by one; the rows of a single image would be taken for images."""
-    if getattr(images, "shape", None) == self.objective.image_shape:
+    if isinstance(images, Image.Image) or getattr(images, "shape", None) == self.objective.image_shape:
       raise UserError("images is a single one: give a list, images=[image]")
     return () if images is None else images
 
   def _vectors(self, image: np.ndarray) -> np.ndarray:
     """The tokens [b, k, d] of an image of a prompt, see `generate`; b is 1 for an image without that axis."""
-    given = np.asarray(image)
+    given = images_lib.as_array(image)
     is_tokens = given.ndim > 1 and given.shape[-1] == sum(self.objective.text_to_image.model.text_widths)
     if is_tokens and given.ndim < 4:
       self._check_number(given.shape[-2])
@@ -248,8 +249,7 @@ def between(first: np.ndarray, second: np.ndarray, count: int) -> np.ndarray:
   Raises:
     UserError: for less than one.
   """
-  if count < 1:
-    raise UserError(f"count is {count}: give at least 1")
+  count = requests.whole("count", count, least=1)
   first, second = first[: len(second)], second[: len(first)]
   return np.stack([_on_arc(first, second, share) for share in np.linspace(0.0, 1.0, count)])
 

@@ -22,8 +22,8 @@ class Model:
     features = model.features(images)  # float32 [b, d]
     losses = model.call("loss", {"image": images})
 
-  Images are uint8 in 0..255 or floats in [0, 1], [b, h, w, c]. A method that the model lacks, because of how
-  it was trained, raises a `UserError` that lists what the model can do.
+  Images are uint8 in 0..255 or floats in [0, 1], [b, h, w, c], or a list of images, Pillow's among them. A
+  method that the model lacks, because of how it was trained, raises a `UserError` that lists what it can do.
 
   Attributes:
     config: the plain config the model was trained with; `config["objective"]` builds its objective.

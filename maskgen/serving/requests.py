@@ -1,6 +1,8 @@
 """What users ask a model to draw: how many images, with which seed, texts, classes and options."""
 
+import contextlib
 import dataclasses
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +16,22 @@ from maskgen.numerics.text import Captions
 _BATCH = 16
 
 
+def whole(name: str, value: Any, least: int | None = None) -> int:
+  """A whole number that a user gives, as Python, NumPy or JAX have it.
+
+  Raises:
+    UserError: for anything else, or less than `least`.
+  """
+  number = None
+  with contextlib.suppress(TypeError):
+    number = None if isinstance(value, bool) else operator.index(value)
+  if number is None or (least is not None and number < least):
+    raise UserError(
+      f"{name} is {value!r}: give a whole number" + ("" if least is None else f", at least {least}")
+    )
+  return number
+
+
 def count(batch: int | None, *conditions: Any) -> int:
   """How many images: `batch`, by default one for each entry of the first condition that is a list, or 16.
 
@@ -23,13 +41,16 @@ def count(batch: int | None, *conditions: Any) -> int:
   if batch is None:
     several = [given for given in conditions if given is not None and np.ndim(given)]
     batch = np.size(several[0]) if several else _BATCH
-  if batch < 1:
-    raise UserError(f"batch is {batch}: give at least 1")
-  return batch
+  return whole("batch", batch, least=1)
 
 
 def keys(seed: int, batch: int) -> jax.Array:
-  """One key per image, whatever the batch."""
+  """One key per image, whatever the batch.
+
+  Raises:
+    UserError: if the seed is no whole number.
+  """
+  seed = whole("seed", seed)
   return jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.arange(batch))
 
 
@@ -83,5 +104,10 @@ def options(given: dict[str, Any], defaults: Any) -> dict[str, Any]:
   for name in given:
     if name not in known:
       raise UserError(f"sampling has no option '{name}'{nearest(name, known)}")
+  # Scalars of NumPy and JAX as Python's: static options of compiled functions must be hashable.
+  given = {
+    name: value.item() if hasattr(value, "item") and not np.shape(value) else value
+    for name, value in given.items()
+  }
   dataclasses.replace(defaults, **given)  # which checks the values
   return given

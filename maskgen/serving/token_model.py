@@ -35,7 +35,7 @@ class TokenModel(Tokenizer):
       float32 [b, n, codebook].
     """
     tokens = self.check_tokens(tokens)
-    token_mask = _mask(token_mask, tokens.shape, "token_mask")
+    token_mask = images_lib.check_mask(token_mask, tokens.shape, "token_mask")
     return self.call("logits", {"tokens": tokens, "token_mask": token_mask})
 
   def generate(
@@ -90,7 +90,7 @@ class TokenModel(Tokenizer):
 
     Args:
       images: [b, h, w, c], or one image [h, w, c].
-      pixel_mask: bool [b, h, w] or [h, w], True where pixels are to be made anew.
+      pixel_mask: [b, h, w] or [h, w], True, 1 or 255 where pixels are to be made anew.
       seed: of the randomness; image i depends on the seed and i alone.
       label: as for `generate`.
       prompt: likewise.
@@ -100,20 +100,17 @@ class TokenModel(Tokenizer):
     Returns:
       Images of the shape and dtype that came in.
     """
-    single = np.ndim(images) == 3
-    checked = self.check_images(np.asarray(images)[None] if single else images, any_size=True)
-    shape = checked.shape[:3]
-    if 0 in shape:
-      raise UserError(f"images have shape {checked.shape}: give at least one of at least one pixel")
-    pixel_mask = np.asarray(pixel_mask)
-    if pixel_mask.ndim == 2 and pixel_mask.shape == shape[1:]:
-      pixel_mask = np.broadcast_to(pixel_mask, shape)
-    pixel_mask = _mask(pixel_mask, shape, "pixel_mask")
-    if not isinstance(feather, int) or feather < 0:
-      raise UserError(f"feather is {feather!r}: give a whole number of pixels")
+    checked, single = self._batch(images)
+    shape, mask = checked.shape[:3], np.asarray(pixel_mask)
+    if mask.shape in (shape[1:], (*shape[1:], 1)):
+      mask = np.broadcast_to(mask, (len(checked), *mask.shape))
+    mask, feather = (
+      images_lib.check_mask(mask, shape, "pixel_mask"),
+      requests.whole("feather", feather, least=0),
+    )
     request, options = self._request(seed, len(checked), label, prompt), self._options(options)
     floats = np.asarray(images_lib.to_float(jnp.asarray(checked)))
-    filled = images_lib.like(checked, self._fill(floats, pixel_mask, request, feather, options))
+    filled = images_lib.like(checked, self._fill(floats, mask, request, feather, options))
     return filled[0] if single else filled
 
   def outpaint(
@@ -140,11 +137,15 @@ class TokenModel(Tokenizer):
     Returns:
       Larger images, of the dtype that came in.
     """
-    single = np.ndim(images) == 3
-    checked = self.check_images(np.asarray(images)[None] if single else images, any_size=True)
+    checked, single = self._batch(images)
     canvas, added = editing.extend(checked, (top, right, bottom, left))
     filled = self.inpaint(canvas, added, seed, **options)
     return filled[0] if single else filled
+
+  def _batch(self, images: np.ndarray) -> tuple[np.ndarray, bool]:
+    """Images of any size as a batch, and whether they are a single one."""
+    given = images_lib.as_array(images, channels=self.objective.image_shape[-1])
+    return self.check_images(given[None] if given.ndim == 3 else given, any_size=True), given.ndim == 3
 
   def _fill(
     self,
@@ -183,12 +184,3 @@ class TokenModel(Tokenizer):
             f"{name} is given: this model was trained without classes to guide to, leave it out"
           )
     return requests.options(options, self.objective.sampling)
-
-
-def _mask(mask: np.ndarray, shape: tuple[int, ...], name: str) -> np.ndarray:
-  mask = np.asarray(mask)
-  if mask.shape != shape:
-    raise UserError(f"{name} has shape {mask.shape}: it must be {shape}, the size of what it masks")
-  if mask.dtype != bool:
-    raise UserError(f"{name} is {mask.dtype}: give booleans, True where masked")
-  return mask

@@ -47,9 +47,14 @@ class Tokenizer(Model):
     """
     tokens = np.asarray(tokens)
     count, codes = self.num_tokens, self.objective.codebook_size
-    if tokens.ndim != 2 or tokens.shape[1] != count or not np.issubdtype(tokens.dtype, np.integer):
+    if (
+      tokens.ndim != 2
+      or not len(tokens)
+      or tokens.shape[1] != count
+      or not np.issubdtype(tokens.dtype, np.integer)
+    ):
       raise UserError(f"tokens are {tokens.dtype}{list(tokens.shape)}: give integers of shape [b, {count}]")
-    if tokens.size and (tokens.min() < 0 or tokens.max() >= codes):
+    if tokens.min() < 0 or tokens.max() >= codes:
       raise UserError(
         f"tokens range over {tokens.min()}..{tokens.max()}: this model's codes are 0..{codes - 1}"
       )
