@@ -183,7 +183,7 @@ def test_the_keys_of_sampling_are_what_decode_and_guide_take():
     for fn in (sampling.decode, sampling.guide)
   ]
   assert not taken[0] & taken[1]
-  assert fields(sampling.Sampling) == taken[0] | taken[1]
+  assert fields(sampling.MaskedSampling) == taken[0] | taken[1]
 
 
 # Sizes

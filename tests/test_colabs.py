@@ -147,7 +147,7 @@ def test_names_of_the_package_exist(name):
 
 @every_notebook
 def test_arguments_of_the_model_exist(name):
-  kinds = sampling.Sampling, vilex.Sampling
+  kinds = sampling.MaskedSampling, vilex.ImageWordsSampling
   options = {option for kind in kinds for option in inspect.signature(kind).parameters}
   for node in ast.walk(syntax(name)):
     if not isinstance(node, ast.Call) or not ast.unparse(node.func).startswith("model."):

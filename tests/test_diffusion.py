@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
 import maskgen
 from maskgen import config as config_lib
@@ -18,7 +19,7 @@ from maskgen.data.pipeline import Data
 from maskgen.errors import UserError
 from maskgen.models.patches import Patches
 from maskgen.numerics import diffusion
-from maskgen.tools import generate
+from maskgen.tools import bench, generate, sweep
 from maskgen.training.experiment import Experiment
 
 CONFIG = "configs/diffusion_digits.py:debug"
@@ -290,6 +291,16 @@ def test_the_generate_tool_shows_a_row_per_prompt(run, tmp_path, capsys):
   assert out.exists() and "wrote 4 images" in capsys.readouterr().out
 
 
+def test_it_can_be_swept_and_timed(run, tmp_path, capsys):
+  flags = [f"--model={run}", f"--out={tmp_path}", "--num_images=4"]
+  sweep.main([*flags, "--steps=1", "--guidance=1,3", "--sampler=ddim"])
+  assert "| guidance |" in capsys.readouterr().out and len(list((tmp_path / "pictures").iterdir())) == 2
+  bench.main(["sample", f"--config={CONFIG}", "--batch_size=8", "--sampling_steps=1", "--repeats=1"])
+  assert json.loads(capsys.readouterr().out)["sampling_steps"] == 1
+  with pytest.raises(UserError, match="sampling has no option 'reuse'"):
+    bench.main(["sample", f"--config={CONFIG}", "--batch_size=8", "--reuse=2"])
+
+
 # What is measured
 
 
@@ -309,7 +320,8 @@ def make_context(generated, loss, captions=None):
     "generate": lambda variables, batch, rng, **options: jnp.asarray(generated(current)),
     "loss": lambda variables, batch, rng: {"loss": jnp.asarray(loss(captions, np.asarray(batch["caption"])))},
   }
-  return evaluators.Context(predict, batches, lambda seed, frozen: None, None, None, 0, captions)
+  objective = tiny.FakeObjective(captions=captions, sampling=diffusion.DiffusionSampling())
+  return evaluators.Context(objective, predict, batches, lambda seed, frozen: None, None)
 
 
 def evaluate(context, **options):
@@ -345,6 +357,9 @@ def test_other_captions_cannot_be_measured():
     others = " ".join(reversed(scenes.WORDS))
     captions = dataclasses.replace(captions, tokenizer=f"list:{others}")
     evaluate(make_context(lambda batch: batch["image"], lambda *args: 0, captions))
-  for options, message in ((dict(num_images=0), "num_images is 0"), (dict(sampler="x"), "sampler 'x'")):
+  for options, message in (
+    (dict(num_images=0), "num_images is 0"),
+    (dict(sampling=dict(sampler="x")), "sampler 'x'"),
+  ):
     with pytest.raises(UserError, match=message):
       evaluate(make_context(None, None), **options)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from sklearn.datasets import load_digits
 from sklearn.linear_model import Ridge
@@ -19,7 +20,7 @@ BATCH = 16
 CLASSES = tuple("0123456789")
 
 
-def make_context(predict, train, test, codebook_size=None, class_names=CLASSES, fresh=None):
+def make_context(predict, train, test, codebook_size=0, class_names=CLASSES, fresh=None):
   """A context that serves (images, labels) pairs in padded batches, sharded over all devices."""
   mesh = jax.make_mesh((len(jax.devices()),), ("data",), axis_types=(AxisType.Auto,))
   sharding = NamedSharding(mesh, PartitionSpec("data"))
@@ -41,7 +42,8 @@ def make_context(predict, train, test, codebook_size=None, class_names=CLASSES, 
       }
 
   compiled = {name: jax.jit(fn) for name, fn in predict.items()}
-  return evaluators.Context(compiled, serve, fresh or (lambda seed, frozen: None), codebook_size, class_names)
+  objective = tiny.FakeObjective(codebook_size)
+  return evaluators.Context(objective, compiled, serve, fresh or (lambda seed, frozen: None), class_names)
 
 
 def run(kind, context, variables=None, **options):

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from maskgen import config, evaluators, objectives
@@ -15,6 +16,7 @@ from maskgen.data.sources import open_source
 from maskgen.errors import UserError
 from maskgen.evaluators import classifiers, feature_spaces
 from maskgen.images import to_float
+from maskgen.models.vilex import ImageWordsSampling
 from maskgen.numerics.text import Captions
 
 BATCH, TOKENS, IMAGES = 16, 4, 40
@@ -88,11 +90,14 @@ def remember(variables, batch, rng, **options):
 PREDICT = {"encode": encode, "reconstruct": remember, "generate": paint}
 
 
-def make_context(predict=None, captions=CAPTIONS, class_names=scenes.KINDS["class"], image_tokens=TOKENS):
+def make_context(
+  predict=None, objective=None, captions=CAPTIONS, class_names=scenes.KINDS["class"], image_tokens=TOKENS
+):
   predict = PREDICT if predict is None else predict
-  return evaluators.Context(
-    predict, serve, lambda seed, frozen: None, None, class_names, 0, captions, image_tokens
+  objective = objective or tiny.FakeObjective(
+    captions=captions, tokens=image_tokens, sampling=ImageWordsSampling()
   )
+  return evaluators.Context(objective, predict, serve, lambda seed, frozen: None, class_names)
 
 
 def run(kind, context=None, variables=None, **options):
@@ -202,14 +207,26 @@ def test_a_lexicon_is_measured():
     lambda leaf: rng.normal(size=leaf.shape).astype(leaf.dtype) / 4, objective.pretrained_shapes()
   )
   variables = jax.jit(objective.init)(jax.random.key(0), pretrained)
-  context = make_context(
-    objectives.compile_predict_fns(objective), objective.captions, image_tokens=objective.tokens
-  )
-  quick = dict(num_images=BATCH, num_pictures=2, steps=1, num_tokens=(1, 8))
+  context = make_context(objectives.compile_predict_fns(objective), objective)
+  quick = dict(num_images=BATCH, num_pictures=2, num_tokens=(1, 8), sampling=dict(steps=1))
   drawn = [run("lexicon", context, variables, seed=seed, **quick).numbers for seed in (0, 0, 1)]
   assert drawn[0] == drawn[1] != drawn[2]
   assert len({drawn[0][f"frechet_pixels_{way}"] for way in ("k1", "k8", "caption", "nothing")}) == 4
+  calls = tiny.record_calls(context.predict)
   edited = run("digit_edits", context, variables, text_guidance=(3.0,), **quick)
+  run("lexicon", context, variables, **quick)
+  called = set(calls)
+  calls.clear()
+  shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), next(iter(serve("eval"))))
+
+  def call(name, batch, **options):
+    return jax.eval_shape(
+      functools.partial(context.predict[name], **options), variables, batch, jax.random.key(0)
+    )
+
+  for section in (dict(type="digit_edits", text_guidance=(3.0,)), dict(type="lexicon")):
+    evaluators.trace(evaluators.build("it", section | quick, context), call, shapes)
+  assert calls == called
   assert np.isfinite(list(edited.numbers.values())).all() and "colour_both_k8_s3" in edited.numbers
 
 
@@ -267,11 +284,14 @@ def test_classifiers_learn_from_the_first_images():
     (dict(type="lexicon", features="mobilenet_v2:/none.npz"), {}, "/none.npz"),
     (dict(type="lexicon", classifier="svm"), {}, "did you mean 'svc'"),
     (dict(type="lexicon", classifier="svc"), dict(class_names=None), "no labels for the classifier"),
-    (dict(type="lexicon", sampler="euler"), {}, "sampler 'euler' does not exist"),
+    (dict(type="lexicon", sampling=dict(sampler="euler")), {}, "sampler 'euler' does not exist"),
+    (dict(type="lexicon", sampling=dict(temperature=1.0)), {}, "sampling has no option 'temperature'"),
+    (dict(type="lexicon", sampling=3), {}, "sampling is 3: give options by name"),
     (dict(type="digit_edits"), dict(captions=None), "remove this evaluation"),
     (dict(type="digit_edits"), dict(class_names=("cat",)), "remove this evaluation"),
     (dict(type="digit_edits", text_guidance=()), {}, "give at least 1 of each"),
     (dict(type="digit_edits", text_guidance=(-1.0,)), {}, "text_guidance is -1.0"),
+    (dict(type="digit_edits", sampling=dict(text_guidance=1.0)), {}, "give all its numbers as text_guidance"),
     (dict(type="digit_edits", num_tokens=(0,)), {}, "num_tokens has 0"),
     (dict(type="digit_edits", prompts=("{} *",)), {}, "give a prompt for each kind"),
     (dict(type="digit_edits", prompts=dict(color="a * {}")), {}, "did you mean 'colour'"),

@@ -326,7 +326,7 @@ def test_partial_evaluations_hold_all_that_they_unmask_and_no_more_than_they_mus
 )
 def test_wrong_options_are_refused(options, message):
   with pytest.raises(UserError, match=message):
-    sampling.Sampling(**{"steps": 8, **options})
+    sampling.MaskedSampling(**{"steps": 8, **options})
   keys, tokens, unknown = problem([3])
   with pytest.raises(UserError, match=message):
     sampling.decode(
@@ -341,7 +341,7 @@ def test_values_out_of_range_are_refused():
     (dict(reuse=0), "reuse is 0"),
   ):
     with pytest.raises(UserError, match=message):
-      sampling.Sampling(**options)
+      sampling.MaskedSampling(**options)
 
 
 def test_reuse_needs_a_model_that_can():

@@ -3,11 +3,13 @@
 This is a config file as well: `--config=tests/tiny.py:steps=8`, or one stage: `:only=tokenizer`.
 """
 
+import dataclasses
 import os
 import pathlib
 import socket
 import subprocess
 import sys
+from typing import Any
 
 import jax
 import ml_collections
@@ -17,6 +19,36 @@ import pytest
 from maskgen import config as config_lib
 from maskgen import main, tree
 from maskgen.config import parse_arg
+from maskgen.numerics.sampling import MaskedSampling
+from maskgen.numerics.text import Captions
+
+
+@dataclasses.dataclass(frozen=True)
+class FakeObjective:
+  """What evaluators ask an objective; `tokens` are those of an image among words."""
+
+  codebook_size: int = 0
+  num_classes: int = 0
+  captions: Captions | None = None
+  tokens: int = 0
+  sampling: Any = MaskedSampling()
+
+
+def record_calls(predict: dict[str, Any]) -> set[Any]:
+  """Makes prediction functions note what they are called with: (name, shapes, options), in the result."""
+  calls: set[Any] = set()
+
+  def recording(name, fn):
+    def call(variables, batch, rng, **options):
+      shapes = tuple(sorted((key, tuple(leaf.shape), str(leaf.dtype)) for key, leaf in batch.items()))
+      calls.add((name, shapes, tuple(sorted(options.items()))))
+      return fn(variables, batch, rng, **options)
+
+    return call
+
+  predict.update({name: recording(name, fn) for name, fn in predict.items()})
+  return calls
+
 
 FILE = str(pathlib.Path(__file__))
 STAGES = ("tokenizer", "mage")

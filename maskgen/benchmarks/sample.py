@@ -1,6 +1,5 @@
 """How fast images are generated."""
 
-import dataclasses
 import functools
 import logging
 import time
@@ -24,7 +23,7 @@ def main(argv: Sequence[str]) -> Iterator[dict[str, Any]]:
   parser = cli.Parser(
     "Measures the generation of images on the devices that are here: compilation, seconds per batch, images "
     "per second, memory. Weights are random, so no trained model is needed. One line for each batch size; "
-    "size 1 tells how long one image takes. With --reuse, also a line for each such Sampling.reuse, measured "
+    "size 1 tells how long one image takes. With --reuse, also a line for each such `reuse`, measured "
     "in turns with the full evaluation that it is compared with.",
     "python -m maskgen.tools.bench sample --config=configs/mage_base.py --batch_size=1,64",
   )
@@ -37,7 +36,7 @@ def main(argv: Sequence[str]) -> Iterator[dict[str, Any]]:
   common.check_at_least(args, 1, "repeats")
   if args.sampling_steps is not None:
     common.check_at_least(args, 1, "sampling_steps")
-  sizes, reuses = common.batch_sizes(args, config), [1]
+  sizes, reuses = common.batch_sizes(args, config), []
   if args.reuse is not None:
     values = args.reuse.split(",")
     if not all(value.isdecimal() and int(value) for value in values):
@@ -61,7 +60,7 @@ def _measure(config: Mapping[str, Any], args: Any, reuses: Sequence[int]) -> lis
   """Everything about one batch size; a result for each way to reuse features."""
   import jax
 
-  from maskgen import sharding
+  from maskgen import objectives, sharding
   from maskgen.benchmarks import dataless, devices
   from maskgen.costs import flops
 
@@ -73,19 +72,21 @@ def _measure(config: Mapping[str, Any], args: Any, reuses: Sequence[int]) -> lis
       f"objective '{config['objective']['name']}' does not generate: give a config, or a --stage, with "
       "objective 'mage'"
     )
-  size, steps = experiment.config.batch_size, args.sampling_steps or objective.sampling.steps
+  size = experiment.config.batch_size
+  shared = {} if args.sampling_steps is None else {"steps": args.sampling_steps}
+  variants = {reuse: shared | {"reuse": reuse} for reuse in reuses} or {1: shared}
+  for options in variants.values():
+    objectives.check_sampling(objective, options)
   variables = dataless.random_tree(experiment.targets["state"].variables(experiment.targets["frozen"]))
   split = jax.jit(jax.random.split, static_argnums=1, out_shardings=sharding.batch_sharding(experiment.mesh))
   batch = {"key": split(jax.random.key(0), size)}
   plain: Any = objective.predict_fns()["generate"]
   compile_seconds, functions, counts = {}, {}, {}
-  for reuse in reuses:
-    log.info("batches of %d in %d steps, reuse %d: compiling", size, steps, reuse)
-    dataclasses.replace(objective.sampling, steps=steps, reuse=reuse)  # which checks them
-    counted = functools.partial(plain, steps=steps, reuse=reuse)
-    counts[reuse] = flops.count(counted, variables, batch, jax.random.key(0))
+  for reuse, options in variants.items():
+    log.info("batches of %d, reuse %d: compiling", size, reuse)
+    counts[reuse] = flops.count(functools.partial(plain, **options), variables, batch, jax.random.key(0))
     began = time.monotonic()
-    compiled = generate_fn.lower(variables, batch, jax.random.key(0), steps=steps, reuse=reuse).compile()
+    compiled = generate_fn.lower(variables, batch, jax.random.key(0), **options).compile()
     compile_seconds[reuse] = time.monotonic() - began
 
     def generate(compiled: Any = compiled) -> None:
@@ -95,7 +96,7 @@ def _measure(config: Mapping[str, Any], args: Any, reuses: Sequence[int]) -> lis
     functions[f"reuse {reuse}"] = generate
   seconds = common.seconds_per_call(functions, args.repeats)
   results = []
-  for reuse in reuses:
+  for reuse in variants:
     own = seconds[f"reuse {reuse}"]
     result = common.spread("batch_seconds", own)
     log.info("batches of %d, reuse %d: %.3g s", size, reuse, result["batch_seconds"])
@@ -105,7 +106,7 @@ def _measure(config: Mapping[str, Any], args: Any, reuses: Sequence[int]) -> lis
       devices.describe()
       | {
         "batch_size": size,
-        "sampling_steps": steps,
+        "sampling_steps": args.sampling_steps or objective.sampling.steps,
         "dtype": common.compute_dtype(objective),
         "compile_seconds": compile_seconds[reuse],
         "model_flops_per_image": counts[reuse] / size,

@@ -186,6 +186,14 @@ class Data:
       if key != "sound"
     }
 
+  def eval_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of a global evaluation batch."""
+    shapes = {
+      key: jax.ShapeDtypeStruct((batch_size, *value.shape), jnp.dtype(value.dtype.name))
+      for key, value in self._eval.spec.items()
+    }
+    return {"valid" if key == "sound" else key: value for key, value in shapes.items()}
+
   @property
   def image_shape(self) -> tuple[int, int, int]:
     """(height, width, channels) of the images in a batch."""

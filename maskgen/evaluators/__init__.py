@@ -4,16 +4,28 @@ Each module has a frozen dataclass `Evaluator` whose fields are its options in `
 an evaluation names a module here, or one of yours (docs/extending.md).
 """
 
+import logging
 from collections.abc import Mapping
 from typing import Any
+
+import jax
 
 from maskgen import config as config_lib
 from maskgen import plugins
 from maskgen.errors import UserError
-from maskgen.evaluators.context import Context, Evaluator, Report
+from maskgen.evaluators.context import Call, Context, Evaluator, Report
 
-__all__ = ["Context", "Evaluator", "Report", "build"]
+__all__ = ["Call", "Context", "Evaluator", "Report", "build", "trace"]
 
+log = logging.getLogger("maskgen")
+
+# Keys that evaluators had before `sampling` took them in.
+_SAMPLING = {
+  "generation": ("steps", "schedule", "temperature", "guidance", "guidance_schedule"),
+  "captioned_digits": ("steps", "sampler", "guidance"),
+  "lexicon": ("steps", "sampler", "image_guidance", "text_guidance"),
+  "digit_edits": ("steps", "sampler", "image_guidance"),
+}
 # Keys of an evaluation's section that are read elsewhere: here, and by the training loop.
 _NOT_OPTIONS = ("type", "every_steps")
 
@@ -32,6 +44,11 @@ def build(name: str, config: Mapping[str, Any], context: Context) -> Evaluator:
   module: Any = plugins.find_module(str(config["type"]), __name__, f"{where}.type", "Evaluator")
   cls = module.Evaluator
   options = {key: value for key, value in config.items() if key not in _NOT_OPTIONS}
+  moved = {key: options.pop(key) for key in _SAMPLING.get(config["type"], ()) if key in options}
+  if moved:
+    log.warning("%s: %s belong to sampling=dict(...) now, move them there", where, ", ".join(moved))
+    given = {key: value for key, value in moved.items() if value is not None}
+    options["sampling"] = {**given, **options.get("sampling", {})}
   for function in cls.requires:
     if function not in context.predict:
       raise UserError(
@@ -39,3 +56,12 @@ def build(name: str, config: Mapping[str, Any], context: Context) -> Evaluator:
         f"(it has {', '.join(sorted(context.predict))}): remove this evaluation"
       )
   return config_lib.build_dataclass(cls, options, where, context=context)
+
+
+def trace(evaluator: Evaluator, call: Call, batch: Mapping[str, jax.ShapeDtypeStruct]) -> None:
+  """Calls the prediction functions of an evaluator with shapes; see `Evaluator.trace`."""
+  if hasattr(evaluator, "trace"):
+    evaluator.trace(call, batch)
+  else:
+    for name in evaluator.requires:
+      call(name, batch)

@@ -57,6 +57,12 @@ def first_batch(context: Context) -> Batch:
   return next(iter(context.batches("eval")))
 
 
+def key_shapes(batch: Mapping[str, jax.ShapeDtypeStruct]) -> jax.ShapeDtypeStruct:
+  """The shape of `make_keys` for a batch of shapes."""
+  size: int = batch["valid"].shape[0]
+  return jax.eval_shape(lambda: jax.random.split(jax.random.key(0), size))
+
+
 def place(like: Batch, array: np.ndarray) -> jax.Array:
   """Puts an array with leading axis b, the same in every process, on the devices like batch `like`."""
   return jax.make_array_from_callback(array.shape, like["valid"].sharding, lambda at: array[at])
@@ -90,11 +96,12 @@ def generate(
   seed: int,
   num_images: int,
   num_classes: int = 0,
-  **static: Any,
+  captions: np.ndarray | None = None,
+  **options: Any,
 ) -> Iterator[tuple[jax.Array, int]]:
   """Generates images in batches of the size and sharding of `like`.
 
-  With classes image i is of class i % num_classes.
+  With classes image i is of class i % num_classes, with captions int32 [m, length] of caption i % m.
 
   Yields:
     Images [b, h, w, c] on the devices, and how many of them count: the rest of the last batch is
@@ -105,5 +112,7 @@ def generate(
     batch = {"key": make_keys(like, seed, start)}
     if num_classes:
       batch["label"] = make_labels(like, num_classes, start)
-    images = fn(variables, batch, rng, **static)
+    if captions is not None:
+      batch["caption"] = place(like, captions[(start + np.arange(batch_size)) % len(captions)])
+    images = fn(variables, batch, rng, **options)
     yield images, min(batch_size, num_images - start)

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import itertools
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -12,10 +13,9 @@ from maskgen import images as images_lib
 from maskgen import sheet
 from maskgen.data import digit_scenes as scenes
 from maskgen.errors import UserError
-from maskgen.evaluators.batches import gather, make_keys, one_blas_thread, place
-from maskgen.evaluators.context import Batch, Context, Report
+from maskgen.evaluators.batches import gather, key_shapes, make_keys, one_blas_thread, place
+from maskgen.evaluators.context import Batch, Call, Context, Report
 from maskgen.evaluators.digit_reader import Reader
-from maskgen.numerics import diffusion
 
 _SHOWN_SIDE = 128  # of pictures on the sheet
 
@@ -35,8 +35,7 @@ class Evaluator:
     num_images: captions to evaluate, of at most the whole split.
     num_pictures: how many the sheet shows.
     seed: image i depends on this and its caption alone, at every step of the training.
-    steps: of the sampler; None here and below for the objective's own default.
-    sampler, guidance: see `maskgen.numerics.diffusion.Sampling`.
+    sampling: options of `generate`; see `Context.check_sampling`.
   """
 
   requires: ClassVar[tuple[str, ...]] = ("generate", "loss")
@@ -45,9 +44,7 @@ class Evaluator:
   num_images: int = 500
   num_pictures: int = 32
   seed: int = 0
-  steps: int | None = None
-  sampler: str | None = None
-  guidance: float | None = None
+  sampling: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
   def __post_init__(self):
     if self.context.captions is None:
@@ -56,12 +53,11 @@ class Evaluator:
       raise UserError(
         f"num_images is {self.num_images} and num_pictures is {self.num_pictures}: give at least 1"
       )
-    diffusion.Sampling(**self._options)  # which checks them
+    self.context.check_sampling(self.sampling)
 
-  @property
-  def _options(self) -> dict[str, Any]:
-    options = {"steps": self.steps, "sampler": self.sampler, "guidance": self.guidance}
-    return {name: value for name, value in options.items() if value is not None}
+  def trace(self, call: Call, batch: Mapping[str, jax.ShapeDtypeStruct]) -> None:
+    call("generate", {"key": key_shapes(batch), "caption": batch["caption"]}, **self.sampling)
+    call("loss", batch)
 
   @one_blas_thread
   def run(self, variables: Any, rng: jax.Array) -> Report:
@@ -100,7 +96,7 @@ class Evaluator:
     ]
     keys = make_keys(batch, self.seed, index * len(valid))
     inputs = {"key": keys, "caption": batch["caption"]}
-    made = self.context.predict["generate"](variables, inputs, rng, **self._options)
+    made = self.context.predict["generate"](variables, inputs, rng, **self.sampling)
     found = {"real": images_lib.to_float(batch["image"]), "made": made}
     loss = self.context.predict["loss"]
     right = loss(variables, batch, rng)["loss"]

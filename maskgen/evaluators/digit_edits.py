@@ -12,11 +12,10 @@ import numpy as np
 from maskgen.data import digit_scenes as scenes
 from maskgen.errors import UserError, nearest
 from maskgen.evaluators import pictures
-from maskgen.evaluators.batches import gather, make_keys, one_blas_thread, place, valid_rows
-from maskgen.evaluators.context import Batch, Context, Report
+from maskgen.evaluators.batches import gather, key_shapes, make_keys, one_blas_thread, place, valid_rows
+from maskgen.evaluators.context import Batch, Call, Context, Report
 from maskgen.evaluators.digit_reader import Reader
 from maskgen.evaluators.lexicon import as_words, check_tokens
-from maskgen.models.vilex import Sampling
 
 # Where the image stands in a prompt, and where the new word does.
 _IMAGE, _WORD = "{}", "*"
@@ -44,8 +43,7 @@ class Evaluator:
     num_images: how many images are edited, of at most the whole split.
     num_pictures: how many the picture shows.
     seed: image i depends on this, i and its source, at every step of the training.
-    steps: of the sampler; None here and below for the objective's own default.
-    sampler, image_guidance: see `maskgen.models.vilex.Sampling`.
+    sampling: other options of `generate`; see `Context.check_sampling`.
   """
 
   requires: ClassVar[tuple[str, ...]] = ("encode", "generate")
@@ -59,9 +57,7 @@ class Evaluator:
   num_images: int = 128
   num_pictures: int = 12
   seed: int = 0
-  steps: int | None = None
-  sampler: str | None = None
-  image_guidance: float | None = None
+  sampling: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
   def __post_init__(self):
     if self.context.class_names != scenes.KINDS["class"] or self.context.captions is None:
@@ -73,8 +69,10 @@ class Evaluator:
         f"num_images is {self.num_images}, num_pictures {self.num_pictures} and text_guidance "
         f"{self.text_guidance}: give at least 1 of each"
       )
+    if "text_guidance" in self.sampling:
+      raise UserError("sampling has text_guidance: give all its numbers as text_guidance instead")
     for guidance in self.text_guidance:
-      Sampling(**self._options, text_guidance=guidance)  # which checks them
+      self.context.check_sampling(self._options(guidance))
     if not isinstance(self.prompts, Mapping) or not self.prompts:
       raise UserError(f"prompts is {self.prompts!r}: give a prompt for each kind that is to be changed")
     for kind in self.prompts:
@@ -94,10 +92,18 @@ class Evaluator:
         f"prompts.{kind} is '{prompt}': beside {max(self._numbers)} tokens {room} words fit, shorten it"
       )
 
-  @property
-  def _options(self) -> dict[str, Any]:
-    options = {"steps": self.steps, "sampler": self.sampler, "image_guidance": self.image_guidance}
-    return {name: value for name, value in options.items() if value is not None}
+  def _options(self, guidance: float) -> dict[str, Any]:
+    return {**self.sampling, "text_guidance": guidance}
+
+  def trace(self, call: Call, batch: Mapping[str, jax.ShapeDtypeStruct]) -> None:
+    tokens, size = call("encode", batch), batch["valid"].shape[0]
+    inputs = {
+      "vectors": jax.ShapeDtypeStruct((size, 1, *tokens.shape[1:]), tokens.dtype),
+      "number": jax.ShapeDtypeStruct((size, 1), np.int32),
+      "key": key_shapes(batch),
+      **jax.eval_shape(lambda: self._words([_IMAGE] * size)),
+    }
+    call("generate", inputs, **self._options(self.text_guidance[0]))
 
   @property
   def _numbers(self) -> tuple[int, ...]:
@@ -168,7 +174,7 @@ class Evaluator:
       batch = {name: place(like, value[rows]) for name, value in arrays.items()}
       batch["number"] = place(like, np.full((size, 1), k, np.int32))
       batch["key"] = jax.random.wrap_key_data(place(like, sources["key"][rows]))
-      drawn = self.context.predict["generate"](variables, batch, rng, text_guidance=guidance, **self._options)
+      drawn = self.context.predict["generate"](variables, batch, rng, **self._options(guidance))
       made.append(gather(drawn)[: len(texts) - start])
     return np.concatenate(made)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -10,10 +11,17 @@ import numpy as np
 from maskgen import images as images_lib
 from maskgen.errors import UserError
 from maskgen.evaluators import classifiers, frechet, pictures
-from maskgen.evaluators.batches import collect, first_batch, gather, generate, one_blas_thread, stream
-from maskgen.evaluators.context import Batch, Context, Report
+from maskgen.evaluators.batches import (
+  collect,
+  first_batch,
+  gather,
+  generate,
+  key_shapes,
+  one_blas_thread,
+  stream,
+)
+from maskgen.evaluators.context import Batch, Call, Context, Report
 from maskgen.evaluators.feature_spaces import Space, name_of, open_space
-from maskgen.numerics import sampling
 
 
 def class_balance(classes: np.ndarray, num_classes: int) -> dict[str, float]:
@@ -53,10 +61,8 @@ class Evaluator:
     classifier: a name from `classifiers.CLASSIFIERS`, for small labelled data, or None.
     num_pictures: how many samples the picture shows.
     seed: image i depends on this and i alone, at every step of the training.
-    steps: decoding steps; None here and below for the objective's own default.
-    schedule: a name from `sampling.SCHEDULES`.
-    temperature: of the choice of tokens to keep.
-    guidance, guidance_schedule: see `sampling.Sampling`.
+    captions: whether images are generated from the captions of the evaluation split in turn, or from none.
+    sampling: options of `generate`; see `Context.check_sampling`.
   """
 
   requires: ClassVar[tuple[str, ...]] = ("generate",)
@@ -67,38 +73,34 @@ class Evaluator:
   classifier: str | None = None
   num_pictures: int = 64
   seed: int = 0
-  steps: int | None = None
-  schedule: str | None = None
-  temperature: float | None = None
-  guidance: float | None = None
-  guidance_schedule: str | None = None
+  captions: bool = False
+  sampling: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
   def __post_init__(self):
     _ = self._space  # which checks `features`
     classifiers.check(self.classifier, self.context)
-    sampling.Sampling(**self._options)  # which checks them
-    if not self.context.num_classes and not {"guidance", "guidance_schedule"}.isdisjoint(self._options):
-      raise UserError("guidance needs an objective that generates by class: remove it")
+    self.context.check_sampling(self.sampling)
+    if self.captions and self.context.captions is None:
+      raise UserError("captions is True, and the objective reads none: leave it out")
+    unconditional = not self.captions and not self.context.num_classes
+    if unconditional and self.sampling.get("guidance", 1) != 1:
+      raise UserError("guidance needs captions to guide to: set captions=True, or leave guidance out")
     if self.num_images < 2 or self.num_pictures < 1:
       raise UserError(
         f"num_images is {self.num_images} and num_pictures is {self.num_pictures}: give at least 2 and 1"
       )
 
-  @property
-  def _options(self) -> dict[str, Any]:
-    options = {
-      "steps": self.steps,
-      "schedule": self.schedule,
-      "temperature": self.temperature,
-      "guidance": self.guidance,
-      "guidance_schedule": self.guidance_schedule,
-    }
-    return {name: value for name, value in options.items() if value is not None}
+  def trace(self, call: Call, batch: Mapping[str, jax.ShapeDtypeStruct]) -> None:
+    inputs = {"key": key_shapes(batch)}
+    if "generate_uniform" in self.context.predict:
+      call("generate_uniform", inputs)
+    wanted = ("label",) * bool(self.context.num_classes) + ("caption",) * self.captions
+    call("generate", inputs | {name: batch[name] for name in wanted}, **self.sampling)
 
   @one_blas_thread
   def run(self, variables: Any, rng: jax.Array) -> Report:
     """Evaluates; `rng` is a typed key."""
-    report, predict = self.measure(variables, rng, **self._options), self.context.predict
+    report, predict = self.measure(variables, rng, **self.sampling), self.context.predict
     numbers = dict(report.numbers)
 
     def uniform_features():
@@ -114,15 +116,14 @@ class Evaluator:
 
   @one_blas_thread
   def measure(self, variables: Any, rng: jax.Array, **options: Any) -> Report:
-    """The part of `run` that depends on how images are sampled, with these options of `sampling.Sampling`."""
+    """The part of `run` that depends on how images are sampled, with these options of `generate`."""
     name, num_classes = f"frechet_{name_of(self.features)}", self.context.num_classes
     shown: list[np.ndarray] = []
     classes: list[np.ndarray] = []
 
     def generated_features():
-      draws = self._draws(
-        self.context.predict["generate"], variables, rng, num_classes=num_classes, **options
-      )
+      conditions = {"num_classes": num_classes, "captions": self._said}
+      draws = self._draws(self.context.predict["generate"], variables, rng, **conditions, **options)
       for images, count in draws:
         num_shown = sum(map(len, shown))
         if num_shown < self.num_pictures:
@@ -148,7 +149,7 @@ class Evaluator:
       )
     return Report(numbers, made)
 
-  def _draws(self, fn, variables, rng, **static):
+  def _draws(self, fn, variables, rng, **options):
     return generate(
       fn,
       variables,
@@ -156,7 +157,7 @@ class Evaluator:
       like=self._like,
       seed=self.seed,
       num_images=self.num_images,
-      **static,
+      **options,
     )
 
   # What follows does not depend on the variables: computed at the first evaluation, then kept.
@@ -168,6 +169,15 @@ class Evaluator:
   @functools.cached_property
   def _like(self) -> Batch:
     return {"valid": first_batch(self.context)["valid"]}  # does not hold on to the images
+
+  @functools.cached_property
+  def _said(self) -> np.ndarray | None:
+    """The captions that images are generated from, int32 [m, length]."""
+    if not self.captions:
+      return None
+    return collect(self.context, "eval", lambda batch: {"caption": batch["caption"]}, limit=self.num_images)[
+      "caption"
+    ]
 
   def _fit_split(self, split: str) -> frechet.Gaussian:
     parts = stream(self.context, split, lambda batch: {"features": self._space(batch["image"])})

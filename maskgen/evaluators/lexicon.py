@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -10,11 +11,10 @@ import numpy as np
 from maskgen import images as images_lib
 from maskgen.errors import UserError
 from maskgen.evaluators import classifiers, frechet, pictures
-from maskgen.evaluators.batches import gather, make_keys, one_blas_thread, place, valid_rows
-from maskgen.evaluators.context import Batch, Context, Report
+from maskgen.evaluators.batches import gather, key_shapes, make_keys, one_blas_thread, place, valid_rows
+from maskgen.evaluators.context import Batch, Call, Context, Report
 from maskgen.evaluators.feature_spaces import Space, name_of, open_space
 from maskgen.evaluators.reconstruction import compare
-from maskgen.models.vilex import Sampling
 from maskgen.numerics.prompts import TailDrop
 from maskgen.numerics.text import Captions
 
@@ -27,7 +27,7 @@ def check_tokens(context: Context, numbers: tuple[int, ...]) -> tuple[int, ...]:
   Raises:
     UserError: for a number that the model does not have, or a model without tokens among words.
   """
-  most = context.image_tokens
+  most = getattr(context.objective, "tokens", 0)
   if not most:
     raise UserError("the objective makes no words of images: remove this evaluation")
   for number in numbers:
@@ -71,8 +71,7 @@ class Evaluator:
     num_images: how many images are drawn anew, of at most the whole split.
     num_pictures: how many the picture shows.
     seed: image i depends on this, i and its source, at every step of the training.
-    steps: of the sampler; None here and below for the objective's own default.
-    sampler, image_guidance, text_guidance: see `maskgen.models.vilex.Sampling`.
+    sampling: options of `generate` and `reconstruct`; see `Context.check_sampling`.
   """
 
   requires: ClassVar[tuple[str, ...]] = ("reconstruct", "generate")
@@ -84,10 +83,7 @@ class Evaluator:
   num_images: int = 256
   num_pictures: int = 16
   seed: int = 0
-  steps: int | None = None
-  sampler: str | None = None
-  image_guidance: float | None = None
-  text_guidance: float | None = None
+  sampling: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
   def __post_init__(self):
     if self.num_images < 2 or self.num_pictures < 1:
@@ -97,17 +93,16 @@ class Evaluator:
     check_tokens(self.context, self.num_tokens)
     _ = self._space  # which checks `features`
     classifiers.check(self.classifier, self.context)
-    Sampling(**self._options)  # which checks them
+    self.context.check_sampling(self.sampling)
 
-  @property
-  def _options(self) -> dict[str, Any]:
-    options = {
-      "steps": self.steps,
-      "sampler": self.sampler,
-      "image_guidance": self.image_guidance,
-      "text_guidance": self.text_guidance,
-    }
-    return {name: value for name, value in options.items() if value is not None}
+  def trace(self, call: Call, batch: Mapping[str, jax.ShapeDtypeStruct]) -> None:
+    inputs, captions = {"key": key_shapes(batch)}, self.context.captions
+    call("generate", inputs, **self.sampling)
+    if captions is not None:
+      words = jax.eval_shape(lambda ids: as_words(captions, ids[:, None]), batch["caption"])
+      call("generate", inputs | words, **self.sampling)
+    number = jax.ShapeDtypeStruct((*batch["valid"].shape, 1), np.int32)
+    call("reconstruct", inputs | {"image": batch["image"], "number": number}, **self.sampling)
 
   @one_blas_thread
   def run(self, variables: Any, rng: jax.Array) -> Report:
@@ -142,7 +137,7 @@ class Evaluator:
 
   def _draw(self, variables: Any, batch: Batch, rng: jax.Array, keys: jax.Array) -> dict[str, jax.Array]:
     """Images [b, h, w, c] by way of drawing."""
-    predict, captions, options = self.context.predict, self.context.captions, self._options
+    predict, captions, options = self.context.predict, self.context.captions, self.sampling
     made = {"nothing": predict["generate"](variables, {"key": keys}, rng, **options)}
     if captions is not None:
       words = as_words(captions, gather(batch["caption"])[:, None])

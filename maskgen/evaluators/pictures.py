@@ -61,7 +61,7 @@ def reconstructions(context: Context, variables: Any, rng: jax.Array, count: int
 
 
 def generated(
-  context: Context, variables: Any, rng: jax.Array, count: int, seed: int, **static: Any
+  context: Context, variables: Any, rng: jax.Array, count: int, seed: int, **options: Any
 ) -> np.ndarray:
   """About `count` generated images; with classes a row for each, of the first 16 where there are more."""
   classes = context.num_classes
@@ -75,7 +75,7 @@ def generated(
     seed=seed,
     num_images=columns * rows if columns else count,
     num_classes=rows,
-    **static,
+    **options,
   )
   images = np.concatenate([gather(x)[:n] for x, n in draws])
   if columns:
@@ -85,7 +85,13 @@ def generated(
 
 
 def inpainted(
-  context: Context, variables: Any, rng: jax.Array, count: int, seed: int, masks: Sequence[str]
+  context: Context,
+  variables: Any,
+  rng: jax.Array,
+  count: int,
+  seed: int,
+  masks: Sequence[str],
+  **options: Any,
 ) -> np.ndarray:
   """For each of the named masks three rows: the image, the image with its hole, the filled image.
 
@@ -107,7 +113,7 @@ def inpainted(
     }
     if context.num_classes:
       inputs["label"] = batch["label"]
-    results = context.predict["inpaint"](variables, inputs, rng)
+    results = context.predict["inpaint"](variables, inputs, rng, **options)
     filled = images_lib.to_uint8(valid_rows(batch, results)[:count])
     filled = np.broadcast_to(filled, originals.shape)
     holed = np.where(hole[0, ..., None], np.array(_HOLE_COLOUR, np.uint8), originals)

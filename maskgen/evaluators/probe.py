@@ -1,6 +1,7 @@
 """How much the features of a frozen encoder say about the class, beside three baselines."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -12,7 +13,7 @@ from sklearn.preprocessing import StandardScaler
 from maskgen import images as images_lib
 from maskgen.errors import UserError
 from maskgen.evaluators.batches import collect, one_blas_thread
-from maskgen.evaluators.context import Context, Report
+from maskgen.evaluators.context import Call, Context, Report
 
 _NEIGHBOURS = 5
 
@@ -123,6 +124,11 @@ class Evaluator:
     if min(images, self.draws, self.random_encoders, *self.shots, 1) < 1:
       raise UserError("num_images, shots, draws and random_encoders must be at least 1")
 
+  def trace(self, call: Call, batch: Mapping[str, jax.ShapeDtypeStruct]) -> None:
+    call("features", batch)
+    if self.baselines and self.context.codebook_size and "encode" in self.context.predict:
+      call("encode", batch)
+
   @one_blas_thread
   def run(self, variables: Any, rng: jax.Array) -> Report:
     """Evaluates; `rng` is a typed key."""
@@ -168,7 +174,7 @@ class Evaluator:
       "top1_pixels": pixels.logistic(),
     }
     codes = context.codebook_size
-    if "encode" in context.predict and codes is not None:
+    if "encode" in context.predict and codes:
 
       def onehot(batch):
         tokens = context.predict["encode"](variables, batch, rng)

@@ -1,6 +1,7 @@
 """How well a tokenizer reconstructs held-out images, and how much of its codebook it uses."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import dm_pix
@@ -12,7 +13,7 @@ from maskgen import images as images_lib
 from maskgen.errors import UserError
 from maskgen.evaluators import pictures
 from maskgen.evaluators.batches import collect
-from maskgen.evaluators.context import Context, Report
+from maskgen.evaluators.context import Call, Context, Report
 
 _MAX_PSNR = 100.0  # of a perfect reconstruction, whose PSNR is infinite
 
@@ -70,10 +71,15 @@ class Evaluator:
     if self.num_pictures < 1:
       raise UserError(f"num_pictures is {self.num_pictures}: give at least 1")
 
+  def trace(self, call: Call, batch: Mapping[str, jax.ShapeDtypeStruct]) -> None:
+    call("reconstruct", batch)
+    if "encode" in self.context.predict and self.context.codebook_size:
+      call("encode", batch)
+
   def run(self, variables: Any, rng: jax.Array) -> Report:
     """Evaluates; `rng` is a typed key."""
     predict, codebook_size = self.context.predict, self.context.codebook_size
-    has_codes = "encode" in predict and codebook_size is not None
+    has_codes = "encode" in predict and codebook_size > 0
 
     def evaluate(batch):
       results = compare(batch["image"], predict["reconstruct"](variables, batch, rng))
@@ -84,7 +90,7 @@ class Evaluator:
     results = collect(self.context, "eval", evaluate)
     tokens = results.pop("tokens", None)
     numbers = {name: float(values.mean(dtype="float64")) for name, values in results.items()}
-    if tokens is not None and codebook_size is not None:
+    if tokens is not None:
       numbers |= codebook_statistics(tokens, codebook_size)
     picture = pictures.reconstructions(self.context, variables, rng, self.num_pictures)
     return Report(numbers, {"reconstructions": picture})

@@ -1,13 +1,15 @@
 """Pictures for people, of whatever the objective can do."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
 
 from maskgen.errors import UserError, nearest
 from maskgen.evaluators import pictures
-from maskgen.evaluators.context import Context, Report
+from maskgen.evaluators.batches import key_shapes
+from maskgen.evaluators.context import Call, Context, Report
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +25,7 @@ class Evaluator:
     num_examples: evaluation images in the other pictures, at most one batch.
     masks: what is inpainted: names from `pictures.MASKS`.
     seed: of generation and inpainting, so that pictures of different steps are comparable.
+    sampling: options of `generate` and `inpaint`; see `Context.check_sampling`.
   """
 
   requires: ClassVar[tuple[str, ...]] = ()
@@ -32,6 +35,7 @@ class Evaluator:
   num_examples: int = 16
   masks: tuple[str, ...] = ("center", "right", "lower")
   seed: int = 0
+  sampling: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
   def __post_init__(self):
     if not {"generate", "reconstruct", "inpaint"} & self.context.predict.keys():
@@ -42,15 +46,32 @@ class Evaluator:
       if name not in pictures.MASKS:
         raise UserError(f"mask '{name}' does not exist{nearest(name, pictures.MASKS)}")
 
+    self.context.check_sampling(self.sampling)
+
+  def trace(self, call: Call, batch: Mapping[str, jax.ShapeDtypeStruct]) -> None:
+    predict, image = self.context.predict, batch["image"]
+    inputs = {"key": key_shapes(batch)}
+    if self.context.num_classes:
+      inputs["label"] = batch["label"]
+    if "generate" in predict:
+      call("generate", inputs, **self.sampling)
+    if "reconstruct" in predict:
+      call("reconstruct", batch)
+    if "inpaint" in predict:
+      mask = jax.ShapeDtypeStruct(image.shape[:3], bool)
+      call("inpaint", inputs | {"image": image, "mask": mask}, **self.sampling)
+
   def run(self, variables: Any, rng: jax.Array) -> Report:
     """Makes the pictures; `rng` is a typed key."""
-    context, made = self.context, {}
+    context, options, made = self.context, self.sampling, {}
     if "generate" in context.predict:
-      made["generated"] = pictures.generated(context, variables, rng, self.num_generated, self.seed)
+      made["generated"] = pictures.generated(
+        context, variables, rng, self.num_generated, self.seed, **options
+      )
     if "reconstruct" in context.predict:
       made["reconstructions"] = pictures.reconstructions(context, variables, rng, self.num_examples)
     if "inpaint" in context.predict:
       made["inpainted"] = pictures.inpainted(
-        context, variables, rng, self.num_examples, self.seed, self.masks
+        context, variables, rng, self.num_examples, self.seed, self.masks, **options
       )
     return Report(pictures=made)

@@ -20,7 +20,7 @@ from maskgen.numerics.prompts import Frame, Segment
 
 
 @dataclasses.dataclass(frozen=True)
-class Sampling:
+class ImageWordsSampling:
   """How images are drawn.
 
   Attributes:
@@ -36,7 +36,7 @@ class Sampling:
   text_guidance: float = 2.0
 
   def __post_init__(self):
-    diffusion.Sampling(self.steps, self.sampler)  # which checks them
+    diffusion.DiffusionSampling(self.steps, self.sampler)  # which checks them
     check_at_least(self, 0, "image_guidance", "text_guidance")
 
 
@@ -147,7 +147,7 @@ class FrozenTextToImage:
       words: of the prompt: what is before, between and behind its images; or none.
       images: of the prompt.
       negative: what guidance leads away from, in the place of nothing.
-      image_guidance: see `Sampling`, as for the others.
+      image_guidance: see `ImageWordsSampling`, as for the others.
       text_guidance: likewise.
       sampler: likewise.
       steps: likewise.

@@ -78,7 +78,7 @@ class Schedule:
 
 
 @dataclasses.dataclass(frozen=True)
-class Sampling:
+class DiffusionSampling:
   """How images are drawn.
 
   Attributes:

@@ -41,7 +41,7 @@ GUIDANCE_SCHEDULES: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Sampling:
+class MaskedSampling:
   """How tokens are filled in: the arguments of `decode`, and of `guide`.
 
   Attributes:
@@ -79,6 +79,13 @@ class Sampling:
     if not isinstance(self.reuse, int) or self.reuse < 1 or self.steps % self.reuse:
       raise UserError(f"reuse is {self.reuse!r}: it must divide the number of steps, {self.steps}")
 
+  @property
+  def ignored(self) -> tuple[str, ...]:
+    """Options that have no effect beside the others."""
+    without_noise = ("temperature",) if self.order != "confidence" else ()
+    unguided = ("guidance_schedule",) if self.guidance == 1 else ()
+    return without_noise + unguided
+
 
 def guide(
   conditional: jax.Array,
@@ -96,8 +103,8 @@ def guide(
     conditional: c, logits of any shape.
     unconditional: u, logits of the same shape.
     t: float32 scalar, the fraction of completed steps.
-    guidance: s, see `Sampling`.
-    guidance_schedule: see `Sampling`.
+    guidance: s, see `MaskedSampling`.
+    guidance_schedule: see `MaskedSampling`.
   """
   excess = (guidance - 1.0) * GUIDANCE_SCHEDULES[guidance_schedule](t)
   return conditional + excess * (conditional - unconditional)
@@ -189,12 +196,12 @@ def decode(
     reusing_fn: like `logits_fn`, required if `reuse` exceeds 1; it returns the logits and a function (tokens,
       unknown, where int32 [b, q], t) -> logits [b, q, K] at the distinct positions `where`, which may reuse
       everything else from the full evaluation.
-    steps: see `Sampling`.
-    schedule: see `Sampling`.
-    temperature: see `Sampling`.
-    order: see `Sampling`.
-    softmax_temperature: see `Sampling`.
-    reuse: see `Sampling`.
+    steps: see `MaskedSampling`.
+    schedule: see `MaskedSampling`.
+    temperature: see `MaskedSampling`.
+    order: see `MaskedSampling`.
+    softmax_temperature: see `MaskedSampling`.
+    reuse: see `MaskedSampling`.
 
   Returns:
     int32 [b, n]; known tokens are unchanged.

@@ -17,7 +17,7 @@ from maskgen import config as config_lib
 from maskgen import plugins, sharding, tree
 from maskgen.batch import BatchSpec as BatchSpec
 from maskgen.config import fields
-from maskgen.errors import UserError
+from maskgen.errors import UserError, nearest
 from maskgen.models.image_encoder import NETWORKS, EncoderPart
 from maskgen.models.vqgan import VQGAN
 from maskgen.numerics.text import Captions
@@ -115,6 +115,9 @@ class Objective(Protocol):
     through: images [b, steps, h, w, c], and which tokens are unknown, bool [b, steps, h', w'];
     mask (batch: key [b], the keys of `losses`; needs no variables) -> bool [b, h', w'], True for each token
     that `losses` masks.
+
+    An objective whose functions sample has a field `sampling`, a frozen dataclass that checks itself. Its
+    fields are defaults for the options of these functions, and the only options that they have.
 
     Where `num_classes` is not 0, loss takes `label` [b] as well, and so do logits, generate, trajectory and
     inpaint, for which `num_classes` stands for no class, as does its absence. Where there are `captions`,
@@ -236,6 +239,27 @@ def _described(value: Any, prefix: str = "") -> dict[str, Any]:
   return functools.reduce(
     lambda known, part: known | _described(part[1], f"{prefix}.{part[0]}".lstrip(".")), parts.items(), kind
   )
+
+
+def check_sampling(objective: Objective, options: Mapping[str, Any]) -> None:
+  """Checks options of `generate` and the like: the objective has to accept them as its `sampling`.
+
+  Raises:
+    UserError: for an unknown option, a value that the objective refuses, or an objective without `sampling`.
+  """
+  if not isinstance(options, Mapping):
+    raise UserError(f"sampling is {options!r}: give options by name, such as dict(steps=8)")
+  if not options:
+    return
+  whole: Any = objective
+  defaults = getattr(whole, "sampling", None)
+  if defaults is None:
+    raise UserError(f"{', '.join(options)} given: this model does not sample images, leave it out")
+  known = fields.of(type(defaults))
+  for name in options:
+    if name not in known:
+      raise UserError(f"sampling has no option '{name}'{nearest(name, known)}")
+  dataclasses.replace(whole, sampling=dataclasses.replace(defaults, **options))
 
 
 def tokenizer_fingerprint(params: Tree) -> str:

@@ -50,7 +50,7 @@ class Objective:
   unet: UNet = UNet()
   schedule: diffusion.Schedule = diffusion.Schedule()
   caption_dropout: float = 0.1
-  sampling: diffusion.Sampling = diffusion.Sampling()
+  sampling: diffusion.DiffusionSampling = diffusion.DiffusionSampling()
 
   def __post_init__(self):
     check_image_size(self.image_size)

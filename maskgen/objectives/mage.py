@@ -60,7 +60,7 @@ class Objective:
   scan: bool = fields.operational(False)
   mask_ratio: masking.MaskRatio = masking.MaskRatio()
   label_smoothing: float = 0.1
-  sampling: sampling_lib.Sampling = sampling_lib.Sampling()
+  sampling: sampling_lib.MaskedSampling = sampling_lib.MaskedSampling()
 
   def __post_init__(self):
     check_image_size(self.image_size)
@@ -85,7 +85,7 @@ class Objective:
       )
     if self.sampling.guidance != 1 and not self.num_classes and self.captions is None:
       raise UserError(
-        f"sampling.guidance is {self.sampling.guidance}: this objective has no classes to guide to, remove it"
+        f"sampling.guidance is {self.sampling.guidance}: a model without classes or captions takes none"
       )
 
   @property

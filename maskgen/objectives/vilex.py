@@ -22,7 +22,7 @@ from maskgen.importers import diffusers
 from maskgen.models.attention_pool import AttentionPool
 from maskgen.models.image_encoder import IMAGE_CHANNELS, EncoderPart
 from maskgen.models.text_to_image import ERROR_KEYS
-from maskgen.models.vilex import FrozenTextToImage, Sampling
+from maskgen.models.vilex import FrozenTextToImage, ImageWordsSampling
 from maskgen.numerics import diffusion, prompts
 from maskgen.numerics.prompts import Segment, TailDrop, Words
 from maskgen.numerics.text import Captions
@@ -79,7 +79,7 @@ class Objective:
   min_timestep: int = fields.renamed(0, was="first_step")
   dtype: str = fields.precision("float32")
   attention: str = fields.operational("auto", plain="xla")
-  sampling: Sampling = Sampling()
+  sampling: ImageWordsSampling = ImageWordsSampling()
 
   def __post_init__(self):
     config_lib.check_at_least(self, 0, "alignment_steps", "min_timestep")

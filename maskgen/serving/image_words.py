@@ -159,9 +159,6 @@ class ImageWords(Model):
       path, self.objective.text_to_image.model.text_widths, self.objective.tokens
     )
 
-  def _options(self, options: dict[str, Any]) -> dict[str, Any]:
-    return requests.options(options, self.objective.sampling)
-
   def _check_number(self, num_tokens: int | None) -> int:
     """How many tokens of an image are wanted, by default all."""
     most = self.objective.tokens

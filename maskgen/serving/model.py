@@ -9,6 +9,7 @@ import numpy as np
 from maskgen import images as images_lib
 from maskgen import objectives
 from maskgen.errors import UserError
+from maskgen.serving import requests
 
 
 class CannotError(UserError, AttributeError):
@@ -80,6 +81,11 @@ class Model:
         "resize them"
       )
     return checked
+
+  def _options(self, options: dict[str, Any]) -> dict[str, Any]:
+    given = requests.options(options)
+    objectives.check_sampling(self.objective, given)
+    return given
 
   def _cannot(self, name: str) -> str:
     known = sorted(self._fns)

@@ -1,7 +1,6 @@
 """What users ask a model to draw: how many images, with which seed, texts, classes and options."""
 
 import contextlib
-import dataclasses
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maskgen.errors import UserError, nearest
+from maskgen.errors import UserError
 from maskgen.numerics.text import Captions
 
 _BATCH = 16
@@ -90,24 +89,9 @@ def labels(label: int | Sequence[int] | np.ndarray, batch: int, classes: int) ->
   return np.broadcast_to(given, (batch,)).astype(np.int32)
 
 
-def options(given: dict[str, Any], defaults: Any) -> dict[str, Any]:
-  """Checks options of sampling.
-
-  Args:
-    given: those that a user gives.
-    defaults: the objective's `sampling`, a dataclass that checks its fields.
-
-  Raises:
-    UserError: for an unknown name or a value that the dataclass refuses.
-  """
-  known = [field.name for field in dataclasses.fields(defaults)]
-  for name in given:
-    if name not in known:
-      raise UserError(f"sampling has no option '{name}'{nearest(name, known)}")
-  # Scalars of NumPy and JAX as Python's: static options of compiled functions must be hashable.
-  given = {
+def options(given: dict[str, Any]) -> dict[str, Any]:
+  """Options with scalars of NumPy and JAX as Python's: those that are static must be hashable."""
+  return {
     name: value.item() if hasattr(value, "item") and not np.shape(value) else value
     for name, value in given.items()
   }
-  dataclasses.replace(defaults, **given)  # which checks the values
-  return given

@@ -28,10 +28,10 @@ class TextToImageModel(Model):
       seed: of the randomness.
       batch: how many; by default one per prompt, or 16.
       prompt: a text, or one per image; None for no text.
-      **options: the fields of `maskgen.numerics.diffusion.Sampling`; by default those of the config.
+      **options: the fields of `maskgen.numerics.diffusion.DiffusionSampling`; by default as in the config.
     """
     batch = requests.count(batch, prompt)
     request: dict[str, Any] = {"key": requests.keys(seed, batch)}
     if prompt is not None:
       request["caption"] = requests.captions(prompt, batch, self.objective.captions)
-    return self.call("generate", request, **requests.options(options, self.objective.sampling))
+    return self.call("generate", request, **self._options(options))

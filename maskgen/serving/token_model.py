@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from maskgen import images as images_lib
-from maskgen.errors import UserError
 from maskgen.numerics import editing
 from maskgen.serving import requests
 from maskgen.serving.tokenizer import Tokenizer
@@ -53,7 +52,7 @@ class TokenModel(Tokenizer):
       batch: how many; by default one per label or prompt, or 16.
       label: a class, or one per image, for a model that was trained with classes; None for no class.
       prompt: a text, or one per image, for a model that was trained with captions; None for no text.
-      **options: the fields of `maskgen.numerics.sampling.Sampling`; by default those of the config.
+      **options: the fields of `maskgen.numerics.sampling.MaskedSampling`; by default as in the config.
     """
     return self.call("generate", self._request(seed, batch, label, prompt), **self._options(options))
 
@@ -175,12 +174,3 @@ class TokenModel(Tokenizer):
     if prompt is not None:
       request["caption"] = requests.captions(prompt, batch, self.objective.captions)
     return request
-
-  def _options(self, options: dict[str, Any]) -> dict[str, Any]:
-    if not self.objective.num_classes and self.objective.captions is None:
-      for name in options:
-        if name.startswith("guidance"):
-          raise UserError(
-            f"{name} is given: this model was trained without classes to guide to, leave it out"
-          )
-    return requests.options(options, self.objective.sampling)

@@ -10,6 +10,7 @@ from tqdm import tqdm
 from maskgen import cli, images, sheet
 from maskgen.errors import UserError
 from maskgen.numerics import editing
+from maskgen.tools import sampling_flags
 
 _HOLE_COLOUR = (255, 0, 255)  # magenta: rare in images
 # Below, a pixel of the picture is transparent, and above, one of a mask is white.
@@ -31,10 +32,9 @@ def main(argv: Sequence[str]) -> None:
   model = maskgen.load(args.model)
   if model.objective.image_shape[-1] == 1:
     image = np.asarray(Image.fromarray(image).convert("L"))[..., None]
-  names = ("steps", "temperature", "label", "guidance")
-  options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+  options = sampling_flags.given(args, getattr(model.objective, "sampling", None))
   edited = [
-    model.inpaint(image, hole, args.seed + i, feather=args.feather, **options)
+    model.inpaint(image, hole, args.seed + i, args.label, feather=args.feather, **options)
     for i in tqdm(range(args.candidates), desc="editing", disable=args.candidates == 1)
   ]
   if args.candidates == 1:
@@ -74,10 +74,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     "--candidates", type=int, default=1, help="how many; each in a file, and all on a sheet"
   )
   parser.add_argument("--seed", type=int, default=0, help="seed; candidate i is made with seed + i")
-  parser.add_argument("--steps", type=int, help="decoding steps, by default the config's")
-  parser.add_argument("--temperature", type=float, help="choice temperature, by default the config's")
   parser.add_argument("--label", type=int, help="class of what is made, for class-conditional models")
-  parser.add_argument("--guidance", type=float, help="guidance scale, for conditional models")
+  sampling_flags.add(parser, argv)
   args = parser.parse_args(argv)
   cli.check_out(args.out)
   for name, least in (("candidates", 1), ("grow", 0), ("feather", 0)):

@@ -1,12 +1,12 @@
 """Writes a grid of generated images: python -m maskgen.tools.generate --model=DIR --out=FILE.png"""
 
-import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
 
 from maskgen import cli
 from maskgen.errors import UserError
+from maskgen.tools import sampling_flags
 
 # Of the picture of a trajectory.
 _ROWS, _COLUMNS = 8, 10
@@ -29,16 +29,7 @@ def main(argv: Sequence[str]) -> None:
     "--prompt", action="append", help="a text, if it was trained with captions; may be given several times"
   )
   parser.add_argument("--trajectory", help="PNG file that shows how the first images come into being")
-  options = parser.add_argument_group("sampling, by default as in the config; docs/sampling.md explains all")
-  options.add_argument("--steps", type=int, help="decoding steps")
-  options.add_argument("--schedule", help="share of the tokens that is masked at each step, such as cosine")
-  options.add_argument("--temperature", type=float, help="choice temperature, of the order 'confidence'")
-  options.add_argument("--order", help="which tokens come first: confidence, halton or random")
-  options.add_argument("--softmax_temperature", type=float, help="divides the logits of the tokens")
-  options.add_argument("--reuse", type=int, help="steps from one full evaluation to the next")
-  options.add_argument("--guidance", type=float, help="how much the class or the prompt counts")
-  options.add_argument("--guidance_schedule", help="how guidance grows over the steps")
-  options.add_argument("--sampler", help="of a diffusion model: dpm or ddim")
+  sampling_flags.add(parser, argv)
   args = parser.parse_args(argv)
   cli.check_out(args.out)
   if args.trajectory is not None:
@@ -48,13 +39,9 @@ def main(argv: Sequence[str]) -> None:
 
   import maskgen
   from maskgen import images
-  from maskgen.numerics import diffusion, sampling
 
   model = maskgen.load(args.model)
-  names = [
-    field.name for kind in (sampling.Sampling, diffusion.Sampling) for field in dataclasses.fields(kind)
-  ]
-  given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+  given = sampling_flags.given(args, getattr(model.objective, "sampling", None))
   classes = None if args.label is None else parse_labels(args.label, model.objective.num_classes)
   if classes and args.prompt:
     raise UserError(f"--label={args.label} and --prompt={args.prompt[0]}: give one of them")

@@ -15,6 +15,7 @@ from etils import epath
 
 from maskgen import cli, files
 from maskgen.errors import UserError
+from maskgen.tools import sampling_flags
 
 TABLE, SHEET, PICTURES = "sweep.csv", "sweep.png", "pictures"
 _SHOWN = 16  # images of each setting, in one row
@@ -28,8 +29,7 @@ def main(argv: Sequence[str]) -> None:
   Raises:
     UserError: if the model, a setting or the folder is wrong.
   """
-  from maskgen import storage
-  from maskgen.numerics.sampling import Sampling
+  from maskgen import objectives, storage
 
   parser = cli.Parser(
     "Generates images with every combination of the given settings of sampling, compares them with the data "
@@ -47,9 +47,7 @@ def main(argv: Sequence[str]) -> None:
     default=500,
     help="images per setting; distances of other numbers do not compare",
   )
-  fields = parser.add_argument_group("values to combine, separated by commas; by default the config's")
-  for field in dataclasses.fields(Sampling):
-    fields.add_argument(f"--{field.name}", help=f"such as {field.default}")
+  sampling_flags.add(parser, argv, several=True)
   args = parser.parse_args(argv)
   if args.num_images < 2:
     raise UserError(f"--num_images={args.num_images}: give at least 2")
@@ -58,34 +56,31 @@ def main(argv: Sequence[str]) -> None:
   if not cli.writable(out) or (out.exists() and not out.is_dir()):
     raise UserError(f"--out={args.out}: it is no folder that can be written, give another")
 
-  from maskgen import objectives
-
   objective = objectives.build(config.get("objective", {}))
-  defaults = getattr(objective, "sampling", None)
-  for name in ("guidance", "guidance_schedule"):
-    if getattr(args, name) is not None and not objective.num_classes:
-      raise UserError(f"--{name}={getattr(args, name)}: this model was trained without classes, leave it out")
-  if defaults is None:
+  if not hasattr(objective, "sampling"):
     raise UserError(
       f"--model={args.model} does not generate: give a model that was trained to, such as mage's"
     )
-  sweep(args.model, config, settings(defaults, args), out, args.num_images)
+  sweep(args.model, config, settings(objective, args), out, args.num_images)
 
 
-def settings(defaults: Any, args: argparse.Namespace) -> list[Any]:
+def settings(objective: Any, args: argparse.Namespace) -> list[Any]:
   """Every combination of the flags, checked; those that differ in nothing that matters come once.
 
   Args:
-    defaults: the model's `sampling.Sampling`, for what no flag gives.
-    args: flags with the names of its fields, texts or None.
+    objective: the model's; its `sampling` has the defaults.
+    args: flags with the names of the fields of `sampling`, texts or None.
 
   Raises:
     UserError: if a value is wrong, or does not go with another.
   """
+  from maskgen import objectives
+
+  defaults = objective.sampling
   choices: dict[str, list[Any]] = {}
   for field in dataclasses.fields(defaults):
     text: str | None = getattr(args, field.name)
-    kind: Any = type(field.default)
+    kind: Any = type(getattr(defaults, field.name))
     try:
       choices[field.name] = (
         [getattr(defaults, field.name)] if text is None else [kind(value) for value in text.split(",")]
@@ -95,12 +90,11 @@ def settings(defaults: Any, args: argparse.Namespace) -> list[Any]:
       raise UserError(f"--{field.name}={text}: give {what}, separated by commas") from None
   found = []
   for values in itertools.product(*choices.values()):
-    setting = type(defaults)(**dict(zip(choices, values, strict=True)))
-    if setting.order != "confidence":  # which alone has a use for it
-      setting = dataclasses.replace(setting, temperature=defaults.temperature)
-    if setting.guidance == 1:
-      setting = dataclasses.replace(setting, guidance_schedule=defaults.guidance_schedule)
-    found.append(setting)
+    options = dict(zip(choices, values, strict=True))
+    objectives.check_sampling(objective, options)
+    setting = dataclasses.replace(defaults, **options)
+    ignored = {name: getattr(defaults, name) for name in getattr(setting, "ignored", ())}
+    found.append(dataclasses.replace(setting, **ignored))
   return list(dict.fromkeys(found))
 
 
@@ -110,12 +104,15 @@ def sweep(
   """Measures the settings that are not in the table yet, then sorts it and draws the sheet."""
   import jax
 
-  from maskgen import images, storage, tree
+  from maskgen import images, objectives, storage, tree
+  from maskgen.evaluators.feature_spaces import name_of
   from maskgen.training.experiment import Experiment
 
   # The run's own evaluation of generated images, if it has one: its feature space and its classifier.
   sections = (section for section in config.get("evals", {}).values() if section["type"] == "generation")
   section = next(sections, {"type": "generation", "every_steps": 1}) | {"num_images": num_images}
+  if objectives.build(config["objective"]).captions is not None:
+    section["captions"] = True  # guidance would have nothing to guide to
   own = {key: value for key, value in config.items() if key != "version"}  # of maskgen, not of the run
   experiment = Experiment({**own, "evals": {"sweep": section}})
   evaluator: Any = experiment.evaluators["sweep"][1]
@@ -140,7 +137,7 @@ def sweep(
     left = (time.monotonic() - began) / number * (len(todo) - number)
     shown = ", ".join(f"{name} {value:.4g}" for name, value in measured.items())
     log.info("%d of %d: %s: %s; %.0f s left", number, len(todo), _name(options), shown, left)
-  rank = f"frechet_{evaluator.features}"
+  rank = f"frechet_{name_of(evaluator.features)}"
   rows.sort(key=lambda row: float(row[rank]))
   write_table(out / TABLE, rows)
   chosen = [row for row in rows if any(find([row], setting) for setting in wanted)]
@@ -161,6 +158,9 @@ def _time(experiment: Any, variables: Any, options: dict[str, Any]) -> tuple[flo
   batch, seconds = {"key": batches.make_keys({"valid": like}, seed=0)}, []
   if num_classes := experiment.objective.num_classes:
     batch["label"] = batches.make_labels({"valid": like}, num_classes)
+  if (captions := experiment.objective.captions) is not None:
+    empty = np.repeat(captions.read([""]), len(like), axis=0)
+    batch["caption"] = batches.place({"valid": like}, empty)
   for _ in range(1 + _CALLS):
     began = time.monotonic()
     made = jax.block_until_ready(

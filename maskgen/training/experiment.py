@@ -1,5 +1,6 @@
 """Everything a run is made of, built from its config and checked before anything is trained."""
 
+import functools
 import json
 from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from typing import Any
@@ -13,7 +14,6 @@ from maskgen import config as config_lib
 from maskgen import evaluators, files, objectives, processes, sharding, storage
 from maskgen.errors import UserError, nearest
 from maskgen.importers.published import PUBLISHED
-from maskgen.objectives import vilex
 from maskgen.training import optim
 from maskgen.training.state import TrainState
 from maskgen.training.step import Update, make_update
@@ -257,23 +257,22 @@ class Experiment:
     return sharding.coverage(targets, self.config.sharding)
 
   def check_predict_fns(self) -> None:
-    """Traces the prediction functions that take images, at the batch size of evaluations."""
+    """Traces the prediction functions that the evaluations will call, with their batches and options."""
     variables = self.targets["state"].variables(self.targets["frozen"])
-    shapes = self.objective.batch_spec().shapes(self.eval_batch_size)
-    for name in ("loss", "encode", "reconstruct", "features", "classify"):
-      if name in self.predict:
-        jax.eval_shape(self.predict[name], variables, shapes, jax.random.key(0))
+
+    def call(name: str, batch: Any, **options: Any) -> Any:
+      fn = functools.partial(self.predict[name], **options)
+      return jax.eval_shape(fn, variables, batch, jax.random.key(0))
+
+    for name, (_, evaluator) in self.evaluators.items():
+      try:
+        evaluators.trace(evaluator, call, self.data.eval_spec(self.eval_batch_size))
+      except UserError as error:
+        raise UserError(f"config.evals.{name}: {error}") from error
 
   def _build_evaluators(self) -> None:
     context = evaluators.Context(
-      predict=self.predict,
-      batches=self._eval_batches,
-      fresh_variables=self._fresh_variables,
-      codebook_size=self.objective.codebook_size or None,
-      class_names=self.data.class_names,
-      num_classes=self.objective.num_classes,
-      captions=self.objective.captions,
-      image_tokens=self.objective.tokens if isinstance(self.objective, vilex.Objective) else 0,
+      self.objective, self.predict, self._eval_batches, self._fresh_variables, self.data.class_names
     )
     self.evaluators: dict[str, tuple[int, evaluators.Evaluator]] = {}
     for name, section in self.config.evals.items():

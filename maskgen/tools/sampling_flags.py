@@ -1,0 +1,58 @@
+"""Flags for the options of sampling: the fields of the `sampling` of a model's objective."""
+
+import argparse
+import dataclasses
+import inspect
+import re
+from collections.abc import Sequence
+from typing import Any
+
+
+def add(parser: argparse.ArgumentParser, argv: Sequence[str], *, several: bool = False) -> None:
+  """Adds a flag for each option of the model that `--model` names; without `--model`, of every kind of model.
+
+  Args:
+    parser: gets the flags.
+    argv: the command line.
+    several: whether a flag takes several values, as text.
+
+  Raises:
+    UserError: if `--model` names no model.
+  """
+  group = parser.add_argument_group("sampling, by default as in the config; docs/sampling.md explains all")
+  options: dict[str, tuple[type, str]] = {}
+  for defaults in _defaults(argv):
+    about = _described(type(defaults))
+    for field in dataclasses.fields(defaults):
+      options.setdefault(field.name, (type(getattr(defaults, field.name)), about[field.name]))
+  for name, (kind, text) in options.items():
+    group.add_argument(f"--{name}", type=str if several else kind, help=text.rstrip(".").replace("%", "%%"))
+
+
+def given(args: argparse.Namespace, sampling: Any) -> dict[str, Any]:
+  """The options that the command line gives, of an objective's `sampling`."""
+  names = [field.name for field in dataclasses.fields(sampling)] if sampling is not None else []
+  return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+
+
+def _defaults(argv: Sequence[str]) -> list[Any]:
+  """The `sampling` of the model that the command line names, or of every objective."""
+  from maskgen import objectives, plugins, storage
+
+  first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+  first.add_argument("--model", nargs="?")
+  model = first.parse_known_args(argv)[0].model
+  if model is None:
+    names = plugins.short_names(objectives.__name__, "Objective")
+    found = [getattr(objectives.find({"name": name}), "sampling", None) for name in names]
+  else:
+    found = [getattr(objectives.build(storage.load_config(model).get("objective", {})), "sampling", None)]
+  return [sampling for sampling in found if sampling is not None]
+
+
+def _described(cls: type) -> dict[str, str]:
+  """What the docstring of a dataclass says of each of its fields."""
+  attributes = (inspect.getdoc(cls) or "").partition("Attributes:\n")[2]
+  found = re.findall(r"^  ([\w, ]+): (.*?)(?=^  \w|\Z)", attributes, flags=re.MULTILINE | re.DOTALL)
+  texts = {name: " ".join(text.split()) for names, text in found for name in names.split(", ")}
+  return {field.name: texts.get(field.name, "") for field in dataclasses.fields(cls)}
