@@ -138,7 +138,7 @@ def test_averages_stand_in_for_parameters(tmp_path):
   write_model(tmp_path / "run", state)
   loaded = storage.load_variables(tmp_path / "run", wanted(state))
   assert_same_bits(loaded["params"], state.ema)
-  assert_same_bits(loaded["extra"], state.extra)
+  assert_same_bits(loaded["extra"], state.model_state)
 
 
 def test_groups_without_an_average_keep_their_parameters(tmp_path):

@@ -180,7 +180,7 @@ def test_accumulation_follows_the_statistics_of_each_micro_batch():
   mean = jnp.zeros(WIDTH)
   for half in (features[0::2], features[1::2]):
     mean = 0.9 * mean + 0.1 * half.mean(axis=0)
-  np.testing.assert_allclose(after.extra["batch_norm"]["mean"], mean, atol=1e-6)
+  np.testing.assert_allclose(after.model_state["batch_norm"]["mean"], mean, atol=1e-6)
   # No state of an optimizer for what is frozen.
   assert tree.count(after.opt_state) <= 2 * tree.count(parts["params"]) + 2
 

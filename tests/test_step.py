@@ -220,7 +220,7 @@ def test_each_group_follows_the_gradient_of_its_own_loss():
     def loss(own, group):
       every = {**params, group: own}
       values, _, _ = objective.losses(
-        every, frozen, state.extra, batch, jax.random.key(7), jnp.int32(0), train=True
+        every, frozen, state.model_state, batch, jax.random.key(7), jnp.int32(0), train=True
       )
       return values[group]
 
@@ -236,7 +236,7 @@ def test_the_adversarial_loss_sets_in_at_its_step():
   @jax.jit
   def losses(params, step):
     values, metrics, _ = objective.losses(
-      params, frozen, state.extra, make_batch(), jax.random.key(0), step, train=True
+      params, frozen, state.model_state, make_batch(), jax.random.key(0), step, train=True
     )
     return values, metrics["adversarial"]
 
@@ -266,7 +266,7 @@ def test_the_perceptual_network_is_asked_for_and_its_distance_teaches(monkeypatc
   def gradient(bias, params, frozen):
     params["generator"]["decoder"]["conv_out"]["bias"] = bias
     values, metrics, _ = objective.losses(
-      params, frozen, state.extra, make_batch(), jax.random.key(0), jnp.int32(0), train=True
+      params, frozen, state.model_state, make_batch(), jax.random.key(0), jnp.int32(0), train=True
     )
     return values["generator"], metrics["perceptual"]
 
@@ -296,7 +296,7 @@ def test_one_step_is_the_same_on_every_mesh(name, shape, monkeypatch):
   split = [leaf for leaf in jax.tree.leaves(after.params) if not leaf.is_fully_replicated]
   assert (len(split) > len(jax.tree.leaves(after.params)) / 3) == (mesh.shape["fsdp"] > 1)
   assert_close(after.opt_state, expected.opt_state, 3e-5)
-  assert_close((after.params, after.extra), (expected.params, expected.extra), 1e-5)
+  assert_close((after.params, after.model_state), (expected.params, expected.model_state), 1e-5)
   assert_close(metrics, expected_metrics, 1e-5)
 
 
@@ -351,14 +351,21 @@ def test_randomness_follows_from_seed_and_step_alone():
   assert len(set(drawn)) == 6
 
 
-def test_accumulation_threads_extra_and_shares_the_examples_out_in_turn():
+def test_accumulation_threads_the_model_state_and_shares_the_examples_out_in_turn():
   update = jax.jit(make(Counting(), "ab", accumulation=2))
   after, metrics = update(counting_state(), jnp.float32(0.0), COUNTING_BATCH)
-  assert after.extra["examples"] == 8
+  assert after.model_state["examples"] == 8
   assert metrics["first"] == 0.5  # micro-batches start with the examples 0 and 1
   _, plain = jax.jit(make(Counting(), "ab"))(counting_state(), jnp.float32(0.0), COUNTING_BATCH)
   assert metrics["noise"] == pytest.approx(float(plain["noise"]))  # an example keeps its key
   assert metrics["model_noise"] != plain["model_noise"]
+
+
+def test_checkpoints_store_the_model_state_as_extra():
+  state = counting_state()
+  assert [name.split("/")[0] for name in tree.flatten(state)][-1] == "extra"
+  assert tree.flatten(state)["extra/examples"] is state.model_state["examples"]
+  assert jax.tree.map(lambda leaf: leaf, state) == state
 
 
 @pytest.mark.parametrize("step,decay", [(0, 0.1), (8, 0.5), (10_000, 0.98)])
@@ -371,7 +378,7 @@ def test_moving_average(step, decay):
   assert after.ema["b"]["w"] == pytest.approx(expected, rel=1e-5)
   variables = after.variables(frozen)
   assert variables["params"] == {"a": after.params["a"], "b": after.ema["b"]}
-  assert variables["frozen"] is frozen and variables["extra"] is after.extra
+  assert variables["frozen"] is frozen and variables["extra"] is after.model_state
 
 
 # Optimizers

@@ -72,14 +72,14 @@ def regularised():
 
 def test_without_lecam_the_state_has_the_same_names(plain):
   metrics, state = plain
-  assert set(tree.flatten(state.extra)) == {"usage"}
+  assert set(tree.flatten(state.model_state)) == {"usage"}
   assert "lecam" not in metrics[0]
 
 
 def test_anchors_follow_the_logits(regularised):
   metrics, state = regularised
-  assert set(tree.flatten(state.extra)) == {"usage", "anchors/real", "anchors/fake"}
-  for kind, anchor in state.extra["anchors"].items():
+  assert set(tree.flatten(state.model_state)) == {"usage", "anchors/real", "anchors/fake"}
+  for kind, anchor in state.model_state["anchors"].items():
     expected = 0.0
     for step, row in enumerate(metrics):
       decay = min(tokenizer.ANCHOR_DECAY, (1 + step) / (10 + step))
@@ -124,8 +124,8 @@ def test_every_mesh_gives_the_same_numbers(regularised):
   for one, other in zip(found, regularised[0], strict=True):
     for name in ("loss/discriminator", "loss/generator", "lecam"):
       np.testing.assert_allclose(one[name], other[name], rtol=1e-4, atol=1e-6)
-  for kind, anchor in state.extra["anchors"].items():
-    np.testing.assert_allclose(anchor, regularised[1].extra["anchors"][kind], rtol=1e-4)
+  for kind, anchor in state.model_state["anchors"].items():
+    np.testing.assert_allclose(anchor, regularised[1].model_state["anchors"][kind], rtol=1e-4)
 
 
 @pytest.mark.slow
@@ -136,13 +136,13 @@ def test_anchors_move_with_every_micro_batch():
   batches = built.train_batches(0)
   batch = next(batches)["image"]
   batches.close()
-  extra, losses_of = parameters.extra, built.objective.losses
+  extra, losses_of = parameters.model_state, built.objective.losses
   for part in (batch[::2], batch[1::2]):
     _, _, extra = losses_of(
       parameters.params, {}, extra, {"image": part}, jax.random.key(0), parameters.step, train=True
     )
   for name, value in tree.flatten(extra).items():
-    np.testing.assert_allclose(tree.flatten(state.extra)[name], value, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(tree.flatten(state.model_state)[name], value, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize(

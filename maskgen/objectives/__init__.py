@@ -75,13 +75,16 @@ class Objective(Protocol):
     """
 
   def init(self, rng: jax.Array, pretrained: Mapping[str, Tree]) -> dict[str, Tree]:
-    """Makes `{"params": {group: tree}, "frozen": tree, "extra": tree}`; one parameter group per loss."""
+    """Makes `{"params": {group: tree}, "frozen": tree, "extra": tree}`; one parameter group per loss.
+
+    `extra` is the model state: running statistics that no gradient reaches.
+    """
 
   def losses(
     self,
     params: Mapping[str, Tree],
     frozen: Tree,
-    extra: Tree,
+    model_state: Tree,
     batch: Batch,
     rng: jax.Array,
     step: jax.Array,
@@ -93,7 +96,7 @@ class Objective(Protocol):
     Args:
       params: as made by `init`.
       frozen: as made by `init`.
-      extra: as made by `init`, or by the step before.
+      model_state: as made by `init`, or by the step before.
       batch: the arrays of `batch_spec`, of which images may also be float32 in [0, 1], and codes of any
         integer type; `key` one PRNG key per example, for randomness that must not depend on how the batch is
         split.
@@ -102,7 +105,7 @@ class Objective(Protocol):
       train: whether dropout and the like are on.
 
     Returns:
-      One scalar loss per parameter group, metrics (scalars), and the new `extra`.
+      One scalar loss per parameter group, metrics (scalars), and the new model state.
     """
 
   def predict_fns(self) -> dict[str, PredictFn]:

@@ -216,7 +216,7 @@ class Objective:
     self,
     params: Mapping[str, Tree],
     frozen: Tree,
-    extra: Tree,
+    model_state: Tree,
     batch: Batch,
     rng: jax.Array,
     step: jax.Array,
@@ -227,9 +227,9 @@ class Objective:
     if train:
       batch, targets = self._mix(batch, targets)
     pooled = self._pool(params["main"], frozen, batch, rng, train=train)
-    logits, extra = self._logits(params["main"], extra, pooled, train=train)
+    logits, model_state = self._logits(params["main"], model_state, pooled, train=train)
     values = self._compare(logits, targets)
-    return {"main": values["loss"].mean()}, {"accuracy": values["accuracy"].mean()}, extra
+    return {"main": values["loss"].mean()}, {"accuracy": values["accuracy"].mean()}, model_state
 
   def _mix(self, batch: Batch, targets: jax.Array) -> tuple[Batch, jax.Array]:
     """Mixes images and targets [b, k], each example by its own key."""
@@ -266,12 +266,14 @@ class Objective:
   def _encoder_params(self, params: Tree, frozen: Tree) -> Tree:
     return {name: (frozen["encoder"] if self.trained == "head" else params)[name] for name in ENCODER}
 
-  def _logits(self, params: Tree, extra: Tree, pooled: jax.Array, *, train: bool) -> tuple[jax.Array, Tree]:
+  def _logits(
+    self, params: Tree, model_state: Tree, pooled: jax.Array, *, train: bool
+  ) -> tuple[jax.Array, Tree]:
     """Logits float32 [b, k], and the new running statistics."""
-    variables = {"params": params["head"], "batch_stats": extra}
+    variables = {"params": params["head"], "batch_stats": model_state}
     logits: Any
     logits, changed = self.head.apply(variables, pooled, train=train, mutable=["batch_stats"])
-    return logits, changed.get("batch_stats", extra)
+    return logits, changed.get("batch_stats", model_state)
 
   def _tokenize(self, frozen: Tree, images: jax.Array) -> Any:
     pixels = images_lib.to_float(images)

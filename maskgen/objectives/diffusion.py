@@ -109,7 +109,7 @@ class Objective:
     self,
     params: Mapping[str, Tree],
     frozen: Tree,
-    extra: Tree,
+    model_state: Tree,
     batch: Batch,
     rng: jax.Array,
     step: jax.Array,
@@ -121,7 +121,7 @@ class Objective:
       keys = jax.vmap(lambda key: jax.random.fold_in(key, ERROR_KEYS))(batch["key"])
       drop = jax.vmap(lambda key: jax.random.bernoulli(key, self.caption_dropout))(keys)
       captions = jnp.where(drop[:, None], self._empty, captions)
-    return {"main": self._errors(params["main"], batch, captions).mean()}, {}, extra
+    return {"main": self._errors(params["main"], batch, captions).mean()}, {}, model_state
 
   def _errors(self, params: Tree, batch: Batch, captions: jax.Array) -> jax.Array:
     """The mean squared error of each example at a step and with noise of its own, [b]."""

@@ -164,7 +164,7 @@ class Objective:
     self,
     params: Mapping[str, Tree],
     frozen: Tree,
-    extra: Tree,
+    model_state: Tree,
     batch: Batch,
     rng: jax.Array,
     step: jax.Array,
@@ -174,7 +174,7 @@ class Objective:
     found = self.predict_masked(params, frozen, batch, rng if train else None)
     values = self.scores(params, frozen, batch, found)
     metrics = {name: value.mean() for name, value in values.items() if name != "loss"}
-    return {"main": values["loss"].mean()}, metrics, extra
+    return {"main": values["loss"].mean()}, metrics, model_state
 
   def predict_masked(self, params: Tree, frozen: Tree, batch: Batch, rng: Any = None) -> Prediction:
     """Masks the codes of a batch as its keys say, and predicts them; with `rng`, dropout is on."""

@@ -64,7 +64,7 @@ class Objective(mage.Objective):
     self,
     params: Mapping[str, Tree],
     frozen: Tree,
-    extra: Tree,
+    model_state: Tree,
     batch: Batch,
     rng: jax.Array,
     step: jax.Array,
@@ -86,7 +86,7 @@ class Objective(mage.Objective):
       "contrastive_loss": contrastive.mean(),
       "contrastive_accuracy": nearest.mean(),
     }
-    return {"main": reconstructive + self.contrastive_weight * contrastive.mean()}, metrics, extra
+    return {"main": reconstructive + self.contrastive_weight * contrastive.mean()}, metrics, model_state
 
 
 def _both_views(batch: Batch) -> dict[str, jax.Array]:

@@ -134,16 +134,16 @@ class Objective:
       params["discriminator"] = self.discriminator.init(discriminator_rng, images)["params"]
     even = jnp.full((self.codebook_size,), 1.0 / self.codebook_size)
     frozen = {name: variables["params"]["main"] for name, variables in pretrained.items()}
-    extra: Tree = {"usage": even}
+    model_state: Tree = {"usage": even}
     if self.lecam_weight:
-      extra["anchors"] = {"real": jnp.float32(0.0), "fake": jnp.float32(0.0)}
-    return {"params": params, "frozen": frozen, "extra": extra}
+      model_state["anchors"] = {"real": jnp.float32(0.0), "fake": jnp.float32(0.0)}
+    return {"params": params, "frozen": frozen, "extra": model_state}
 
   def losses(
     self,
     params: Mapping[str, Tree],
     frozen: Tree,
-    extra: Tree,
+    model_state: Tree,
     batch: Batch,
     rng: jax.Array,
     step: jax.Array,
@@ -157,7 +157,7 @@ class Objective:
     codes = latents + jax.lax.stop_gradient(quantized.codes - latents)
     fake = self._generator(params, codes, self.remat, method="decode")
     terms = self._reconstruction_terms(frozen, real, fake)
-    terms |= self._quantization_terms(params, latents, quantized, extra["usage"])
+    terms |= self._quantization_terms(params, latents, quantized, model_state["usage"])
     weights = {
       "l2": self.l2_weight,
       "l1": self.l1_weight,
@@ -170,9 +170,9 @@ class Objective:
     weighted = [weights[name] * term for name, term in terms.items()]
     values = {"generator": jnp.stack(weighted).sum()}
     share, metrics = self._usage(quantized.tokens)
-    new_extra = {"usage": USAGE_DECAY * extra["usage"] + (1.0 - USAGE_DECAY) * share}
+    new_state = {"usage": USAGE_DECAY * model_state["usage"] + (1.0 - USAGE_DECAY) * share}
     if self.adversarial_weight:
-      anchors = extra.get("anchors", {})
+      anchors = model_state.get("anchors", {})
       adversarial, values["discriminator"], adversarial_terms = self._game(params, real, fake, anchors)
       started = (step >= self.adversarial_start).astype(jnp.float32)
       values["generator"] += self.adversarial_weight * started * adversarial
@@ -180,11 +180,11 @@ class Objective:
     if self.lecam_weight:
       # A young average would remember where it began: let its horizon grow with the step.
       decay = jnp.minimum(ANCHOR_DECAY, (1.0 + step) / (10.0 + step))
-      new_extra["anchors"] = {
+      new_state["anchors"] = {
         kind: decay * anchor + (1.0 - decay) * terms[f"logit_{kind}"]
-        for kind, anchor in extra["anchors"].items()
+        for kind, anchor in model_state["anchors"].items()
       }
-    return values, terms | metrics, new_extra
+    return values, terms | metrics, new_state
 
   def _generator(self, params: Mapping[str, Tree], *args: Any, method: str) -> Any:
     return self.tokenizer.apply({"params": params["generator"]}, *args, method=method)

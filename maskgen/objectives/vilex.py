@@ -183,7 +183,7 @@ class Objective:
     self,
     params: Mapping[str, Tree],
     frozen: Tree,
-    extra: Tree,
+    model_state: Tree,
     batch: Batch,
     rng: jax.Array,
     step: jax.Array,
@@ -214,7 +214,7 @@ class Objective:
       # What an image shows in other hues its caption does not mean.
       metrics["misalignment"] = (apart if said is None else jnp.where(said.sixths > 0, 0.0, apart)).mean()
       loss += jnp.maximum(1.0 - step / self.alignment_steps, 0.0) * metrics["misalignment"]
-    return {"main": loss}, metrics, extra
+    return {"main": loss}, metrics, model_state
 
   @functools.cached_property
   def _subjects(self) -> np.ndarray:

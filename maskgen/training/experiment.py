@@ -146,7 +146,7 @@ class Experiment:
       params=params,
       opt_state={group: tx.init(params[group]) for group, tx in self._transforms.items()},
       ema={group: jax.tree.map(jnp.copy, params[group]) for group in self.config.ema},
-      extra=parts["extra"],
+      model_state=parts["extra"],
     )
     return state, parts["frozen"]
 

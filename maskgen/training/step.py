@@ -40,46 +40,48 @@ def make_update(
       example changes its device. Exact where an objective's loss is a mean of per-example losses.
   """
 
-  def gradients(params, frozen, extra, batch, rng, step):
+  def gradients(params, frozen, model_state, batch, rng, step):
     def losses(params):
-      values, metrics, new_extra = objective.losses(params, frozen, extra, batch, rng, step, train=True)
-      return values, (metrics, new_extra)
+      values, metrics, new_state = objective.losses(params, frozen, model_state, batch, rng, step, train=True)
+      return values, (metrics, new_state)
 
-    values, pull_back, (metrics, extra) = jax.vjp(losses, params, has_aux=True)
+    values, pull_back, (metrics, model_state) = jax.vjp(losses, params, has_aux=True)
     grads = {}
     for group in params:
       # Only the owner's gradient is kept; the compiler drops what the others would need.
       cotangent = {name: jnp.float32(name == group) for name in values}
       grads[group] = pull_back(cotangent)[0][group]
     metrics = {**metrics, **{f"loss/{group}": value for group, value in values.items()}}
-    return grads, metrics, extra
+    return grads, metrics, model_state
 
-  def accumulate(params, frozen, extra, batch, rng, step):
+  def accumulate(params, frozen, model_state, batch, rng, step):
     micro_batches = jax.tree.map(
       lambda x: jnp.moveaxis(x.reshape(-1, accumulation, *x.shape[1:]), 1, 0), batch
     )
 
     def one(carry, inputs):
-      sums, extra = carry
+      sums, model_state = carry
       index, micro_batch = inputs
-      grads, metrics, extra = gradients(
-        params, frozen, extra, micro_batch, jax.random.fold_in(rng, index), step
+      grads, metrics, model_state = gradients(
+        params, frozen, model_state, micro_batch, jax.random.fold_in(rng, index), step
       )
-      return (jax.tree.map(jnp.add, sums, (grads, metrics)), extra), None
+      return (jax.tree.map(jnp.add, sums, (grads, metrics)), model_state), None
 
     first = jax.tree.map(lambda x: x[0], micro_batches)
-    shapes = jax.eval_shape(gradients, params, frozen, extra, first, rng, step)[:2]
+    shapes = jax.eval_shape(gradients, params, frozen, model_state, first, rng, step)[:2]
     zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
     inputs = (jnp.arange(accumulation), micro_batches)
-    (sums, extra), _ = jax.lax.scan(one, (zeros, extra), inputs)
+    (sums, model_state), _ = jax.lax.scan(one, (zeros, model_state), inputs)
     grads, metrics = jax.tree.map(lambda x: x / accumulation, sums)
-    return grads, metrics, extra
+    return grads, metrics, model_state
 
   def update(state: TrainState, frozen: Any, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
     keys, model_rng = step_keys(seed, state.step, jax.tree.leaves(batch)[0].shape[0])
     batch = {**batch, "key": keys}
     compute = gradients if accumulation == 1 else accumulate
-    grads, metrics, extra = compute(state.params, frozen, state.extra, batch, model_rng, state.step)
+    grads, metrics, model_state = compute(
+      state.params, frozen, state.model_state, batch, model_rng, state.step
+    )
     params, opt_state, averages = {}, {}, {}
     for group, transform in transforms.items():
       updates, opt_state[group] = transform.update(grads[group], state.opt_state[group], state.params[group])
@@ -92,7 +94,7 @@ def make_update(
         # A young average would remember the initialisation: let its horizon grow with the step.
         decay = jnp.minimum(ema[group], (1.0 + state.step) / (10.0 + state.step))
         averages[group] = optax.incremental_update(params[group], state.ema[group], 1.0 - decay)
-    state = TrainState(state.step + 1, params, opt_state, averages, extra)
+    state = TrainState(state.step + 1, params, opt_state, averages, model_state)
     return state, metrics
 
   return update

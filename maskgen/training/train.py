@@ -157,7 +157,7 @@ def evaluate_newest(experiment: Experiment, workdir: epath.Path) -> dict[str, fl
   parts = {
     "params": experiment.targets["state"].params,
     "frozen": experiment.targets["frozen"],
-    "extra": experiment.targets["state"].extra,
+    "extra": experiment.targets["state"].model_state,
   }
   variables = storage.load_variables(workdir, parts)
   numbers, pictures = evaluate(experiment, variables, None)
