@@ -27,6 +27,11 @@ def flatten(tree: Any) -> dict[str, Any]:
   return {path_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
+def replace(tree: Any, leaves: Mapping[str, Any]) -> Any:
+  """Puts leaves by path name in the place of those of a tree."""
+  return jax.tree_util.tree_map_with_path(lambda path, leaf: leaves.get(path_name(path), leaf), tree)
+
+
 def first_match(tree: Any, rules: Sequence[tuple[str, Any]], default: Any) -> dict[str, Any]:
   """For each leaf's path name, the value of the first (regex, value) rule whose regex is found in it.
 
@@ -48,7 +53,7 @@ def first_match(tree: Any, rules: Sequence[tuple[str, Any]], default: Any) -> di
   return chosen
 
 
-def check_same(found: Any, expected: Any, what: str) -> None:
+def check_same(found: Any, expected: Any, what: str, remedy: str = "") -> None:
   """Checks that two trees have the same names, shapes and dtypes.
 
   Raises:
@@ -63,11 +68,16 @@ def check_same(found: Any, expected: Any, what: str) -> None:
   ]
   if not rows:
     return
-  shown = [("parameter", "found", "expected"), *rows[:20]]
-  widths = [max(len(row[i]) for row in shown) for i in range(2)]
-  table = "\n".join(f"  {a:<{widths[0]}}  {b:<{widths[1]}}  {c}" for a, b, c in shown)
+  shown = table([("parameter", "found", "expected"), *rows[:20]])
   more = f"\n  ... and {len(rows) - 20} more" if len(rows) > 20 else ""
-  raise UserError(f"{what} does not fit this config in {len(rows)} places:\n{table}{more}")
+  then = f" ({remedy})" if remedy else ""
+  raise UserError(f"{what} does not fit this config in {len(rows)} places{then}:\n{shown}{more}")
+
+
+def table(rows: Sequence[tuple[str, str, str]]) -> str:
+  """Rows of three texts as aligned lines."""
+  widths = [max(len(row[i]) for row in rows) for i in range(2)]
+  return "\n".join(f"  {a:<{widths[0]}}  {b:<{widths[1]}}  {c}" for a, b, c in rows)
 
 
 def fingerprint(tree: Any) -> str:

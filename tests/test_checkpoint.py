@@ -231,12 +231,13 @@ def places(tmp_path):
   storage.write_frozen(epath.Path(tmp_path / "own"), {"part": np.float32([1])})
   storage.write_frozen(epath.Path(tmp_path / "other"), {"part": np.float32([2])})
 
-  def start(workdir, *, resume):
+  def start(workdir, *, resume, init_from=None):
     workdir.mkdir(exist_ok=True)
     return start_lib.start(
       epath.Path(workdir),
       open_checkpoints(workdir),
       resume=resume,
+      init_from=init_from,
       targets={
         "state": targets(own),
         "frozen": {"part": jax.ShapeDtypeStruct((1,), jnp.float32)},
@@ -249,14 +250,14 @@ def places(tmp_path):
 
 def test_a_run_of_its_own_comes_before_all(places):
   root, start, (own, _, _) = places
-  state, frozen, origin = start(root / "own", resume=str(root / "other"))
+  state, frozen, origin = start(root / "own", resume=str(root / "other"), init_from="/nowhere")
   assert_same_bits(state, own)
   assert frozen["part"] == 1 and origin == f"step 5 of {root / 'own'}"
 
 
-def test_resume_comes_before_fresh_parameters(places):
+def test_resume_comes_before_other_parameters(places):
   root, start, (_, other, _) = places
-  state, frozen, origin = start(root / "new", resume=str(root / "other"))
+  state, frozen, origin = start(root / "new", resume=str(root / "other"), init_from="/nowhere")
   assert_same_bits(state, other)
   assert frozen["part"] == 2 and "other" in origin
   assert (root / "new" / "frozen" / "manifest.json").exists()  # self-contained from now on
@@ -268,6 +269,13 @@ def test_fresh_parameters_come_last(places):
   assert_same_bits(state, fresh)
   assert frozen["part"] == 3 and "fresh" in origin
   assert (root / "new" / "frozen" / "manifest.json").exists()
+
+
+def test_the_log_says_whose_parameters_a_run_starts_from(places):
+  root, start, (_, _, fresh) = places
+  state, _, origin = start(root / "new", resume=None, init_from="weights/mage")  # `init` reads them
+  assert_same_bits(state, fresh)
+  assert origin == "the parameters of weights/mage"
 
 
 def test_resume_leaves_the_other_run_alone(places):

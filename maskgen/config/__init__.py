@@ -1,6 +1,6 @@
 """Configs: files that return a `ConfigDict`, and the dataclasses that its sections become."""
 
-from maskgen.config.build import DTYPES, build_dataclass, check_at_least, check_dtype, duration
+from maskgen.config.build import DTYPES, build_dataclass, check_at_least, check_dtype, check_share, duration
 from maskgen.config.changes import difference
 from maskgen.config.loading import choose, find_file, load, load_beside, parse_arg, to_dict
 from maskgen.config.rules import TRANSFORMER_RULES
@@ -16,6 +16,7 @@ __all__ = [
   "build_dataclass",
   "check_at_least",
   "check_dtype",
+  "check_share",
   "choose",
   "difference",
   "duration",

@@ -28,6 +28,18 @@ def check_at_least(section: Any, least: float, *names: str) -> None:
         raise UserError(f"{name} is {value!r}: it takes numbers of at least {least}")
 
 
+def check_share(section: Any, *names: str) -> None:
+  """Checks fields that are shares of a whole.
+
+  Raises:
+    UserError: naming the field that is less than 0 or not less than 1.
+  """
+  for name in names:
+    value = getattr(section, name)
+    if not 0.0 <= value < 1.0:
+      raise UserError(f"{name} is {value}: it is at least 0 and less than 1")
+
+
 def check_dtype(dtype: str) -> None:
   """Checks the type of a computation.
 

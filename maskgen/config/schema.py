@@ -1,6 +1,7 @@
 """The schema of a run: every key that a config of one model may have, with its meaning."""
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -74,6 +75,10 @@ class RunConfig:
     ema: for a parameter group the decay of its exponential moving average, used for all predictions.
     pretrained: paths of trained models that the objective asks for by name.
     resume: a workdir whose checkpoint this run starts from, optimizer state included.
+    init_from: a workdir, an export or converted weights whose parameters alone this run starts from, see
+      `maskgen.training.warm_start`; not needed any more once the run has saved.
+    init_fresh: what `init_from` leaves fresh: a regular expression, searched in the names of parameters, such
+      as `main/head/logits/kernel`.
     evals: for each evaluation its `type`, a module of `maskgen.evaluators`, `every_steps` and the type's
       fields.
     mesh: the device mesh.
@@ -94,6 +99,8 @@ class RunConfig:
   ema: Mapping[str, float] = dataclasses.field(default_factory=dict)
   pretrained: Mapping[str, str] = dataclasses.field(default_factory=dict)
   resume: str | None = None
+  init_from: str | None = fields.operational(None)
+  init_fresh: str = fields.operational("")
   evals: Mapping[str, Any] = fields.operational(default_factory=dict)
   mesh: Mesh = fields.operational(Mesh())
   sharding: tuple[tuple[str, tuple[Any, ...]], ...] = fields.operational(())
@@ -110,3 +117,7 @@ class RunConfig:
     for group, decay in self.ema.items():
       if not 0.0 <= decay < 1.0:
         raise UserError(f"ema.{group} is {decay}: a decay is at least 0 and less than 1")
+    try:
+      re.compile(self.init_fresh)
+    except re.error as error:
+      raise UserError(f"init_fresh is '{self.init_fresh}', no regular expression: {error}") from None

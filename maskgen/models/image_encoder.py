@@ -32,6 +32,7 @@ from maskgen.models.mage import Encoder
 from maskgen.models.transformer import check_attention
 from maskgen.models.vit import ViT
 from maskgen.models.vqgan import VQGAN
+from maskgen.numerics.positions import Positions
 
 IMAGE_CHANNELS = 3
 Batch = Mapping[str, jax.Array]
@@ -61,6 +62,11 @@ class ImageEncoder(abc.ABC):
   @abc.abstractmethod
   def layers(self) -> tuple[str, ...]:
     """Regular expressions over parameter paths, from input to output: the embedding, then each block."""
+
+  @property
+  @abc.abstractmethod
+  def positions(self) -> Positions:
+    """What the rows of the parameter `position` stand for."""
 
   @abc.abstractmethod
   def init(self, rng: jax.Array, *, pooled: bool = False) -> Any:
@@ -121,6 +127,11 @@ class VitEncoder(ImageEncoder):
   def layers(self) -> tuple[str, ...]:
     return ("(patch_embedding/|position$)", *_blocks(self.network.depth))
 
+  @property
+  def positions(self) -> Positions:
+    height, width = self.network.image_size
+    return Positions((height // self.network.patch, width // self.network.patch))
+
   def init(self, rng: jax.Array, *, pooled: bool = False) -> Any:
     return self.network.init(rng, jnp.zeros((1, *self.image_shape)))["params"]
 
@@ -151,6 +162,10 @@ class MageEncoder(ImageEncoder):
   @property
   def layers(self) -> tuple[str, ...]:
     return ("(embedding|position|embedding_norm)(/|$)", *_blocks(self.network.depth))
+
+  @property
+  def positions(self) -> Positions:
+    return Positions(self.tokenizer.token_grid(self.image_shape), leading=1)
 
   def init(self, rng: jax.Array, *, pooled: bool = False) -> Any:
     tokens = jnp.zeros((1, self.network.num_tokens), jnp.int32)

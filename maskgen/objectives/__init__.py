@@ -62,7 +62,9 @@ class Objective(Protocol):
     """How a `caption` is tokenized; None where neither losses nor predictions take one."""
 
   # Optional: `image_encoder`, a property that returns an `EncoderPart`, lets `classify`, `vilex`, layer decay
-  # and whatever else builds on an image encoder take this objective's.
+  # and whatever else builds on an image encoder take this objective's. `positions`, a method that returns
+  # `{path name: Positions}` of the parameters that are tables of learned positions, such as `main/position`,
+  # lets `config.init_from` interpolate them.
 
   def pretrained_shapes(self) -> dict[str, Tree]:
     """For each name that `config.pretrained` must give: the part of that model's variables it needs."""
@@ -217,12 +219,15 @@ def check_same(found: Any, expected: Any, what: str = "it", where: str = "config
   Raises:
     UserError: naming a field that differs.
   """
+  for field, (theirs, ours) in differences(found, expected).items():
+    raise UserError(f"{what} has {field}={theirs}, {where} has {ours}: make them equal")
+
+
+def differences(found: Any, expected: Any) -> dict[str, tuple[Any, Any]]:
+  """The fields in which dataclasses differ, but for how they are run; None where one lacks a field."""
   theirs, ours = _described(found), _described(expected)
-  for field in sorted(theirs.keys() | ours.keys()):
-    if theirs.get(field) != ours.get(field):
-      raise UserError(
-        f"{what} has {field}={theirs.get(field)}, {where} has {ours.get(field)}: make them equal"
-      )
+  pairs = {field: (theirs.get(field), ours.get(field)) for field in sorted(theirs.keys() | ours.keys())}
+  return {field: pair for field, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def _described(value: Any, prefix: str = "") -> dict[str, Any]:

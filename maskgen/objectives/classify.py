@@ -19,6 +19,7 @@ from maskgen.models.transformer import check_attention
 from maskgen.models.vqgan import VQGAN
 from maskgen.numerics import losses as losses_lib
 from maskgen.numerics import mixing
+from maskgen.numerics.positions import Positions
 from maskgen.numerics.vocab import Vocab
 from maskgen.objectives import Batch, BatchSpec, Metrics, PredictFn, Tree, check_image_size, mage
 
@@ -112,9 +113,7 @@ class Objective:
     config_lib.check_dtype(self.dtype)
     check_attention(self.attention, self.dtype, self.dropout)
     check_remat(self.remat)
-    for name in ("dropout", "drop_path", "label_smoothing"):
-      if not 0.0 <= getattr(self, name) < 1.0:
-        raise UserError(f"{name} is {getattr(self, name)}: it is at least 0 and less than 1")
+    config_lib.check_share(self, "dropout", "drop_path", "label_smoothing")
     for name, choices in (("trained", TRAINED), ("norm", NORMS)):
       value = getattr(self, name)
       if value not in choices:
@@ -211,6 +210,9 @@ class Objective:
     else:
       params = {**encoder, **params}
     return {"params": {"main": params}, "frozen": frozen, "extra": head.get("batch_stats", {})}
+
+  def positions(self) -> dict[str, Positions]:
+    return {"main/position": Positions(self.grid, leading=1)}
 
   def losses(
     self,

@@ -55,8 +55,7 @@ class Objective:
   def __post_init__(self):
     check_image_size(self.image_size)
     config_lib.check_at_least(self, 1, "patch")
-    if not 0.0 <= self.caption_dropout < 1.0:
-      raise UserError(f"caption_dropout is {self.caption_dropout}: it is at least 0 and less than 1")
+    config_lib.check_share(self, "caption_dropout")
     side = self.patch * self.unet.factor
     if self.image_size[0] % side or self.image_size[1] % side:
       raise UserError(

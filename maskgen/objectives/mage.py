@@ -19,6 +19,7 @@ from maskgen.models.vqgan import VQGAN
 from maskgen.numerics import losses as losses_lib
 from maskgen.numerics import masking
 from maskgen.numerics import sampling as sampling_lib
+from maskgen.numerics.positions import Positions
 from maskgen.numerics.text import Captions
 from maskgen.numerics.vocab import Vocab
 from maskgen.objectives import Batch, BatchSpec, Metrics, PredictFn, Tree, check_image_size, check_tokenizer
@@ -67,15 +68,11 @@ class Objective:
     sizes = ("width", "depth", "heads", "decoder_width", "decoder_depth", "decoder_heads")
     config_lib.check_at_least(self, 1, *sizes, "class_ids")
     if not 0 <= self.null_class < self.class_ids:
-      raise UserError(
-        f"null_class is {self.null_class}: with class_ids={self.class_ids} give 0 to class_ids - 1"
-      )
+      raise UserError(f"null_class is {self.null_class}: with class_ids={self.class_ids} it must be less")
     config_lib.check_dtype(self.dtype)
     check_attention(self.attention, self.dtype, self.dropout)
     check_remat(self.remat)
-    for name, below in (("dropout", self.dropout), ("label_smoothing", self.label_smoothing)):
-      if not 0.0 <= below < 1.0:
-        raise UserError(f"{name} is {below}: it is at least 0 and less than 1")
+    config_lib.check_share(self, "dropout", "label_smoothing")
     for width, heads in ((self.width, self.heads), (self.decoder_width, self.decoder_heads)):
       if width % heads:
         raise UserError(f"a width of {width} does not divide into {heads} heads")
@@ -159,6 +156,9 @@ class Objective:
     params = self.model.init(rng, tokens, tokens > 0)["params"]
     tokenizer = pretrained["tokenizer"]["params"]["generator"]
     return {"params": {"main": params}, "frozen": {"tokenizer": tokenizer}, "extra": {}}
+
+  def positions(self) -> dict[str, Positions]:
+    return dict.fromkeys(("main/position", "main/decoder_position"), Positions(self.grid, leading=1))
 
   def losses(
     self,

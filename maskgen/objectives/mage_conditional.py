@@ -48,8 +48,7 @@ class Conditional(mage.Objective, abc.ABC):
   def __post_init__(self):
     super().__post_init__()
     config_lib.check_at_least(self, 1, "condition_width")
-    if not 0.0 <= self.condition_dropout < 1.0:
-      raise UserError(f"condition_dropout is {self.condition_dropout}: it is at least 0 and less than 1")
+    config_lib.check_share(self, "condition_dropout")
 
   @property
   def model(self) -> Mage:

@@ -24,6 +24,7 @@ from maskgen.models.image_encoder import IMAGE_CHANNELS, EncoderPart
 from maskgen.models.text_to_image import ERROR_KEYS
 from maskgen.models.vilex import FrozenTextToImage, ImageWordsSampling
 from maskgen.numerics import diffusion, prompts
+from maskgen.numerics.positions import Positions
 from maskgen.numerics.prompts import Segment, TailDrop, Words
 from maskgen.numerics.text import Captions
 from maskgen.objectives import Batch, BatchSpec, Metrics, PredictFn, Tree, check_same
@@ -179,6 +180,9 @@ class Objective:
     pool = {**pool, "scale": self.text_to_image.scale(frozen["decoder"])}
     return {"params": {"main": {"encoder": encoder, "pool": pool}}, "frozen": frozen, "extra": {}}
 
+  def positions(self) -> dict[str, Positions]:
+    return {"main/encoder/position": self._source.encoder.positions}
+
   def losses(
     self,
     params: Mapping[str, Tree],
@@ -267,9 +271,8 @@ class Objective:
 
     def reconstruct(variables, batch, rng, **options):
       vectors = encode(variables, batch, rng)
-      b = len(vectors)
-      number = batch.get("number", jnp.full((b, 1), self.tokens))
-      key = batch["key"] if "key" in batch else jax.random.split(rng, b)
+      number = batch.get("number", jnp.full((len(vectors), 1), self.tokens))
+      key = batch["key"] if "key" in batch else jax.random.split(rng, len(vectors))
       return generate(variables, {"vectors": vectors[:, None], "number": number, "key": key}, rng, **options)
 
     return {fn.__name__: fn for fn in (loss, encode, features, reconstruct, generate)}

@@ -12,6 +12,7 @@ from maskgen.storage.models import (
   load_config,
   load_variables,
   model_section,
+  read_chosen,
   resolve,
   write_export,
 )
@@ -26,6 +27,7 @@ __all__ = [
   "load_variables",
   "model_section",
   "open_to_read",
+  "read_chosen",
   "read_frozen",
   "read_frozen_arrays",
   "resolve",

@@ -11,7 +11,7 @@ from etils import epath
 
 from maskgen import tree
 from maskgen.errors import UserError
-from maskgen.storage.tensors import WEIGHTS, parse, place, to_host
+from maskgen.storage.tensors import WEIGHTS, parse, place, read_file, to_host
 
 
 def write_frozen(workdir: epath.Path, frozen: Any) -> None:
@@ -37,11 +37,14 @@ def read_frozen(workdir: epath.Path, target: Any) -> Any:
 
 
 def read_frozen_arrays(workdir: epath.Path) -> dict[str, np.ndarray]:
-  """The frozen arrays of a workdir by their path names; none where it has no frozen parts.
+  """The frozen arrays of a workdir or an export by their path names; none where it has no frozen parts.
 
   Raises:
     UserError: if a bit has changed.
   """
+  if (workdir / WEIGHTS).exists():
+    found = read_file(workdir / WEIGHTS)
+    return {name: array for name, array in found.items() if name.startswith("frozen/")}
   folder = workdir / "frozen"
   if not folder.exists():
     return {}

@@ -1,14 +1,13 @@
 """Trained models, from the workdir of a run or an export: their configs and variables."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from typing import Any
 
 import jax
 import ml_dtypes
 import numpy as np
-import safetensors
 import safetensors.numpy
 from etils import epath
 
@@ -16,9 +15,11 @@ from maskgen import tree
 from maskgen.errors import UserError
 from maskgen.storage.checkpoints import open_to_read
 from maskgen.storage.frozen import read_frozen_arrays
-from maskgen.storage.tensors import WEIGHTS, parse, place, to_host
+from maskgen.storage.tensors import WEIGHTS, place, read_file, read_shapes, to_host
 
 CONFIG = "config.json"
+# From the shapes of stored arrays by path name, to targets for those to read.
+Choose = Callable[[dict[str, Any]], Mapping[str, Any]]
 
 
 def resolve(path: str, workdir: epath.Path) -> epath.Path:
@@ -79,10 +80,7 @@ def load_variables(path: epath.PathLike, target: Any) -> Any:
   load_config(folder)
   flat = tree.flatten(target)
   if (folder / WEIGHTS).exists():
-    try:
-      arrays: dict[str, Any] = parse((folder / WEIGHTS).read_bytes())
-    except safetensors.SafetensorError as error:
-      raise UserError(f"{folder / WEIGHTS} is damaged: {error}") from None
+    arrays: dict[str, Any] = read_file(folder / WEIGHTS)
   else:
     arrays = read_frozen_arrays(folder) | _checkpoint_arrays(folder, flat)
   found = {
@@ -111,23 +109,52 @@ def _checkpoint_arrays(folder: epath.Path, flat: Mapping[str, Any]) -> dict[str,
   """The wanted arrays of a workdir's newest checkpoint, averages substituted; shapes alone of the others."""
   default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   shapes: dict[str, Any] = {}
-  averages: dict[str, str] = {}
 
   def choose(stored: dict[str, Any]) -> dict[str, Any]:
-    shapes.update({name: leaf for name, leaf in stored.items() if name.startswith(("params/", "extra/"))})
-    averages.update({name.replace("ema/", "params/", 1): name for name in stored if name.startswith("ema/")})
+    shapes.update(stored)
     return {
-      averages.get(name, name): jax.ShapeDtypeStruct(
-        leaf.shape, leaf.dtype, sharding=leaf.sharding or default
-      )
+      name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or default)
       for name, leaf in flat.items()
       if name in stored and stored[name].shape == leaf.shape
     }
 
+  return shapes | _read_checkpoint(folder, choose)
+
+
+def _read_checkpoint(folder: epath.Path, choose: Choose) -> dict[str, Any]:
+  """What is chosen of a workdir's newest checkpoint, averages in the place of parameters that have one."""
+  averages: dict[str, str] = {}
+
+  def choose_stored(stored: dict[str, Any]) -> dict[str, Any]:
+    averages.update({name.replace("ema/", "params/", 1): name for name in stored if name.startswith("ema/")})
+    wanted = choose({name: leaf for name, leaf in stored.items() if name.startswith(("params/", "extra/"))})
+    return {averages.get(name, name): leaf for name, leaf in wanted.items()}
+
   with closing(open_to_read(folder)) as checkpoints:
-    restored = checkpoints.read(choose)
+    restored = checkpoints.read(choose_stored)
   names = {average: name for name, average in averages.items()}
-  return shapes | {names.get(name, name): array for name, array in restored.items()}
+  return {names.get(name, name): array for name, array in restored.items()}
+
+
+def read_chosen(path: epath.PathLike, choose: Choose) -> dict[str, Any]:
+  """Reads arrays of a model by path name, with moving averages in the place of parameters that have one.
+
+  Args:
+    path: a workdir or an export.
+    choose: from the shapes of all trained arrays, under `params/` and `extra/`, to targets for those to read,
+      shapes with shardings; nothing is read for none.
+
+  Raises:
+    UserError: if the path is no model or has no checkpoint yet, or by `choose`.
+  """
+  folder = epath.Path(path).absolute()
+  load_config(folder)
+  if not (folder / WEIGHTS).exists():
+    return _read_checkpoint(folder, choose)
+  shapes = read_shapes(folder / WEIGHTS)
+  wanted = choose({name: leaf for name, leaf in shapes.items() if not name.startswith("frozen/")})
+  arrays = read_file(folder / WEIGHTS) if wanted else {}
+  return {name: place(arrays[name], leaf) for name, leaf in wanted.items()}
 
 
 def write_export(path: epath.PathLike, config: Mapping[str, Any], variables: Any) -> None:

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import logging
 from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,16 +12,18 @@ from etils import epath
 
 from maskgen import batch as batch_lib
 from maskgen import config as config_lib
-from maskgen import evaluators, files, objectives, processes, sharding, storage
+from maskgen import evaluators, files, objectives, processes, sharding, storage, tree
 from maskgen.errors import UserError, nearest
 from maskgen.importers.published import PUBLISHED
 from maskgen.training import optim
 from maskgen.training.state import TrainState
 from maskgen.training.step import Update, make_update
+from maskgen.training.warm_start import WarmStart
 
 # Larger batches make evaluation no faster.
 EVAL_BATCH_SIZE = 256
 DATA = "data.json"
+log = logging.getLogger("maskgen")
 
 
 class Experiment:
@@ -39,6 +42,7 @@ class Experiment:
     update: compiled (state, frozen, batch) -> (state, metrics); the state is donated.
     predict: compiled prediction functions by name.
     evaluators: for each evaluation its interval in steps and its evaluator.
+    warm_start: what `config.init_from` gives, once `check_pretrained` has compared it; else None.
   """
 
   def __init__(
@@ -65,6 +69,7 @@ class Experiment:
     self.eval_batch_size = max(min(cfg.batch_size // cfg.accumulation, EVAL_BATCH_SIZE) // ways, 1) * ways
     self.total_steps = config_lib.duration(cfg, "total", cfg.batch_size, self.data.num_train)
     self._build_state()
+    self.warm_start: WarmStart | None = None
     self.predict = objectives.compile_predict_fns(self.objective, self.mesh)
     self._build_evaluators()
 
@@ -136,11 +141,13 @@ class Experiment:
     )
     return sharding.on_mesh(update, self.mesh)
 
-  def _init(self, pretrained: Any, seed: int | None = None) -> tuple[TrainState, Any]:
-    """Makes the first state; pure."""
+  def _init(
+    self, pretrained: Any, taken: Mapping[str, jax.Array] | None = None, seed: int | None = None
+  ) -> tuple[TrainState, Any]:
+    """Makes the first state, with parameters by path name in the place of fresh ones; pure."""
     rng = jax.random.key(self.config.seed if seed is None else seed)
     parts = self.objective.init(rng, pretrained)
-    params = parts["params"]
+    params = tree.replace(parts["params"], taken or {})
     state = TrainState(
       step=jnp.int32(0),
       params=params,
@@ -151,13 +158,18 @@ class Experiment:
     return state, parts["frozen"]
 
   def init(self, workdir: epath.Path) -> tuple[TrainState, Any]:
-    """Makes (state, frozen) from fresh and pretrained parameters, each born where it belongs."""
+    """Makes (state, frozen) from fresh and pretrained parameters, each on its own devices."""
     self.check_pretrained(workdir)
+    taken = self.warm_start.take() if self.warm_start else {}
     shardings = (self._shardings["state"], self._shardings["frozen"])
-    return jax.jit(self._init, out_shardings=shardings)(self._load_pretrained(workdir))
+    init = jax.jit(self._init, out_shardings=shardings)
+    state, frozen = init(self._load_pretrained(workdir), taken)
+    if self.warm_start:
+      log.info("%s: what comes from the source\n%s", workdir.name, self.warm_start.report(frozen))
+    return state, frozen
 
   def check_pretrained(self, workdir: epath.Path, pending: Collection[epath.Path] = ()) -> None:
-    """Checks that what `config.resume` and `config.pretrained` name is there and of the right kind.
+    """Checks that what `config.resume`, `init_from` and `pretrained` name is there and of the right kind.
 
     Args:
       workdir: of the run.
@@ -168,17 +180,13 @@ class Experiment:
     """
     if self.config.resume:
       storage.open_to_read(epath.Path(self.config.resume)).close()
+    else:
+      self._check_init_from(workdir, pending)
     for name, given in self.config.pretrained.items():
       path = storage.resolve(given, workdir)
       if path in pending:
         continue
-      if given in PUBLISHED and not path.exists():
-        found = PUBLISHED[given]
-        raise UserError(
-          f"config.pretrained.{name}={given} is not on this machine: fetch {found.address} "
-          f"({found.license}), convert it by maskgen.tools.convert --format={found.format}, and give the "
-          "folder that this writes"
-        )
+      _check_fetched(f"config.pretrained.{name}", given, path)
       try:
         self.objective.check_pretrained(name, storage.load_config(path))
       except UserError as error:
@@ -209,6 +217,21 @@ class Experiment:
   def _load_pretrained(self, workdir: epath.Path) -> dict[str, Any]:
     paths, targets = self._pretrained(workdir), self.targets["pretrained"]
     return {name: storage.load_variables(paths[name], target) for name, target in targets.items()}
+
+  def _check_init_from(self, workdir: epath.Path, pending: Collection[epath.Path]) -> None:
+    given, fresh = self.config.init_from, self.config.init_fresh
+    if given is None:
+      if fresh:
+        raise UserError(f"config.init_fresh='{fresh}' is given without config.init_from: give both, or none")
+      return
+    path = storage.resolve(given, workdir)
+    if path in pending:
+      return
+    _check_fetched("config.init_from", given, path)
+    try:
+      self.warm_start = WarmStart(path, self.objective, self.targets["state"].params, fresh)
+    except UserError as error:
+      raise UserError(f"config.init_from={given}: {error}") from None
 
   def check_data(self, workdir: epath.Path) -> None:
     """Checks that the records are those that a run in this workdir began with.
@@ -295,9 +318,19 @@ class Experiment:
     def init(seed: int, frozen: Any) -> dict[str, Any]:
       shapes = self.objective.pretrained_shapes()
       pretrained = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-      return self._init(pretrained, seed)[0].variables(frozen)
+      return self._init(pretrained, seed=seed)[0].variables(frozen)
 
     return jax.jit(init)(seed, frozen)
+
+
+def _check_fetched(key: str, given: str, path: epath.Path) -> None:
+  """Says where published weights are that a config names and that are not here."""
+  if given in PUBLISHED and not path.exists():
+    found = PUBLISHED[given]
+    raise UserError(
+      f"{key}={given} is not on this machine: fetch {found.address} ({found.license}), convert it by "
+      f"maskgen.tools.convert --format={found.format}, and give the folder that this writes"
+    )
 
 
 def _open_data(cfg: config_lib.RunConfig) -> Any:

@@ -1,4 +1,4 @@
-"""Where a run starts from: its own checkpoint, another run's, or fresh parameters."""
+"""Where a run starts from: its own checkpoint, another run's, the parameters of a model, or fresh ones."""
 
 from collections.abc import Callable, Mapping
 from contextlib import closing
@@ -37,6 +37,7 @@ def start(
   checkpoints: Checkpoints,
   *,
   resume: str | None,
+  init_from: str | None,
   targets: Mapping[str, Any],
   init: Callable[[], tuple[Any, Any]],
 ) -> tuple[Any, Any, str]:
@@ -44,7 +45,8 @@ def start(
 
   1. the newest checkpoint of the run's own workdir: it continues;
   2. `resume`: the newest checkpoint of another workdir, optimizer state and step included;
-  3. fresh parameters, into which the objective has put what it takes from `config.pretrained`.
+  3. `init_from`: the parameters of another model, with a fresh optimizer, at step 0;
+  4. fresh parameters.
 
   Frozen parts come from the same place, and are written into the workdir once: it is self-contained.
 
@@ -52,8 +54,9 @@ def start(
     workdir: of the run.
     checkpoints: of the run.
     resume: a workdir, or None.
+    init_from: what `init` takes parameters from, or None.
     targets: trees of shapes with shardings: `state` and `frozen`.
-    init: makes (state, frozen) for the third case.
+    init: makes (state, frozen) for the last two cases.
 
   Returns:
     state, frozen, and where the state came from, for the log.
@@ -68,7 +71,7 @@ def start(
     frozen, origin = read_frozen(other, targets["frozen"]), f"the newest checkpoint of {resume}"
   else:
     state, frozen = init()
-    origin = "fresh parameters"
+    origin = f"the parameters of {init_from}" if init_from else "fresh parameters"
   if jax.tree.leaves(frozen):
     write_frozen(workdir, frozen)
   return state, frozen, origin

@@ -68,6 +68,7 @@ def loop(experiment: Experiment, workdir: epath.Path, checkpoints: storage.Check
     workdir,
     checkpoints,
     resume=cfg.resume,
+    init_from=cfg.init_from,
     targets=experiment.targets,
     init=lambda: experiment.init(workdir),
   )
