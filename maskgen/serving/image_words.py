@@ -72,7 +72,7 @@ class ImageWords(Model):
         b, one for each image that is made.
       num_tokens: of all of them, or a list of one for each; by default as many as there are, or as fit.
       negative_prompt: a text that guidance leads away from.
-      **options: the fields of `maskgen.models.vilex.Sampling`; by default those of the config.
+      **options: the fields of `maskgen.models.vilex.ImageWordsSampling`; by default as in the config.
     """
     options = self._options(options)
     vectors = [self._vectors(image) for image in self._in_turn(images)]

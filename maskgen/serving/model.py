@@ -57,11 +57,12 @@ class Model:
       What the function returns, as NumPy arrays.
 
     Raises:
-      UserError: if the objective has no such function.
+      UserError: if the objective has no such function, or the seed is no whole number.
     """
     if name not in self._fns:
       raise UserError(self._cannot(name))
-    return jax.tree.map(np.asarray, self._fns[name](self.variables, batch, jax.random.key(seed), **options))
+    rng = jax.random.key(requests.whole("seed", seed))
+    return jax.tree.map(np.asarray, self._fns[name](self.variables, batch, rng, **options))
 
   def features(self, images: np.ndarray) -> np.ndarray:
     """Representations, float32 [b, d]: the mean of the encoder's last tokens, normalised."""

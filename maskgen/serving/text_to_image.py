@@ -17,8 +17,6 @@ class TextToImageModel(Model):
   images = model.generate(prompt=["a red three", "a small five"], steps=20)
   """
 
-  objective: Any  # such as `maskgen.objectives.diffusion.Objective`
-
   def generate(
     self, seed: int = 0, batch: int | None = None, prompt: str | Sequence[str] | None = None, **options: Any
   ) -> np.ndarray:

@@ -21,8 +21,6 @@ class TokenModel(Tokenizer):
   edited = model.inpaint(images, hole)  # hole: bool [h, w], True where pixels are to be made anew
   """
 
-  objective: Any  # such as `maskgen.objectives.mage.Objective`
-
   def logits(self, tokens: np.ndarray, token_mask: np.ndarray) -> np.ndarray:
     """What the model predicts at every position.
 
