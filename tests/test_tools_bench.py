@@ -337,9 +337,10 @@ def test_how_a_step_is_run_changes_no_model_flops(file):
   spec = dataless.batch_spec(plain, "synthetic")
   found = model_flops(plain, spec)
   assert found == model_flops(changed, spec)
-  target = changed.targets
-  again = flops.count(changed.make_update(changed.objective), target["state"], target["frozen"], spec)
-  assert found <= again
+  if file.stem == "quickstart":  # what is not counted is there
+    target = changed.targets
+    again = flops.count(changed.make_update(changed.objective), target["state"], target["frozen"], spec)
+    assert found < again
 
 
 # How things are measured
