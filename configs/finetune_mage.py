@@ -4,15 +4,15 @@
     --workdir=runs/finetune
 
 `path` is a folder with `train` and `val`, each with one sub-folder per class; `model` the workdir or export
-of a model trained by `mage_base.py`, or by `mage_large.py` with `:size=large`. Another data set than the one
-`model` was trained on makes it a transfer: set `classes`, too.
+of a trained MAGE, or a converted one. Another data set than the one `model` was trained on makes it a
+transfer: set `classes`, too.
 
 Hardware: 8 accelerators of 40 GB, or `accumulation`; 100 epochs (50 for the large model). Expect, from the
 paper, a top-1 accuracy of 82.5% (83.9%). The full recipe has not been run by the authors of this file;
 `:tiny` has. Unlike the reference, it has no dropout on the embedding.
 
 Arguments:
-  :size          base or large
+  :size          whose recipe of the paper's, base or large; by default that of `model`
   :source        a data source with classes in place of `path`, such as tfds:imagenet2012
   :eval_split    the split to measure on, by default val
   :classes       how many classes the data has
@@ -25,7 +25,7 @@ Arguments:
 import ml_collections
 
 from maskgen import config as config_lib
-from maskgen.training import optim
+from maskgen import storage
 
 # Of the paper's two models.
 SIZES = {
@@ -37,7 +37,8 @@ SIZES = {
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   """`probe_mage.py` with everything trained, and what keeps that from overfitting."""
   given = dict(path="imagenet", source="", eval_split="val", classes=1000, batch_size=1024, accumulation=1)
-  args = config_lib.parse_arg(arg, model="", size="base", debug=False, tiny=False, **given)
+  args = config_lib.parse_arg(arg, model="", size="", debug=False, tiny=False, **given)
+  args.size = args.size or ("large" if storage.find_section(args.model).get("width") == 1024 else "base")
   size = config_lib.choose("size", args.size, SIZES)
   config = config_lib.load_beside(__file__, "probe_mage.py", **vars(args))
   classify = config.classify if "stages" in config else config
@@ -53,12 +54,11 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   if args.tiny or args.debug:
     # A run this short needs larger steps, and blocks so few a decay that reaches less deep.
     recipe.update(learning_rate=1e-3, warmup_steps=classify.optimizer.main.warmup_steps)
-    decay = 0.75
+    recipe["layer_decay"] = 0.75
   else:
     recipe.update(base_learning_rate=2.5e-4, warmup_epochs=5.0)
-    decay = size["decay"]
+    recipe["layer_decay"] = size["decay"]
     classify.total_epochs = size["epochs"]
     classify.data.preprocess = "decode(3)|random_resized_crop(256, (0.08, 1.0))|flip_lr|rand_augment(2, 9.0)"
-  recipe["multipliers"] = optim.layer_decay(decay, classify.objective.depth)
   classify.optimizer.main = recipe
   return config

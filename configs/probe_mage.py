@@ -4,15 +4,15 @@
     --workdir=runs/probe
 
 `path` is a folder with `train` and `val`, each with one sub-folder per class; `model` the workdir or export
-of a model trained by `mage_base.py`, or by `mage_large.py` with `:size=large`. Another data set than the one
-`model` was trained on makes it a transfer: set `classes`, too.
+of a trained MAGE, or a converted one. Another data set than the one `model` was trained on makes it a
+transfer: set `classes`, too.
 
 Hardware: 8 accelerators; there is no backward pass through the encoder. 90 epochs. Expect, from the paper, a
 top-1 accuracy of 74.7% (78.9% for the large model). The full recipe has not been run by the authors of this
 file; `:tiny` has.
 
 Arguments:
-  :size          base or large
+  :size          whose recipe of the paper's, base or large; by default that of `model`
   :source        a data source with classes in place of `path`, such as tfds:imagenet2012, or a token cache
   :eval_split    the split to measure on, by default val
   :classes       how many classes the data has
@@ -25,6 +25,7 @@ Arguments:
 import ml_collections
 
 from maskgen import config as config_lib
+from maskgen import storage
 
 # Of the paper's two models.
 LEARNING_RATES = {"base": 0.1, "large": 0.05}
@@ -32,9 +33,13 @@ LEARNING_RATES = {"base": 0.1, "large": 0.05}
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   given = dict(path="imagenet", source="", eval_split="val", classes=1000, batch_size=4096, accumulation=1)
-  args = config_lib.parse_arg(arg, model="", size="base", debug=False, tiny=False, **given)
-  mage = config_lib.load_beside(__file__, "mage_base.py", size=args.size).objective
+  args = config_lib.parse_arg(arg, model="", size="", debug=False, tiny=False, **given)
+  args.size = args.size or ("large" if storage.find_section(args.model).get("width") == 1024 else "base")
   learning_rate = config_lib.choose("size", args.size, LEARNING_RATES)
+  if args.model:
+    encoder = dict(name="pretrained")
+  else:
+    encoder = config_lib.load_beside(__file__, "mage_base.py", size=args.size).objective.to_dict()
   lars = dict(name="lars", base_learning_rate=learning_rate, warmup_epochs=10.0, b1=0.9, weight_decay=0.0)
   config = ml_collections.ConfigDict(
     dict(
@@ -50,15 +55,13 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         preprocess="decode(3)|random_resized_crop(256, (0.2, 1.0))|flip_lr",
         eval_preprocess="decode(3)|resize_small(292)|center_crop(256)",
       ),
-      pretrained=dict(mage=args.model or "runs/mage_base"),
+      pretrained=dict(encoder=args.model or f"runs/mage_{args.size}"),
       objective=dict(
         name="classify",
         classes=args.classes,
-        **{key: mage[key] for key in ("image_size", "tokenizer", "width", "depth", "heads")},
+        encoder=dict(encoder, dtype="bfloat16", scan=True),
         trained="head",
         norm="batch",
-        dtype="bfloat16",
-        scan=True,
       ),
       optimizer=dict(main=lars),
       evals=dict(accuracy=dict(type="accuracy", every_steps=5000)),
@@ -73,7 +76,7 @@ def small_version(config: ml_collections.ConfigDict, args) -> ml_collections.Con
   shrink(config, stages.mage)
   if args.model:
     return config
-  config.pretrained.mage = "stage:mage"
+  config.pretrained.encoder = "stage:mage"
   stages.update(stages=("tokenizer", "mage", "classify"), classify=config)
   return stages
 
@@ -83,9 +86,8 @@ def shrink(config: ml_collections.ConfigDict, small: ml_collections.ConfigDict) 
   del config.total_epochs, config.optimizer.main.warmup_epochs
   for key in ("batch_size", "total_steps", "checkpoint", "data", "log_every_steps"):
     config[key] = small[key]
-  for key in ("image_size", "tokenizer", "width", "depth", "heads"):
-    config.objective[key] = small.objective[key]
-  config.objective.dtype, config.objective.classes = "float32", 10
+  config.objective.classes = 10
+  config.objective.encoder = dict(name="pretrained", dtype="float32", scan=True)
   config.total_steps = min(small.total_steps, 500)
   config.optimizer.main.warmup_steps = min(small.optimizer.main.warmup_steps, 50)
   # A run this short needs larger steps.

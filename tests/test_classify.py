@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 import tiny
+from etils import epath
 
 import maskgen
 from maskgen import config as config_lib
@@ -18,7 +19,6 @@ from maskgen.errors import UserError
 from maskgen.evaluators.accuracy import Evaluator
 from maskgen.models.transformer import Transformer
 from maskgen.numerics import losses
-from maskgen.objectives import mage
 from maskgen.training import optim
 from maskgen.training.experiment import Experiment
 from maskgen.training.state import TrainState
@@ -27,14 +27,13 @@ from maskgen.training.step import make_update
 trained = tiny.trained
 
 BATCH, CLASSES, WIDTH = 16, 10, 16
-NETWORK = tiny.stage("mage")["objective"]["tokenizer"]
+ENCODER = tiny.stage("mage")["objective"]
+# As configs were written when classifiers were for MAGE alone.
+RESTATED = {key: ENCODER[key] for key in ("image_size", "tokenizer", "width", "depth", "heads")}
 
 
 def build(**changes) -> objectives.Objective:
-  section = dict(
-    name="classify", image_size=(16, 16), classes=CLASSES, tokenizer=NETWORK, width=WIDTH, depth=1, heads=2
-  )
-  return objectives.build(section | changes)
+  return objectives.build(dict(name="classify", encoder=ENCODER, classes=CLASSES) | changes)
 
 
 PROBE = dict(trained="head", norm="batch")
@@ -254,9 +253,21 @@ def test_layer_decay(decay, depth):
 
 
 def test_layer_decay_names_the_parameters_of_the_objective():
-  groups = make_parts(build(depth=2))["params"]
-  factors = tree.first_match(groups["main"], optim.layer_decay(0.5, 2), 1.0)
+  objective = build(encoder=ENCODER | dict(depth=2))
+  groups, layers = make_parts(objective)["params"], objective.image_encoder.layers("main")
+  factors = tree.first_match(groups["main"], optim.layer_decay(0.5, layers), 1.0)
+  assert factors == tree.first_match(groups["main"], optim.layer_decay(0.5, 2), 1.0)
   assert set(factors.values()) == {0.125, 0.25, 0.5, 1.0}
+
+
+def test_layer_decay_needs_a_trained_encoder():
+  objective = build(**PROBE)
+  section = optim.Optimizer(learning_rate=1e-3, layer_decay=0.5)
+  shapes, layers = make_parts(objective)["params"]["main"], objective.image_encoder.layers("main")
+  with pytest.raises(UserError, match="layer_decay is for a trained image encoder"):
+    section.make_transform(section.make_schedule(10, 8, 100), shapes, layers)
+  with pytest.raises(UserError, match="layer_decay is 2"):
+    optim.Optimizer(learning_rate=1e-3, layer_decay=2.0)
 
 
 def test_lars_against_the_formula():
@@ -292,14 +303,12 @@ def test_lars_against_the_formula():
 def section(**changes) -> dict:
   return (
     dict(
-      objective=dict(
-        name="classify", image_size=(16, 16), classes=10, tokenizer=NETWORK, width=16, depth=1, heads=2
-      ),
+      objective=dict(name="classify", encoder=ENCODER, classes=10),
       data=dict(source="synthetic"),
       optimizer=dict(main=dict(learning_rate=1e-3)),
       batch_size=8,
       total_steps=2,
-      pretrained=dict(mage="nowhere"),
+      pretrained=dict(encoder="nowhere"),
     )
     | changes
   )
@@ -332,23 +341,39 @@ def test_wrong_objectives_are_refused(changes, message):
 
 def test_pretrained_must_be_the_encoder(trained):
   config = json.loads((trained / "mage" / "config.json").read_text())
-  build().check_pretrained("mage", config)
-  with pytest.raises(UserError, match=r"it has width=16, config\.objective has 32"):
-    build(width=32).check_pretrained("mage", config)
-  with pytest.raises(UserError, match="masked generative encoder"):
-    build().check_pretrained("mage", json.loads((trained / "tokenizer" / "config.json").read_text()))
+  build().check_pretrained("encoder", config)
+  with pytest.raises(UserError, match=r"it has encoder.network.width=16, config\.objective has 32"):
+    build(encoder=ENCODER | dict(width=32)).check_pretrained("encoder", config)
+  with pytest.raises(UserError, match="is 'tokenizer', which has no image encoder"):
+    build().check_pretrained("encoder", json.loads((trained / "tokenizer" / "config.json").read_text()))
 
 
-def test_a_frozen_encoder_is_taken_from_where_it_was_trained(trained, monkeypatch):
-  class Frozen(mage.Objective):
-    def init(self, rng, pretrained):
-      parts = super().init(rng, pretrained)
-      return parts | {"params": {"main": {}}}
+def test_restated_fields_are_the_encoders_section(caplog):
+  old = objectives.build(dict(name="classify", classes=CLASSES, dtype="bfloat16", **RESTATED))
+  assert caplog.text.count("now belong in config.objective.encoder") <= 1  # one warning in a process
+  new = build(encoder=ENCODER | dict(dtype="bfloat16"))
+  assert old.image_encoder == new.image_encoder
+  assert tree.flatten(old.pretrained_shapes()) == tree.flatten(new.pretrained_shapes())
 
-  config = json.loads((trained / "mage" / "config.json").read_text()) | {"pretrained": {"mage": "runs/first"}}
-  monkeypatch.setattr(mage, "Objective", Frozen)
-  with pytest.raises(UserError, match=r"its encoder was frozen: give runs/first"):
-    build().check_pretrained("mage", config)
+
+def test_a_section_is_taken_from_the_pretrained_model_once(trained, tmp_path):
+  path = str(trained / "mage")
+  encoder = dict(name="pretrained", remat="full")
+  config = section(objective=dict(name="classify", encoder=encoder, classes=10), pretrained={"encoder": path})
+  whole = main.complete(config, epath.Path(tmp_path))
+  described = json.loads((trained / "mage" / "config.json").read_text())["objective"]
+  assert whole["objective"]["encoder"] == described | dict(remat="full")
+  stages = dict(stages=("mage", "probe"), mage=dict(objective=described), probe=config)
+  stages["probe"]["pretrained"] = {"encoder": "stage:mage"}
+  assert main.complete(stages)["probe"]["objective"] == whole["objective"]
+  # A run that continues needs the pretrained model no longer.
+  config["pretrained"] = {"encoder": "gone"}
+  with pytest.raises(UserError, match=r"config\.pretrained\.encoder=gone: model gone does not exist"):
+    main.complete(config, epath.Path(tmp_path))
+  (tmp_path / "config.json").write_text(json.dumps(whole | {"pretrained": {"encoder": "gone"}}))
+  assert main.complete(config, epath.Path(tmp_path))["objective"] == whole["objective"]
+  with pytest.raises(UserError, match=r"config\.pretrained\.encoder is missing"):
+    main.complete(config | {"pretrained": {}}, epath.Path(tmp_path))
 
 
 def test_random_batches_have_labels():
@@ -385,12 +410,16 @@ def test_accuracy_counts_valid_examples(classes, numbers):
 # Whole runs
 
 
-@pytest.mark.parametrize("changes", [PROBE, {}], ids=["probe", "fine-tuning"])
-def test_a_run_starts_from_the_trained_encoder(trained, tmp_path, changes):
+@pytest.mark.parametrize(
+  ("changes", "encoder", "name"),
+  [(PROBE, dict(encoder=dict(name="pretrained")), "encoder"), ({}, RESTATED, "mage")],
+  ids=["probe", "fine-tuning with restated fields"],
+)
+def test_a_run_starts_from_the_trained_encoder(trained, tmp_path, changes, encoder, name):
   stage = tiny.stage("mage")
   config = {key: stage[key] for key in ("seed", "batch_size", "data", "mesh")} | dict(
-    objective=section()["objective"] | changes,
-    pretrained=dict(mage=str(trained / "mage")),
+    objective=dict(name="classify", classes=10, **encoder, **changes),
+    pretrained={name: str(trained / "mage")},
     optimizer=dict(main=dict(name="lars", learning_rate=1.0, schedule="constant")),
     total_steps=3,
     log_every_steps=1,

@@ -15,11 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from etils import epath
 from flax import traverse_util
 from safetensors.numpy import load_file, save_file
 
 import maskgen
-from maskgen import objectives, storage, tree
+from maskgen import config as config_lib
+from maskgen import main, objectives, storage, tree
+from maskgen.benchmarks import dataless
 from maskgen.errors import UserError
 from maskgen.importers import mage, tensors
 from maskgen.importers.published import PUBLISHED
@@ -154,6 +157,20 @@ def test_a_converted_model_is_a_model(tiny_mage):
   assert model.features(images).shape == (2, WIDTH)
   assert model.logits(tokens, tokens % 2 == 0).shape == (2, SIDE**2, CODES)
   assert model.reconstruct(images).shape == images.shape
+
+
+@pytest.mark.parametrize("name", ["probe_mage", "finetune_mage", "fewshot_mage"])
+def test_classifiers_take_a_converted_model_at_once(tiny_mage, tmp_path, name):
+  """Class ids, the null class and the tokenizer's shortcut come from its config."""
+  path = tiny_mage / "converted"
+  config = config_lib.to_dict(config_lib.load(f"configs/{name}.py:debug,model={path}"))
+  experiment = dataless.build(main.complete(config))
+  experiment.check_pretrained(epath.Path(tmp_path))
+  state, frozen = experiment.init(epath.Path(tmp_path))
+  model = maskgen.load(path)
+  for part in ("embedding", "position"):
+    found = (frozen["encoder"] if name == "probe_mage" else state.params["main"])[part]
+    np.testing.assert_array_equal(found, model.variables["params"]["main"][part])
 
 
 def test_unused_tensors_are_named(tiny_mage, tmp_path, capsys):

@@ -19,7 +19,7 @@ from maskgen.config import fields
 from maskgen.costs import flops
 from maskgen.data.pipeline import Data
 from maskgen.errors import UserError
-from maskgen.main import split_stages
+from maskgen.main import complete, split_stages
 from maskgen.tools.bench import main
 
 TINY = f"--config={tiny.FILE}"
@@ -220,7 +220,7 @@ def test_step_of_other_stages_and_sources(capsys, stage, source):
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
 def test_every_objective_tells_its_dtype(file):
-  config = config_lib.to_dict(config_lib.load(f"{file}:debug"))
+  config = complete(config_lib.to_dict(config_lib.load(f"{file}:debug")))
   for stage in split_stages(config, pathlib.Path("run")).values():
     assert common.compute_dtype(objectives.build(stage["objective"])) in ("float32", "bfloat16")
 
@@ -322,7 +322,9 @@ def test_live_tokens_cost_what_the_tokenizer_does():
 )
 def test_how_a_step_is_run_changes_no_model_flops(file):
   small = f"{file}:debug" if "debug=" in file.read_text() else str(file)
-  config = list(split_stages(config_lib.to_dict(config_lib.load(small)), pathlib.Path("run")).values())[-1]
+  config = list(
+    split_stages(complete(config_lib.to_dict(config_lib.load(small))), pathlib.Path("run")).values()
+  )[-1]
   config["batch_size"] = 16
   section, one_device = config["objective"], jax.devices()[:1]
   plain = dataless.build(config, devices=one_device)

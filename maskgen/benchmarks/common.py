@@ -37,6 +37,7 @@ def parse(parser: cli.Parser, argv: Sequence[str]) -> tuple[argparse.Namespace, 
   """
   args, rest = parser.parse_known_args(argv)
   config = config_lib.to_dict(config_lib.load(args.config, main.parse_overrides(rest), find_type))
+  config = main.complete(config)
   if args.stage is not None and "stages" not in config:
     raise UserError(f"--stage={args.stage}: {args.config} has no stages, remove the flag")
   stages = {path.name: stage for path, stage in main.split_stages(config, epath.Path("run")).items()}
@@ -70,7 +71,9 @@ def batch_sizes(args: argparse.Namespace, config: Mapping[str, Any]) -> list[int
 
 def compute_dtype(objective: Any) -> str:
   """The type in which an objective's main network computes."""
-  networks = (objective, *(getattr(objective, name, None) for name in ("unet", "tokenizer")))
+  networks = [objective, *(getattr(objective, name, None) for name in ("unet", "tokenizer"))]
+  if hasattr(objective, "image_encoder"):
+    networks.append(objective.image_encoder.encoder.network)
   return next(network.dtype for network in networks if hasattr(network, "dtype"))
 
 

@@ -61,9 +61,24 @@ def static(default: Any = dataclasses.MISSING, *, was: str = "", **options: Any)
   return _field(default, options, static=True, was=was)
 
 
-def section(find: Callable[[Mapping[str, Any]], type], *, was: str = "", **options: Any) -> Any:
-  """A field that holds a config section as it is, whose dataclass `find` tells, or raises `UserError`."""
-  return _field(dataclasses.MISSING, options, find=find, was=was)
+def section(
+  find: Callable[[Mapping[str, Any]], type],
+  *,
+  was: str = "",
+  took: tuple[str, ...] = (),
+  kind: str = "",
+  **options: Any,
+) -> Any:
+  """A field that holds a config section as it is.
+
+  Args:
+    find: tells the section's dataclass, or raises `UserError`.
+    was: see `renamed`.
+    took: keys that once stood beside the section; sections may still have them there, which logs one warning.
+    kind: the `name` of a section that has only those.
+    **options: of `dataclasses.field`.
+  """
+  return _field(dataclasses.MISSING, options, find=find, was=was, took=took, kind=kind)
 
 
 def renamed(default: Any = dataclasses.MISSING, *, was: str, **options: Any) -> Any:
@@ -98,7 +113,15 @@ def current_names(cls: type, options: Mapping[str, Any], where: str = "") -> dic
       raise UserError(f"{where or 'config'} has both '{key}' and its new name '{old[key]}': remove '{key}'")
     if where:
       _warn(cls, key, old[key], where)
-  return {old.get(key, key): value for key, value in options.items()}
+  found = {old.get(key, key): value for key, value in options.items()}
+  for name, field in of(cls).items():
+    moved = {key: found.pop(key) for key in field.metadata.get("took", ()) if key in found}
+    if moved:
+      found[name] = {"name": field.metadata["kind"], **found.get(name, {}), **moved}
+    if moved and where and (cls, name) not in _warned:
+      _warned.add((cls, name))
+      log.warning("%s: %s now belong in %s.%s: move them there", where, ", ".join(moved), where, name)
+  return found
 
 
 def _warn(cls: type, old: str, new: str, where: str) -> None:

@@ -235,6 +235,14 @@ class EncoderPart:
     frozen = {} if self.encoder.tokenizer is None else {"tokenizer": variables["frozen"]["tokenizer"]}
     return params, frozen
 
+  def layers(self, group: str) -> tuple[str, ...]:
+    """The encoder's `layers` over the paths of a parameter group; none if it is not in this group."""
+    path = f"{self.params}/"
+    if not path.startswith(f"params/{group}/"):
+      return ()
+    prefix = path.removeprefix(f"params/{group}/")
+    return tuple(f"^{prefix}{layer}" for layer in self.encoder.layers)
+
   def encode(self, variables: Mapping[str, Any], batch: Batch, rng: jax.Array | None = None) -> jax.Array:
     """Patch tokens [b, n, d]."""
     return self.encoder.encode(*self.split(variables), batch, rng)

@@ -1,6 +1,8 @@
-"""Linear probing and fine-tuning of a MAGE encoder (Li et al. 2023, section 4.2 and appendix B)."""
+"""Linear probing and fine-tuning of an image encoder (Li et al. 2023, section 4.2 and appendix B)."""
 
 import dataclasses
+import functools
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -10,27 +12,23 @@ import jax.numpy as jnp
 
 from maskgen import config as config_lib
 from maskgen import images as images_lib
-from maskgen import objectives
+from maskgen import objectives, storage
 from maskgen.config import fields
 from maskgen.errors import UserError, nearest
-from maskgen.models.mage import Encoder
-from maskgen.models.remat import REMAT, check_remat
-from maskgen.models.transformer import check_attention
-from maskgen.models.vqgan import VQGAN
+from maskgen.models.image_encoder import EncoderPart
 from maskgen.numerics import losses as losses_lib
 from maskgen.numerics import mixing
 from maskgen.numerics.positions import Positions
-from maskgen.numerics.vocab import Vocab
-from maskgen.objectives import Batch, BatchSpec, Metrics, PredictFn, Tree, check_image_size, mage
+from maskgen.objectives import Batch, BatchSpec, Metrics, PredictFn, Tree
 
 TRAINED = ("all", "head")
 NORMS = ("layer", "batch")
-# The encoder's part of MAGE's parameters; classifying leaves its final normalisation out.
-ENCODER = ("embedding", "position", "embedding_norm", "encoder")
+# Keys of configs in which the encoder had no section of its own: it was a MAGE's.
+TOOK = ("image_size", "tokenizer", "class_ids", "null_class", "width", "depth", "heads")
 
 
 class Head(nn.Module):
-  """From pooled tokens to logits.
+  """From the pooled vector to logits.
 
   Attributes:
     classes: k.
@@ -63,36 +61,33 @@ class Head(nn.Module):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Objective:
-  """Trains `main`, a head on the mean of the encoder's tokens, and the encoder with it or not.
+  """Trains `main`, a head on an encoder's pooled vector, and the encoder with it or not.
 
-  No token is masked. With `trained="head"` the encoder is frozen and runs without dropout. Batch
-  normalisation takes its statistics from the whole global batch, or, under accumulation, from each
-  micro-batch, as the reference does on each device; evaluation uses their running averages.
+  `maskgen.models.image_encoder` says what that vector is. With `trained="head"` the encoder is frozen and
+  runs without dropout. Batch normalisation takes its statistics from the whole global batch, or, under
+  accumulation, from each micro-batch, as the reference does on each device; evaluation uses their running
+  averages.
 
   Attributes:
-    image_size: (h, w) of the images.
+    encoder: the model at `config.pretrained.encoder`: name="pretrained" stands for what its own config says,
+      with further keys, such as dtype or remat, in place of its own. Without that name, its whole
+      `config.objective`, or name="vit" and the fields of `ViT`.
     classes: how many classes the data has.
-    tokenizer, class_ids, null_class, width, depth, heads: the networks of `config.pretrained.mage`, where
-      their weights come from, see `maskgen.objectives.mage`.
     trained: "all", or "head" for a linear probe.
-    norm: of the pooled features: "layer", or "batch" (on top of it), as is customary for a linear probe.
-    dropout, drop_path: of the encoder, see `Transformer`.
+    norm: of the pooled vector: "layer", or "batch" (on top of it), as is customary for a linear probe.
+    dropout, drop_path: of the encoder while it is trained, see `Transformer`; its own section's do not count.
     label_smoothing: of the cross-entropy.
     mixup, cutmix: alphas of `maskgen.numerics.mixing`, on pixels; 0 is off. With both, each example
       draws one.
-    dtype, attention, remat, scan: how the encoder is run, see `Transformer`.
   """
 
   serving: ClassVar[str] = "maskgen.serving.Classifier"
+  pretrained_was: ClassVar[Mapping[str, str]] = {"mage": "encoder"}
 
-  image_size: tuple[int, int]
+  encoder: Mapping[str, Any] = fields.section(
+    objectives.find_encoder, took=(*TOOK, "dtype", "attention", "remat", "scan"), kind="mage"
+  )
   classes: int
-  tokenizer: VQGAN = VQGAN()
-  class_ids: int = 1
-  null_class: int = 0
-  width: int = 768
-  depth: int = 12
-  heads: int = 12
   trained: str = "all"
   norm: str = "layer"
   dropout: float = 0.0
@@ -100,19 +95,10 @@ class Objective:
   label_smoothing: float = 0.0
   mixup: float = 0.0
   cutmix: float = 0.0
-  dtype: str = fields.precision("float32")
-  attention: str = fields.operational("auto", plain="xla")
-  remat: str = fields.operational("none", less_memory=REMAT[1:])
-  scan: bool = fields.operational(False)
 
   def __post_init__(self):
-    check_image_size(self.image_size)
     config_lib.check_at_least(self, 2, "classes")
-    config_lib.check_at_least(self, 1, "width", "depth", "heads")
     config_lib.check_at_least(self, 0, "mixup", "cutmix")
-    config_lib.check_dtype(self.dtype)
-    check_attention(self.attention, self.dtype, self.dropout)
-    check_remat(self.remat)
     config_lib.check_share(self, "dropout", "drop_path", "label_smoothing")
     for name, choices in (("trained", TRAINED), ("norm", NORMS)):
       value = getattr(self, name)
@@ -120,8 +106,7 @@ class Objective:
         raise UserError(f"{name} '{value}' does not exist{nearest(value, choices)}")
     if self.trained == "head" and (self.dropout or self.drop_path):
       raise UserError("a frozen encoder runs without dropout and drop_path: set both to 0")
-    if self.width % self.heads:
-      raise UserError(f"a width of {self.width} does not divide into {self.heads} heads")
+    _ = self.image_encoder  # which checks its fields
 
   @property
   def num_classes(self) -> int:
@@ -133,36 +118,27 @@ class Objective:
 
   @property
   def codebook_size(self) -> int:
-    return self.tokenizer.codebook_size
+    tokenizer = self.image_encoder.encoder.tokenizer
+    return tokenizer.codebook_size if tokenizer else 0
 
   def tokenizer_params(self, variables: Tree) -> Tree:
     return variables["frozen"]["tokenizer"]
 
   @property
   def image_shape(self) -> tuple[int, int, int]:
-    return (*self.image_size, self.tokenizer.image_channels)
+    return self.image_encoder.encoder.image_shape
 
-  @property
-  def grid(self) -> tuple[int, int]:
-    """The token grid (h', w')."""
-    return self.tokenizer.token_grid(self.image_shape)
+  @functools.cached_property
+  def image_encoder(self) -> EncoderPart:
+    """The encoder below the head, without what `pool` does not read."""
+    encoder = self._source.encoder.with_dropout(self.dropout, self.drop_path)
+    return EncoderPart(encoder, "frozen/encoder" if self.trained == "head" else "params/main", pooled=True)
 
-  @property
-  def encoder(self) -> Encoder:
-    """The network below the head."""
-    return Encoder(
-      vocab=Vocab(self.codebook_size, self.class_ids, self.null_class),
-      num_tokens=self.grid[0] * self.grid[1],
-      width=self.width,
-      depth=self.depth,
-      heads=self.heads,
-      dropout=self.dropout,
-      dtype=self.dtype,
-      attention=self.attention,
-      remat=self.remat,
-      scan=self.scan,
-      drop_path=self.drop_path,
-    )
+  @functools.cached_property
+  def _source(self) -> EncoderPart:
+    """The encoder as a part of `config.pretrained.encoder`."""
+    found = objectives.encoder_part(self.encoder, "config.objective.encoder")
+    return dataclasses.replace(found, pooled=True)
 
   @property
   def head(self) -> Head:
@@ -170,7 +146,7 @@ class Objective:
     return Head(self.classes, self.norm, std=0.01 if self.trained == "head" else 2e-5)
 
   def batch_spec(self) -> BatchSpec:
-    num_tokens = 0 if self.mixup or self.cutmix else self.encoder.num_tokens  # those mix pixels
+    num_tokens = 0 if self.mixup or self.cutmix else math.prod(self._grid)  # those mix pixels
     return BatchSpec(
       image_shape=self.image_shape,
       num_tokens=num_tokens,
@@ -179,32 +155,16 @@ class Objective:
     )
 
   def pretrained_shapes(self) -> dict[str, Tree]:
-    def init(rng: jax.Array) -> Tree:
-      tokenizer = self.tokenizer.init(rng, jnp.zeros((1, *self.image_shape)))["params"]
-      tokens = jnp.zeros((1, self.encoder.num_tokens), jnp.int32)
-      encoder = self.encoder.init(rng, tokens, method="pool")["params"]
-      return {"params": {"main": encoder}, "frozen": {"tokenizer": tokenizer}}
-
-    return {"mage": jax.eval_shape(init, jax.random.key(0))}
+    return {"encoder": self._source.shapes()}
 
   def check_pretrained(self, name: str, config: Mapping[str, Any]) -> None:
-    found = objectives.build(config["objective"]) if "objective" in config else None
-    if not isinstance(found, mage.Objective):
-      raise UserError("it is no masked generative encoder: give a model trained by the mage objective")
-    for field in ("image_size", "class_ids", "null_class", "width", "depth", "heads"):
-      theirs, ours = getattr(found, field), getattr(self, field)
-      if theirs != ours:
-        raise UserError(f"it has {field}={theirs}, config.objective has {ours}: make them equal")
-    objectives.check_tokenizer(found.tokenizer, self.tokenizer)
-    shapes = jax.eval_shape(found.init, jax.random.key(0), found.pretrained_shapes())
-    if not set(ENCODER) <= shapes["params"]["main"].keys():
-      origin = config.get("pretrained", {}).get("mage", "the model it was made from")
-      raise UserError(f"its encoder was frozen: give {origin}, which has the same one")
+    found = objectives.encoder_part(storage.model_section(config), "its config")
+    objectives.check_same(dataclasses.replace(found, pooled=True), self._source)
 
   def init(self, rng: jax.Array, pretrained: Mapping[str, Tree]) -> dict[str, Tree]:
-    encoder = pretrained["mage"]["params"]["main"]
-    head = self.head.init(rng, jnp.zeros((1, self.width)), train=False)
-    frozen, params = pretrained["mage"]["frozen"], {"head": head["params"]}
+    encoder, frozen = self._source.split(pretrained["encoder"])
+    head = self.head.init(rng, jnp.zeros((1, self._source.encoder.width)), train=False)
+    params = {"head": head["params"]}
     if self.trained == "head":
       frozen = {**frozen, "encoder": encoder}
     else:
@@ -212,7 +172,7 @@ class Objective:
     return {"params": {"main": params}, "frozen": frozen, "extra": head.get("batch_stats", {})}
 
   def positions(self) -> dict[str, Positions]:
-    return {"main/position": Positions(self.grid, leading=1)}
+    return {"main/position": self._source.encoder.positions}
 
   def losses(
     self,
@@ -228,7 +188,8 @@ class Objective:
     targets = jax.nn.one_hot(batch["label"], self.classes)
     if train:
       batch, targets = self._mix(batch, targets)
-    pooled = self._pool(params["main"], frozen, batch, rng, train=train)
+    dropout = rng if train and self.trained == "all" else None
+    pooled = self.image_encoder.pool({"params": params, "frozen": frozen}, batch, dropout)
     logits, model_state = self._logits(params["main"], model_state, pooled, train=train)
     values = self._compare(logits, targets)
     return {"main": values["loss"].mean()}, {"accuracy": values["accuracy"].mean()}, model_state
@@ -253,21 +214,6 @@ class Objective:
     loss = losses_lib.soft_cross_entropy(logits, smooth)
     return {"loss": loss, "accuracy": correct.astype(jnp.float32)}
 
-  def _pool(self, params: Tree, frozen: Tree, batch: Batch, rng: jax.Array, *, train: bool) -> jax.Array:
-    """The encoder's mean token, float32 [b, d]."""
-    if "tokens" in batch:
-      tokens = batch["tokens"].astype(jnp.int32)
-    else:
-      tokens = self._tokenize(frozen, batch["image"])
-    train = train and self.trained == "all"
-    variables = {"params": self._encoder_params(params, frozen)}
-    rngs = {"dropout": rng} if train else None
-    pooled: Any = self.encoder.apply(variables, tokens, train=train, rngs=rngs, method="pool")
-    return pooled
-
-  def _encoder_params(self, params: Tree, frozen: Tree) -> Tree:
-    return {name: (frozen["encoder"] if self.trained == "head" else params)[name] for name in ENCODER}
-
   def _logits(
     self, params: Tree, model_state: Tree, pooled: jax.Array, *, train: bool
   ) -> tuple[jax.Array, Tree]:
@@ -277,15 +223,19 @@ class Objective:
     logits, changed = self.head.apply(variables, pooled, train=train, mutable=["batch_stats"])
     return logits, changed.get("batch_stats", model_state)
 
-  def _tokenize(self, frozen: Tree, images: jax.Array) -> Any:
-    pixels = images_lib.to_float(images)
-    return self.tokenizer.apply({"params": frozen["tokenizer"]}, pixels, method="tokenize")
+  @property
+  def _grid(self) -> tuple[int, int]:
+    """The token grid (h', w') of an encoder with a tokenizer; (0, 0) without."""
+    tokenizer = self.image_encoder.encoder.tokenizer
+    return tokenizer.token_grid(self.image_shape) if tokenizer else (0, 0)
 
   def predict_fns(self) -> dict[str, PredictFn]:
+    part = self.image_encoder
+    tokenizer: Any = part.encoder.tokenizer
+
     def predict(variables, batch, rng):
-      params, frozen = variables["params"]["main"], variables["frozen"]
-      pooled = self._pool(params, frozen, batch, rng, train=False)
-      return self._logits(params, variables["extra"], pooled, train=False)[0]
+      pooled = part.pool(variables, batch)
+      return self._logits(variables["params"]["main"], variables["extra"], pooled, train=False)[0]
 
     def classify(variables, batch, rng):
       return jax.nn.softmax(predict(variables, batch, rng))
@@ -294,17 +244,18 @@ class Objective:
       return self._compare(predict(variables, batch, rng), jax.nn.one_hot(batch["label"], self.classes))
 
     def features(variables, batch, rng):
-      pooled = self._pool(variables["params"]["main"], variables["frozen"], batch, rng, train=False)
-      return nn.standardize(pooled, axis=-1, epsilon=1e-6)
+      return part.features(variables, batch)
 
     def encode(variables, batch, rng):
-      return self._tokenize(variables["frozen"], batch["image"])
+      params = {"params": self.tokenizer_params(variables)}
+      return tokenizer.apply(params, images_lib.to_float(batch["image"]), method="tokenize")
 
     def decode(variables, batch, rng):
-      params = {"params": variables["frozen"]["tokenizer"]}
-      return self.tokenizer.apply(params, batch["tokens"], self.grid, method="detokenize")
+      params = {"params": self.tokenizer_params(variables)}
+      return tokenizer.apply(params, batch["tokens"], self._grid, method="detokenize")
 
     def reconstruct(variables, batch, rng):
       return decode(variables, {"tokens": encode(variables, batch, rng)}, rng)
 
-    return {fn.__name__: fn for fn in (loss, classify, features, encode, decode, reconstruct)}
+    fns = (loss, classify, features)
+    return {fn.__name__: fn for fn in (fns if tokenizer is None else (*fns, encode, decode, reconstruct))}

@@ -9,6 +9,7 @@ from maskgen.storage.checkpoints import DAMAGED, Checkpoints, open_to_read
 from maskgen.storage.frozen import read_frozen, read_frozen_arrays, write_frozen
 from maskgen.storage.models import (
   CONFIG,
+  find_section,
   load_config,
   load_variables,
   model_section,
@@ -23,6 +24,7 @@ __all__ = [
   "DAMAGED",
   "WEIGHTS",
   "Checkpoints",
+  "find_section",
   "load_config",
   "load_variables",
   "model_section",

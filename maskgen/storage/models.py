@@ -65,6 +65,14 @@ def model_section(config: Mapping[str, Any]) -> dict[str, Any]:
   return {"name": name, **config[name]}
 
 
+def find_section(path: epath.PathLike) -> dict[str, Any]:
+  """As `model_section`, of a model's folder; empty where there is no model."""
+  try:
+    return model_section(load_config(path)) if path else {}
+  except UserError:
+    return {}
+
+
 def load_variables(path: epath.PathLike, target: Any) -> Any:
   """Reads a model's variables, with moving averages in the place of the parameters that have one.
 

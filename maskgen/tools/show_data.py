@@ -14,7 +14,7 @@ from tqdm import tqdm
 from maskgen import cli
 from maskgen import config as config_lib
 from maskgen.errors import UserError, nearest
-from maskgen.main import parse_overrides, split_stages
+from maskgen.main import complete, parse_overrides, split_stages
 from maskgen.training.sections import find_type
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def main(argv: Sequence[str]) -> None:
   for name, least in (("count", 1), ("scan", 0)):
     if getattr(args, name) < least:
       raise UserError(f"--{name}={getattr(args, name)}: give at least {least}")
-  config = config_lib.to_dict(config_lib.load(args.config, parse_overrides(rest), find_type))
+  config = complete(config_lib.to_dict(config_lib.load(args.config, parse_overrides(rest), find_type)))
   run = config_lib.build_dataclass(config_lib.RunConfig, _choose_stage(config, args.stage), "config")
 
   from maskgen import images, objectives, sheet

@@ -1,5 +1,6 @@
 """Everything a run is made of, built from its config and checked before anything is trained."""
 
+import dataclasses
 import functools
 import json
 import logging
@@ -19,6 +20,8 @@ from maskgen.training import optim
 from maskgen.training.state import TrainState
 from maskgen.training.step import Update, make_update
 from maskgen.training.warm_start import WarmStart
+
+log = logging.getLogger("maskgen")
 
 # Larger batches make evaluation no faster.
 EVAL_BATCH_SIZE = 256
@@ -62,6 +65,8 @@ class Experiment:
     self.mesh = sharding.make_mesh(cfg.mesh, devices)
     sharding.check_batch(cfg.batch_size, cfg.accumulation, self.mesh)
     self.objective = objectives.build(cfg.objective)
+    pretrained = _current_names(cfg.pretrained, getattr(self.objective, "pretrained_was", {}))
+    self.config = cfg = dataclasses.replace(cfg, pretrained=pretrained)
     self.data = data or _open_data(cfg)
     self._check_data()
     ways = sharding.batch_ways(self.mesh)
@@ -106,7 +111,9 @@ class Experiment:
       optimizer = config_lib.build_dataclass(optim.Optimizer, section, f"config.optimizer.{group}")
       schedule = optimizer.make_schedule(self.total_steps, cfg.batch_size, self.data.num_train)
       self._schedules[group] = schedule
-      self._transforms[group] = optimizer.make_transform(schedule, groups[group])
+      encoder = getattr(self.objective, "image_encoder", None)
+      layers = encoder.layers(group) if encoder else ()
+      self._transforms[group] = optimizer.make_transform(schedule, groups[group], layers)
     state, frozen = jax.eval_shape(self._init, pretrained)
     shardings = sharding.shard({"state": state, "frozen": frozen}, cfg.sharding, self.mesh)
     everywhere = sharding.replicated(self.mesh)
@@ -331,6 +338,13 @@ def _check_fetched(key: str, given: str, path: epath.Path) -> None:
       f"{key}={given} is not on this machine: fetch {found.address} ({found.license}), convert it by "
       f"maskgen.tools.convert --format={found.format}, and give the folder that this writes"
     )
+
+
+def _current_names(pretrained: Mapping[str, str], was: Mapping[str, str]) -> dict[str, str]:
+  """Pretrained models by the names that the objective has for them now."""
+  for name in pretrained.keys() & was.keys():
+    log.warning("config.pretrained.%s is now called '%s': rename the key", name, was[name])
+  return {was.get(name, name): path for name, path in pretrained.items()}
 
 
 def _open_data(cfg: config_lib.RunConfig) -> Any:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -20,18 +21,20 @@ NO_DECAY = re.compile(r"(^|/)(bias|scale|head_bias)$")
 TRUST = 0.001
 
 
-def layer_decay(decay: float, depth: int) -> tuple[tuple[str, float], ...]:
+def layer_decay(decay: float, layers: int | Sequence[str]) -> tuple[tuple[str, float], ...]:
   """Rules for `multipliers`: learning rates that shrink towards the input (Clark et al. 2020, section 3.2).
 
-  Block i of `depth`, counted from 0, has the factor decay^(depth - i), the embedding decay^(depth + 1), and
-  what comes after the blocks 1.
+  Of n blocks the last has the factor decay, the first decay^n, the embedding decay^(n + 1), and what comes
+  after the blocks 1.
 
   Args:
     decay: from 0 to 1.
-    depth: the number of blocks of an encoder whose parameters have the names of `models.mage.Encoder`.
+    layers: regular expressions over parameter paths, of the embedding and then of each block; or the number
+      of blocks of a MAGE encoder.
   """
-  blocks = tuple((f"(^|/)block_{i}/", decay ** (depth - i)) for i in range(depth))
-  return (*blocks, ("^(embedding|position|embedding_norm)(/|$)", decay ** (depth + 1)))
+  if isinstance(layers, int):
+    layers = ("^(embedding|position|embedding_norm)(/|$)", *(f"(^|/)block_{i}/" for i in range(layers)))
+  return tuple((layer, decay ** (len(layers) - i)) for i, layer in enumerate(layers))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,6 +59,8 @@ class Optimizer:
     weight_decay: weight decay on all parameters but biases and normalisation scales; decoupled, but for LARS.
     clip_norm: largest norm of the group's gradient, or None.
     multipliers: ordered (regex, factor) rules over parameter paths; the first match scales the learning rate.
+    layer_decay: the factor from each layer of the objective's image encoder to the one before it, see
+      `layer_decay`; `multipliers` come first.
   """
 
   name: str = "adamw"
@@ -70,6 +75,7 @@ class Optimizer:
   weight_decay: float = 0.0
   clip_norm: float | None = None
   multipliers: tuple[tuple[str, float], ...] = ()
+  layer_decay: float | None = None
 
   def __post_init__(self):
     if (self.learning_rate is None) == (self.base_learning_rate is None):
@@ -77,6 +83,8 @@ class Optimizer:
     for name in ("learning_rate", "base_learning_rate", "warmup_steps", "warmup_epochs", "clip_norm"):
       if getattr(self, name) is not None:
         config_lib.check_at_least(self, 0, name)
+    if self.layer_decay is not None and not 0.0 < self.layer_decay <= 1.0:
+      raise UserError(f"layer_decay is {self.layer_decay}: it is above 0 and at most 1")
     config_lib.check_at_least(self, 0, "end_learning_rate", "weight_decay", "b1", "b2")
     if self.name not in OPTIMIZERS:
       raise UserError(f"name '{self.name}' does not exist{nearest(self.name, OPTIMIZERS)}")
@@ -99,9 +107,25 @@ class Optimizer:
       0.0 if warmup else peak, peak, warmup, max(total_steps, 1), self.end_learning_rate
     )
 
-  def make_transform(self, schedule: optax.Schedule, shapes: Any) -> optax.GradientTransformation:
-    """The chain: clip, the optimizer's rule with its weight decay, multipliers, learning rate."""
-    by_name = tree.first_match(shapes, self.multipliers, 1.0)
+  def make_transform(
+    self, schedule: optax.Schedule, shapes: Any, layers: Sequence[str] = ()
+  ) -> optax.GradientTransformation:
+    """The chain: clip, the optimizer's rule with its weight decay, multipliers, learning rate.
+
+    Args:
+      schedule: the learning rate.
+      shapes: of the group's parameters.
+      layers: those that `layer_decay` is for.
+
+    Raises:
+      UserError: if a multiplier is for no parameter, or there are no layers.
+    """
+    multipliers = self.multipliers
+    if self.layer_decay is not None:
+      if not layers:
+        raise UserError("layer_decay is for a trained image encoder, and this group has none: remove it")
+      multipliers += layer_decay(self.layer_decay, layers)
+    by_name = tree.first_match(shapes, multipliers, 1.0)
     factors = jax.tree.map(lambda name: by_name[name], tree.names(shapes))
     decayed = jax.tree.map(lambda name: not NO_DECAY.search(name), tree.names(shapes))
     decay = optax.add_decayed_weights(self.weight_decay, decayed) if self.weight_decay else optax.identity()
@@ -120,7 +144,7 @@ class Optimizer:
       optax.stateless(
         lambda updates, _: jax.tree.map(lambda update, factor: update * factor, updates, factors)
       )
-      if self.multipliers
+      if multipliers
       else optax.identity(),
       optax.scale_by_learning_rate(schedule),
     )
