@@ -73,7 +73,8 @@ class RunConfig:
     seed: of initialisation, data order, masks and dropout.
     accumulation: number of micro-batches whose gradients are averaged for one update.
     ema: for a parameter group the decay of its exponential moving average, used for all predictions.
-    pretrained: paths of trained models that the objective asks for by name.
+    pretrained: paths of trained models that the objective asks for by name. A section of the objective under
+      the same name with name="pretrained" is filled in from that model's own config.
     resume: a workdir whose checkpoint this run starts from, optimizer state included.
     init_from: a workdir, an export or converted weights whose parameters alone this run starts from, see
       `maskgen.training.warm_start`; not needed any more once the run has saved.
