@@ -14,7 +14,7 @@ from etils import epath
 from PIL import Image
 
 from maskgen import objectives, sheet
-from maskgen.data import survey
+from maskgen.data import inspect
 from maskgen.data.cache import Cache, Manifest
 from maskgen.data.pipeline import Data
 from maskgen.data.sources import open_source
@@ -225,17 +225,17 @@ def test_a_folder_of_nothing_but_damage(tmp_path):
   Image.new("RGB", (5, 7)).save(good, "JPEG")
   source = open_source(f"folder:{tmp_path}", "train")
   (epath.Path(source.describe(50))).write_bytes(good.getvalue())
-  findings = list(survey.scan(source, range(source.size)))
+  findings = list(inspect.scan(source, range(source.size)))
   assert [finding.index for finding in findings] == list(range(source.size))
   assert [finding.index for finding in findings if finding.damage is None] == [50]
   assert findings[50].sides == (7, 5)
 
 
 def test_scan_is_spread_over_the_split():
-  assert survey.spread(10, 5) == [0, 2, 4, 6, 8]
-  assert survey.spread(3, 5) == [0, 1, 2]
-  assert survey.spread(3, 0) == []
-  indices = survey.spread(1_281_167, 2000)
+  assert inspect.spread(10, 5) == [0, 2, 4, 6, 8]
+  assert inspect.spread(3, 5) == [0, 1, 2]
+  assert inspect.spread(3, 0) == []
+  indices = inspect.spread(1_281_167, 2000)
   assert len(set(indices)) == 2000 and set(np.diff(indices)) == {640, 641}
 
 
@@ -306,7 +306,7 @@ def test_nothing_is_written_beside_a_card():
   ],
 )
 def test_wrong_arguments(arguments, message, tmp_path, monkeypatch):
-  monkeypatch.setattr(survey, "scan", None)  # all is said before long work
+  monkeypatch.setattr(inspect, "scan", None)  # all is said before long work
   with pytest.raises(UserError, match=message):
     show_data.main([f"--config={QUICKSTART}", f"--out={tmp_path / 'a.png'}", *arguments])
 

@@ -18,9 +18,9 @@ from maskgen.main import complete, parse_overrides, split_stages
 from maskgen.training.sections import find_type
 
 if TYPE_CHECKING:
+  from maskgen.data.inspect import Finding
   from maskgen.data.pipeline import Data
   from maskgen.data.sources import Source
-  from maskgen.data.survey import Finding
   from maskgen.objectives import Objective
   from maskgen.sheet import Card
 
@@ -123,15 +123,15 @@ def _choose_stage(config: Mapping[str, Any], name: str | None) -> dict[str, Any]
 
 def _scan(source: "Source", count: int) -> list["Finding"]:
   """Opens so many records, with progress for people: a bar on a terminal, lines elsewhere."""
-  from maskgen.data import survey
+  from maskgen.data import inspect
 
-  indices = survey.spread(source.size, count)
+  indices = inspect.spread(source.size, count)
   findings = []
   with tqdm(
     desc=source.name, total=len(indices), unit="record", leave=False, dynamic_ncols=True, disable=None
   ) as bar:
     logged = time.monotonic()
-    for finding in survey.scan(source, indices):
+    for finding in inspect.scan(source, indices):
       findings.append(finding)
       bar.update()
       if bar.disable and time.monotonic() - logged > _SECONDS_BETWEEN_LOGS:
@@ -224,7 +224,7 @@ def _cards(
   source: "Source", preprocess: str, batch: Mapping[str, np.ndarray], parts: Sequence[Sequence[np.ndarray]]
 ) -> list["Card"]:
   """A card for each record of a batch, with its class, captions and name."""
-  from maskgen.data import survey
+  from maskgen.data import inspect
   from maskgen.data.spec import parse_spec
   from maskgen.numerics import text
   from maskgen.sheet import Card
@@ -235,7 +235,7 @@ def _cards(
     for lines, label in zip(texts, batch["label"], strict=True):
       lines.append(source.class_names[label])
   views = parse_spec(preprocess).views
-  for row, captions in enumerate(survey.captions(source, records)):
+  for row, captions in enumerate(inspect.captions(source, records)):
     # Each time a record is drawn the next of its captions is taken.
     texts[row] += [captions[row // source.size * views % len(captions)]] if captions else []
   for stage in parse_spec(preprocess).stages:

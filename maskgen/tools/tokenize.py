@@ -70,7 +70,7 @@ def main(argv: Sequence[str]) -> None:
 
   import maskgen
   from maskgen import objectives, storage
-  from maskgen.data import crops
+  from maskgen.data import token_encoder
   from maskgen.data.cache import Cache, Manifest
 
   section = storage.load_config(args.model).get("objective")
@@ -85,7 +85,7 @@ def main(argv: Sequence[str]) -> None:
   preprocess = args.preprocess or (
     f"decode({channels})|random_resized_crop(({height}, {width}), (0.2, 1.0))|flip_lr"
   )
-  reader = crops.open_reader(args.source, args.split, preprocess, args.seed, objective.image_shape)
+  reader = token_encoder.open_reader(args.source, args.split, preprocess, args.seed, objective.image_shape)
   manifest = Manifest(
     tokenizer=objectives.tokenizer_fingerprint(objective.tokenizer_params(model.variables)),
     image_shape=objective.image_shape,
@@ -111,7 +111,7 @@ def main(argv: Sequence[str]) -> None:
   began = time.monotonic()
   images = 0
   for done, number in enumerate(mine, 1):
-    codes, labels = crops.encode(reader, manifest.shard(number), args.crops, args.batch_size, encode)
+    codes, labels = token_encoder.encode(reader, manifest.shard(number), args.crops, args.batch_size, encode)
     cache.write(number, codes, labels)
     images += codes.shape[0] * codes.shape[1]
     rate = images / (time.monotonic() - began)

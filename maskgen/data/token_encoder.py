@@ -1,4 +1,4 @@
-"""Reads records in order, several crops each, as training would see them."""
+"""Reads records as training does, several crops of each, and encodes them for a token cache."""
 
 from collections.abc import Callable, Iterator
 

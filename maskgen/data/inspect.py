@@ -1,4 +1,4 @@
-"""Looks at the records of a source as they are: sizes, labels, captions, and which are damaged."""
+"""Inspects the records of a source: sizes, labels, captions, and which are damaged."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
