@@ -20,6 +20,7 @@ from etils import epath
 from PIL import Image
 
 import maskgen
+from maskgen import config as config_lib
 from maskgen import main, storage
 from maskgen.config import Checkpointing, Profile
 from maskgen.data import pipeline
@@ -509,8 +510,15 @@ def test_operational_keys_may_change_on_the_way(trained, tmp_path):
   )
 
 
-# What differs from another config in numbers alone; test_config.py builds all.
-ALIKE = ("mage_base", "mage_large", "mage_c_large", "probe_mage", "fewshot_mage", "vilex_sd21", "vilex_sdxl")
+# What differs from another config in numbers or the optimizer alone; test_config.py builds all.
+ALIKE = ("mage_base", "mage_large", "mage_c_large", "probe_mage", "fewshot_mage")
+ALIKE += ("vilex_sd15", "vilex_sd21", "vilex_sdxl")  # as vilex_digits
+
+
+@pytest.fixture(scope="module")
+def trained_stages():
+  """Workdirs of finished stages by their config: most configs begin with the stages of another one."""
+  return {}
 
 
 @pytest.mark.parametrize(
@@ -518,9 +526,16 @@ ALIKE = ("mage_base", "mage_large", "mage_c_large", "probe_mage", "fewshot_mage"
   [pytest.param(file, marks=[pytest.mark.slow] * (file.stem in ALIKE)) for file in CONFIGS],
   ids=lambda file: file.stem,
 )
-def test_every_config_runs_with_debug(file, tmp_path):
-  main.main([f"--config={file}:debug", f"--workdir={tmp_path / 'run'}"])
-  results = json.loads((tmp_path / "run" / "results.json").read_text())
+def test_every_config_runs_with_debug(file, tmp_path, trained_stages):
+  root = tmp_path / "run"
+  config = config_lib.to_dict(config_lib.load(f"{file}:debug"))
+  sections = main.split_stages(config, root)
+  stages = {json.dumps(section, sort_keys=True): workdir for workdir, section in sections.items()}
+  for section in stages.keys() & trained_stages.keys():
+    shutil.copytree(trained_stages[section], stages[section])
+  main.main([f"--config={file}:debug", f"--workdir={root}"])
+  trained_stages.update(stages)
+  results = json.loads((root / "results.json").read_text())
   flat = results if "run" not in results else {k: v for s in results.values() for k, v in s.items()}
   assert flat and all(np.isfinite(v) for v in flat.values() if isinstance(v, float))
 
