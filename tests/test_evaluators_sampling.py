@@ -77,6 +77,17 @@ def test_keys_that_evaluations_had_before_are_read_with_a_warning(caplog):
   assert record.getMessage().startswith("config.evals.it: steps, schedule, temperature belong to sampling=")
 
 
+def test_the_command_line_sets_options_and_adds_evaluations():
+  overrides = {
+    "mage.evals.samples.sampling.temperature": "2.5",
+    "mage.evals.more.type": "loss",
+    "mage.evals.more.every_steps": "5",
+  }
+  evals = config_lib.to_dict(config_lib.load(tiny.FILE, overrides))["mage"]["evals"]
+  assert evals["samples"]["sampling"] == dict(temperature=2.5)
+  assert evals["more"] == dict(type="loss", every_steps=5)
+
+
 def test_check_mode_traces_what_evaluations_call(trained):
   evals = dict(
     generation=dict(type="generation", num_images=4, sampling=dict(steps=2)),

@@ -186,8 +186,8 @@ def _override(
   *parents, leaf = _current_path(config, key.split("."), find_type) if find_type else key.split(".")
   for i, part in enumerate((*parents, leaf)):
     is_section = isinstance(node, ml_collections.ConfigDict)
-    # Whether what a config leaves out exists is known when the section is used; an objective's sections nest.
-    addable = OPEN if i == len(parents) else ("objective",)
+    # Whether what a config leaves out exists is known when the section is used; some sections nest.
+    addable = OPEN if i == len(parents) else ("objective", "evals")
     if is_section and part not in node and set(parents[: min(i, 2)]) & set(addable):
       with config.unlocked():
         node[part] = None if i == len(parents) else ml_collections.ConfigDict()
