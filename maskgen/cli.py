@@ -7,10 +7,11 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from etils import epath
 
+from maskgen import plugins
 from maskgen.errors import UserError
 
 PATIENCE = 10.0
@@ -26,6 +27,19 @@ class Parser(argparse.ArgumentParser):
       formatter_class=argparse.RawDescriptionHelpFormatter,
       allow_abbrev=False,
     )
+
+  def add_model(self, help: str) -> None:  # noqa: A002  (argparse's name)
+    """Adds `--model`, the folder of a trained model, and whether code in it may run."""
+    self.add_argument("--model", required=True, help=help)
+    self.add_argument(
+      "--trust_code", action="store_true", help="run the code that lies in the model's folder"
+    )
+
+  def parse_known_args(self, *args: Any, **options: Any) -> Any:
+    parsed, rest = super().parse_known_args(*args, **options)
+    if getattr(parsed, "trust_code", False):
+      plugins.trust(parsed.model)
+    return parsed, rest
 
   def error(self, message: str):
     raise UserError(f"{message} (see --help)")

@@ -238,13 +238,14 @@ def check_same_run(root: epath.Path, config: Mapping[str, Any]) -> None:
 
 
 def write_config(workdir: epath.Path, config: Mapping[str, Any]) -> None:
-  """Writes `config.json`, complete or not at all."""
+  """Writes `config.json`, complete or not at all, and the modules beside the config that the run imported."""
   import jax
 
-  from maskgen import __version__
+  from maskgen import __version__, plugins
 
   if jax.process_index() == 0:
     workdir.mkdir(parents=True, exist_ok=True)
+    plugins.write_code(workdir)
     files.replace(workdir / "config.json", json.dumps({**config, "version": __version__}, indent=2))
 
 

@@ -83,9 +83,9 @@ def add_code_folder(folder: os.PathLike | str) -> None:
   importlib.invalidate_caches()
 
 
-def trust(model: epath.Path) -> None:
+def trust(model: epath.PathLike) -> None:
   """Makes the code that lies in a model's folder importable, if there is any."""
-  code = model / CODE
+  code = epath.Path(model) / CODE
   if not code.exists():
     return
   if "://" in str(code):
@@ -178,7 +178,13 @@ def _imported_files() -> dict[str, pathlib.Path]:
 
 def _files(folder: epath.Path) -> list[str]:
   """The paths of the Python files in a folder, relative to it."""
-  return [str(file.relative_to(folder)) for file in sorted(folder.rglob("*.py"))] if folder.exists() else []
+  if not folder.is_dir():
+    return []
+  found = []
+  for entry in sorted(folder.iterdir()):  # stores have no recursive glob
+    inner = [f"{entry.name}/{name}" for name in _files(entry)]
+    found += inner or [entry.name] * (entry.suffix == ".py")
+  return found
 
 
 def _copy(files: dict[str, epath.Path], target: epath.Path) -> None:

@@ -540,6 +540,13 @@ def test_every_config_runs_with_debug(file, tmp_path, trained_stages):
   assert flat and all(np.isfinite(v) for v in flat.values() if isinstance(v, float))
 
 
+def test_progress_shows_losses_first_and_no_more_than_a_line():
+  logged = {"input_wait": 0.1, "train/norm/main_update": 0.2, "train/accuracy": 0.25, "train/loss/main": 0.5}
+  assert metrics.summary(logged) == "loss/main 0.5, accuracy 0.25"
+  many = {f"train/metric_{i:02d}": float(i) for i in range(30)}
+  assert 60 < len(metrics.summary(logged | many)) < 90
+
+
 def test_progress_tells_no_speed_before_it_has_one(caplog):
   progress = metrics.Progress("mine", first_step=0, total_steps=3, batch_size=8)
   with caplog.at_level(logging.INFO, "maskgen"):

@@ -107,11 +107,15 @@ class Objective(Protocol):
       train: whether dropout and the like are on.
 
     Returns:
-      One scalar loss per parameter group, metrics (scalars), and the new model state.
+      One scalar loss per parameter group, metrics (scalars), and the new model state. Losses and metrics are
+      averaged and logged as `train/loss/GROUP` and `train/NAME`, and shown on the console.
     """
 
   def predict_fns(self) -> dict[str, PredictFn]:
-    """Functions `(variables, batch, rng, **options)` under names shared by all objectives.
+    """Functions `(variables, batch, rng, **options)` under names shared by all objectives, or of its own.
+
+    Each value [b] that `loss` returns becomes a validation metric under its name: the evaluator `loss`
+    averages it over the evaluation split. Users call any function by `model.call(name, batch)`.
 
     loss -> {name: [b]}; features -> [b, d]; classify -> float32 [b, classes], probabilities;
     encode -> int32 [b, n]; decode (batch: tokens), reconstruct, generate and generate_uniform (batch: key

@@ -5,27 +5,40 @@ import importlib
 import jax
 from etils import epath
 
-from maskgen import objectives, storage
+from maskgen import objectives, plugins, storage
 from maskgen.errors import UserError
 from maskgen.serving.model import Model
 
 
-def load(path: epath.PathLike) -> Model:
+def load(path: epath.PathLike, *, trust_code: bool = False) -> Model:
   """Loads a trained model, from the workdir of a run or an export.
 
   Args:
     path: a folder, local or on any store that `etils.epath` reaches.
+    trust_code: whether code that lies in the folder may run. A model whose objective is a module of your own
+      needs it where Python does not find this module.
 
   Returns:
     A model of the class that its objective names, such as `maskgen.serving.TokenModel`.
 
   Raises:
-    UserError: if the folder is no model, or its weights are damaged or do not fit its config.
+    UserError: if the folder is no model, its weights are damaged or do not fit its config, or Python does not
+      find the module of its objective.
   """
   config = storage.load_config(path)
   if "objective" not in config:
     raise UserError(f"{path} holds a network without an objective: give a model that maskgen trained")
-  objective = objectives.build(config["objective"])
+  if trust_code:
+    plugins.trust(path)
+  try:
+    objective = objectives.build(config["objective"])
+  except plugins.UnknownModuleError as error:
+    code = epath.Path(path) / plugins.CODE
+    trust = f", or, if you trust the code in {code}, set trust_code" if code.exists() else ""
+    raise UserError(
+      f"{path} needs the module '{error.name}', which Python does not find: install it or add its folder to "
+      f"PYTHONPATH{trust}"
+    ) from None
   shapes = jax.eval_shape(objective.init, jax.random.key(0), objective.pretrained_shapes())
   return find_class(objective)(config, objective, storage.load_variables(path, shapes))
 

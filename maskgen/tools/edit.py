@@ -56,7 +56,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     "lies beyond its sides (--outpaint). The picture may have any size. All other pixels keep their values.",
     "python -m maskgen.tools.edit --model=runs/quickstart/mage --image=in.png --mask=mask.png --out=out.png",
   )
-  parser.add_argument("--model", required=True, help="workdir of a run, or an export")
+  parser.add_model("workdir of a run, or an export")
   parser.add_argument("--image", required=True, help="picture file to edit")
   parser.add_argument("--out", required=True, help="PNG file to write")
   parser.add_argument("--mask", help="picture file of the same size, white where pixels are to be made anew")

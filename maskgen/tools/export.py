@@ -22,7 +22,7 @@ def main(argv: Sequence[str]) -> None:
     "names of MAGE's PyTorch reference (see docs/weights.md).",
     "python -m maskgen.tools.export --model=runs/quickstart/mage --out=exports/digits",
   )
-  parser.add_argument("--model", required=True, help="workdir of a run, or an export")
+  parser.add_model("workdir of a run, or an export")
   parser.add_argument("--out", required=True, help="new folder; a new .safetensors file with --format=mage")
   parser.add_argument("--format", default="maskgen", choices=FORMATS, help="whose names; maskgen by default")
   args = parser.parse_args(argv)
@@ -32,7 +32,7 @@ def main(argv: Sequence[str]) -> None:
       raise UserError(f"--out={args.out} exists: give the name of a new file")
 
   import maskgen
-  from maskgen import __version__, storage, tree
+  from maskgen import __version__, plugins, storage, tree
 
   model = maskgen.load(args.model)
   if args.format == "mage":
@@ -41,6 +41,7 @@ def main(argv: Sequence[str]) -> None:
     written = model.variables
     config = {"objective": model.config["objective"], "version": __version__}
     storage.write_export(args.out, config, written)
+    plugins.copy_code(epath.Path(args.model), epath.Path(args.out))
   print(f"wrote {tree.count(written):,} parameters to {args.out}")
 
 

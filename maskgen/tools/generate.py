@@ -20,7 +20,7 @@ def main(argv: Sequence[str]) -> None:
     "row for each.",
     "python -m maskgen.tools.generate --model=runs/quickstart/mage --out=digits.png --count=64",
   )
-  parser.add_argument("--model", required=True, help="workdir of a run, or an export")
+  parser.add_model("workdir of a run, or an export")
   parser.add_argument("--out", required=True, help="PNG file to write")
   parser.add_argument("--count", type=int, default=64, help="how many images")
   parser.add_argument("--seed", type=int, default=0, help="seed; image i depends on seed and i alone")

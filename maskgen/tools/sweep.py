@@ -39,7 +39,7 @@ def main(argv: Sequence[str]) -> None:
     "python -m maskgen.tools.sweep --model=runs/quickstart/mage --temperature=1,2.5,6 --steps=8,16 "
     "--order=confidence,halton --out=runs/sweep",
   )
-  parser.add_argument("--model", required=True, help="workdir of a run, or an export, whose data is at hand")
+  parser.add_model("workdir of a run, or an export, whose data is at hand")
   parser.add_argument("--out", required=True, help="folder to write, or to continue")
   parser.add_argument(
     "--num_images",

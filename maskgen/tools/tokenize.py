@@ -41,9 +41,7 @@ def main(argv: Sequence[str]) -> None:
     "processes share the shards.",
     "python -m maskgen.tools.tokenize --model=runs/vqgan --source=folder:/data/imagenet --out=/data/tokens",
   )
-  parser.add_argument(
-    "--model", required=True, help="workdir or export of a tokenizer, or of a model with one"
-  )
+  parser.add_model("workdir or export of a tokenizer, or of a model with one")
   parser.add_argument("--source", required=True, help="data source, as config.data.source has it")
   parser.add_argument("--out", required=True, help="folder of the cache, local or remote")
   parser.add_argument("--split", default="train", help="split of the source")

@@ -199,7 +199,7 @@ COMMANDS: Mapping[str, tuple[Callable[[Sequence[str]], None], str]] = {
 def _parser(what: str, example: str, *, image_is_required: bool = True) -> argparse.ArgumentParser:
   """The arguments that all commands have."""
   parser = cli.Parser(what, f"python -m maskgen.tools.vilex {example}")
-  parser.add_argument("--model", required=True, help="workdir of a run, or an export")
+  parser.add_model("workdir of a run, or an export")
   parser.add_argument(
     "--image",
     action="append",

@@ -17,6 +17,7 @@ from maskgen.errors import UserError
 
 METRICS = "metrics.jsonl"
 NOT_FINITE = "not_finite.json"
+_SUMMARY_WIDTH = 80
 log = logging.getLogger("maskgen")
 
 
@@ -105,19 +106,15 @@ class Progress:
     self._paused += seconds
 
   def report(self, step: int, values: Mapping[str, float]) -> dict[str, float]:
-    """Shows the losses and returns the throughput since the last report."""
+    """Shows losses and metrics of the objective, and returns the throughput since the last report."""
     now = time.monotonic()
     rate = (step - self._mark) / max(now - self._time - self._paused, 1e-9)
     self._mark, self._time, self._paused = step, now, 0.0
-    losses = ", ".join(
-      f"{name.removeprefix('train/')} {value:.4g}"
-      for name, value in values.items()
-      if name.startswith("train/loss/")
-    )
+    text = summary(values)
     if self._bar is not None:
-      self._bar.set_postfix_str(losses)
+      self._bar.set_postfix_str(text)
     elif jax.process_index() == 0:
-      shown = [f"{self._name} step {step}/{self._total}", losses]
+      shown = [f"{self._name} step {step}/{self._total}", text]
       if rate:  # not before the second step
         minutes, seconds = divmod(round((self._total - step) / rate), 60)
         shown += [f"{rate * self._batch_size:.1f} images/s", f"{minutes}:{seconds:02d} left"]
@@ -128,6 +125,19 @@ class Progress:
     """Leaves the terminal tidy."""
     if self._bar is not None:
       self._bar.close()
+
+
+def summary(values: Mapping[str, float]) -> str:
+  """The losses, then as many metrics of the objective as a line has room for."""
+  losses = [name for name in values if name.startswith("train/loss/")]
+  metrics = [name for name in values if name.startswith("train/") and name.count("/") == 1]
+  text = ""
+  for name in (*losses, *metrics):
+    part = f"{name.removeprefix('train/')} {values[name]:.4g}"
+    if text and len(text) + len(part) > _SUMMARY_WIDTH:
+      break
+    text = f"{text}, {part}" if text else part
+  return text
 
 
 class NotFiniteError(UserError):

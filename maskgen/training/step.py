@@ -1,4 +1,8 @@
-"""One update for every objective: one forward pass, one vjp, one pull-back per parameter group."""
+"""One update for every objective: one forward pass, one vjp, one pull-back per parameter group.
+
+No line here averages gradients over devices: a loss is a mean over the global batch, whose leading axis is
+split over the mesh, so the compiler adds the all-reduce to the backward pass (`pull_back` in `gradients`).
+"""
 
 from collections.abc import Callable, Mapping
 from typing import Any
