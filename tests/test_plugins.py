@@ -76,10 +76,10 @@ def prefix(request, tmp_path, monkeypatch) -> str:
 
 
 CONTEXT = evaluators.Context(
+  objective=None,
   predict={"loss": lambda *_: {}},
   batches=lambda split: (),
   fresh_variables=lambda *_: {},
-  codebook_size=None,
   class_names=None,
 )
 
