@@ -413,7 +413,14 @@ def test_wrong_arguments(arguments, message, trained, wrong, tmp_path):
 
 def test_models_that_cannot_edit(trained, folder, tmp_path):
   with pytest.raises(UserError, match="'tokenizer' cannot inpaint"):
-    run(trained, folder, tmp_path / "out.png", "--box=0,0,4,4", f"--model={trained / 'tokenizer'}")
+    edit.main(
+      [
+        f"--model={trained / 'tokenizer'}",
+        f"--image={folder / 'in.png'}",
+        f"--out={tmp_path / 'out.png'}",
+        "--box=0,0,4,4",
+      ]
+    )
 
 
 def test_the_tool_explains_itself(capsys):
