@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from etils import epath
 
 from maskgen import plugins
-from maskgen.errors import UserError
+from maskgen.errors import UserError, of_storage
 
 PATIENCE = 10.0
 
@@ -93,7 +93,8 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
   for handler in logging.getLogger().handlers:
     handler.addFilter(lambda record: record.name != "absl" or record.levelno >= logging.ERROR)
   try:
-    main(sys.argv[1:])
+    with of_storage():
+      main(sys.argv[1:])
   except UserError as error:
     print(f"error: {error}", file=sys.stderr)
     _end(error.status)

@@ -1,15 +1,112 @@
-"""Files that are complete or absent, whenever a process is killed."""
+"""Files that are complete or absent, whenever a process is killed, and that say when they are damaged."""
 
+import contextlib
+import hashlib
+import json
+import os
 import uuid
+from collections.abc import Mapping
+from typing import Any
 
 from etils import epath
 
+from maskgen.errors import UserError
+
+MANIFEST = "manifest.json"
+
 
 def replace(path: epath.Path, content: str | bytes) -> None:
-  """Writes a file under another name and then gives it its own, over an older one if there is one."""
+  """Writes a file under another name and then gives it its own, over an older one if there is one.
+
+  On a local disk it is there after a power failure, too.
+  """
+  data = content.encode() if isinstance(content, str) else content
   temporary = path.parent / f"{path.name}.{uuid.uuid4().hex}.tmp"
-  if isinstance(content, str):
-    temporary.write_text(content)
-  else:
-    temporary.write_bytes(content)
-  temporary.replace(path)
+  local = "://" not in str(path)
+  try:
+    with temporary.open("wb") as file:
+      file.write(data)
+      if local:
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+  except OSError:
+    with contextlib.suppress(OSError):
+      temporary.unlink(missing_ok=True)
+    raise
+  if local:
+    with contextlib.suppress(OSError):  # not every file system syncs folders
+      folder = os.open(path.parent, os.O_RDONLY)
+      try:
+        os.fsync(folder)
+      finally:
+        os.close(folder)
+
+
+def damaged(path: epath.PathLike, reason: Any, remedy: str) -> UserError:
+  """The error for a file that does not hold what it should."""
+  return UserError(f"{path} is damaged ({reason}): {remedy}")
+
+
+def read_json(path: epath.Path, remedy: str) -> dict[str, Any]:
+  """Reads a JSON object.
+
+  Raises:
+    UserError: if the file holds something else.
+  """
+  return _object(path, path.read_bytes(), "", remedy)
+
+
+def read_json_lines(path: epath.Path, keys: Mapping[str, type], remedy: str) -> list[dict[str, Any]]:
+  """Reads a JSON object from each line; a last line that was cut off is left out.
+
+  Args:
+    path: of the file.
+    keys: that each object has, with the types of their values.
+    remedy: for a file that holds something else.
+
+  Raises:
+    UserError: if it does.
+  """
+  objects = []
+  for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
+    found = _object(path, line, f"line {number}: ", remedy)
+    for key, kind in keys.items():
+      if type(found.get(key)) is not kind:
+        raise damaged(path, f"line {number}: {key} is {found.get(key)!r}", remedy)
+    objects.append(found)
+  return objects
+
+
+def _object(path: epath.Path, data: bytes, where: str, remedy: str) -> dict[str, Any]:
+  try:
+    value = json.loads(data.decode())
+  except (ValueError, RecursionError) as error:
+    raise damaged(path, f"{where}{error}", remedy) from None
+  if not isinstance(value, dict):
+    raise damaged(path, f"{where}no JSON object", remedy)
+  return value
+
+
+def make_manifest(contents: Mapping[str, bytes]) -> str:
+  """The content of a file that holds the checksums of others, by their names."""
+  digests = {name: {"sha256": hashlib.sha256(data).hexdigest()} for name, data in contents.items()}
+  return json.dumps(digests, indent=2)
+
+
+def check_manifest(manifest: epath.Path, name: str, data: Any, remedy: str) -> bool:
+  """Compares the content of a file with its checksum in a manifest; False if there is no manifest.
+
+  Raises:
+    UserError: if it is another one, or the manifest is damaged.
+  """
+  try:
+    digests = read_json(manifest, remedy)
+  except FileNotFoundError:
+    return False
+  entry = digests.get(name)
+  if not isinstance(entry, dict) or "sha256" not in entry:
+    raise damaged(manifest, f"no checksum of {name}", remedy)
+  if hashlib.sha256(data).hexdigest() != entry["sha256"]:
+    raise damaged(manifest.parent / name, f"its checksum differs from that in {manifest.name}", remedy)
+  return True

@@ -338,7 +338,11 @@ def test_an_export_gives_the_same_model(stage, trained, tmp_path, capsys):
   a, b = maskgen.load(trained / stage), maskgen.load(tmp_path / "export")
   assert_same_bits(a.variables, b.variables)
   assert a.config["objective"] == b.config["objective"]
-  assert sorted(p.name for p in (tmp_path / "export").iterdir()) == ["config.json", "weights.safetensors"]
+  assert sorted(p.name for p in (tmp_path / "export").iterdir()) == [
+    "config.json",
+    "manifest.json",
+    "weights.safetensors",
+  ]
 
 
 def test_an_export_answers_like_the_run_it_came_from(trained, tmp_path):
@@ -380,6 +384,29 @@ def test_an_export_overwrites_nothing(trained, tmp_path):
   with pytest.raises(UserError, match=r"is not (an )?empty"):
     export.main([f"--model={trained / 'tokenizer'}", f"--out={tmp_path}"])
   assert [p.name for p in tmp_path.iterdir()] == ["kept.txt"]
+
+
+def test_one_flipped_bit_in_an_export_is_found_and_an_old_export_is_read_with_a_warning(
+  trained, tmp_path, caplog
+):
+  folder = tmp_path / "export"
+  export.main([f"--model={trained / 'tokenizer'}", f"--out={folder}"])
+  variables = maskgen.load(folder).variables
+  assert not caplog.records
+  file = folder / "weights.safetensors"
+  data = bytearray(file.read_bytes())
+  data[-5] ^= 1
+  file.write_bytes(data)
+  with pytest.raises(
+    UserError, match=r"weights.safetensors is damaged \(its checksum differs .*: restore .*"
+  ):
+    maskgen.load(folder)
+  data[-5] ^= 1
+  file.write_bytes(data)
+  (folder / "manifest.json").unlink()
+  assert_same_bits(maskgen.load(folder).variables, variables)
+  (record,) = caplog.records
+  assert "export has no manifest.json: its weights are used unchecked" in record.getMessage()
 
 
 @pytest.mark.parametrize("keep", [0, 100])

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import shutil
 import signal
 import time
@@ -224,12 +225,72 @@ def test_other_folders_are_left_alone(trained, tmp_path):
     tokenize.main(flags(trained / "tokenizer", tmp_path))
 
 
+def swap(a, b):
+  first = a.read_bytes()
+  a.write_bytes(b.read_bytes())
+  b.write_bytes(first)
+
+
+def change(file, index, value):
+  array = np.load(file)
+  array[index] = value
+  np.save(file, array)
+
+
+DAMAGES = {
+  "another code": ("codes_00003", lambda c: change(c / "codes_00003.npy", (5, 1, 2), 7)),
+  "another label": ("labels_00003", lambda c: change(c / "labels_00003.npy", 5, 3)),
+  "swapped codes": ("codes_00001", lambda c: swap(c / "codes_00001.npy", c / "codes_00002.npy")),
+  "swapped shards": (
+    "manifest_00001",
+    lambda c: [
+      swap(c / name.format(1), c / name.format(2))
+      for name in ("codes_{:05d}.npy", "labels_{:05d}.npy", "manifest_{:05d}.json")
+    ],
+  ),
+  "empty labels": ("labels_00003", lambda c: (c / "labels_00003.npy").write_bytes(b"")),
+  "empty checksums": ("manifest_00003", lambda c: (c / "manifest_00003.json").write_bytes(b"")),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_shard_is_made_again_as_the_error_says(damage, cache, trained, tmp_path):
+  shutil.copytree(cache, out := tmp_path / "cache")
+  name, make = DAMAGES[damage]
+  make(out)
+  for _ in range(2 if "swapped" in damage else 1):
+    with pytest.raises(
+      UserError, match=r"(\S+) is damaged .*: delete (\S+) and run \S+tokenize again"
+    ) as error:
+      sources.open_source(f"tokens:{out}", "train")
+    assert name in str(error.value) or "swapped" in damage
+    (out / re.search(r"delete (\S+)", str(error.value))[1]).unlink()
+    tokenize.main(flags(trained / "tokenizer", out))
+  same_files(out, cache)
+
+
+def test_a_cache_without_checksums_is_read_with_a_warning_and_its_values_are_checked(cache, tmp_path, caplog):
+  shutil.copytree(cache, out := tmp_path / "cache")
+  for file in out.glob("manifest_*"):
+    file.unlink()
+  sources.open_source(f"tokens:{out}", "train")
+  (record,) = caplog.records
+  assert "5 of the 5 shards of the token cache" in record.getMessage()
+  for kind, value in (("codes", 159), ("labels", 999)):
+    shutil.copy(out / f"{kind}_00001.npy", tmp_path)
+    change(out / f"{kind}_00001.npy", 0, value)
+    with pytest.raises(UserError, match=rf"{kind}_00001.npy is damaged \(values from \d+ to {value} for "):
+      sources.open_source(f"tokens:{out}", "train")
+    shutil.copy(tmp_path / f"{kind}_00001.npy", out)
+
+
 def test_a_damaged_shard_is_named(cache, tmp_path):
   shutil.copytree(cache, tmp_path / "cache")
   file = tmp_path / "cache" / "codes_00003.npy"
   file.write_bytes(file.read_bytes()[:200])
   with pytest.raises(
-    UserError, match=r"codes_00003.npy is damaged .*: delete it and run maskgen.tools.tokenize again"
+    UserError,
+    match=r"codes_00003.npy is damaged .*: delete codes_00003.npy and run maskgen.tools.tokenize again",
   ):
     sources.open_source(f"tokens:{tmp_path}/cache", "train")
   assert Cache.open(epath.Path(cache)).missing() == []

@@ -1,13 +1,15 @@
 """Token caches: codes of several crops of every record of a data set, on disk.
 
 A cache is a folder with `manifest.json` and, for each shard of records, `labels_NNNNN.npy` (int32 [records],
-where there are labels) and `codes_NNNNN.npy` ([records, crops, tokens], in the smallest unsigned type),
-which is written last: a shard that has it is complete.
+where there are labels), `manifest_NNNNN.json` (their checksums) and `codes_NNNNN.npy`
+([records, crops, tokens], in the smallest unsigned type), which is written last.
 """
 
+import concurrent.futures
 import dataclasses
 import io
 import json
+import logging
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,10 @@ from etils import epath
 from maskgen import files
 from maskgen.errors import UserError
 
-_MANIFEST = "manifest.json"
+_ANEW = "make the cache anew"
+_THREADS = 16
+
+log = logging.getLogger("maskgen")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,7 +84,7 @@ class Cache:
     Raises:
       UserError: if the folder holds something else.
     """
-    if (folder / _MANIFEST).exists():
+    if (folder / files.MANIFEST).exists():
       cache = cls.open(folder)
       for field in dataclasses.fields(Manifest):
         before, now = getattr(cache.manifest, field.name), getattr(manifest, field.name)
@@ -91,7 +96,7 @@ class Cache:
     if folder.exists() and any(file.suffix != ".tmp" for file in folder.iterdir()):
       raise UserError(f"{folder} is not empty: give a new folder for the cache")
     folder.mkdir(parents=True, exist_ok=True)
-    files.replace(folder / _MANIFEST, json.dumps(dataclasses.asdict(manifest), indent=2))
+    files.replace(folder / files.MANIFEST, json.dumps(dataclasses.asdict(manifest), indent=2))
     return cls(folder, manifest)
 
   @classmethod
@@ -102,28 +107,36 @@ class Cache:
       UserError: if there is none.
     """
     try:
-      values: dict[str, Any] = json.loads((folder / _MANIFEST).read_text())
+      values = files.read_json(folder / files.MANIFEST, _ANEW)
       names = values["class_names"]
       values |= {"image_shape": tuple(values["image_shape"]), "class_names": names and tuple(names)}
       return cls(folder, Manifest(**values))
     except FileNotFoundError:
       raise UserError(
-        f"{folder} is no token cache (it has no {_MANIFEST}): make one with maskgen.tools.tokenize"
+        f"{folder} is no token cache (it has no {files.MANIFEST}): make one with maskgen.tools.tokenize"
       ) from None
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-      raise UserError(f"{folder / _MANIFEST} is damaged ({error}): make the cache anew") from None
+    except (KeyError, TypeError) as error:
+      raise files.damaged(folder / files.MANIFEST, error, _ANEW) from None
 
   def missing(self) -> list[int]:
     """The shards that are not complete."""
-    return [number for number in range(self.manifest.num_shards) if not self._file("codes", number).exists()]
+    there = {file.name for file in self.folder.iterdir()}
+    kinds = ("codes", "labels") if self.manifest.class_names else ("codes",)
+    return [
+      number
+      for number in range(self.manifest.num_shards)
+      if not all(self._file(kind, number).name in there for kind in kinds)
+    ]
 
   def write(self, number: int, codes: np.ndarray, labels: np.ndarray | None) -> None:
     """Writes a shard: codes int [records, crops, tokens], labels int [records]."""
     expected = (len(self.manifest.shard(number)), self.manifest.crops, self.manifest.tokens)
     assert codes.shape == expected, (codes.shape, expected)
-    if labels is not None:
-      files.replace(self._file("labels", number), _npy(labels.astype(np.int32)))
-    files.replace(self._file("codes", number), _npy(codes.astype(self.manifest.dtype)))
+    contents = {} if labels is None else {self._file("labels", number): _npy(labels.astype(np.int32))}
+    contents[self._file("codes", number)] = _npy(codes.astype(self.manifest.dtype))
+    digests = files.make_manifest({file.name: data for file, data in contents.items()})
+    for file, data in ({self._digests(number): digests.encode()} | contents).items():
+      files.replace(file, data)
 
   def read(self, kind: str) -> list[np.ndarray]:
     """The arrays "codes" or "labels" of all shards; those on a local disk are mapped, not read.
@@ -137,20 +150,47 @@ class Cache:
         f"the token cache {self.folder} is incomplete (it lacks {len(missing)} of {self.manifest.num_shards} "
         "shards): run maskgen.tools.tokenize again with the same flags, it continues"
       )
-    arrays = []
-    for number in range(self.manifest.num_shards):
-      file = self._file(kind, number)
-      try:
-        remote = "://" in str(file)
-        array = np.load(io.BytesIO(file.read_bytes())) if remote else np.load(file, mmap_mode="r")
-        if len(array) != len(self.manifest.shard(number)):
-          raise ValueError(f"{len(array)} records instead of {len(self.manifest.shard(number))}")
-      except (OSError, ValueError) as error:
-        raise UserError(
-          f"{file} is damaged ({error}): delete it and run maskgen.tools.tokenize again with the same flags"
-        ) from None
-      arrays.append(array)
-    return arrays
+    with concurrent.futures.ThreadPoolExecutor(_THREADS) as executor:
+      read = list(executor.map(lambda number: self._read(kind, number), range(self.manifest.num_shards)))
+    unchecked = sum(not checked for _, checked in read)
+    if kind == "codes" and unchecked:
+      log.warning(
+        "%d of the %d shards of the token cache %s have no checksums, as older versions made them",
+        *(unchecked, len(read), self.folder),
+      )
+    return [array for array, _ in read]
+
+  def _read(self, kind: str, number: int) -> tuple[np.ndarray, bool]:
+    """The array of a shard, and whether there was a checksum to compare its file with."""
+    file, records = self._file(kind, number), len(self.manifest.shard(number))
+    remedy = (
+      f"delete {self._file('codes', number).name} and run maskgen.tools.tokenize again with the same flags"
+    )
+    shape: tuple[int, ...] = (records,)
+    dtype, choices = np.dtype(np.int32), len(self.manifest.class_names or ())
+    if kind == "codes":
+      shape += (self.manifest.crops, self.manifest.tokens)
+      dtype, choices = self.manifest.dtype, self.manifest.codebook_size
+    try:
+      if "://" in str(file):
+        data: Any = file.read_bytes()
+        array = np.load(io.BytesIO(data))
+      else:
+        data = np.memmap(file, np.uint8, "r")
+        array = np.load(file, mmap_mode="r")
+      if (array.shape, array.dtype) != (shape, dtype):
+        raise ValueError(f"{array.dtype}{list(array.shape)} instead of {dtype}{list(shape)}")
+      checked = files.check_manifest(self._digests(number), file.name, data, remedy)
+      if not checked and not 0 <= array.min() <= array.max() < choices:
+        raise ValueError(f"values from {array.min()} to {array.max()} for {choices} {kind}")
+    except UserError:
+      raise
+    except (EOFError, ValueError) as error:
+      raise files.damaged(file, error, remedy) from None
+    return array, checked
+
+  def _digests(self, number: int) -> epath.Path:
+    return self.folder / f"manifest_{number:05d}.json"
 
   def _file(self, kind: str, number: int) -> epath.Path:
     return self.folder / f"{kind}_{number:05d}.npy"

@@ -52,14 +52,20 @@ class Skipped:
     """Keeps `skipped.jsonl` in a folder, cut back to what was known at a step."""
     self._folder, self._step = folder, step
     file = folder / FILE
-    lines = file.read_text().split("\n")[:-1] if file.exists() else []
+    texts = ("use", "split", "record", "reason", "fingerprint")
+    keys = {"step": int, "index": int, **dict.fromkeys(texts, str)}
+    try:
+      known = files.read_json_lines(file, keys, "what it names is found again") if file.exists() else []
+    except UserError as error:
+      log.warning("%s", error)
+      known = []
     sources = {each.split: each.source.fingerprint for each in self._substitutes.values()}
     self._merge(
       entry
-      for entry in map(json.loads, lines)
+      for entry in known
       if entry["step"] <= step and sources.get(entry["split"]) == entry["fingerprint"]
     )
-    if lines:
+    if file.exists():
       self._write(list(self._entries.values()))
     self._check()
 

@@ -1,8 +1,9 @@
 """Models on disk: checkpoints, frozen parts and exports; parameters are just trees here.
 
 A workdir holds `config.json`, `checkpoints/STEP/` and, where the objective has frozen parts, `frozen/`,
-written once. An export holds `config.json` and `weights.safetensors`. Arrays are stored flat, under their
-path names (`params/main/encoder/...`), so that a part of a model can be read without knowing the rest.
+written once. An export holds `config.json`, `weights.safetensors` and its checksum. Arrays are stored flat,
+under their path names (`params/main/encoder/...`), so that a part of a model can be read without knowing the
+rest.
 """
 
 from maskgen.storage.checkpoints import DAMAGED, Checkpoints, open_to_read

@@ -1,34 +1,31 @@
 """Frozen parts of a model: written into a workdir once, with a checksum."""
 
-import hashlib
-import json
 from typing import Any
 
 import jax
 import numpy as np
-import safetensors.numpy
 from etils import epath
 
 from maskgen import tree
 from maskgen.errors import UserError
-from maskgen.storage.tensors import WEIGHTS, parse, place, read_file, to_host
+from maskgen.storage.tensors import has_weights, place, read_weights, to_host, write_weights
+
+FROZEN = "frozen"
 
 
 def write_frozen(workdir: epath.Path, frozen: Any) -> None:
   """Writes frozen parts, however sharded, into a workdir."""
-  data = safetensors.numpy.save(to_host(tree.flatten({"frozen": frozen})))
+  arrays = to_host(tree.flatten({"frozen": frozen}))
   if jax.process_index() == 0:
-    folder = workdir / "frozen"
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / WEIGHTS).write_bytes(data)
-    manifest = {WEIGHTS: {"sha256": hashlib.sha256(data).hexdigest()}}
-    (folder / "manifest.json").write_text(json.dumps(manifest, indent=2))
+    write_weights(workdir / FROZEN, arrays)
 
 
 def read_frozen(workdir: epath.Path, target: Any) -> Any:
   """Reads frozen parts and checks that not a bit has changed since they were written."""
   if not jax.tree.leaves(target):
     return target
+  if not (workdir / FROZEN).exists():
+    raise UserError(f"{workdir / FROZEN} is missing: restore it from a copy")
   flat = tree.flatten({"frozen": target})
   arrays = read_frozen_arrays(workdir)
   tree.check_same(arrays, flat, f"{workdir}/frozen")
@@ -42,16 +39,6 @@ def read_frozen_arrays(workdir: epath.Path) -> dict[str, np.ndarray]:
   Raises:
     UserError: if a bit has changed.
   """
-  if (workdir / WEIGHTS).exists():
-    found = read_file(workdir / WEIGHTS)
-    return {name: array for name, array in found.items() if name.startswith("frozen/")}
-  folder = workdir / "frozen"
-  if not folder.exists():
-    return {}
-  data = (folder / WEIGHTS).read_bytes()
-  expected = json.loads((folder / "manifest.json").read_text())[WEIGHTS]["sha256"]
-  if hashlib.sha256(data).hexdigest() != expected:
-    raise UserError(
-      f"{folder / WEIGHTS} is damaged (its checksum differs from manifest.json's): restore it from a copy"
-    )
-  return parse(data)
+  if has_weights(workdir):
+    return {name: array for name, array in read_weights(workdir).items() if name.startswith("frozen/")}
+  return read_weights(workdir / FROZEN) if (workdir / FROZEN).exists() else {}

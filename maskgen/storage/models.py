@@ -8,14 +8,21 @@ from typing import Any
 import jax
 import ml_dtypes
 import numpy as np
-import safetensors.numpy
 from etils import epath
 
-from maskgen import tree
+from maskgen import files, tree
 from maskgen.errors import UserError
 from maskgen.storage.checkpoints import open_to_read
 from maskgen.storage.frozen import read_frozen_arrays
-from maskgen.storage.tensors import WEIGHTS, place, read_file, read_shapes, to_host
+from maskgen.storage.tensors import (
+  WEIGHTS,
+  has_weights,
+  place,
+  read_shapes,
+  read_weights,
+  to_host,
+  write_weights,
+)
 
 CONFIG = "config.json"
 # From the shapes of stored arrays by path name, to targets for those to read.
@@ -38,13 +45,11 @@ def load_config(path: epath.PathLike) -> dict[str, Any]:
   if not folder.exists():
     raise UserError(f"model {path} does not exist: give the workdir of a run, or an export")
   try:
-    config = json.loads((folder / CONFIG).read_text())
+    config = files.read_json(folder / CONFIG, "restore it from a copy")
   except (FileNotFoundError, NotADirectoryError):
     raise UserError(
       f"{path} is no model (it has no {CONFIG}): give the workdir of a run, or an export"
     ) from None
-  except json.JSONDecodeError as error:
-    raise UserError(f"{folder / CONFIG} is damaged: {error}") from None
   if "stages" in config:
     choices = " or ".join(str(folder / stage) for stage in config["stages"])
     raise UserError(f"{path} holds several stages: give {choices}")
@@ -87,8 +92,8 @@ def load_variables(path: epath.PathLike, target: Any) -> Any:
   folder = epath.Path(path).absolute()
   load_config(folder)
   flat = tree.flatten(target)
-  if (folder / WEIGHTS).exists():
-    arrays: dict[str, Any] = read_file(folder / WEIGHTS)
+  if has_weights(folder):
+    arrays: dict[str, Any] = read_weights(folder)
   else:
     arrays = read_frozen_arrays(folder) | _checkpoint_arrays(folder, flat)
   found = {
@@ -157,27 +162,26 @@ def read_chosen(path: epath.PathLike, choose: Choose) -> dict[str, Any]:
   """
   folder = epath.Path(path).absolute()
   load_config(folder)
-  if not (folder / WEIGHTS).exists():
+  if not has_weights(folder):
     return _read_checkpoint(folder, choose)
   shapes = read_shapes(folder / WEIGHTS)
   wanted = choose({name: leaf for name, leaf in shapes.items() if not name.startswith("frozen/")})
-  arrays = read_file(folder / WEIGHTS) if wanted else {}
+  arrays = read_weights(folder) if wanted else {}
   return {name: place(arrays[name], leaf) for name, leaf in wanted.items()}
 
 
 def write_export(path: epath.PathLike, config: Mapping[str, Any], variables: Any) -> None:
-  """Writes a model as `config.json` and `weights.safetensors`.
+  """Writes a model as `config.json`, `weights.safetensors` and its checksum in `manifest.json`.
 
   Raises:
     UserError: if the path exists and is not an empty folder, or cannot be written.
   """
   folder = epath.Path(path)
-  data = safetensors.numpy.save(to_host(tree.flatten(variables)))
+  arrays = to_host(tree.flatten(variables))
   try:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
       raise UserError(f"{path} is not an empty folder: give a new one for the export")
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / WEIGHTS).write_bytes(data)
-    (folder / CONFIG).write_text(json.dumps(config, indent=2))
+    write_weights(folder, arrays)
+    files.replace(folder / CONFIG, json.dumps(config, indent=2))  # last: without it this is no model
   except OSError as error:
     raise UserError(f"{path} is not writable ({error.strerror or error}): give another folder") from None

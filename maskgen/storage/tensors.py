@@ -1,18 +1,56 @@
 """Flat files of arrays (safetensors), and arrays on their way between hosts and devices."""
 
 import json
+import logging
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import ml_dtypes
 import numpy as np
 import safetensors
+import safetensors.numpy
 from etils import epath
 from jax.experimental import multihost_utils
 
+from maskgen import files
 from maskgen.errors import UserError
 
 WEIGHTS = "weights.safetensors"
+
+log = logging.getLogger("maskgen")
+
+
+def write_weights(folder: epath.Path, arrays: Mapping[str, np.ndarray]) -> None:
+  """Writes arrays as `weights.safetensors`, and its checksum as `manifest.json`."""
+  data = safetensors.numpy.save(dict(arrays))
+  folder.mkdir(parents=True, exist_ok=True)
+  files.replace(folder / WEIGHTS, data)
+  files.replace(folder / files.MANIFEST, files.make_manifest({WEIGHTS: data}))
+
+
+def has_weights(folder: epath.Path) -> bool:
+  """Whether a folder is one that `write_weights` has written, and holds no run."""
+  return (folder / WEIGHTS).exists() or (folder / files.MANIFEST).exists()
+
+
+def read_weights(folder: epath.Path) -> dict[str, np.ndarray]:
+  """Reads `weights.safetensors`, and checks that not a bit has changed since it was written.
+
+  Raises:
+    UserError: if one has, or the file is missing.
+  """
+  remedy = f"restore {folder} from a copy"
+  try:
+    data = (folder / WEIGHTS).read_bytes()
+  except FileNotFoundError:
+    raise UserError(f"{folder / WEIGHTS} is missing: {remedy}") from None
+  if not files.check_manifest(folder / files.MANIFEST, WEIGHTS, data, remedy):
+    log.warning("%s has no %s: its weights are used unchecked", folder, files.MANIFEST)
+  try:
+    return parse(data)
+  except safetensors.SafetensorError as error:
+    raise files.damaged(folder / WEIGHTS, error, remedy) from None
 
 
 def parse(data: bytes) -> dict[str, np.ndarray]:
@@ -21,18 +59,6 @@ def parse(data: bytes) -> dict[str, np.ndarray]:
     name: np.frombuffer(found["data"], _dtype(found["dtype"])).reshape(found["shape"])
     for name, found in safetensors.deserialize(data)
   }
-
-
-def read_file(path: epath.Path) -> dict[str, np.ndarray]:
-  """The arrays of a safetensors file.
-
-  Raises:
-    UserError: if it is damaged.
-  """
-  try:
-    return parse(path.read_bytes())
-  except safetensors.SafetensorError as error:
-    raise UserError(f"{path} is damaged: {error}") from None
 
 
 def read_shapes(path: epath.Path) -> dict[str, jax.ShapeDtypeStruct]:
@@ -49,7 +75,7 @@ def read_shapes(path: epath.Path) -> dict[str, jax.ShapeDtypeStruct]:
       name: jax.ShapeDtypeStruct(found["shape"], _dtype(found["dtype"])) for name, found in header.items()
     }
   except (ValueError, AttributeError, KeyError) as error:
-    raise UserError(f"{path} is damaged: {error}") from None
+    raise files.damaged(path, error, f"restore {path.parent} from a copy") from None
 
 
 def _dtype(name: str) -> Any:  # such as F32

@@ -248,9 +248,12 @@ class Experiment:
     """
     if not (workdir / DATA).exists():
       return
-    before = json.loads((workdir / DATA).read_text())
+    remedy = "delete it to go on with the data that is there now"
+    before = files.read_json(workdir / DATA, remedy)
     for use, now in self.data.fingerprints.items():
-      if use in before and before[use] != now:
+      if before.get(use, now) != now:
+        if not isinstance(before[use], dict) or not {"source", "size"} <= before[use].keys():
+          raise files.damaged(workdir / DATA, f"of {use} it says {before[use]!r}", remedy)
         raise UserError(
           f"the data for {use} has changed since this run began ({before[use]['source']} had "
           f"{before[use]['size']} records, {now['source']} has {now['size']}): restore it, or start a new "

@@ -1,6 +1,7 @@
 """One run in a folder: a lock of the file system, or, in a store, a file that its owner keeps signing."""
 
 import contextlib
+import errno
 import fcntl
 import os
 import socket
@@ -9,6 +10,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Generator
+from typing import IO
 
 from etils import epath
 
@@ -23,28 +25,42 @@ SECONDS = 20.0
 def hold(folder: epath.Path) -> Generator[None]:
   """Makes a folder this process's alone while the context lasts; it must exist.
 
-  A local folder's file system forgets the lock when the process ends, however it ends. In a store the lock of
-  a process that was killed is taken over when it has not been signed for a while; a process that finds its
-  own lock taken over ends at once, as if it were killed, since what it would still write does harm.
+  A local folder's file system forgets the lock when the process ends, however it ends. In a store, or on a
+  file system without locks, the lock of a process that was killed is taken over when it has not been signed
+  for a while; a process that finds its own lock taken over ends at once, as if it were killed, since what it
+  would still write does harm.
 
   Raises:
     TransientError: if another process holds the folder.
   """
-  if "://" in str(folder):
-    signature = Signature(folder / LOCK, lambda: _end(folder))
-    with contextlib.closing(signature):
-      yield
-    return
-  with open(folder / LOCK, "a+") as file:
-    try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-      file.seek(0)
-      raise taken(folder, file.read()) from None
-    file.truncate(0)
-    file.write(_name())
-    file.flush()
+  if "://" not in str(folder):
+    with open(folder / LOCK, "a+") as file:
+      if _lock(file, folder):
+        yield
+        return
+  with contextlib.closing(Signature(folder / LOCK, lambda: _end(folder))):
     yield
+
+
+def _lock(file: IO[str], folder: epath.Path) -> bool:
+  """Locks a file of a folder until it is closed; False where the file system has no locks.
+
+  Raises:
+    TransientError: if another process holds it.
+  """
+  try:
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError:
+    file.seek(0)
+    raise taken(folder, file.read()) from None
+  except OSError as error:
+    if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):  # as Lustre and NFS may answer
+      raise
+    return False
+  file.truncate(0)
+  file.write(_name())
+  file.flush()
+  return True
 
 
 class Signature:
