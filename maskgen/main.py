@@ -73,7 +73,7 @@ def main(argv: Sequence[str]) -> None:
     experiment = Experiment(stage)
     if not (workdir / "checkpoints").exists():  # else all it needs is in the workdir
       experiment.check_pretrained(workdir, pending=experiments)
-    if args.mode == "train" and not (workdir / train.RESULTS).exists():
+    if args.mode == "train" and train.read_results(workdir) is None:
       experiment.check_data(workdir)
     experiments[workdir] = experiment
   if args.mode == "check":
@@ -90,8 +90,8 @@ def main(argv: Sequence[str]) -> None:
     write_config(root, config)
     results: dict[str, Any] = {}
     for workdir, experiment in experiments.items():
-      if (workdir / train.RESULTS).exists():
-        results[workdir.name] = json.loads((workdir / train.RESULTS).read_text())
+      if (finished := train.read_results(workdir)) is not None:
+        results[workdir.name] = finished
       else:
         write_config(workdir, stages[workdir])
         experiment.write_data(workdir)
@@ -219,10 +219,7 @@ def check_same_run(root: epath.Path, config: Mapping[str, Any]) -> None:
   """
   previous = root / "config.json"
   if previous.exists():
-    try:
-      stored = json.loads(previous.read_text())
-    except json.JSONDecodeError as error:
-      raise UserError(f"{previous} is damaged ({error}): restore it, or give another --workdir") from None
+    stored = files.read_json(previous, "restore it from a copy, or give another --workdir")
     stored.pop("version", None)  # which `write_config` adds
     if stored == config:
       return

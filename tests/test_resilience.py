@@ -336,6 +336,58 @@ def test_checksums_of_many_sharded_arrays_do_not_wait_for_each_other():
   assert tree.checksums(sharded) == tree.checksums({i: jax.numpy.asarray(plain[i]) for i in plain})
 
 
+# Evaluations, and a workdir that moves
+
+
+@pytest.mark.parametrize(
+  ("error", "kind", "message"),
+  [
+    (UserError("no network"), UserError, "^config.evals.validation: no network$"),
+    (KeyError("a fault"), KeyError, "a fault"),
+    (
+      jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"),
+      UserError,
+      "^config.evals.validation: the dev",
+    ),
+  ],
+)
+def test_an_evaluation_that_fails_is_named_and_costs_no_steps(
+  error, kind, message, experiment, finished, tmp_path, monkeypatch
+):
+  class Failing:
+    def run(self, variables, rng):
+      raise error
+
+  workdir = new_workdir(tmp_path, experiment)
+  with monkeypatch.context() as patch, pytest.raises(kind, match=message) as caught:
+    patch.setitem(experiment.evaluators, "validation", (4, Failing()))
+    train.train(experiment, workdir)
+  assert kind is UserError or caught.value.__notes__ == ["in config.evals.validation"]
+  assert steps_of(workdir) == [4]
+  assert train.train(experiment, workdir) == finished[1]
+  assert [line["step"] for line in metrics.read(workdir) if "validation/loss" in line] == [4, 8, 9]
+
+
+def test_a_workdir_that_is_moved_ends_the_run_and_continues_where_it_is(
+  experiment, finished, tmp_path, monkeypatch
+):
+  workdir, compiled = new_workdir(tmp_path, experiment), experiment.update
+
+  def update(state, frozen, batch):
+    if int(state.step) == 6:
+      workdir.rename(tmp_path / "moved")
+    return compiled(state, frozen, batch)
+
+  with monkeypatch.context() as patch, pytest.raises(UserError, match=r"mage/metrics.jsonl was moved, "):
+    patch.setattr(experiment, "update", update)
+    train.train(experiment, workdir)
+  assert [path.name for path in tmp_path.iterdir()] == ["moved"]
+  moved = epath.Path(tmp_path / "moved")
+  assert steps_of(moved) == [4]
+  assert train.train(experiment, moved) == finished[1]
+  tiny.assert_same_bits(newest(experiment, moved), newest(experiment, finished[0]))
+
+
 # What is full
 
 

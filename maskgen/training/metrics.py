@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -22,12 +23,15 @@ log = logging.getLogger("maskgen")
 
 
 def read(workdir: epath.Path) -> list[dict[str, Any]]:
-  """Reads `metrics.jsonl`; a last line that was cut off by a kill is left out."""
+  """Reads `metrics.jsonl`; a last line that was cut off by a kill is left out.
+
+  Raises:
+    UserError: if another line is damaged.
+  """
   path = workdir / METRICS
   if not path.exists():
     return []
-  lines = path.read_text().split("\n")[:-1]
-  return [json.loads(line) for line in lines]
+  return files.read_json_lines(path, {"step": int}, "restore it from a copy, or delete this line")
 
 
 class Writer:
@@ -51,6 +55,8 @@ class Writer:
     self._tensorboard = metric_writers.SummaryWriter(str(workdir))
     files.replace(workdir / METRICS, "".join(json.dumps(line) + "\n" for line in kept))
     self._file = (workdir / METRICS).open("a")
+    if step and (not kept or kept[-1]["step"] < step):  # a checkpoint comes after its lines
+      log.warning("%s lacks lines from before step %d, which are lost", workdir / METRICS, step)
 
   def numbers(self, step: int, values: Mapping[str, float]) -> None:
     """Appends one line `{"step": step, name: value, ...}`."""
@@ -62,8 +68,25 @@ class Writer:
   def pictures(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
     """Writes `samples/NAME_STEP.png` and the same to TensorBoard; uint8 [h, w, 3] each."""
     if self._active:
+      self.sync()
       write_pictures(self._workdir, f"{step:07d}", pictures)
       self._tensorboard.write_images(step, {name: p[None] for name, p in pictures.items()})
+
+  def sync(self) -> None:
+    """Puts all lines on the disk, and checks that the workdir's path still leads there.
+
+    Raises:
+      UserError: if it is not.
+    """
+    if not self._active or "://" in str(self._workdir):
+      return
+    os.fsync(self._file.fileno())
+    path = self._workdir / METRICS
+    if not path.exists() or not os.path.samestat(os.fstat(self._file.fileno()), os.stat(path)):
+      raise UserError(
+        f"{path} was moved, replaced or deleted while its run was at work: start the same command with the "
+        "--workdir where the run's checkpoints are now"
+      )
 
   def close(self) -> None:
     """Flushes everything."""

@@ -12,7 +12,7 @@ import numpy as np
 from etils import epath
 
 from maskgen import files, storage, tree
-from maskgen.errors import UserError, shortage
+from maskgen.errors import UserError, of_storage, shortage
 from maskgen.evaluators.batches import gather
 from maskgen.training import metrics as metrics_lib
 from maskgen.training.clock import Clock
@@ -42,7 +42,10 @@ def train(experiment: Experiment, workdir: epath.Path) -> dict[str, float]:
   """
   try:
     # Closed also when the run fails: saves that have begun are completed.
-    with closing(storage.Checkpoints(workdir, experiment.config.checkpoint)) as checkpoints:
+    with (
+      of_storage(workdir),
+      closing(storage.Checkpoints(workdir, experiment.config.checkpoint)) as checkpoints,
+    ):
       loop(experiment, workdir, checkpoints)
   except metrics_lib.NotFiniteError as error:
     records = {"step": error.step, "records": experiment.data.describe(gather(error.records))}
@@ -95,8 +98,9 @@ def loop(experiment: Experiment, workdir: epath.Path, checkpoints: storage.Check
     averages |= progress.report(step, averages) | {"data/skipped": skipped.flush(step)}
     writer.numbers(step, averages | {"timing/seconds": clock.seconds()})
 
-  # The order is fixed: evaluate, save, next batch, step, log. So a checkpoint and an evaluation at step i see
-  # the same weights, the data has not moved, and what was logged up to step i is older than the checkpoint.
+  # The order is fixed: save, evaluate, next batch, step, log. So a checkpoint and an evaluation at step i see
+  # the same weights, what was logged up to step i is older than the checkpoint, and an evaluation that is
+  # killed or fails costs no steps: a run that continues from step i evaluates unless that was written.
   with closing(writer), closing(progress), closing(preemption), closing(batches):
     while True:
       stop = preemption.at(step)
@@ -104,20 +108,21 @@ def loop(experiment: Experiment, workdir: epath.Path, checkpoints: storage.Check
       if step > 0:
         window.check()
         began = time.monotonic()
-        if stop:  # There is no time to evaluate: the run does when it continues.
-          if len(window):
-            write_averages()
-        elif not (restored and writer.evaluated):
-          numbers, pictures = evaluate(experiment, state.variables(frozen), step)
-          if numbers or pictures:
-            writer.pictures(step, pictures)
-            writer.numbers(step, numbers | {"timing/seconds": clock.seconds()})
-            show(workdir.name, step, numbers)
-            skipped.flush(step)
+        if stop and len(window):
+          write_averages()
         due = step == total or step % cfg.checkpoint.save_steps == 0 or clock.save_is_due(step, cfg)
         if (due or stop) and not restored:
+          writer.sync()
           checkpoints.save(step, state)
           clock.saved()
+        # Before a stop there is no time to evaluate: the run does when it continues.
+        if not stop and not (restored and writer.evaluated):
+          numbers, pictures = evaluate(experiment, state.variables(frozen), step)
+          if numbers or pictures:
+            skipped.flush(step)
+            writer.pictures(step, pictures)
+            writer.numbers(step, numbers | {"timing/seconds": clock.seconds()})  # marks it as written
+            show(workdir.name, step, numbers)
         progress.pause(time.monotonic() - began)
       if stop:
         raise PreemptedError
@@ -142,12 +147,28 @@ def loop(experiment: Experiment, workdir: epath.Path, checkpoints: storage.Check
 def evaluate(
   experiment: Experiment, variables: Any, step: int | None
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-  """Runs the evaluations that are due at a step, or all of them at the last step and for `step=None`."""
+  """Runs the evaluations that are due at a step, or all of them at the last step and for `step=None`.
+
+  Raises:
+    UserError: naming the evaluation, if it raises one or the devices' memory does not suffice for it.
+  """
   numbers: dict[str, float] = {}
   pictures: dict[str, np.ndarray] = {}
   for name, (every, evaluator) in experiment.evaluators.items():
     if step is None or step == experiment.total_steps or step % every == 0:
-      report = evaluator.run(variables, jax.random.key(experiment.config.seed))
+      try:
+        report = evaluator.run(variables, jax.random.key(experiment.config.seed))
+      except UserError as error:
+        error.args = (f"config.evals.{name}: {error}",)
+        raise
+      except Exception as error:
+        if found := shortage(error):
+          raise UserError(
+            f"config.evals.{name}: the devices' memory does not suffice ({found}): raise config.accumulation "
+            "for smaller batches, or remove it"
+          ) from error
+        error.add_note(f"in config.evals.{name}")
+        raise
       numbers |= {f"{name}/{key}": float(value) for key, value in report.numbers.items()}
       pictures |= {f"{name}/{key}": picture for key, picture in report.pictures.items()}
   return numbers, pictures
@@ -192,6 +213,17 @@ def show(name: str, step: int | str, numbers: Mapping[str, float]) -> None:
   if jax.process_index() == 0:
     lines = "".join(f"\n  {key:<36} {value:.4g}" for key, value in sorted(numbers.items()))
     log.info("%s evaluation at step %s%s", name, step, lines)
+
+
+def read_results(workdir: epath.Path) -> dict[str, Any] | None:
+  """What a finished run has written; None if it is not finished, or the file is damaged, to write it anew."""
+  if not (workdir / RESULTS).exists():
+    return None
+  try:
+    return files.read_json(workdir / RESULTS, "it is made anew from the newest checkpoint")
+  except UserError as error:
+    log.warning("%s", error)
+    return None
 
 
 def write_results(workdir: epath.Path, results: Mapping[str, Any]) -> None:
