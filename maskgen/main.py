@@ -14,7 +14,7 @@ from etils import epath
 
 from maskgen import cli, files
 from maskgen import config as config_lib
-from maskgen.errors import UserError
+from maskgen.errors import UserError, of_storage
 from maskgen.training import cpu
 from maskgen.training.sections import find_type
 
@@ -195,20 +195,22 @@ def check_workdir(root: epath.Path, config: Mapping[str, Any], *, create: bool) 
 
   Raises:
     UserError: if not.
+    TransientError: if time may mend it.
   """
-  try:
+  with of_storage(root):
     check_same_run(root, config)
-    if create:
-      # A new workdir is not made yet: the config may still turn out to be wrong.
-      probe = cli.nearest_existing(root) / f".writable-{uuid.uuid4().hex}"
-      probe.write_text("")
-      probe.unlink()
-    elif not cli.writable(root):
-      raise PermissionError("permission denied")
-  except OSError as error:
-    raise UserError(
-      f"workdir {root} is not writable ({error.strerror or error}): give another --workdir"
-    ) from None
+    try:
+      if create:
+        # A new workdir is not made yet: the config may still turn out to be wrong.
+        probe = cli.nearest_existing(root) / f".writable-{uuid.uuid4().hex}"
+        probe.write_text("")
+        probe.unlink()
+      elif not cli.writable(root):
+        raise PermissionError("permission denied")
+    except (PermissionError, FileNotFoundError, NotADirectoryError) as error:
+      raise UserError(
+        f"workdir {root} is not writable ({error.strerror or error}): give another --workdir"
+      ) from None
 
 
 def check_same_run(root: epath.Path, config: Mapping[str, Any]) -> None:
