@@ -1,5 +1,7 @@
 """What may happen to a run: it is preempted, checkpoints rot, disk or memory is full, it meets its double."""
 
+import errno
+import functools
 import json
 import os
 import pathlib
@@ -15,6 +17,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import tensorflow as tf
 import tiny
 from etils import epath
 
@@ -409,6 +412,27 @@ def test_a_full_disk_keeps_what_is_saved(experiment, tmp_path, monkeypatch):
   assert int(newest(experiment, workdir).step) == 4
 
 
+def test_a_disk_that_is_full_at_a_metric_line_is_named_and_the_run_continues(
+  experiment, finished, tmp_path, monkeypatch
+):
+  workdir, numbers = new_workdir(tmp_path, experiment), metrics.Writer.numbers
+
+  def no_space(writer, step, values):
+    if step == 6:
+      writer._file.write('{"step": 6, "tr')  # what fits
+      raise OSError(28, "No space left on device")
+    numbers(writer, step, values)
+
+  with (
+    monkeypatch.context() as patch,
+    pytest.raises(TransientError, match=r"mage cannot be read or written \(No space left .*: make room"),
+  ):
+    patch.setattr(metrics.Writer, "numbers", no_space)
+    train.train(experiment, workdir)
+  assert train.train(experiment, workdir) == finished[1]
+  assert [line["step"] for line in metrics.read(workdir)] == [3, 4, 4, 6, 8, 8, 9, 9]
+
+
 @pytest.mark.slow
 def test_a_save_in_the_background_that_fails_ends_the_run_with_one_error(tmp_path):
   workdir = tmp_path / "run"
@@ -480,6 +504,23 @@ def test_the_second_run_in_a_workdir_is_refused(tmp_path):
     pass
 
 
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
+def test_a_folder_without_locks_is_signed(code, tmp_path, monkeypatch):
+  def flock(*_):
+    raise OSError(code, os.strerror(code))
+
+  monkeypatch.setattr(lock.fcntl, "flock", flock)
+  monkeypatch.setattr(lock, "Signature", functools.partial(lock.Signature, seconds=SECONDS))
+  folder = epath.Path(tmp_path)
+  for _ in range(2):
+    with (
+      lock.hold(folder),
+      pytest.raises(TransientError, match="another run is at work in"),
+      lock.hold(folder),
+    ):
+      pass
+
+
 SECONDS = 0.2  # between two signatures
 
 
@@ -544,6 +585,51 @@ def test_the_exit_status_says_whether_to_start_again(error, status, monkeypatch,
   assert exit_.value.code == status
   last = capsys.readouterr().err.splitlines()[-1]
   assert last == (f"error: {error}" if isinstance(error, UserError) else "KeyError: 'a fault'")
+
+
+@pytest.mark.parametrize(
+  ("error", "status", "message"),
+  [
+    (
+      OSError(28, "No space left on device", "/x/y"),
+      75,
+      "/x/y cannot be read or written (No space left on device",
+    ),
+    (OSError(5, "Input/output error"), 75, "a file or store cannot be read or written (Input/output error)"),
+    (
+      PermissionError(13, "Permission denied", "/x/y"),
+      2,
+      "/x/y cannot be read or written (Permission denied)",
+    ),
+    (
+      tf.errors.FailedPreconditionError(None, None, "Could not resolve host: googleapis.com"),
+      75,
+      "resolve host",
+    ),
+    (
+      tf.errors.PermissionDeniedError(None, None, "403 for gs://bucket/run"),
+      2,
+      "(403 for gs://bucket/run): check",
+    ),
+    (
+      tf.errors.UnimplementedError(None, None, "File system scheme 's3' not implemented"),
+      2,
+      "scheme 's3' not",
+    ),
+  ],
+  ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
+)
+def test_what_file_systems_and_stores_say_is_one_sentence(error, status, message, monkeypatch, capsys):
+  monkeypatch.setattr(cli, "_end", lambda status: sys.exit(status))
+
+  def fail(_):
+    raise error
+
+  with pytest.raises(SystemExit) as exit_:
+    cli.run(fail)
+  assert exit_.value.code == status
+  (line,) = capsys.readouterr().err.splitlines()
+  assert line.startswith("error: ") and message in line
 
 
 ALONE = """

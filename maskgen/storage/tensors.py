@@ -74,7 +74,7 @@ def read_shapes(path: epath.Path) -> dict[str, jax.ShapeDtypeStruct]:
     return {
       name: jax.ShapeDtypeStruct(found["shape"], _dtype(found["dtype"])) for name, found in header.items()
     }
-  except (ValueError, AttributeError, KeyError) as error:
+  except (ValueError, AttributeError, KeyError, FileNotFoundError) as error:
     raise files.damaged(path, error, f"restore {path.parent} from a copy") from None
 
 
