@@ -1,7 +1,7 @@
-"""Attention pooling: learned queries turn the patches of an image into a few vectors of given scale.
+"""Attention pooling: learned queries turn the patches of an image into a few vectors of a given scale.
 
-De-Diffusion has five layers of it (Wei et al. 2023, section 3); what ViLex has, its paper does not say.
-Letters: b batch, n patches, c their width, k queries, d what comes out, p width inside.
+De-Diffusion uses five layers (Wei et al. 2023, section 3); the ViLex paper does not say.
+Letters: b batch, n patches, c their width, k queries, d output width, p inner width.
 """
 
 from collections.abc import Sequence
@@ -40,7 +40,7 @@ class CrossAttention(nn.Module):
 
 
 class Layer(nn.Module):
-  """Self-attention if wanted, cross-attention and MLP, each on the normalised x and added to x."""
+  """Optional self-attention, cross-attention and MLP, each applied to the normalised x and added to x."""
 
   heads: int
   self_attention: bool
@@ -67,13 +67,13 @@ class AttentionPool(nn.Module):
 
   Attributes:
     queries: k.
-    widths: of the spaces the vectors are for, side by side: d is their sum. In each space a vector has the
+    widths: of the embedding spaces that an output vector concatenates: d is their sum. In each space it has
       root mean square 1 before the learned `scale`.
     width: p.
     depth: the number of layers.
     heads: of each attention.
-    self_attention: whether queries attend to each other, too.
-    dtype: the type of the computation; parameters and what comes out are float32.
+    self_attention: whether queries also attend to each other.
+    dtype: the type of the computation; parameters and the output are float32.
     attention: see `maskgen.models.transformer.attend`.
   """
 

@@ -1,7 +1,7 @@
 """The autoencoder of latent diffusion (Rombach et al. 2022, section 3.1): images to latents and back.
 
-Names of submodules are those of published weights, an index behind an underscore where they have it behind a
-dot. Letters: b batch, h w image, h' w' latent image, c latent channels.
+Submodules are named as in published weights, with an underscore instead of a dot before an index.
+Letters: b batch, h w image, h' w' latent image, c latent channels.
 """
 
 import functools
@@ -24,18 +24,18 @@ Layer = Callable[..., nn.Module]
 
 
 class Gaussian(NamedTuple):
-  """A latent of each image, scaled as the U-Net takes it: its mean and deviation, float32 [b, h', w', c]."""
+  """Each image's distribution of latents, scaled for the U-Net, as float32 [b, h', w', c]."""
 
   mean: jax.Array
   std: jax.Array
 
   def sample(self, key: jax.Array) -> jax.Array:
-    """Draws one, float32 [b, h', w', c]."""
+    """Samples a latent, float32 [b, h', w', c]."""
     return self.mean + self.std * jax.random.normal(key, self.mean.shape)
 
 
 class PixelAttention(nn.Module):
-  """Attention of each pixel to all, with one head, added to the image."""
+  """Single-head attention between all pixels, with a residual connection."""
 
   groups: int
   dtype: str
@@ -66,7 +66,7 @@ class MiddleBlock(nn.Module):
 
 
 class Level(nn.Module):
-  """Residual blocks, and a change of size after them where there is one: its name and the module."""
+  """Residual blocks, followed by an optional `resize`: the name and the module."""
 
   layers: int
   resnet: Layer
@@ -83,7 +83,7 @@ class Level(nn.Module):
 
 
 class Coder(nn.Module):
-  """What encoder and decoder have in common: their fields, and the blocks made with them."""
+  """The fields and blocks that encoder and decoder share."""
 
   channels: tuple[int, ...]
   layers: int
@@ -136,16 +136,16 @@ class AutoencoderKL(nn.Module):
   """Encoder and decoder; the defaults are those of Stable Diffusion 1 and 2.
 
   Attributes:
-    channels: of each level; from one to the next the image is halved.
+    channels: of each level; each level has half the resolution of the one before.
     layers: residual blocks of each level of the encoder; the decoder has one more.
     image_channels: of the images.
     latent_channels: c.
-    scale: latents are multiplied by it, to have about unit variance.
+    scale: multiplies latents, so that they have about unit variance.
     groups: of the group normalisations.
     dtype: the type of the computation; parameters are float32, and so are softmax, statistics and outputs.
       SDXL's decoder overflows in float16.
     attention: see `maskgen.models.transformer.attend`.
-    remat: what a backward pass computes again in each residual block, see `maskgen.models.remat`.
+    remat: what a backward pass recomputes in each residual block, see `maskgen.models.remat`.
   """
 
   channels: tuple[int, ...] = (128, 256, 512, 512)
@@ -195,7 +195,7 @@ class AutoencoderKL(nn.Module):
     return Gaussian(self.scale * mean, self.scale * jnp.exp(0.5 * jnp.clip(log_variance, -30.0, 20.0)))
 
   def decode(self, latents: jax.Array) -> jax.Array:
-    """Latents float32 [b, h', w', c] to images float32 [b, h, w, 3], about in [0, 1] but not clipped."""
+    """Latents float32 [b, h', w', c] to images float32 [b, h, w, 3], roughly in [0, 1] but not clipped."""
     return self.decoder(self.post_quant_conv(latents / self.scale)) / 2.0 + 0.5
 
   def __call__(self, images: jax.Array) -> jax.Array:

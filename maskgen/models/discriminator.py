@@ -57,9 +57,9 @@ def activate(x: jax.Array) -> jax.Array:
 
 
 def blur_pool(x: jax.Array) -> jax.Array:
-  """Halves the resolution after a [1, 3, 3, 1] binomial blur, against aliasing (Zhang 2019).
+  """Halves the resolution after a [1, 3, 3, 1] binomial blur, to avoid aliasing (Zhang 2019).
 
-  Sums of strided slices: depthwise convolutions and their second derivatives are slow on CPUs.
+  It sums strided slices: depthwise convolutions and their second derivatives are slow on CPUs.
   """
   for axis in (1, 2):
     size = x.shape[axis]

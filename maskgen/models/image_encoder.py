@@ -3,15 +3,15 @@
 These words mean the same everywhere:
 
 - *Patch tokens* (`encode`), [b, n, d]: the last block's output after the encoder's final normalisation, one
-  vector per patch or code. A class position is left out.
-- The *pooled* vector (`pool`), float32 [b, d]: the mean over all n positions, nothing being masked. A MAGE
+  vector per patch or code, without the class position.
+- The *pooled* vector (`pool`), float32 [b, d]: the mean over all n positions, with nothing masked. A MAGE
   encoder takes it before its final normalisation (Li et al. 2023, section 4.2), a ViT after it.
-  Classification heads see this vector.
+  Classification heads use this vector.
 - *Features* (`features`), float32 [b, d]: the pooled vector, standardised over d without parameters. The
   prediction function `features` of every objective returns them; probes, nearest neighbours and few-shot
   evaluations use them.
-- A *masked mean* is the mean over the positions that an encoder sees of a masked image. The contrastive loss
-  of MAGE-C takes it of the patch tokens; no evaluation does.
+- A *masked mean* is the mean over the positions of a masked image that an encoder sees. The contrastive loss
+  of MAGE-C takes it over patch tokens; no evaluation does.
 
 Letters: b batch, h w c image, n patches or codes, d width.
 """
@@ -42,12 +42,12 @@ Batch = Mapping[str, jax.Array]
 class ImageEncoder(abc.ABC):
   """The contract. `params` are the network's parameters; `frozen` holds the tokenizer's, if it has one.
 
-  A batch has `image`, uint8 or float32 [b, h, w, c] in [0, 1], which is resized where its size differs, or,
-  for an encoder with a tokenizer, `tokens`, integers [b, n]. Calls with `rng` apply dropout and drop path.
+  A batch has `image`, uint8 or float32 [b, h, w, c] in [0, 1], which is resized if its size differs, or, for
+  an encoder with a tokenizer, `tokens`, integers [b, n]. Calls with `rng` apply dropout and drop path.
 
   Attributes:
     network: the Linen module, with the fields `width`, `dropout`, `drop_path`, `attention` and `dtype`.
-    tokenizer: makes the codes that the network sees; None for a network that sees pixels.
+    tokenizer: computes the codes that the network sees; None for a network that sees pixels.
   """
 
   network: Any
@@ -70,7 +70,7 @@ class ImageEncoder(abc.ABC):
 
   @abc.abstractmethod
   def init(self, rng: jax.Array, *, pooled: bool = False) -> Any:
-    """Fresh parameters: all that `encode` reads, or all that `pool` reads."""
+    """Fresh parameters: those that `encode` reads, or, if `pooled`, those that `pool` reads."""
 
   @abc.abstractmethod
   def encode(self, params: Any, frozen: Any, batch: Batch, rng: jax.Array | None = None) -> jax.Array:
@@ -102,7 +102,7 @@ class ImageEncoder(abc.ABC):
 
 @dataclasses.dataclass(frozen=True)
 class VitEncoder(ImageEncoder):
-  """A ViT on pixels; nothing of it is frozen.
+  """A ViT on pixels, without frozen parts.
 
   Attributes:
     section_type: the dataclass of the config section that describes the network.
@@ -145,7 +145,7 @@ class VitEncoder(ImageEncoder):
 
 @dataclasses.dataclass(frozen=True)
 class MageEncoder(ImageEncoder):
-  """The encoder of a MAGE model, which sees all codes that its frozen tokenizer makes of an image.
+  """The encoder of a MAGE model, which sees all codes of an image from its frozen tokenizer.
 
   Attributes:
     image_size: (h, w) of the images that network and tokenizer were trained on.
@@ -169,7 +169,7 @@ class MageEncoder(ImageEncoder):
 
   def init(self, rng: jax.Array, *, pooled: bool = False) -> Any:
     tokens = jnp.zeros((1, self.network.num_tokens), jnp.int32)
-    if pooled:  # which leaves the final normalisation out
+    if pooled:  # without the final normalisation
       return self.network.init(rng, tokens, method="pool")["params"]
     return self.network.init(rng, tokens, tokens > 0, method="encode")["params"]
 
@@ -197,20 +197,20 @@ def _blocks(depth: int) -> tuple[str, ...]:
   return tuple(f"encoder/block_{i}/" for i in range(depth))
 
 
-# Networks that are image encoders by themselves, without an objective.
+# Networks that are image encoders on their own, without an objective.
 NETWORKS: dict[str, type[VitEncoder]] = {"vit": VitEncoder}
 
 
 @dataclasses.dataclass(frozen=True)
 class EncoderPart:
-  """An image encoder as a part of a model: which one, and where among the model's variables it lies.
+  """An image encoder as part of a model: which one, and where it is among the model's variables.
 
   A tokenizer's parameters are at "frozen/tokenizer". The methods are those of the encoder; they take the
   variables of the model, `{"params": {group: tree}, "frozen": tree}`.
 
   Attributes:
     encoder: the encoder.
-    params: path of the tree that has its parameters, perhaps beside others, such as "params/main".
+    params: path of the tree that contains its parameters, such as "params/main"; it may contain others.
     pooled: whether the model has only the parameters that `pool` reads.
   """
 
@@ -219,7 +219,7 @@ class EncoderPart:
   pooled: bool = False
 
   def shapes(self) -> dict[str, Any]:
-    """Shapes of the encoder's part of the model's variables."""
+    """Shapes of the encoder's variables within the model's."""
     key, encoder = jax.random.key(0), self.encoder
     params = jax.eval_shape(functools.partial(encoder.init, pooled=self.pooled), key)
     shapes = functools.reduce(lambda tree, name: {name: tree}, reversed(self.params.split("/")), params)
@@ -236,7 +236,7 @@ class EncoderPart:
     return params, frozen
 
   def layers(self, group: str) -> tuple[str, ...]:
-    """The encoder's `layers` over the paths of a parameter group; none if it is not in this group."""
+    """The encoder's `layers` for the paths of a parameter group; empty if the encoder is not in it."""
     path = f"{self.params}/"
     if not path.startswith(f"params/{group}/"):
       return ()

@@ -3,8 +3,8 @@
 Letters: b batch, n tokens, k tokens the encoder sees, d encoder width, v vocabulary. Position 0 of every
 sequence is the class position; the tokens follow.
 
-A call with `cached=True` evaluates the class position and the `kept` tokens alone, and takes the others from
-an earlier call in which the collection `cache` was mutable and all were seen.
+A call with `cached=True` evaluates only the class position and the `kept` tokens, and takes the others from
+an earlier call over all positions in which the collection `cache` was mutable.
 """
 
 from collections.abc import Callable
@@ -22,13 +22,13 @@ from maskgen.numerics.vocab import Vocab
 
 
 class Prediction(NamedTuple):
-  """What the network predicts of masked tokens.
+  """What the network predicts for masked tokens.
 
   Attributes:
     tokens: int32 [b, n], the codes.
     mask: bool [b, n], True where a code is hidden.
     kept: int32 [b, k], the positions that the encoder sees.
-    latents: [b, 1 + k, d], the encoder's output at the class position and at those it sees.
+    latents: [b, 1 + k, d], the encoder's output at the class position and the kept positions.
     logits: float32 [b, n, codebook], the decoder's output.
   """
 
@@ -46,10 +46,10 @@ class Encoder(nn.Module):
     vocab: the token ids.
     num_tokens: n.
     width, depth, heads: of the encoder.
-    dropout: on embeddings, attention weights, projections and MLPs, while training.
+    dropout: on embeddings, attention weights, projections and MLPs, during training.
     dtype: the type of the computation; parameters and logits are float32.
     attention, remat, scan: how the blocks are run, see `Transformer`.
-    drop_path: of the encoder's blocks, while training, see `Transformer`.
+    drop_path: of the encoder's blocks, during training, see `Transformer`.
   """
 
   vocab: Vocab
@@ -77,7 +77,7 @@ class Encoder(nn.Module):
     return nn.LayerNorm(epsilon=epsilon, dtype=self.dtype)
 
   def transformer(self, depth: int, heads: int, drop_path: float = 0.0) -> Transformer:
-    """A stack of blocks, run as this module is."""
+    """A stack of blocks with this module's options."""
     return Transformer(
       depth, heads, self.dropout, self.dtype, self.attention, self.remat, self.scan, drop_path
     )
@@ -95,10 +95,10 @@ class Encoder(nn.Module):
 
     Args:
       tokens: int32 [b, n], codes.
-      mask: bool [b, n]; masked tokens are hidden behind [MASK].
+      mask: bool [b, n]; masked tokens are replaced by [MASK].
       kept: int32 [b, k], the positions the encoder sees, or None for all.
-      train: whether dropout is on.
-      cached: whether the encoder saw all positions before, see above.
+      train: whether to apply dropout.
+      cached: whether to use the cache of an earlier call, see above.
 
     Returns:
       [b, 1 + k, d].
@@ -126,9 +126,9 @@ class Encoder(nn.Module):
     return self.encoder_norm(self.blocks(tokens, mask, kept, train=train, cached=cached))
 
   def pool(self, tokens: jax.Array, *, train: bool = False) -> jax.Array:
-    """The mean of the last block's tokens, of unmasked tokens [b, n]; float32 [b, d].
+    """The mean of the last block's output over unmasked tokens [b, n]; float32 [b, d].
 
-    The class position is left out, and no normalisation comes before (section 4.2 and appendix).
+    It excludes the class position and precedes the final normalisation (section 4.2 and appendix).
     """
     x = self.blocks(tokens, jnp.zeros(tokens.shape, bool), None, train=train)
     return x[:, 1:].astype(jnp.float32).mean(axis=1)
@@ -139,7 +139,7 @@ class Mage(Encoder):
 
   Attributes:
     decoder_width, decoder_depth, decoder_heads: of the decoder.
-    condition_width: c, the width of what `decode` takes as a condition; 0 for a model that takes none.
+    condition_width: c, the width of the conditions that `decode` takes; 0 for a model that takes none.
   """
 
   decoder_width: int = 768
@@ -177,22 +177,22 @@ class Mage(Encoder):
   ) -> jax.Array:
     """Logits float32 [b, 1 + n, v] from latents [b, 1 + k, d] and the same mask and kept positions.
 
-    If `cached`, logits [b, 1 + k, v], for which no condition is taken.
+    If `cached`, logits [b, 1 + k, v], without a condition.
 
-    The class position's feature stands in for every masked token, dropped or not (section 3.1). A condition,
-    float [b, l, c] of any l, is projected and follows the sequence (appendix A.2); it gets no position: where
-    an order matters, as in text, features carry it.
+    The class position's feature replaces every masked token, dropped or not (section 3.1). A condition, float
+    [b, l, c] of any l, is projected and appended to the sequence (appendix A.2) without positions: where the
+    order matters, as in text, features already encode it.
     """
     b, _, width = latents.shape
-    # Positions of all examples in one axis, as in the blocks.
+    # Positions of all examples form one axis, as in the blocks.
     x = sharding.constrain_batch(self.decoder_input(latents.reshape(-1, width))).reshape(
       b, -1, self.decoder_width
     )
     class_feature = x[:, :1]
     at = jnp.pad(kept + 1, ((0, 0), (1, 0))) if cached and kept is not None else None
     if kept is not None and at is None:
-      # Position i holds the kept token number (kept tokens up to i) - 1; what dropped ones get is masked.
-      # Not by a scatter, which would not stay split over the devices.
+      # Position i takes kept token number (kept tokens up to i) - 1; dropped positions are masked below.
+      # A gather, since a scatter would not stay sharded over the devices.
       is_kept = jax.nn.one_hot(kept, mask.shape[1], dtype=bool).any(axis=1)
       index = jnp.maximum(jnp.cumsum(is_kept, axis=1), 1)
       x = jnp.concatenate([class_feature, jnp.take_along_axis(x, index[..., None], axis=1)], axis=1)
@@ -208,7 +208,7 @@ class Mage(Encoder):
     x = self.decoder(x, train=train, at=at)[:, :length]
     x = self.decoder_norm(x).reshape(-1, self.decoder_width)
     x = self.head_norm(nn.gelu(sharding.constrain_batch(self.head(x)), approximate=False))
-    # The head is tied to the embedding table, which learns from its use as input alone.
+    # The head is tied to the embedding table, which gets gradients from the input only.
     table = sharding.gather(jax.lax.stop_gradient(self.embedding).astype(x.dtype))
     logits = jnp.einsum("nd,vd->nv", x, table, preferred_element_type=jnp.float32)
     return (logits + self.head_bias[None]).reshape(b, -1, self.vocab.size)
@@ -223,7 +223,7 @@ class Mage(Encoder):
     train: bool = False,
     cached: bool = False,
   ) -> jax.Array:
-    """Logits over the codes alone, float32 [b, n, codebook]; if `cached`, [b, k, codebook] of the kept."""
+    """Logits over the codes only, float32 [b, n, codebook]; if `cached`, [b, k, codebook] of the kept."""
     latents = self.encode(tokens, mask, kept, train=train, cached=cached)
     logits = self.decode(latents, mask, kept, condition, train=train, cached=cached)
     return logits[:, 1:, : self.vocab.codebook]
@@ -235,7 +235,7 @@ class Mage(Encoder):
 
 
 def reusing(model: Mage, params: Any) -> Callable[..., Any]:
-  """A network of these parameters for `sampling.decode`, which reuses features of positions it skips."""
+  """The network for `sampling.decode` that reuses cached features of the positions it skips."""
 
   def all_positions(tokens, unknown, t):
     first, cache = model.apply({"params": params}, tokens, unknown, method="code_logits", mutable=["cache"])

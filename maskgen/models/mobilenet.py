@@ -22,7 +22,7 @@ BOTTLENECKS = (
 
 
 def scale_channels(channels: int, width: float) -> int:
-  """Channels * width, rounded to a multiple of 8 that is not more than 10% too small."""
+  """Channels * width, rounded to a multiple of 8 without losing more than 10%."""
   scaled = max(8, int(channels * width + 4) // 8 * 8)
   return scaled if scaled >= 0.9 * channels * width else scaled + 8
 
@@ -30,7 +30,7 @@ def scale_channels(channels: int, width: float) -> int:
 class Bottleneck(nn.Module):
   """Inverted residual with a linear output (section 3.3): expand, filter per channel, project.
 
-  `expansion` 1 has no expanding convolution. The input is added where shapes allow it.
+  With `expansion` 1 there is no expanding convolution. The input is added if shapes match.
   """
 
   expansion: int
@@ -61,16 +61,16 @@ class Bottleneck(nn.Module):
 
 
 class MobileNetV2(nn.Module):
-  """MobileNetV2 on images of any size; 224 px is what the published weights were trained on.
+  """MobileNetV2 on images of any size; the published weights were trained on 224 px.
 
-  Padding is "SAME" as in TensorFlow: where a stride leaves an odd pixel, it goes below and right.
-  Under `jax.jit`, outputs that the caller drops (a perceptual loss needs no logits) cost nothing.
+  Padding is "SAME" as in TensorFlow: an odd pixel of padding goes to the bottom and right.
+  Under `jax.jit`, unused outputs (a perceptual loss needs no logits) cost nothing.
 
   Attributes:
     width: multiplier on the channels of all but the last layers.
     num_classes: number of logits; 1001 is ImageNet with class 0 for "background".
     bottlenecks: rows of (expansion, channels, blocks, stride), see `BOTTLENECKS`.
-    pooled_channels: width of the pooled features; not made smaller by `width` below 1.
+    pooled_channels: width of the pooled features; `width` below 1 does not reduce it.
   """
 
   width: float = 1.0

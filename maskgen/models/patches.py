@@ -1,4 +1,4 @@
-"""What stands in for an autoencoder where diffusion works on pixels: squares of them as channels.
+"""A replacement of the autoencoder for diffusion on pixels: squares of pixels become channels.
 
 Letters: b batch, h w image, h' w' squares, c channels of an image, d channels of a square.
 """
@@ -12,10 +12,10 @@ from maskgen.models.autoencoder_kl import Gaussian
 
 
 class Patches(nn.Module):
-  """Has the methods of `AutoencoderKL` and no parameters.
+  """Has the methods of `AutoencoderKL`, but no parameters.
 
   Attributes:
-    side: of a square in pixels; images must divide into them.
+    side: of a square, in pixels; it must divide the sides of images.
     image_channels: c.
   """
 
@@ -33,11 +33,11 @@ class Patches(nn.Module):
 
   @property
   def latent_channels(self) -> int:
-    """Numbers of a square."""
+    """The number of values in a square."""
     return self.side**2 * self.image_channels
 
   def encode(self, images: jax.Array) -> Gaussian:
-    """Images float32 [b, h, w, c] in [0, 1] to [b, h', w', d] in [-1, 1], for certain."""
+    """Images float32 [b, h, w, c] in [0, 1] to [b, h', w', d] in [-1, 1], with zero variance."""
     b, h, w, c = images.shape
     x = images.reshape(b, h // self.side, self.side, w // self.side, self.side, c).swapaxes(2, 3)
     mean = 2.0 * x.reshape(*x.shape[:3], -1) - 1.0

@@ -1,7 +1,7 @@
 """Perceptual distance between images on a frozen, pluggable feature network.
 
 Johnson et al. 2016, "Perceptual Losses for Real-Time Style Transfer and Super-Resolution"; the
-channel normalisation is that of LPIPS (Zhang et al. 2018, equation 1), every channel weight one.
+channel normalisation is that of LPIPS (Zhang et al. 2018, equation 1), with all channel weights one.
 
 A network is a Linen module that takes float32 images [b, h, w, 3] in [0, 1] and returns a dict with
 "maps", a list of feature maps [b, h_l, w_l, c_l].
@@ -20,7 +20,7 @@ from maskgen.models.mobilenet import MobileNetV2
 NETWORKS: dict[str, Callable[[], nn.Module]] = {"mobilenet_v2": MobileNetV2}
 
 # Below 64 px the coarsest map of a network with stride 32 is a single pixel, mostly padding, and
-# the distance often takes a shift by one pixel for a worse change than a blur.
+# the distance often rates a shift by one pixel as worse than a blur.
 SMALLEST_SIDE = 64
 
 # Keeps the gradient bounded where no channel responds. On photos, feature vectors of MobileNetV2
@@ -29,7 +29,7 @@ EPSILON = 1e-4
 
 
 def build_network(name: str) -> nn.Module:
-  """Returns the feature network registered under `name`; UserError if there is none."""
+  """Returns the feature network registered under `name`, or raises a UserError."""
   if name not in NETWORKS:
     raise UserError(f"there is no feature network '{name}'{nearest(name, NETWORKS)}")
   return NETWORKS[name]()
@@ -38,8 +38,8 @@ def build_network(name: str) -> nn.Module:
 def feature_maps(network: nn.Module, params: Mapping[str, Any], images: jax.Array) -> list[jax.Array]:
   """Computes the feature maps of images of any size.
 
-  Networks here are convolutional, so images keep their size, except that a shorter side below
-  `SMALLEST_SIDE` is enlarged to it (bilinear, aspect ratio kept).
+  Networks are convolutional, so images keep their size, except that a shorter side below
+  `SMALLEST_SIDE` is enlarged to it (bilinear, with the same aspect ratio).
 
   Args:
     network: a feature network.
@@ -62,8 +62,8 @@ def feature_maps(network: nn.Module, params: Mapping[str, Any], images: jax.Arra
 def perceptual_distance(maps_a: Sequence[jax.Array], maps_b: Sequence[jax.Array]) -> jax.Array:
   """Squared distance of channel-unit-normalised features, averaged over space, then over levels.
 
-  At each pixel of a map this is 2 - 2 cos of the angle between the two feature vectors, whatever
-  their number of channels.
+  At each pixel of a map this is 2 - 2 cos of the angle between the two feature vectors,
+  regardless of the number of channels.
 
   Args:
     maps_a: float32 [b, h_l, w_l, c_l] for each level l.

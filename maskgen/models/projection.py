@@ -1,4 +1,4 @@
-"""The head of contrastive learning: what it says of an image is used while training alone."""
+"""The projection head of contrastive learning, which is only used during training."""
 
 import flax.linen as nn
 import jax
@@ -11,7 +11,7 @@ class Projection(nn.Module):
   """A linear layer, a ReLU and another linear layer (Chen et al. 2020, section 2.1).
 
   Attributes:
-    hidden: width between the two.
+    hidden: width between the layers.
     width: of the embeddings.
     dtype: the type of the computation; parameters are float32.
   """

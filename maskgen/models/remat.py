@@ -1,4 +1,4 @@
-"""Rematerialisation: what a backward pass computes again instead of keeping it (Chen et al. 2016)."""
+"""Rematerialisation: what a backward pass recomputes instead of storing (Chen et al. 2016)."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -8,8 +8,8 @@ import jax
 
 from maskgen.errors import UserError, nearest
 
-# By rising cost in time and falling cost in memory: keep everything; of each block its input and the results
-# of products with parameters; of each block its input alone.
+# In order of increasing time and decreasing memory: store everything; store each block's input and the
+# results of products with parameters; store only each block's input.
 REMAT = ("none", "dots", "full")
 
 
@@ -17,19 +17,19 @@ def check_remat(remat: str, choices: Sequence[str] = REMAT) -> None:
   """Checks a choice of `REMAT`, or of some of them.
 
   Raises:
-    UserError: for another one.
+    UserError: if it is none of these.
   """
   if remat not in choices:
     raise UserError(f"remat '{remat}' does not exist here{nearest(remat, choices)}")
 
 
 def remat(fn: Callable[..., Any], how: str, *, in_scan: bool = False) -> Callable[..., Any]:
-  """Returns `fn` with less to keep for its backward pass; its numbers are the same.
+  """Returns `fn` with less stored for its backward pass; results are the same.
 
   Args:
     fn: the function.
     how: one of `REMAT`.
-    in_scan: whether it is the body of a scan, which needs no guard against merging both computations.
+    in_scan: whether it is the body of a scan, which does not need `prevent_cse`.
   """
   if how == "none":
     return fn
@@ -37,7 +37,7 @@ def remat(fn: Callable[..., Any], how: str, *, in_scan: bool = False) -> Callabl
 
 
 def remat_module(module: type[nn.Module], how: str) -> type[nn.Module]:
-  """The same for a class of modules; names of parameters do not change."""
+  """The same for a module class; parameter names do not change."""
   return module if how == "none" else nn.remat(module, policy=_policy(how))
 
 

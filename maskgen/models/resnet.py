@@ -1,7 +1,7 @@
-"""What the U-Net and the autoencoder of latent diffusion share (Rombach et al. 2022).
+"""Layers that the U-Net and the autoencoder of latent diffusion share (Rombach et al. 2022).
 
-Names of submodules are those of published weights, an index behind an underscore where they have it behind a
-dot. Letters: b batch, h w c image, t time width.
+Submodules are named as in published weights, with an underscore instead of a dot before an index.
+Letters: b batch, h w c image, t time width.
 """
 
 import flax.linen as nn
@@ -17,19 +17,19 @@ def conv(channels: int, size: int, dtype: str, name: str) -> nn.Conv:
 
 
 def group_norm(groups: int, epsilon: float, dtype: str, name: str) -> nn.GroupNorm:
-  """Group normalisation; statistics in float32, whatever the type of the computation."""
+  """Group normalisation, with statistics in float32."""
   return nn.GroupNorm(groups, epsilon=epsilon, dtype=dtype, use_fast_variance=False, name=name)
 
 
 def layer_norm(epsilon: float, dtype: str, name: str | None = None) -> nn.LayerNorm:
-  """Layer normalisation; statistics in float32, whatever the type of the computation."""
+  """Layer normalisation, with statistics in float32."""
   return nn.LayerNorm(epsilon=epsilon, dtype=dtype, use_fast_variance=False, name=name)
 
 
 class ResnetBlock(nn.Module):
   """(norm, swish, 3x3 convolution) twice plus a shortcut; a time embedding is added in between.
 
-  With `scale_shift` it scales and shifts what the second normalisation gives instead (Dhariwal and Nichol
+  With `scale_shift` it instead scales and shifts the output of the second normalisation (Dhariwal and Nichol
   2021, section 3.1).
   """
 
@@ -62,7 +62,7 @@ class ResnetBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-  """A convolution of stride 2; the U-Net pads all sides, the autoencoder's encoder below and right alone."""
+  """A convolution of stride 2; the U-Net pads all sides, the autoencoder's encoder only bottom and right."""
 
   padding: Padding
   dtype: str
@@ -73,7 +73,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-  """Each pixel four times, then a convolution."""
+  """Nearest-neighbour upsampling by 2, then a convolution."""
 
   dtype: str
 

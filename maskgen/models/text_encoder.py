@@ -1,8 +1,8 @@
-"""The causal text transformer of CLIP (Radford et al. 2021, section 2.4), with its two halves apart.
+"""The causal text transformer of CLIP (Radford et al. 2021, section 2.4), in two halves.
 
-`embed` looks ids up, `encode` runs the transformer on embeddings, wherever they come from: vectors that no
-word has can stand among words. Names of submodules are those of published weights, an index behind an
-underscore where they have it behind a dot. Letters: b batch, l positions, d width, p pooled width.
+`embed` looks up ids and `encode` runs the transformer on any embeddings: vectors of other origin can be mixed
+with those of words. Submodules are named as in published weights, with an underscore instead of a dot before
+an index. Letters: b batch, l positions, d width, p pooled width.
 """
 
 from collections.abc import Callable
@@ -25,12 +25,12 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 class Encoded(NamedTuple):
-  """What the text transformer makes of a prompt.
+  """The text transformer's outputs for a prompt.
 
   Attributes:
     last: float32 [b, l, d], after the last block, normalised.
-    penultimate: float32 [b, l, d], after the last block but one, not normalised.
-    pooled: float32 [b, p], the end position of `last`, projected where the model has a projection.
+    penultimate: float32 [b, l, d], after the second-to-last block, not normalised.
+    pooled: float32 [b, p], `last` at the end of the prompt, projected if the model has a projection.
   """
 
   last: jax.Array
@@ -57,7 +57,7 @@ class Embeddings(nn.Module):
 
 
 class CausalAttention(nn.Module):
-  """Multi-head attention of each position to itself and those before it."""
+  """Multi-head attention of each position to itself and earlier ones."""
 
   heads: int
   dtype: str
@@ -108,14 +108,14 @@ class Block(nn.Module):
 
 
 class Stack(nn.Module):
-  """Blocks in a row."""
+  """A sequence of blocks."""
 
   depth: int
   block: Callable[..., nn.Module]
 
   @nn.compact
   def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """[b, l, d] to what the last block but one and the last one give, [b, l, d] both."""
+    """[b, l, d] to the outputs of the second-to-last and the last block, both [b, l, d]."""
     before = x
     for i in range(self.depth):
       before, x = x, self.block(name=f"layers_{i}")(x)
@@ -126,18 +126,18 @@ class TextEncoder(nn.Module):
   """CLIP's text encoder; the defaults are those of Stable Diffusion 1.5.
 
   Attributes:
-    vocabulary_size: the number of words.
-    positions: the greatest l.
+    vocabulary_size: the number of ids.
+    positions: the largest l.
     width: d.
     depth: the number of blocks.
     heads: of each attention.
     hidden: width inside the MLPs.
     activation: a name in `ACTIVATIONS`.
-    projection: p, or 0 for none: p is d then.
+    projection: p, or 0 for none, in which case p is d.
     epsilon: of the normalisations.
     dtype: the type of the computation; parameters are float32, and so are softmax and statistics.
     attention: see `maskgen.models.transformer.attend`.
-    remat: what a backward pass computes again in each block, see `maskgen.models.remat`.
+    remat: what a backward pass recomputes in each block, see `maskgen.models.remat`.
   """
 
   vocabulary_size: int = 49408
@@ -179,22 +179,22 @@ class TextEncoder(nn.Module):
 
   @property
   def pooled_width(self) -> int:
-    """The width p of what is pooled."""
+    """The width p of the pooled text."""
     return self.projection or self.width
 
   def embed(self, ids: jax.Array) -> jax.Array:
-    """Looks ids int32 [b, l] up; float32 [b, l, d], without positions."""
+    """Looks up ids int32 [b, l]; float32 [b, l, d], without positions."""
     return self.embeddings.words(ids)
 
   def encode(self, embeddings: jax.Array, end: jax.Array) -> Encoded:
     """Runs the transformer.
 
     Args:
-      embeddings: float [b, l, d], of words or made otherwise; positions are added here.
-      end: int32 [b], where the prompt ends: the position of its (first) end id.
+      embeddings: float [b, l, d], of words or from elsewhere; positions are added here.
+      end: int32 [b], the position of the prompt's (first) end id.
 
     Raises:
-      UserError: if l is more than the model has positions for.
+      UserError: if l exceeds the model's positions.
     """
     length = embeddings.shape[1]
     if length > self.positions:

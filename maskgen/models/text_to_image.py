@@ -1,7 +1,7 @@
-"""A text-to-image model put together: text encoders, U-Net, autoencoder and noise schedule.
+"""A complete text-to-image model: text encoders, U-Net, autoencoder and noise schedule.
 
-Parameters are `{part: tree}` with the parts "text_encoder", "text_encoder_2" where there are two, "unet" and
-"vae", as in a published folder; the last is empty for a model of pixels. Letters: b batch, l positions, h w
+Parameters are `{part: tree}` with the parts "text_encoder", "text_encoder_2" if there are two, "unet" and
+"vae", as in a published folder; "vae" is empty for a model on pixels. Letters: b batch, l positions, h w
 latent image, c its channels.
 """
 
@@ -21,7 +21,7 @@ from maskgen.numerics import diffusion
 from maskgen.numerics import losses as losses_lib
 
 TEXT_PARTS = ("text_encoder", "text_encoder_2")
-# `errors` draws step, noise and latent from these many first children of an example's key.
+# `errors` draws timestep, noise and latent from this many first children of an example's key.
 ERROR_KEYS = 3
 
 
@@ -30,11 +30,11 @@ class TextToImage:
   """The modules, and pure functions of their parameters.
 
   Attributes:
-    text_encoders: one, or for SDXL two, whose hidden states are put side by side.
-    unet: predicts what the schedule says.
-    autoencoder: between images and latents, or pixels by the square.
+    text_encoders: one, or for SDXL two, whose hidden states are concatenated.
+    unet: predicts what `schedule.prediction` names.
+    autoencoder: between images and latents, or between images and squares of pixels.
     schedule: of the noise.
-    zero_null: whether no prompt means a condition of zeros, as in SDXL, or that of an empty text.
+    zero_null: whether the condition without a prompt is zero, as in SDXL, or that of an empty text.
   """
 
   text_encoders: tuple[TextEncoder, ...]
@@ -70,7 +70,7 @@ class TextToImage:
     return jax.eval_shape(self.init, jax.random.key(0))
 
   def embed(self, params: Any, ids: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
-    """Looks ids int32 [b, l] of each text encoder's tokenizer up; float32 [b, l, d] for each."""
+    """Looks up ids int32 [b, l] from each text encoder's tokenizer; float32 [b, l, d] for each."""
     return tuple(
       _run(encoder, params[part], "embed", one)
       for part, encoder, one in zip(TEXT_PARTS, self.text_encoders, ids, strict=False)
@@ -83,14 +83,14 @@ class TextToImage:
     end: jax.Array,
     size: tuple[int, int] = (1024, 1024),
   ) -> Condition:
-    """What a prompt of embeddings means to the U-Net.
+    """The U-Net's condition for a prompt of embeddings.
 
     Args:
       params: of all parts.
-      embeddings: for each text encoder float [b, l, d], of `embed` or made otherwise.
+      embeddings: float [b, l, d] for each text encoder, from `embed` or elsewhere.
       end: int32 [b], the position of the first end id.
-      size: of the image, (height, width) in pixels; matters to models that take sizes alone, SDXL, to which
-        it is the size of original and target, not cropped.
+      size: of the image, (height, width) in pixels; used only by models that take sizes (SDXL), as the size
+        of both original and target, without a crop.
     """
     encoded: list[Encoded] = [
       _run(encoder, params[part], "encode", one, end)
@@ -105,14 +105,14 @@ class TextToImage:
     return Condition(context, encoded[-1].pooled, jnp.tile(sizes[None], (len(context), 1)))
 
   def null(self, empty: Condition) -> Condition:
-    """What guidance leads away from, given the condition of an empty text (or of a negative one)."""
+    """What guidance moves away from, given the condition of an empty (or negative) prompt."""
     if not self.zero_null:
       return empty
     pooled = None if empty.pooled is None else jnp.zeros_like(empty.pooled)
     return Condition(jnp.zeros_like(empty.context), pooled, empty.sizes)
 
   def predict(self, params: Any, noisy: jax.Array, t: jax.Array, condition: Condition) -> jax.Array:
-    """The U-Net on noisy latents float [b, h, w, c] at steps t int32 [b]; float32 [b, h, w, c]."""
+    """The U-Net on noisy latents float [b, h, w, c] at timesteps t int32 [b]; float32 [b, h, w, c]."""
     return _run(self.unet, params["unet"], "__call__", noisy, t, condition)
 
   def encode(self, params: Any, images: jax.Array) -> Gaussian:
@@ -131,14 +131,14 @@ class TextToImage:
     keys: jax.Array,
     min_timestep: int = 0,
   ) -> jax.Array:
-    """How badly noise is found in images: the loss of diffusion, unweighted, at steps drawn uniformly.
+    """The unweighted diffusion loss at timesteps drawn uniformly.
 
     Args:
-      params: of all parts; no gradients go through the autoencoder.
+      params: of all parts; no gradients flow through the autoencoder.
       images: float32 [b, height, width, 3] in [0, 1].
-      conditions: s of them, which share step and noise.
+      conditions: s of them, which share timestep and noise.
       keys: one per example, of which `ERROR_KEYS` children are used.
-      min_timestep: the smallest one that is drawn.
+      min_timestep: the smallest timestep that is drawn.
 
     Returns:
       Mean squared errors, float32 [s, b].
@@ -174,13 +174,13 @@ class TextToImage:
     sampler: str = "dpm",
     steps: int = 25,
   ) -> jax.Array:
-    """Draws images.
+    """Samples images.
 
     Args:
       params: of all parts.
       noise: float32 [b, h, w, c], standard normal.
-      condition: what to draw.
-      null: what guidance leads away from, see `null`.
+      condition: what to generate.
+      null: what guidance moves away from, see `null`.
       guidance: see `maskgen.numerics.diffusion.guide`.
       sampler: see `maskgen.numerics.diffusion.sample`.
       steps: likewise.
@@ -188,7 +188,7 @@ class TextToImage:
     Returns:
       float32 [b, height, width, 3] in [0, 1].
     """
-    unguided = isinstance(guidance, int | float) and guidance == 1  # else it is traced, and may be anything
+    unguided = isinstance(guidance, int | float) and guidance == 1  # otherwise it is traced
     both = jax.tree.map(lambda *pair: jnp.concatenate(pair), null, condition)
 
     def predict(x: jax.Array, t: jax.Array) -> jax.Array:

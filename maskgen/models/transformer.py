@@ -1,8 +1,8 @@
 """Pre-norm transformer blocks (Dosovitskiy et al. 2021) with the initialisation of MAE.
 
-Letters: b batch, n positions, h heads, d width. Between attentions the positions of all examples are one
-axis, [b * n, d]: where n is odd, as with a class position, TPUs pad [b, n, d] and take several times as long
-to compile for it.
+Letters: b batch, n positions, h heads, d width. Between attentions the positions of all examples form one
+axis, [b * n, d]: if n is odd, as with a class position, TPUs pad [b, n, d] and take several times as long to
+compile.
 """
 
 import functools
@@ -28,21 +28,21 @@ def check_attention(attention: str, dtype: str, dropout: float) -> None:
   """Checks a choice of implementation.
 
   Raises:
-    UserError: if it does not exist, or cannot do what is asked for.
+    UserError: if it does not exist, or does not support the dtype or dropout.
   """
   if attention not in ATTENTION:
     raise UserError(f"attention '{attention}' does not exist{nearest(attention, ATTENTION)}")
   if attention == "cudnn" and (dropout or dtype == "float32"):
     raise UserError(
-      f"attention 'cudnn' needs a dtype of 16 bits and dropout 0, not {dtype} and {dropout}: use 'auto'"
+      f"attention 'cudnn' needs a 16-bit dtype and dropout 0, not {dtype} and {dropout}: use 'auto'"
     )
 
 
 class Dropout(nn.Module):
   """Sets each value to 0 with probability `rate`, to within 2^-17, and scales the others to keep the mean.
 
-  Unlike `nn.Dropout` it keeps the making of random bits apart from the products around it: the TPU compiler
-  would fuse them, and take several times as long for it.
+  Unlike `nn.Dropout`, it separates the generation of random bits from the surrounding products: the TPU
+  compiler would fuse them, and compile several times as long.
   """
 
   rate: float
@@ -79,8 +79,8 @@ def attend(
 ) -> jax.Array:
   """Scaled dot-product attention [b, n, h, d / h], softmax in float32; if `causal`, to no later position.
 
-  "auto" is cuDNN's fused kernel on NVIDIA GPUs where it applies: 16 bits, no dropout on the weights, and
-  heads whose width is a multiple of 8 up to 128. Elsewhere, and on TPUs, XLA does it: sequences of a few
+  "auto" uses cuDNN's fused kernel on NVIDIA GPUs where it applies: 16-bit dtypes, no dropout on the weights,
+  and heads whose width is a multiple of 8 up to 128. Otherwise, and on TPUs, it uses XLA: sequences of a few
   hundred tokens gain nothing from a fused kernel.
   """
   width = query.shape[-1]
@@ -101,9 +101,9 @@ class Attention(nn.Module):
 
   Queries, keys and values are separate projections, so that a tensor-parallel mesh can split them by heads.
 
-  Where the collection `cache` is mutable, keys and values [b, n, h, d / h] are left there. With `at`, int32
-  [b, q], x are these positions alone, no two of them the same: their keys and values take the place of those
-  in the cache, and all others are as they were.
+  If the collection `cache` is mutable, keys and values [b, n, h, d / h] are stored there. With `at`, int32
+  [b, q], x holds only these positions, all distinct: their keys and values replace those in the cache, and
+  all others are unchanged.
   """
 
   heads: int
@@ -191,14 +191,14 @@ class Transformer(nn.Module):
   """A stack of blocks.
 
   Attributes:
-    depth: how many.
+    depth: the number of blocks.
     heads, dropout, dtype, attention: of each block; `attention` is "auto", "xla" or "cudnn", see `attend`.
-    remat: what the backward pass computes again, see `maskgen.models.remat`.
-    scan: whether one compiled block is looped over, which compiles faster and uses less memory with `remat`,
-      or each block is compiled for itself. The numbers are the same, and so are the parameters: those of the
-      blocks are stacked when they are used, so that names, rules and checkpoints do not depend on it.
-    drop_path: how likely an example skips each of the last block's two branches while training; 0 for the
-      first block, and linear between.
+    remat: what the backward pass recomputes, see `maskgen.models.remat`.
+    scan: whether to loop over one compiled block, which compiles faster and uses less memory with `remat`,
+      or to compile each block separately. Results and parameters are the same: the blocks' parameters are
+      stacked on use, so that names, rules and checkpoints do not depend on it.
+    drop_path: the probability with which an example skips each of the last block's two branches during
+      training; 0 for the first block, and linear in between.
     hidden: width inside the MLPs, by default 4 d.
     tanh_gelu: whether their GELU is the approximation by tanh.
   """
@@ -216,7 +216,7 @@ class Transformer(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array, *, train: bool, at: jax.Array | None = None) -> jax.Array:
-    """[b, n, d] -> [b, n, d]; what `at` and the collection `cache` do, see `Attention`."""
+    """[b, n, d] -> [b, n, d]; for `at` and the collection `cache`, see `Attention`."""
     options = (self.heads, self.dropout, self.dtype, self.attention, self.hidden, self.tanh_gelu)
     shape, length = x.shape, x.shape[1]
     x = x.reshape(-1, x.shape[-1])
@@ -268,5 +268,5 @@ class Transformer(nn.Module):
     return x.reshape(shape)
 
   def _cast(self, params: Any) -> Any:
-    """Kernels in the type of the computation, as layers would cast them: so they are gathered and stacked."""
+    """Casts kernels as layers would, before they are gathered and stacked."""
     return jax.tree.map(lambda leaf: leaf.astype(self.dtype) if leaf.ndim > 1 else leaf, params)

@@ -1,8 +1,8 @@
 """The conditional U-Net of latent diffusion (Rombach et al. 2022, section 3.3; Podell et al. 2023).
 
-One module: Stable Diffusion 1.5, 2.1 and XL are three sets of fields. Names of submodules are those of
-published weights, an index behind an underscore where they have it behind a dot. Letters: b batch, h w c
-image, n = h * w, t time width, l d context.
+The fields of one module cover Stable Diffusion 1.5, 2.1 and XL. Submodules are named as in published weights,
+with an underscore instead of a dot before an index. Letters: b batch, h w c image, n = h * w, t time width,
+l d context.
 """
 
 import functools
@@ -20,10 +20,10 @@ from maskgen.models import remat as remat_lib
 from maskgen.models.resnet import Downsample, ResnetBlock, Upsample, conv, group_norm, layer_norm
 from maskgen.models.transformer import attend, check_attention
 
-# Height and width of the original, top and left of the crop, height and width of the target, in pixels.
+# Height and width of the original, top and left of the crop, height and width of the target, all in pixels.
 NUM_SIZES = 6
 
-# Submodules of one level, all but their name (and channels) chosen.
+# A constructor of a level's submodules, complete except for their name (and channels).
 Layer = Callable[..., nn.Module]
 
 
@@ -33,7 +33,7 @@ class Condition(NamedTuple):
   Attributes:
     context: float [b, l, d], for cross-attention.
     pooled: float [b, p], or None for a model that takes none.
-    sizes: float [b, 6], see `NUM_SIZES`, or None likewise.
+    sizes: float [b, 6], see `NUM_SIZES`, or None for a model that takes none.
   """
 
   context: jax.Array
@@ -49,7 +49,7 @@ def sinusoids(x: jax.Array, width: int) -> jax.Array:
 
 
 class TimeEmbedding(nn.Module):
-  """Two layers with a swish between."""
+  """Two layers with a swish in between."""
 
   width: int
   dtype: str
@@ -93,7 +93,7 @@ class Gate(nn.Module):
 
 
 class FeedForward(nn.Module):
-  """A gated layer four times as wide, and one back."""
+  """A gated layer four times as wide, then a projection back."""
 
   dtype: str
 
@@ -104,7 +104,7 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-  """Self-attention, cross-attention and feed-forward layer, each on the normalised x and added to x."""
+  """Self-attention, cross-attention and feed-forward layer, each applied to the normalised x and added."""
 
   heads: int
   dtype: str
@@ -121,7 +121,7 @@ class TransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-  """Transformer blocks on the pixels of an image, added to it."""
+  """Transformer blocks on the pixels of an image, with a residual connection."""
 
   depth: int
   heads: int
@@ -142,7 +142,7 @@ class SpatialTransformer(nn.Module):
 
 
 class DownBlock(nn.Module):
-  """The layers of a level on the way down, and what they leave for the way up."""
+  """The layers of a level on the way down; they also return the skip connections."""
 
   layers: int
   resnet: Layer
@@ -179,7 +179,7 @@ class MiddleBlock(nn.Module):
 
 
 class UpBlock(nn.Module):
-  """The layers of a level on the way up; each takes one image from the way down."""
+  """The layers of a level on the way up; each takes one skip connection."""
 
   resnet: Layer
   transformer: Layer | None
@@ -197,7 +197,7 @@ class UpBlock(nn.Module):
 
 
 class Layout(nn.Module):
-  """A coarse image made of a pooled text by two layers, and enlarged."""
+  """A coarse image computed from a pooled text by two layers, and enlarged."""
 
   side: int
   channels: int
@@ -213,26 +213,27 @@ class Layout(nn.Module):
 
 
 class UNet(nn.Module):
-  """The network that predicts noise, or another of `diffusion.PREDICTIONS`; by default SD 1.5's.
+  """The network that predicts noise, or another of `diffusion.PREDICTIONS`; the defaults are SD 1.5's.
 
   Attributes:
-    channels: of each level; from one to the next the image is halved.
+    channels: of each level; each level has half the resolution of the one before.
     layers: residual blocks of each level on the way down; there is one more on the way up.
-    depths: transformer blocks behind each residual block of a level; 0 for none.
+    depths: transformer blocks after each residual block of a level; 0 for none.
     middle_depth: transformer blocks at the bottom.
     heads: of the attentions of each level; the bottom has those of the last.
-    in_channels, out_channels: c, of what comes in and what goes out.
+    in_channels, out_channels: c of the input and of the output.
     context_width: d.
-    pooled_width: p, the width of a pooled text that is added to the time, as in SDXL; 0 for none.
+    pooled_width: p, the width of a pooled text that is added to the time embedding, as in SDXL; 0 for none.
     size_width: sinusoids for each of the six sizes that go with it; 0 for a model that takes no sizes.
-    layout: side of a coarse image, made of the pooled text, that is added to the first layer's output; 0 for
-      none. No published model has it. Small ones that learn from scratch need it to heed words of place.
-    scale_shift: whether time and pooled text scale and shift normalised activations (no published model),
-      or are added to those before; see `ResnetBlock`.
+    layout: side of a coarse image, computed from the pooled text, that is added to the first layer's output;
+      0 for none. No published model has it; small models trained from scratch need it to follow words for
+      places.
+    scale_shift: whether time and pooled text scale and shift normalised activations (as in no published
+      model), or are added before the normalisation; see `ResnetBlock`.
     groups, epsilon: of the group normalisations.
     dtype: the type of the computation; parameters are float32, and so are softmax, statistics and output.
     attention: see `maskgen.models.transformer.attend`.
-    remat: what a backward pass computes again, in each residual and each transformer block, see
+    remat: what a backward pass recomputes in each residual and each transformer block, see
       `maskgen.models.remat`.
   """
 
@@ -264,7 +265,7 @@ class UNet(nn.Module):
     if not len(self.channels) == len(self.depths) == len(self.heads):
       raise UserError(
         f"{len(self.channels)} channels, {len(self.depths)} depths and {len(self.heads)} heads: give one of "
-        "each for each level"
+        "each per level"
       )
     for channels, heads in zip(self.channels, self.heads, strict=True):
       if channels % heads or channels % self.groups:
@@ -273,23 +274,23 @@ class UNet(nn.Module):
 
   @property
   def factor(self) -> int:
-    """What height and width must be divisible by."""
+    """The number that must divide height and width."""
     return 2 ** (len(self.channels) - 1)
 
   @nn.compact
   def __call__(self, noisy: jax.Array, time: jax.Array, condition: Condition) -> jax.Array:
-    """Predicts what the noise schedule says.
+    """Predicts what the noise schedule's `prediction` names.
 
     Args:
       noisy: float [b, h, w, c].
-      time: [b], steps of the noise schedule, 0 .. 999 for all published models.
-      condition: what to draw.
+      time: [b], timesteps of the noise schedule, 0 .. 999 for all published models.
+      condition: what to generate.
 
     Returns:
       float32 [b, h, w, c].
 
     Raises:
-      UserError: if h or w is not divisible by `factor`, or the condition has not what this model takes.
+      UserError: if h or w is not divisible by `factor`, or the condition lacks what this model takes.
     """
     if noisy.shape[1] % self.factor or noisy.shape[2] % self.factor:
       raise UserError(
@@ -332,16 +333,16 @@ class UNet(nn.Module):
     return conv(self.out_channels, 3, "float32", "conv_out")(x)
 
   def _added(self, condition: Condition) -> jax.Array:
-    """Pooled text and sinusoids of the sizes (Podell et al. 2023, section 2.2): [b, p + 6 * size_width]."""
+    """Pooled text and sinusoids of sizes (Podell et al. 2023, section 2.2): [b, p + 6 * size_width]."""
     pooled = self._pooled(condition)
     if not self.size_width:
       return pooled
-    assert condition.sizes is not None  # as `_pooled` has checked
+    assert condition.sizes is not None  # checked by `_pooled`
     sizes = sinusoids(condition.sizes, self.size_width).reshape(len(condition.sizes), -1)
     return jnp.concatenate([pooled, sizes], axis=-1)
 
   def _pooled(self, condition: Condition) -> jax.Array:
     if condition.pooled is None or (self.size_width and condition.sizes is None):
       taken = "a pooled text and sizes" if self.size_width else "a pooled text"
-      raise UserError(f"this U-Net takes {taken}, which the condition lacks: give it all")
+      raise UserError(f"this U-Net takes {taken}, which the condition lacks: pass them")
     return condition.pooled.astype(jnp.float32)

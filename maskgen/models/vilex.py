@@ -1,7 +1,7 @@
 """A frozen text-to-image model whose prompts hold images as well as words (ViLex, Wang et al. 2024).
 
-Vectors of images and embeddings of words stand side by side before the text encoder; of several text encoders
-the spaces are put behind each other, d in all. Letters: b batch, l positions, n vectors, h w image.
+The vectors of images and the embeddings of words together form the text encoder's input; with several text
+encoders, their embeddings are concatenated, d in total. Letters: b batch, l positions, n vectors, h w image.
 """
 
 import dataclasses
@@ -21,13 +21,13 @@ from maskgen.numerics.prompts import Frame, Segment
 
 @dataclasses.dataclass(frozen=True)
 class ImageWordsSampling:
-  """How images are drawn.
+  """How images are sampled.
 
   Attributes:
-    steps: how often the network is called.
+    steps: the number of sampling steps, each one call of the network.
     sampler: one of `maskgen.numerics.diffusion.SAMPLERS`.
-    image_guidance: how much the images of a prompt count: 0 not at all, 1 as trained.
-    text_guidance: how much its words count beside them, likewise; text-free guidance (section 3.3).
+    image_guidance: the weight of the prompt's images: 0 ignores them, 1 is the model as trained.
+    text_guidance: the weight of its words, likewise; text-free guidance (section 3.3).
   """
 
   steps: int = fields.static(25)
@@ -36,7 +36,7 @@ class ImageWordsSampling:
   text_guidance: float = 2.0
 
   def __post_init__(self):
-    diffusion.DiffusionSampling(self.steps, self.sampler)  # which checks them
+    diffusion.DiffusionSampling(self.steps, self.sampler)  # checks them
     check_at_least(self, 0, "image_guidance", "text_guidance")
 
 
@@ -50,8 +50,8 @@ class FrozenTextToImage:
     length: l.
     start_id, end_id: of the tokenizers.
     padding_ids: of each text encoder's tokenizer.
-    param_dtype: of the parameters but for the autoencoder's, which are float32: activations of some overflow
-      in less.
+    param_dtype: of all parameters except the autoencoder's, which are float32: some autoencoders overflow in
+      16 bits.
   """
 
   model: TextToImage
@@ -74,17 +74,17 @@ class FrozenTextToImage:
 
   @property
   def max_prompt_tokens(self) -> int:
-    """How many vectors and words a prompt holds."""
+    """The number of vectors and words that fit in a prompt."""
     return self.length - 2
 
   @property
   def latent_shape(self) -> tuple[int, int, int]:
-    """Of one image's latent."""
+    """The shape of one image's latent."""
     height, width = (side // self.model.autoencoder.factor for side in self.image_size)
     return height, width, self.model.unet.in_channels
 
   def scale(self, params: Any) -> jax.Array:
-    """The root mean square of each text encoder's vocabulary, float32 [d], alike within its space."""
+    """The root mean square of each text encoder's vocabulary, repeated over its width; float32 [d]."""
     tables = self.model.embed(
       params, [jnp.arange(encoder.vocabulary_size)[None] for encoder in self.model.text_encoders]
     )
@@ -101,7 +101,7 @@ class FrozenTextToImage:
     return self.words(params, ids[:, 1:-1], (ids == self.end_id).argmax(axis=1).astype(jnp.int32) - 1)
 
   def condition(self, params: Any, segments: Sequence[Segment]) -> tuple[Condition, jax.Array]:
-    """What a prompt of these segments means to the U-Net, and where it ends, int32 [b]."""
+    """The U-Net's condition for a prompt of these segments, and the position of its end, int32 [b]."""
     special = [jnp.array([[self.start_id, self.end_id, padding]]) for padding in self.padding_ids]
     prompt = prompts.assemble(segments, Frame(*self._embed(params, special)[0]), self.length)
     ends = np.cumsum(self.model.text_widths)[:-1]
@@ -109,13 +109,13 @@ class FrozenTextToImage:
     return self.model.condition(params, parts, prompt.end, self.image_size), prompt.end
 
   def nothing(self, params: Any, batch: int) -> Condition:
-    """What guidance leads away from."""
+    """The condition that guidance moves away from: that of an empty prompt."""
     none = jnp.zeros((batch,), jnp.int32)
     empty, _ = self.condition(params, [self.words(params, none[:, None], none)])
     return self.model.null(empty)
 
   def misalignment(self, params: Any, tokens: Segment, caption: Segment) -> jax.Array:
-    """The mean squared distance between the ends of two prompts, after the text encoder; float32 [b]."""
+    """The mean squared distance of the text encoder's outputs at two prompts' ends; float32 [b]."""
 
     def at_end(segment: Segment) -> jax.Array:
       condition, end = self.condition(params, [segment])
@@ -136,17 +136,17 @@ class FrozenTextToImage:
     sampler: str,
     steps: int,
   ) -> jax.Array:
-    """Draws images float32 [b, h, w, c] in [0, 1].
+    """Samples images float32 [b, h, w, c] in [0, 1].
 
-    Guidance leads from nothing to the images of the prompt, and from there to images and words. With an
-    image_guidance of 1 that is text-free guidance (Wang et al. 2024, section 3.3).
+    Guidance moves from the empty prompt to the prompt's images, and from there to its images and words. With
+    an image_guidance of 1 this is text-free guidance (Wang et al. 2024, section 3.3).
 
     Args:
       params: frozen.
       keys: one per image.
-      words: of the prompt: what is before, between and behind its images; or none.
+      words: of the prompt: those before, between and after its images; or none.
       images: of the prompt.
-      negative: what guidance leads away from, in the place of nothing.
+      negative: what guidance moves away from, instead of the empty prompt.
       image_guidance: see `ImageWordsSampling`, as for the others.
       text_guidance: likewise.
       sampler: likewise.
@@ -174,5 +174,5 @@ class FrozenTextToImage:
     return self.model.decode(params, latents)
 
   def _embed(self, params: Any, ids: Sequence[jax.Array]) -> jax.Array:
-    """Ids int32 [b, n] of each tokenizer to float32 [b, n, d]."""
+    """Ids int32 [b, n] from each tokenizer to float32 [b, n, d]."""
     return jnp.concatenate(self.model.embed(params, ids), axis=-1)

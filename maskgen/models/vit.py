@@ -1,4 +1,4 @@
-"""The image encoder of SigLIP: a vision transformer that gives one vector per patch (Zhai et al. 2023).
+"""The image encoder of SigLIP: a vision transformer that returns one vector per patch (Zhai et al. 2023).
 
 Letters: b batch, h w image, n patches, d width.
 """
@@ -19,11 +19,11 @@ class ViT(nn.Module):
   So400m/14 has patch=14, width=1152, depth=27, heads=16 and hidden=4304.
 
   Attributes:
-    image_size: (h, w) of the images it sees; others are resized.
-    patch: pixels of a patch's side.
+    image_size: (h, w) of its input; images of other sizes are resized.
+    patch: side of a patch, in pixels.
     width, depth, heads: d, the number of blocks, and the heads of each.
     hidden: width inside the MLPs, by default 4 d.
-    dropout, drop_path: while training, see `Transformer`.
+    dropout, drop_path: during training, see `Transformer`.
     dtype: the type of the computation; parameters are float32.
     attention, remat, scan: how the blocks are run, see `Transformer`.
   """
@@ -55,7 +55,7 @@ class ViT(nn.Module):
 
   @property
   def num_patches(self) -> int:
-    """How many patches an image has."""
+    """The number of patches of an image."""
     return (self.image_size[0] // self.patch) * (self.image_size[1] // self.patch)
 
   @nn.compact

@@ -47,13 +47,13 @@ class ResidualBlock(nn.Module):
       h = conv(self.channels, 3, self.dtype, f"conv_{i}", use_bias=False)(h)
     if x.shape[-1] == self.channels:
       return x + h
-    # The published networks project h instead of x and lose the input; loading them needs it.
+    # The published networks project h instead of x, dropping the input; "reference" loads them.
     source = h if self.shortcut == "reference" else x
     return h + conv(self.channels, 1, self.dtype, "shortcut", use_bias=False)(source)
 
 
 def residual_block(remat: str) -> type[ResidualBlock]:
-  """The class of blocks for a choice of `maskgen.models.remat`."""
+  """The class of residual blocks for a choice of `maskgen.models.remat`."""
   return ResidualBlock if remat == "none" else nn.remat(ResidualBlock)
 
 
@@ -126,7 +126,7 @@ class VQGAN(nn.Module):
   Attributes:
     channels: width of the first level.
     multipliers: width of each level, as a multiple of `channels`.
-    strides: down-sampling between the levels, one less than there are levels; the product is the factor.
+    strides: down-sampling between levels, one fewer than the levels; their product is the factor.
     blocks: residual blocks in each level.
     codebook_size: K.
     code_width: d.
@@ -197,13 +197,13 @@ class VQGAN(nn.Module):
         f"{self.factor}: resize or crop it to a multiple of {self.factor}"
       )
     if channels != self.image_channels:
-      raise UserError(f"images have {channels} channels, the tokenizer takes {self.image_channels}")
+      raise UserError(f"images have {channels} channels, but the tokenizer takes {self.image_channels}")
     return height // self.factor, width // self.factor
 
   def encode(self, images: jax.Array, remat: str = "none") -> jax.Array:
     """Images float32 [b, h, w, c] in [0, 1] to latents float32 [b, h', w', d].
 
-    `remat` is how a backward pass treats the blocks, see `maskgen.models.remat`.
+    `remat` determines what a backward pass recomputes in each block, see `maskgen.models.remat`.
     """
     if images.dtype != jnp.float32:
       raise TypeError(f"the tokenizer takes float32 images in [0, 1], not {images.dtype}")
@@ -214,7 +214,7 @@ class VQGAN(nn.Module):
   def quantize(self, latents: jax.Array) -> Quantized:
     """Finds the nearest code of each latent [b, h', w', d]."""
     codebook = self.codes()
-    # Nearly equal distances decide: without full precision each kind of device would choose other codes.
+    # Distances are often nearly equal: without full precision, kinds of devices would choose different codes.
     products = jnp.matmul(latents, codebook.T, precision="highest")
     code_norms = jnp.square(codebook).sum(axis=-1)[None, None, None]
     distances = jnp.square(latents).sum(axis=-1, keepdims=True) - 2.0 * products + code_norms
