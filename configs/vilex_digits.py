@@ -92,7 +92,7 @@ def vilex(args, path: str, decoder: dict) -> dict:
     ema=dict(main=0.99 if args.tiny else 0.998),
     evals=dict(
       validation=dict(type="loss", every_steps=1000),
-      reconstruction=dict(type="lexicon", every_steps=steps, features="glyphs", classifier="svc", **few),
+      reconstruction=dict(type="vilex", every_steps=steps, features="glyphs", classifier="svc", **few),
       edits=dict(type="digit_edits", every_steps=steps, num_tokens=(4, 8), text_guidance=(1.0, 2.0), **few),
       probe=dict(
         type="probe", every_steps=steps, num_images=64 if small else 10_000, shots=(1,), baselines=False

@@ -116,7 +116,7 @@ def full(args) -> ml_collections.ConfigDict:
       evals=dict(
         validation=dict(type="loss", every_steps=10_000),
         # Of photographs features="mobilenet_v2:/path/to.npz" tells more than pixels do.
-        reconstruction=dict(type="lexicon", every_steps=10_000, num_tokens=(1, 4, 16, 75), num_images=64),
+        reconstruction=dict(type="vilex", every_steps=10_000, num_tokens=(1, 4, 16, 75), num_images=64),
       ),
       # What no rule names, such as the frozen U-Net, is split over fsdp where it is large.
       sharding=(
@@ -128,7 +128,7 @@ def full(args) -> ml_collections.ConfigDict:
 
 
 def shrink(config: ml_collections.ConfigDict, small: ml_collections.ConfigDict) -> None:
-  """Keeps optimizer and recipe, and takes data, networks and lengths from the lexicon of digits."""
+  """Keeps optimizer and recipe, and takes data, networks and lengths from vilex_digits.py."""
   for key in set(small) - {"optimizer"}:
     config[key] = small[key]
   config.accumulation = 1

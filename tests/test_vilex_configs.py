@@ -148,7 +148,7 @@ def test_wrong_sections(changes, message):
     diffusers.read_frozen(dict(name="diffusers", family="sd15", image_size=(512, 512)) | changes)
 
 
-# From pictures to a trained lexicon
+# From pictures to a trained ViLex model
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +181,7 @@ SMALL = dict(
   [("sd", "vilex_sd15", 0.5), pytest.param("xl", "vilex_sdxl", 0.0, marks=pytest.mark.slow)],
   ids=["sd", "xl"],
 )
-def test_pictures_and_captions_to_a_lexicon(converted, pictures, tmp_path, name, config, share):
+def test_pictures_and_captions_to_a_vilex_model(converted, pictures, tmp_path, name, config, share):
   """With the config itself but for its sizes: two steps, then a prompt of images."""
   given = f"decoder={converted / name},source=tar:{pictures},caption_share={share}"
   plain = load(f"configs/{config}.py:{given},batch_size=8,accumulation=1")

@@ -19,11 +19,13 @@ __all__ = ["Call", "Context", "Evaluator", "Report", "build", "trace"]
 
 log = logging.getLogger("maskgen")
 
-# Keys that evaluators had before `sampling` took them in.
+# Earlier names of evaluators.
+_RENAMED = {"lexicon": "vilex"}
+# Earlier keys of evaluators that are now keys of `sampling`.
 _SAMPLING = {
   "generation": ("steps", "schedule", "temperature", "guidance", "guidance_schedule"),
   "captioned_digits": ("steps", "sampler", "guidance"),
-  "lexicon": ("steps", "sampler", "image_guidance", "text_guidance"),
+  "vilex": ("steps", "sampler", "image_guidance", "text_guidance"),
   "digit_edits": ("steps", "sampler", "image_guidance"),
 }
 # Keys of an evaluation's section that are read elsewhere: here, and by the training loop.
@@ -41,12 +43,16 @@ def build(name: str, config: Mapping[str, Any], context: Context) -> Evaluator:
   if "type" not in config:
     known = ", ".join(plugins.short_names(__name__, "Evaluator"))
     raise UserError(f"{where} needs the key 'type', one of {known}")
-  module: Any = plugins.find_module(str(config["type"]), __name__, f"{where}.type", "Evaluator")
+  kind = str(config["type"])
+  if kind in _RENAMED:
+    log.warning("%s.type '%s' is now called '%s': rename it", where, kind, _RENAMED[kind])
+    kind = _RENAMED[kind]
+  module: Any = plugins.find_module(kind, __name__, f"{where}.type", "Evaluator")
   cls = module.Evaluator
   options = {key: value for key, value in config.items() if key not in _NOT_OPTIONS}
-  moved = {key: options.pop(key) for key in _SAMPLING.get(config["type"], ()) if key in options}
+  moved = {key: options.pop(key) for key in _SAMPLING.get(kind, ()) if key in options}
   if moved:
-    log.warning("%s: %s belong to sampling=dict(...) now, move them there", where, ", ".join(moved))
+    log.warning("%s: %s now belong in sampling=dict(...): move them there", where, ", ".join(moved))
     given = {key: value for key, value in moved.items() if value is not None}
     options["sampling"] = {**given, **options.get("sampling", {})}
   for function in cls.requires:

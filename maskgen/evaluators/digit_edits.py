@@ -15,7 +15,7 @@ from maskgen.evaluators import pictures
 from maskgen.evaluators.batches import gather, key_shapes, make_keys, one_blas_thread, place, valid_rows
 from maskgen.evaluators.context import Batch, Call, Context, Report
 from maskgen.evaluators.digit_reader import Reader
-from maskgen.evaluators.lexicon import as_words, check_tokens
+from maskgen.evaluators.vilex import as_words, check_tokens
 
 # Where the image stands in a prompt, and where the new word does.
 _IMAGE, _WORD = "{}", "*"

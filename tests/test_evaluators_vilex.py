@@ -1,6 +1,7 @@
 """What tokens of images say, and words beside them, measured on models whose right answers are known."""
 
 import functools
+import logging
 
 import jax
 import jax.numpy as jnp
@@ -110,7 +111,7 @@ def run(kind, context=None, variables=None, **options):
 
 @pytest.fixture(scope="module")
 def report():
-  return run("lexicon", features="glyphs", classifier="svc", num_images=IMAGES, num_pictures=20)
+  return run("vilex", features="glyphs", classifier="svc", num_images=IMAGES, num_pictures=20)
 
 
 def test_pictures_that_are_their_sources(report):
@@ -136,15 +137,26 @@ def test_pictures_that_are_all_the_same(report):
 def test_picture_of_ways_to_draw(report):
   picture = report.pictures["reconstructions"]
   assert picture.dtype == np.uint8 and picture.shape[1] > 20 * 64
-  few = run("lexicon", num_images=2, num_pictures=1, num_tokens=(4,)).pictures["reconstructions"]
+  few = run("vilex", num_images=2, num_pictures=1, num_tokens=(4,)).pictures["reconstructions"]
   assert few.shape[0] == pytest.approx(picture.shape[0] * 4 / 6, rel=0.05)  # rows: 4 of 6
 
 
 def test_other_ways_to_draw():
-  numbers = run("lexicon", make_context(captions=None), num_images=10, num_tokens=(3, 1)).numbers
+  numbers = run("vilex", make_context(captions=None), num_images=10, num_tokens=(3, 1)).numbers
   ends = {name.rpartition("_")[2] for name in numbers if name.startswith("feature_cosine")}
   assert ends == {"k1", "k3", "nothing"}
   assert not [name for name in numbers if "class" in name] and "frechet_pixels_k3" in numbers
+
+
+def test_the_earlier_name_is_read_with_a_warning(caplog):
+  with caplog.at_level(logging.WARNING, "maskgen"):
+    old, new = (
+      evaluators.build("it", dict(type=kind, num_images=2, steps=3), make_context())
+      for kind in ("lexicon", "vilex")
+    )
+  assert type(old) is type(new) and old.sampling == new.sampling == dict(steps=3)
+  renamed = [text for text in caplog.messages if "renam" in text]
+  assert renamed == ["config.evals.it.type 'lexicon' is now called 'vilex': rename it"]
 
 
 def test_every_way_has_the_same_noise_and_options():
@@ -157,7 +169,7 @@ def test_every_way_has_the_same_noise_and_options():
 
   predict = {"encode": encode, "reconstruct": draw, "generate": draw}
   options = dict(steps=3, sampler="ddim", image_guidance=2.5, text_guidance=1.5)
-  run("lexicon", make_context(predict), num_images=2 * BATCH, num_tokens=(4,), **options)
+  run("vilex", make_context(predict), num_images=2 * BATCH, num_tokens=(4,), **options)
   assert len(seen) == 2 * 3
   for first in (0, 3):
     for keys, given in seen[first : first + 3]:
@@ -199,7 +211,7 @@ def test_edits_that_forget_the_image():
 # A real model
 
 
-def test_a_lexicon_is_measured():
+def test_a_trained_vilex_is_measured():
   section = config.to_dict(config.load("vilex_digits.py:debug"))["vilex"]
   objective = objectives.build(section["objective"])
   rng = np.random.default_rng(0)
@@ -209,12 +221,12 @@ def test_a_lexicon_is_measured():
   variables = jax.jit(objective.init)(jax.random.key(0), pretrained)
   context = make_context(objectives.compile_predict_fns(objective), objective)
   quick = dict(num_images=BATCH, num_pictures=2, num_tokens=(1, 8), sampling=dict(steps=1))
-  drawn = [run("lexicon", context, variables, seed=seed, **quick).numbers for seed in (0, 0, 1)]
+  drawn = [run("vilex", context, variables, seed=seed, **quick).numbers for seed in (0, 0, 1)]
   assert drawn[0] == drawn[1] != drawn[2]
   assert len({drawn[0][f"frechet_pixels_{way}"] for way in ("k1", "k8", "caption", "nothing")}) == 4
   calls = tiny.record_calls(context.predict)
   edited = run("digit_edits", context, variables, text_guidance=(3.0,), **quick)
-  run("lexicon", context, variables, **quick)
+  run("vilex", context, variables, **quick)
   called = set(calls)
   calls.clear()
   shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), next(iter(serve("eval"))))
@@ -224,7 +236,7 @@ def test_a_lexicon_is_measured():
       functools.partial(context.predict[name], **options), variables, batch, jax.random.key(0)
     )
 
-  for section in (dict(type="digit_edits", text_guidance=(3.0,)), dict(type="lexicon")):
+  for section in (dict(type="digit_edits", text_guidance=(3.0,)), dict(type="vilex")):
     evaluators.trace(evaluators.build("it", section | quick, context), call, shapes)
   assert calls == called
   assert np.isfinite(list(edited.numbers.values())).all() and "colour_both_k8_s3" in edited.numbers
@@ -271,22 +283,22 @@ def test_classifiers_learn_from_the_first_images():
 @pytest.mark.parametrize(
   ("section", "changes", "message"),
   [
-    (dict(type="lexicon"), dict(image_tokens=0), "makes no words of images"),
-    (dict(type="lexicon", num_tokens=(5,)), {}, "num_tokens has 5: this model has 1 to 4"),
-    (dict(type="lexicon", num_images=1), {}, "give at least 2 and 1"),
-    (dict(type="lexicon", features="glyph"), {}, "did you mean 'glyphs'"),
+    (dict(type="vilex"), dict(image_tokens=0), "makes no words of images"),
+    (dict(type="vilex", num_tokens=(5,)), {}, "num_tokens has 5: this model has 1 to 4"),
+    (dict(type="vilex", num_images=1), {}, "give at least 2 and 1"),
+    (dict(type="vilex", features="glyph"), {}, "did you mean 'glyphs'"),
     (
-      dict(type="lexicon", features="glyphs"),
+      dict(type="vilex", features="glyphs"),
       dict(class_names=("cat",)),
       "for data.source='captioned_digits'",
     ),
-    (dict(type="lexicon", features="mobilenet_v2"), {}, "needs weights: write it as"),
-    (dict(type="lexicon", features="mobilenet_v2:/none.npz"), {}, "/none.npz"),
-    (dict(type="lexicon", classifier="svm"), {}, "did you mean 'svc'"),
-    (dict(type="lexicon", classifier="svc"), dict(class_names=None), "no labels for the classifier"),
-    (dict(type="lexicon", sampling=dict(sampler="euler")), {}, "sampler 'euler' does not exist"),
-    (dict(type="lexicon", sampling=dict(temperature=1.0)), {}, "sampling has no option 'temperature'"),
-    (dict(type="lexicon", sampling=3), {}, "sampling is 3: give options by name"),
+    (dict(type="vilex", features="mobilenet_v2"), {}, "needs weights: write it as"),
+    (dict(type="vilex", features="mobilenet_v2:/none.npz"), {}, "/none.npz"),
+    (dict(type="vilex", classifier="svm"), {}, "did you mean 'svc'"),
+    (dict(type="vilex", classifier="svc"), dict(class_names=None), "no labels for the classifier"),
+    (dict(type="vilex", sampling=dict(sampler="euler")), {}, "sampler 'euler' does not exist"),
+    (dict(type="vilex", sampling=dict(temperature=1.0)), {}, "sampling has no option 'temperature'"),
+    (dict(type="vilex", sampling=3), {}, "sampling is 3: give options by name"),
     (dict(type="digit_edits"), dict(captions=None), "remove this evaluation"),
     (dict(type="digit_edits"), dict(class_names=("cat",)), "remove this evaluation"),
     (dict(type="digit_edits", text_guidance=()), {}, "give at least 1 of each"),
