@@ -8,7 +8,7 @@ from PIL import Image
 
 from maskgen.data import ops
 from maskgen.data.cpu_tf import tf
-from maskgen.data.spec import parse_spec
+from maskgen.data.preprocess import parse_preprocess
 from maskgen.errors import UserError
 
 ZERO = tf.constant(0, tf.int64)
@@ -144,11 +144,11 @@ def test_random_resized_crop_falls_back_to_the_centre():
   assert (start == (0, 86)).all() and (np.abs(extent - (20, 27)) <= 1).all()
 
 
-def test_specification_agrees_with_ops_and_tf_data():
+def test_preprocessing_agrees_with_ops_and_tf_data():
   image = _image(40, 30)
   data = tf.constant(_encode(Image.fromarray(image), "PNG"))
   seed = tf.constant([1, 2], tf.int64)
-  preprocess = parse_spec("decode(3) | random_resized_crop((16, 12), scale=(0.3, 1.0)) | pad(1)")
+  preprocess = parse_preprocess("decode(3) | random_resized_crop((16, 12), scale=(0.3, 1.0)) | pad(1)")
   record = {"image": data, "label": tf.constant(3, tf.int64)}
   eager = preprocess(record, seed, ZERO)
   dataset = tf.data.Dataset.from_tensors(record).map(lambda record: preprocess(record, seed, ZERO))
@@ -162,7 +162,7 @@ def test_specification_agrees_with_ops_and_tf_data():
 
 
 def test_random_ops_have_seeds_of_their_own():
-  preprocess = parse_spec("decode|flip_lr|flip_lr")
+  preprocess = parse_preprocess("decode|flip_lr|flip_lr")
   image = _image(4, 6)
   results = [preprocess({"image": tf.constant(image)}, seed, ZERO)["image"] for seed in _seeds(40)]
   kept = sum(np.array_equal(result, image) for result in results)
@@ -170,7 +170,7 @@ def test_random_ops_have_seeds_of_their_own():
 
 
 @pytest.mark.parametrize(
-  ("spec", "message"),
+  ("text", "message"),
   [
     ("decode|resise(16)", r"did you mean resize\(size, method='bilinear', antialias=True\)"),
     ("decode|resize", r"missing a required argument: 'size'; the form is resize\(size, "),
@@ -186,9 +186,9 @@ def test_random_ops_have_seeds_of_their_own():
     ("decode|zzzzzz", "known: blur, center_crop"),
   ],
 )
-def test_wrong_specification(spec, message):
+def test_malformed_preprocessing(text, message):
   with pytest.raises(UserError, match=message):
-    parse_spec(spec)
+    parse_preprocess(text)
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,7 @@ def test_wrong_specification(spec, message):
     ("pad(1, 'edge')", "mode is 'edge', not one of constant"),
   ],
 )
-def test_refused_arguments(op, message):
+def test_rejected_arguments(op, message):
   record = {"image": tf.constant(_image(40, 30))}
   with pytest.raises(UserError, match=message + ".*; the form is "):
-    parse_spec(f"decode|{op}")(record, tf.constant([0, 0], tf.int64), ZERO)
+    parse_preprocess(f"decode|{op}")(record, tf.constant([0, 0], tf.int64), ZERO)

@@ -166,12 +166,12 @@ def test_a_cache_of_another_tokenizer_is_refused(cache, trained, tmp_path):
   ("options", "message"),
   [
     (dict(eval_source=None), "holds split 'train', not 'test'.*data.eval_source"),
-    (dict(preprocess=PLAIN), "decode in preprocessing .* needs 'image', and the data has only label, tokens"),
+    (dict(preprocess=PLAIN), "decode in preprocessing .* needs 'image', but the data has only label, tokens"),
     (dict(eval_preprocess="decode|resize(8)"), r"images of shape \(16, 16, 3\), but eval_preprocess"),
     (dict(source="tokens:/nowhere"), "/nowhere is no token cache .* make one with maskgen.tools.tokenize"),
     (
       dict(source="synthetic"),
-      "take_crop in preprocessing 'take_crop' needs 'tokens', and the data has only image",
+      "take_crop in preprocessing 'take_crop' needs 'tokens', but the data has only image",
     ),
   ],
 )

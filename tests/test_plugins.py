@@ -11,8 +11,8 @@ from maskgen import config as config_lib
 from maskgen import evaluators, objectives, plugins
 from maskgen.data import ops
 from maskgen.data.cpu_tf import tf
+from maskgen.data.preprocess import parse_preprocess
 from maskgen.data.sources import SOURCES, open_source
-from maskgen.data.spec import parse_spec
 from maskgen.errors import UserError
 
 CONFIG = """
@@ -51,7 +51,7 @@ def unchanged(monkeypatch):
   monkeypatch.setattr(plugins, "_code_folders", finder)
   monkeypatch.setattr(sys, "meta_path", [*sys.meta_path, finder])
   monkeypatch.setattr(ops, "OPS", ops.OPS.copy())
-  monkeypatch.setattr("maskgen.data.spec.OPS", ops.OPS)
+  monkeypatch.setattr("maskgen.data.preprocess.OPS", ops.OPS)
   monkeypatch.setattr("maskgen.data.sources.SOURCES", SOURCES.copy())
   yield
   for name in set(sys.modules) - before:
@@ -90,8 +90,8 @@ def test_all_four_are_found(prefix, tmp_path):
   section = {"type": f"{prefix}evaluator", "every_steps": 1}
   assert evaluators.build("mine", section, CONTEXT).requires == ("loss",)
   assert open_source(f"{prefix}source:5", "train").size == 5
-  stages = parse_spec(f"decode|{prefix}ops.invert(254)").stages
-  image = ops.OPS[stages[1].name](tf.zeros((1, 1, 3), tf.uint8), *stages[1].args)
+  calls = parse_preprocess(f"decode|{prefix}ops.invert(254)").ops
+  image = ops.OPS[calls[1].name](tf.zeros((1, 1, 3), tf.uint8), *calls[1].args)
   assert int(image[0, 0, 0]) == 254
 
   # What came from beside the config goes where the model is; the environment's modules do not.
@@ -109,7 +109,7 @@ def test_all_four_are_found(prefix, tmp_path):
     ),
     (lambda at: open_source(f"{at}empty:5", "train"), r"empty\.py, which has no @source function: add one"),
     (lambda at: open_source(f"{at}source", "train"), r"write it as '\S*source:size'"),
-    (lambda at: parse_spec(f"decode|{at}ops.invrt"), r"ops\.invrt' .* did you mean invert\(most=255\)"),
+    (lambda at: parse_preprocess(f"decode|{at}ops.invrt"), r"ops\.invrt' .* did you mean invert\(most=255\)"),
   ],
 )
 def test_modules_that_lack_something(prefix, build, message):
@@ -141,7 +141,7 @@ def test_a_fault_within_a_module_is_its_own(prefix):
       r"needs the key 'type', one of accuracy, capt",
     ),
     (lambda: open_source("no.where:5", "train"), r"data source 'no\.where' cannot be imported: install it"),
-    (lambda: parse_spec("decode|nowhere.invert"), r"module 'nowhere' cannot be imported: install"),
+    (lambda: parse_preprocess("decode|nowhere.invert"), r"module 'nowhere' cannot be imported: install"),
   ],
 )
 def test_names_that_do_not_exist(build, message):

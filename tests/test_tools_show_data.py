@@ -180,14 +180,14 @@ def test_folder_with_damaged_files(show, folder, tmp_path):
   for split, use in (("train", "training"), ("test", "evaluation")):
     source = open_source(f"folder:{folder}", split)
     names = [source.describe(i).removeprefix(f"{folder}/") for i in range(source.size)]
-    sound = [name for name in names if name in sides]
+    decodable = [name for name in names if name in sides]
     end = next((i for i, line in enumerate(lines[start + 1 :], start + 1) if ": folder" in line), len(lines))
     part, start = lines[start:end], end
     assert part[0] == f"{use}: folder '{folder}', split '{split}', {source.size} records"
     for kind in ("cat", "dog"):
-      count = sum(name.startswith(kind) for name in sound)
+      count = sum(name.startswith(kind) for name in decodable)
       assert any(line.split() == [str(count), kind] for line in part)
-    heights = [sides[name] for name in sound]
+    heights = [sides[name] for name in decodable]
     assert (
       f"pictures: height {min(heights)} / {round(np.median(heights))} / {max(heights)}, width 30 / 30 / 30 "
       "(min / median / max)"

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 
 from maskgen.data.cpu_tf import tf
+from maskgen.data.preprocess import parse_preprocess
 from maskgen.data.reader import reason_of
 from maskgen.data.sources import Source, open_source
 from maskgen.data.sources.digits import load as load_digits
-from maskgen.data.spec import parse_spec
 from maskgen.errors import UserError
 
 # How many encoded pictures are kept in memory to measure decoding alone.
@@ -30,9 +30,9 @@ class Handwritten:
     Raises:
       UserError: if they are no files or damaged, or the preprocessing has no counterpart here.
     """
-    parsed = parse_spec(preprocess)
+    parsed = parse_preprocess(preprocess)
     known = ("decode", _CROP, *_OPS)
-    for name in [stage.name for stage in parsed.stages] + ["two_views"] * (parsed.views > 1):
+    for name in [op.name for op in parsed.ops] + ["two_views"] * (parsed.views > 1):
       if name not in known:
         raise UserError(
           f"{name} in preprocessing '{preprocess}' has no counterpart in the hand-written loop, which has "
@@ -46,8 +46,8 @@ class Handwritten:
       )
     self._name, self._size = opened.name, opened.size
     self._keys, self._read = _keys(source, split, opened)
-    self._channels = parsed.stages[0].arguments["channels"]
-    self._ops = [(stage.name, stage.arguments) for stage in parsed.stages[1:]]
+    self._channels = parsed.ops[0].arguments["channels"]
+    self._ops = [(op.name, op.arguments) for op in parsed.ops[1:]]
     files = self._keys.take(_PICTURES).map(self._read, num_parallel_calls=tf.data.AUTOTUNE)
     self._files = np.array(list(self._iterate(files)), object)
     self._are_jpegs = all(file.startswith(b"\xff\xd8\xff") for file in self._files)
@@ -69,7 +69,7 @@ class Handwritten:
       yield from dataset.as_numpy_iterator()
     except tf.errors.OpError as error:
       raise UserError(
-        f"the hand-written loop cannot read {self._name} ({reason_of(error)}): compare on sound pictures"
+        f"the hand-written loop cannot read {self._name} ({reason_of(error)}): compare on intact pictures"
       ) from error
 
   def _decode(self, file: tf.Tensor) -> tf.Tensor:

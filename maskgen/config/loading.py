@@ -92,19 +92,19 @@ def find_file(path: str) -> pathlib.Path:
 
 
 def load(
-  spec: str, overrides: Mapping[str, str] | None = None, find_type: fields.FindType | None = None
+  path_and_args: str, overrides: Mapping[str, str] | None = None, find_type: fields.FindType | None = None
 ) -> ml_collections.ConfigDict:
   """Loads `FILE[:arguments]`, applies overrides `{"a.b": "value"}` and locks the result.
 
   Args:
-    spec: the file and its arguments.
+    path_and_args: the file, and its arguments after a colon.
     overrides: values by key; with `find_type` a key that was renamed may have either name.
     find_type: tells the dataclass of sections that `RunConfig` leaves open.
 
   Raises:
     UserError: if the file does not exist or has no `get_config`, or a key or value is wrong.
   """
-  path, _, arg = spec.partition(":")
+  path, _, arg = path_and_args.partition(":")
   file = find_file(path)
   module_spec = importlib.util.spec_from_file_location(f"maskgen_config_{file.stem}", file)
   if module_spec is None or module_spec.loader is None:

@@ -20,10 +20,10 @@ import numpy as np
 from maskgen.config import check_at_least
 from maskgen.data import subset
 from maskgen.data.cpu_tf import tf
+from maskgen.data.preprocess import OpCall, parse_preprocess
 from maskgen.data.reader import Batch, Reader
 from maskgen.data.skipped import TRAINING, Skipped
 from maskgen.data.sources import Codes, Source, open_source
-from maskgen.data.spec import Stage, parse_spec
 from maskgen.errors import UserError
 from maskgen.numerics.text import Captions
 
@@ -80,13 +80,13 @@ class Data:
   def __post_init__(self):
     self._rows(self.batch_size)
     self._check_subset()
-    for spec, reader in ((self.preprocess, self._train), (self.eval_preprocess, self._eval)):
+    for text, reader in ((self.preprocess, self._train), (self.eval_preprocess, self._eval)):
       if reader.spec.keys().isdisjoint({"image", "tokens"}):
-        raise UserError(f"preprocessing '{spec}' of {reader.source.name} gives neither images nor tokens")
-      for stage in reader.preprocess.stages:
-        if stage.name == "value_range" and (stage.arguments["low"], stage.arguments["high"]) != (0, 1):
+        raise UserError(f"preprocessing '{text}' of {reader.source.name} gives neither images nor tokens")
+      for op in reader.preprocess.ops:
+        if op.name == "value_range" and (op.arguments["low"], op.arguments["high"]) != (0, 1):
           raise UserError(
-            f"preprocessing '{spec}' leaves [0, 1], where objectives take pixels: remove value_range"
+            f"preprocessing '{text}' leaves [0, 1], where objectives take pixels: remove value_range"
           )
     if "image" not in self._eval.spec:
       raise UserError(
@@ -170,7 +170,7 @@ class Data:
   def _reader(self, use: str, source: str, split: str, preprocess: str, part: bool = False) -> Reader:
     return Reader(
       self._source(source, split, part),
-      parse_spec(preprocess),
+      parse_preprocess(preprocess),
       seed=self.seed,
       skipped=self.skipped,
       use=use,
@@ -183,16 +183,15 @@ class Data:
     return {
       key: jax.ShapeDtypeStruct((self.batch_size, *value.shape), jnp.dtype(value.dtype.name))
       for key, value in self._train.spec.items()
-      if key != "sound"
+      if key != "valid"
     }
 
   def eval_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes and dtypes of a global evaluation batch."""
-    shapes = {
+    return {
       key: jax.ShapeDtypeStruct((batch_size, *value.shape), jnp.dtype(value.dtype.name))
       for key, value in self._eval.spec.items()
     }
-    return {"valid" if key == "sound" else key: value for key, value in shapes.items()}
 
   @property
   def image_shape(self) -> tuple[int, int, int]:
@@ -208,8 +207,7 @@ class Data:
   def captions(self) -> Captions | None:
     """How captions are read; None where training or evaluation has none, or they differ in it."""
     found = {
-      Captions(**stage.arguments) if stage else None
-      for stage in (_tokenizing(self._train), _tokenizing(self._eval))
+      Captions(**op.arguments) if op else None for op in (_tokenizing(self._train), _tokenizing(self._eval))
     }
     return found.pop() if len(found) == 1 else None
 
@@ -253,7 +251,7 @@ class Data:
       return _shuffle(position % size, size, self.seed, epoch), epoch
 
     for batch in self._train.batches(locate, len(rows), start=start_step):
-      yield {key: value for key, value in batch.items() if key != "sound"}
+      yield {key: value for key, value in batch.items() if key != "valid"}
 
   def eval_batches(self, split: Literal["train", "eval"], batch_size: int) -> Iterator[Batch]:
     """Yields each record of a split once, under evaluation preprocessing.
@@ -275,8 +273,7 @@ class Data:
 
     steps = -(-size // batch_size)
     for step, batch in enumerate(reader.batches(locate, len(rows), stop=steps)):
-      sound = batch.pop("sound")
-      yield batch | {"valid": sound & (step * batch_size + np.array(rows) < size)}
+      yield batch | {"valid": batch["valid"] & (step * batch_size + np.array(rows) < size)}
 
   def _rows(self, batch_size: int) -> range:
     """The rows of a global batch that belong to this process."""
@@ -329,10 +326,10 @@ def to_device(
     thread.join(timeout=10.0)
 
 
-def _tokenizing(reader: Reader) -> Stage | None:
+def _tokenizing(reader: Reader) -> OpCall | None:
   """The last op that tokenizes captions."""
-  stages = [stage for stage in reader.preprocess.stages if stage.name == "tokenize"]
-  return stages[-1] if stages else None
+  found = [op for op in reader.preprocess.ops if op.name == "tokenize"]
+  return found[-1] if found else None
 
 
 def _shuffle(position: tf.Tensor, size: int, seed: int, epoch: tf.Tensor | int) -> tf.Tensor:

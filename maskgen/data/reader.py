@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from maskgen.data.cpu_tf import tf
+from maskgen.data.preprocess import Preprocess, Record
 from maskgen.data.skipped import Skipped
 from maskgen.data.sources import Source
-from maskgen.data.spec import Preprocess, Record
 from maskgen.errors import TransientError, UserError
 
 Batch = dict[str, np.ndarray]
@@ -75,7 +75,7 @@ class Reader:
     for key, value in spec.items():
       if not value.shape.is_fully_defined():
         raise UserError(
-          f"preprocessing '{self.preprocess.spec}' gives {key}s of varying shape {tuple(value.shape)}: end "
+          f"preprocessing '{self.preprocess.text}' gives {key}s of varying shape {tuple(value.shape)}: end "
           "it with an op of fixed size such as resize(256) or center_crop(256)"
         )
     return spec
@@ -136,7 +136,7 @@ class Reader:
       else:
         result |= {f"{key}{view + 1}": numbers[key] for key in ("image", "tokens") if key in numbers}
     result = {k: tf.cast(v, tf.int32) if v.dtype == tf.int64 else v for k, v in result.items()}
-    return result | {"record": tf.cast(used, tf.int32), "sound": used == index}
+    return result | {"record": tf.cast(used, tf.int32), "valid": used == index}
 
   def _find_damaged(self, load: Callable, locate: Locate, numbers: range, step: int) -> bool:
     """Notes each record of these rows, those of a batch, that fails; whether there was one."""

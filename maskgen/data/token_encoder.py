@@ -5,10 +5,10 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from maskgen.data.cpu_tf import tf
+from maskgen.data.preprocess import parse_preprocess
 from maskgen.data.reader import Batch, Reader
 from maskgen.data.skipped import Skipped
 from maskgen.data.sources import open_source
-from maskgen.data.spec import parse_spec
 from maskgen.errors import UserError
 
 
@@ -20,7 +20,7 @@ def open_reader(
   Raises:
     UserError: if there is no such data, or the preprocessing does not give one image of this shape.
   """
-  parsed = parse_spec(preprocess)
+  parsed = parse_preprocess(preprocess)
   if parsed.views > 1:
     raise UserError(f"preprocessing '{preprocess}' makes two views: remove two_views, each crop is a view")
   reader = Reader(

@@ -225,7 +225,7 @@ def _cards(
 ) -> list["Card"]:
   """A card for each record of a batch, with its class, captions and name."""
   from maskgen.data import inspect
-  from maskgen.data.spec import parse_spec
+  from maskgen.data.preprocess import parse_preprocess
   from maskgen.numerics import text
   from maskgen.sheet import Card
 
@@ -234,13 +234,13 @@ def _cards(
   if source.class_names is not None:
     for lines, label in zip(texts, batch["label"], strict=True):
       lines.append(source.class_names[label])
-  views = parse_spec(preprocess).views
+  views = parse_preprocess(preprocess).views
   for row, captions in enumerate(inspect.captions(source, records)):
     # Each time a record is drawn the next of its captions is taken.
     texts[row] += [captions[row // source.size * views % len(captions)]] if captions else []
-  for stage in parse_spec(preprocess).stages:
-    if stage.name == "tokenize":
-      tokenizer = text.open_tokenizer(stage.arguments["tokenizer"])
+  for op in parse_preprocess(preprocess).ops:
+    if op.name == "tokenize":
+      tokenizer = text.open_tokenizer(op.arguments["tokenizer"])
       for lines, ids in zip(texts, batch["caption"], strict=True):
         lines.append(f"tokens: {tokenizer.decode(ids)}")
   return [

@@ -78,13 +78,13 @@ def source(usage: str) -> Callable[[Open], Open]:
   return register
 
 
-def open_source(spec: str, split: str) -> Source:
-  """Opens one split of the source that `spec` names, such as "digits" or "folder:/path".
+def open_source(name: str, split: str) -> Source:
+  """Opens one split of a source such as "digits" or "folder:/path".
 
   Raises:
     UserError: if the source or the split is unknown, malformed or empty.
   """
-  prefix, _, argument = spec.partition(":")
+  prefix, _, argument = name.partition(":")
   if prefix not in SOURCES:
     module = plugins.find_module(prefix, __name__, "data source")
     if module.__name__ not in SOURCES:
@@ -93,10 +93,10 @@ def open_source(spec: str, split: str) -> Source:
   usage, function = SOURCES[prefix]
   _, colon, what = usage.partition(":")
   if bool(argument) != bool(colon):
-    raise UserError(f"data source '{spec}' is malformed: write it as '{spec.partition(':')[0]}{colon}{what}'")
+    raise UserError(f"data source '{name}' is malformed: write it as '{name.partition(':')[0]}{colon}{what}'")
   opened = function(argument, split)
   if not opened.size:
-    raise UserError(f"split '{split}' of data source '{spec}' is empty: choose another split")
+    raise UserError(f"split '{split}' of data source '{name}' is empty: choose another split")
   return opened
 
 
