@@ -263,7 +263,7 @@ def test_prompts(model):
 @pytest.mark.parametrize(
   ("options", "message"),
   [
-    (dict(prompt="a rad three"), "a word that this model never read, 'rad'; did you mean 'red'"),
+    (dict(prompt="a rad three"), "has the out-of-vocabulary word 'rad'; did you mean 'red'"),
     (dict(prompt="a three " * 8), "has 16 words .*: shorten it, this model reads 14"),
     (dict(prompt=["a three", "a five"], batch=3), "prompt has 2 entries for 3 images"),
     (dict(prompt=[3]), "give a text, or one per image"),

@@ -308,7 +308,7 @@ def test_classifiers_learn_from_the_first_images():
     (dict(type="digit_edits", prompts=("{} *",)), {}, "give a prompt for each kind"),
     (dict(type="digit_edits", prompts=dict(color="a * {}")), {}, "did you mean 'colour'"),
     (dict(type="digit_edits", prompts=dict(colour="a red {}")), {}, r"give a text with one \{\} and one \*"),
-    (dict(type="digit_edits", prompts=dict(colour="{} dog *")), {}, "never read, 'dog'"),
+    (dict(type="digit_edits", prompts=dict(colour="{} dog *")), {}, "out-of-vocabulary word 'dog'"),
     (dict(type="digit_edits", prompts=dict(place="a a a a a a a {} *")), {}, "beside 4 tokens 10 words fit"),
   ],
 )

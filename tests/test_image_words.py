@@ -71,7 +71,7 @@ def test_layouts():
   assert "words" not in model.lay_out("", [tokens])
   for arguments, message in (
     (("a {}", []), r"has 1 places \{\} for 0 images"),
-    (("a dog", []), "has a word that this model never read, 'dog'"),
+    (("a dog", []), "has the out-of-vocabulary word 'dog'"),
     (("a red blue cat on background a {}", [tokens] * 1, 4), "at most 1 fit"),
     (("a red blue cat on background a red {}", [tokens]), "leaves no room for 1 images"),
     (("a red blue cat on background a red cat", []), "has 1 tokens too many: shorten it"),
@@ -137,7 +137,7 @@ def test_negative_prompts(model):
   np.testing.assert_allclose(*indifferent, atol=1e-5)
   words = model.generate(prompt="blue", negative_prompt="blue", batch=1, text_guidance=5.0)
   np.testing.assert_allclose(words, model.generate(prompt="blue", batch=1, text_guidance=1.0), atol=1e-5)
-  with pytest.raises(UserError, match="has a word that this model never read, 'dog'"):
+  with pytest.raises(UserError, match="has the out-of-vocabulary word 'dog'"):
     model.generate(**given, negative_prompt="a dog")
   with pytest.raises(UserError, match=r"has 9 words .*: shorten it, this model reads 8"):
     model.generate(**given, negative_prompt="a " * 9)

@@ -144,11 +144,11 @@ def test_how_many_tokens_are_kept(drop, expected):
   [
     (TailDrop, dict(distribution="pow"), "distribution 'pow' does not exist"),
     (TailDrop, dict(full=1.5), "full is 1.5"),
-    (Words, dict(share=-0.1), "share is -0.1: it is a share, from 0 to 1"),
+    (Words, dict(share=-0.1), "share is -0.1: give a share from 0 to 1"),
     (Words, dict(share=0.5, recoloured=1.1), "recoloured is 1.1"),
     (Words, dict(place="amid"), "place 'amid' does not exist"),
-    (Words, dict(recoloured=0.5), "recoloured is 0.5 and share is 0: words need a share of the examples"),
-    (Words, dict(place="behind", subject=("cat",)), "subject is for images within .* place is 'behind'"),
+    (Words, dict(recoloured=0.5), "recoloured is 0.5 but share is 0: give a share of examples with words"),
+    (Words, dict(place="behind", subject=("cat",)), "subject requires place='within', but place is 'behind'"),
   ],
 )
 def test_wrong_fields(cls, fields, message):

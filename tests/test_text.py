@@ -107,7 +107,7 @@ def test_files_of_hugging_face(tmp_path):
   assert open_tokenizer(f"bpe:{packed}").encode(text) == tokenizer.encode(text)
 
   (tmp_path / "vocab.json").write_text(json.dumps(vocabulary | {"the</w>": 3}))
-  with pytest.raises(UserError, match="ids in its vocabulary are not those of CLIP"):
+  with pytest.raises(UserError, match="its vocabulary does not have CLIP's ids"):
     open_tokenizer(f"bpe:{tmp_path}")
   (tmp_path / "vocab.json").write_text("{")
   with pytest.raises(UserError, match="is damaged"):
@@ -135,7 +135,7 @@ def test_padding_is_that_of_the_folder(tmp_path, files, padding):
   for name, content in files.items():
     (tmp_path / name).write_text(json.dumps(content))
   if padding is None:
-    with pytest.raises(UserError, match=r"padding '\?!\?' is no token"):
+    with pytest.raises(UserError, match=r"padding '\?!\?' is not a token"):
       open_tokenizer(f"bpe:{tmp_path}")
   else:
     tokenizer = open_tokenizer(f"bpe:{tmp_path}")
@@ -148,7 +148,7 @@ def test_padding_is_that_of_the_folder(tmp_path, files, padding):
   [
     ("c a\nca t</w>\nca t</w>\n", "'ca t</w>' is repeated or joins unknown pieces"),
     ("ca t</w>\n", "'ca t</w>' is repeated or joins unknown pieces"),
-    ("c a t\n", "'c a t' in the merges is not two pieces"),
+    ("c a t\n", "'c a t' in the merges is not a pair of pieces"),
   ],
 )
 def test_wrong_merges(tmp_path, content, message):
@@ -165,7 +165,7 @@ def test_word_files(tmp_path):
     ("", "is empty"),
     ("a\nDog\n", "'Dog' in the list of words is not one lower-case word"),
     ("t-shirt\n", "'t-shirt' in the list of words is not one"),
-    ("a\nb\na\n", "'a' is twice"),
+    ("a\nb\na\n", "'a' occurs twice"),
   ):
     path.write_text(content)
     with pytest.raises(UserError, match=message):
@@ -174,7 +174,7 @@ def test_word_files(tmp_path):
 
 def test_lists_of_words():
   assert open_tokenizer("list:a dog .").encode("a cat.") == [4, 3, 6]
-  with pytest.raises(UserError, match="'a' is twice"):
+  with pytest.raises(UserError, match="'a' occurs twice"):
     open_tokenizer("list:a a")
 
 

@@ -1,7 +1,7 @@
-"""Gaussian diffusion: noise schedules, what networks predict, guidance and samplers, as pure functions.
+"""Gaussian diffusion: noise schedules, prediction types, guidance and samplers, as pure functions.
 
 x_t = alpha_t x_0 + sigma_t e, with alpha_t^2 + sigma_t^2 = 1 and e standard normal (Ho et al. 2020, eq. 4;
-Kingma et al. 2021). Steps t are 0 .. T - 1 for data of little to much noise. Letters: b batch.
+Kingma et al. 2021). Timesteps t are 0 .. T - 1, from little to much noise. Letters: b batch.
 """
 
 import dataclasses
@@ -20,35 +20,35 @@ def _cosine(t: np.ndarray) -> np.ndarray:
   return np.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
 
 
-# The variances that are added from step to step: (T, first, last) -> float64 [T].
+# The variance that each timestep adds: (T, first, last) -> float64 [T].
 BETAS: dict[str, Callable[[int, float, float], np.ndarray]] = {
   "linear": lambda steps, first, last: np.linspace(first, last, steps),
   "scaled_linear": lambda steps, first, last: np.linspace(first**0.5, last**0.5, steps) ** 2,
-  # Nichol and Dhariwal 2021, eq. 17; it has no use for first and last.
+  # Nichol and Dhariwal 2021, eq. 17; it ignores first and last.
   "cosine": lambda steps, first, last: np.minimum(
     1 - _cosine(np.arange(1, steps + 1) / steps) / _cosine(np.arange(steps) / steps), 0.999
   ),
 }
-# What a network predicts: the noise e, v = alpha_t e - sigma_t x_0 (Salimans and Ho 2022, appendix D), x_0.
+# What a network predicts: noise e, v = alpha_t e - sigma_t x_0 (Salimans and Ho 2022, appendix D), or x_0.
 PREDICTIONS = ("noise", "v", "clean")
 SPACINGS = ("leading", "linspace", "trailing")
-# The spacing of each sampler where a model does not ask for one.
+# The default spacing of each sampler.
 SAMPLERS = {"ddim": "leading", "dpm": "linspace"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Schedule:
-  """The noise a network was trained on; the defaults are those of Stable Diffusion 1.
+  """The noise schedule of a network; the defaults are those of Stable Diffusion 1.
 
   Attributes:
     steps: T.
     betas: a name in `BETAS`.
-    beta_first, beta_last: the variances added at the first and the last step.
+    beta_first, beta_last: the variances that the first and the last timestep add.
     prediction: one of `PREDICTIONS`.
-    spacing: which of the T steps sampling visits, one of `SPACINGS` (Lin et al. 2024, table 2), or "" for the
-      sampler's own.
-    offset: added to the steps that "leading" visits.
-    clean_end: whether DDIM ends without noise, or with that of step 0.
+    spacing: which of the T timesteps sampling visits, one of `SPACINGS` (Lin et al. 2024, table 2), or "" for
+      the sampler's default.
+    offset: added to the timesteps that "leading" visits.
+    clean_end: whether DDIM ends without noise rather than with that of timestep 0.
   """
 
   steps: int = 1000
@@ -73,18 +73,19 @@ class Schedule:
 
   @property
   def alphas_squared(self) -> np.ndarray:
-    """alpha_t^2 of all steps, float64 [T]."""
+    """alpha_t^2 of all timesteps, float64 [T]."""
     return np.cumprod(1 - BETAS[self.betas](self.steps, self.beta_first, self.beta_last))
 
 
 @dataclasses.dataclass(frozen=True)
 class DiffusionSampling:
-  """How images are drawn.
+  """How images are sampled.
 
   Attributes:
-    steps: how often the network is called.
+    steps: the number of sampling steps, each one call of the network.
     sampler: one of `SAMPLERS`; "dpm" needs fewer steps.
-    guidance: how much the prompt counts: 0 not at all, 1 as trained, above 1 it shows more and variety less.
+    guidance: the scale: 0 ignores the prompt, 1 is the model as trained, larger values strengthen the prompt
+      and reduce variety.
   """
 
   steps: int = fields.static(25)
@@ -99,14 +100,14 @@ class DiffusionSampling:
 
 
 def signal_and_noise(schedule: Schedule, t: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """alpha_t and sigma_t, float32, for steps t int32 [...]."""
+  """alpha_t and sigma_t, float32, for timesteps t int32 [...]."""
   squared = schedule.alphas_squared
   alphas, sigmas = jnp.asarray(np.sqrt(squared), jnp.float32), jnp.asarray(np.sqrt(1 - squared), jnp.float32)
   return alphas[t], sigmas[t]
 
 
 def add_noise(schedule: Schedule, clean: jax.Array, noise: jax.Array, t: jax.Array) -> jax.Array:
-  """x_t, float32 [b, ...], of data and noise of that shape at steps t int32 [b]."""
+  """x_t, float32 [b, ...], for data and noise of that shape at timesteps t int32 [b]."""
   alpha, sigma = (_like(value, clean) for value in signal_and_noise(schedule, t))
   return alpha * clean + sigma * noise
 
@@ -124,7 +125,7 @@ def target(schedule: Schedule, clean: jax.Array, noise: jax.Array, t: jax.Array)
 def to_clean(
   schedule: Schedule, predicted: jax.Array, noisy: jax.Array, alpha: jax.Array, sigma: jax.Array
 ) -> jax.Array:
-  """The x_0 that a prediction means at x_t; alpha and sigma broadcast against x_t."""
+  """The x_0 that a prediction at x_t implies; alpha and sigma broadcast against x_t."""
   if schedule.prediction == "noise":
     return (noisy - sigma * predicted) / alpha
   if schedule.prediction == "clean":
@@ -133,15 +134,15 @@ def to_clean(
 
 
 def guide(unconditional: jax.Array, conditional: jax.Array, scale: float | jax.Array) -> jax.Array:
-  """Classifier-free guidance (Ho and Salimans 2022, eq. 6, with w = scale - 1): 1 is no guidance."""
+  """Classifier-free guidance (Ho and Salimans 2022, eq. 6, with w = scale - 1); 1 means no guidance."""
   return unconditional + scale * (conditional - unconditional)
 
 
 def guide_in_turn(predictions: Sequence[jax.Array], scales: Sequence[float | jax.Array]) -> jax.Array:
-  """Guidance by conditions each of which says more than the one before: p_0 + sum of s_i (p_i - p_(i-1)).
+  """Guidance by a sequence of conditions, each more specific than the last: p_0 + sum s_i (p_i - p_(i-1)).
 
-  With two predictions it is `guide`. Where all scales are 1, the last prediction is left; a scale of 0 leaves
-  out what its condition adds.
+  With two predictions it is `guide`. If all scales are 1, it returns the last prediction; a scale of 0
+  ignores what its condition adds.
   """
   guided = predictions[0]
   for less, more, scale in zip(predictions[:-1], predictions[1:], scales, strict=True):
@@ -150,12 +151,12 @@ def guide_in_turn(predictions: Sequence[jax.Array], scales: Sequence[float | jax
 
 
 def visited(schedule: Schedule, sampler: str, steps: int) -> np.ndarray:
-  """The steps that a sampler visits, int32 [steps], from much noise to little.
+  """The timesteps that a sampler visits, int32 [steps], from much noise to little.
 
-  The grids are those in common use: DPM-Solver's has one point more, of which the last is left out.
+  The grids are those in common use: DPM-Solver's has one more point, the last of which is not visited.
 
   Raises:
-    UserError: for an unknown sampler, or more steps than there are.
+    UserError: for an unknown sampler, or more steps than timesteps.
   """
   if sampler not in SAMPLERS:
     raise UserError(f"sampler '{sampler}' does not exist{nearest(sampler, SAMPLERS)}")
@@ -189,15 +190,15 @@ def sample(
 
     x_t = sigma_t / sigma_s x_s + (alpha_t - alpha_s sigma_t / sigma_s) D,
 
-  where D is the predicted x_0, for the second order drawn on by its last change over twice the ratio of the
-  last step's length in log(alpha / sigma) to this one's. The first and the last step are of first order.
+  where D is the predicted x_0. The second order extrapolates D by its last change, divided by twice the ratio
+  of the last step's length in log(alpha / sigma) to this one's. The first and the last step are first-order.
 
   Args:
-    predict: (x_t float32 [b, ...], t int32 scalar) -> prediction of that shape, see `Schedule.prediction`.
+    predict: (x_t float32 [b, ...], t int32 scalar) -> a prediction of that shape, see `Schedule.prediction`.
     noise: float32 [b, ...], standard normal.
     schedule: of the network.
     sampler: one of `SAMPLERS`; "dpm" needs fewer steps.
-    steps: how often the network is called.
+    steps: the number of sampling steps, each one call of the network.
 
   Returns:
     x_0, float32 [b, ...].
@@ -207,7 +208,7 @@ def sample(
   end = squared[0] if sampler == "ddim" and not schedule.clean_end else 1.0
   levels = np.append(squared[times], end)
   alphas, sigmas = np.sqrt(levels), np.sqrt(1 - levels)
-  draw = np.zeros(steps)  # how far D is drawn on
+  draw = np.zeros(steps)  # how far D is extrapolated
   if sampler == "dpm":
     lengths = np.diff(np.log(alphas[:-1] / sigmas[:-1]))
     draw[1:-1] = lengths[1:] / (2 * lengths[:-1])

@@ -1,4 +1,4 @@
-"""Prompts in the space of word embeddings, where vectors that no word has can stand among words.
+"""Prompts in the space of word embeddings, which mix embeddings of words with other vectors.
 
 Letters: b batch, l positions of a prompt, n vectors of a segment, d width.
 """
@@ -14,16 +14,16 @@ import numpy as np
 from maskgen.errors import UserError, nearest
 
 DISTRIBUTIONS = ("uniform", "powers", "all")
-# Where an image stands in its caption: before or behind the whole of it, or in place of some words.
+# The position of an image relative to its caption: before it, behind it, or in place of some of its words.
 PLACES = ("before", "behind", "within")
 
 
 class Segment(NamedTuple):
-  """Vectors of which a prompt has the first ones.
+  """Vectors, of which a prompt contains the first `number`.
 
   Attributes:
     vectors: float [b, n, d].
-    number: int32 [b], how many of them, 0 to n.
+    number: int32 [b], the number of vectors used, 0 to n.
   """
 
   vectors: jax.Array
@@ -31,7 +31,7 @@ class Segment(NamedTuple):
 
 
 class Frame(NamedTuple):
-  """What stands around the content of a prompt: the embeddings of special ids, float [d]."""
+  """The embeddings of the special ids around a prompt's content, float [d]."""
 
   start: jax.Array
   end: jax.Array
@@ -39,11 +39,11 @@ class Frame(NamedTuple):
 
 
 class Prompt(NamedTuple):
-  """What a text encoder takes.
+  """The input of a text encoder.
 
   Attributes:
-    embeddings: float [b, l, d], without positions.
-    end: int32 [b], the position of the end.
+    embeddings: float [b, l, d], without position embeddings.
+    end: int32 [b], the position of the end id.
   """
 
   embeddings: jax.Array
@@ -51,15 +51,15 @@ class Prompt(NamedTuple):
 
 
 def assemble(segments: Sequence[Segment], frame: Frame, length: int) -> Prompt:
-  """Puts segments behind each other: start, the first vectors of each segment, end, padding.
+  """Concatenates start, the first vectors of each segment, end and padding.
 
-  What a segment leaves out leaves no gap, so that a prompt with k of n vectors is the one with a segment of k
-  vectors, bit for bit, and what follows the end is padding as behind a short text. Numbers are traced: other
-  ones compile nothing anew.
+  Unused vectors leave no gap, so that a prompt with k of n vectors equals one with a segment of k vectors,
+  bit for bit, and padding follows the end as after a short text. Numbers are traced: changing them does not
+  recompile.
 
   Args:
-    segments: in their order, not more than length - 2 vectors in all (see `num_fitting`); more are cut at the
-      end.
+    segments: in order, with at most length - 2 vectors in total (see `num_fitting`); excess ones are cut at
+      the end.
     frame: the special embeddings.
     length: l.
   """
@@ -77,23 +77,23 @@ def assemble(segments: Sequence[Segment], frame: Frame, length: int) -> Prompt:
 
 
 def num_fitting(number: jax.Array, words: jax.Array, length: int) -> jax.Array:
-  """How many of so many vectors fit beside so many words: the words stay, and the tail is cut.
+  """The number of vectors that fit in a prompt with words: all words stay, and the vectors' tail is cut.
 
   Args:
-    number: int32 [b].
-    words: int32 [b].
+    number: of vectors, int32 [b].
+    words: the number of words, int32 [b].
     length: of the prompt.
   """
   return jnp.minimum(number, length - 2 - words)
 
 
 class Said(NamedTuple):
-  """What an example is trained with beside its image.
+  """The words around the image of a training example.
 
   Attributes:
-    before: words.
-    behind: words.
-    sixths: int32 [b], by how many sixths of the circle the hues of what is seen are turned.
+    before: words before the image.
+    behind: words after it.
+    sixths: int32 [b], the hue shift of the image that the encoder sees, in multiples of 60 degrees.
   """
 
   before: Segment
@@ -103,17 +103,18 @@ class Said(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Words:
-  """How examples are trained with words of their caption beside their image; Wang et al. 2024 do not say how.
+  """Training with words of the caption around the image, which Wang et al. 2024 do not specify.
 
   Attributes:
-    share: of the examples that are.
-    place: where the image stands then: "before" the caption, "behind" it, or "within" it, in place of words
-      in a row. Later positions see earlier ones.
-    subject: what images show, as "dog" and "cat". An image within its caption stands in place of the first
-      of these, and of random words around it; without any, in place of random words, or of none.
-    recoloured: the share of these examples that show the encoder other hues than the caption speaks of, see
-      `maskgen.images.turn_hues`: where the two contradict each other, words are to be followed. On each side
-      of an image within its caption all words up to the subject stay then half of the time, to say the hues.
+    share: of the examples that are trained with words.
+    place: the position of their image: "before" the caption, "behind" it, or "within" it, in place of
+      consecutive words. Later positions attend to earlier ones.
+    subject: words for what images show, such as "dog" and "cat". An image within its caption replaces the
+      first of these and random words around it; without any, it replaces random words, or none.
+    recoloured: the share of these examples whose image is hue-shifted for the encoder, see
+      `maskgen.images.turn_hues`, so that the model learns to follow words where they contradict the image. On
+      each side of a hue-shifted image within its caption, all words up to the subject are kept half of the
+      time, so that they name the hues.
   """
 
   share: float = 0.0
@@ -124,21 +125,21 @@ class Words:
   def __post_init__(self):
     for name in ("share", "recoloured"):
       if not 0.0 <= getattr(self, name) <= 1.0:
-        raise UserError(f"{name} is {getattr(self, name)}: it is a share, from 0 to 1")
+        raise UserError(f"{name} is {getattr(self, name)}: give a share from 0 to 1")
     if self.place not in PLACES:
       raise UserError(f"place '{self.place}' does not exist{nearest(self.place, PLACES)}")
     if self.recoloured and not self.share:
-      raise UserError(f"recoloured is {self.recoloured} and share is 0: words need a share of the examples")
+      raise UserError(f"recoloured is {self.recoloured} but share is 0: give a share of examples with words")
     if self.subject and self.place != "within":
-      raise UserError(f"subject is for images within their captions, and place is '{self.place}'")
+      raise UserError(f"subject requires place='within', but place is '{self.place}'")
 
   def draw(self, keys: jax.Array, caption: Segment, subjects: jax.Array) -> Said:
-    """Draws what stands beside images.
+    """Draws the words around images.
 
     Args:
       keys: one per example.
       caption: of m words.
-      subjects: bool [b, m], which of them are subjects.
+      subjects: bool [b, m], which of the words are subjects.
     """
 
     def cut(key: jax.Array, number: jax.Array, subjects: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -165,14 +166,14 @@ class Words:
 
 @dataclasses.dataclass(frozen=True)
 class TailDrop:
-  """How many of an image's n tokens an example is trained with: the first k, which become the coarse ones.
+  """Trains each example with the first k of its image's n tokens, which therefore become the coarse ones.
 
-  Wang et al. 2024, section 3, do not say how k is drawn. "uniform" is as for the quantizers of SoundStream
+  Wang et al. 2024, section 3, do not say how k is drawn. "uniform" is how SoundStream drops quantizers
   (Zeghidour et al. 2021, section 3.4).
 
   Attributes:
-    distribution: "uniform" over 1 .. n, "powers" of two up to n, and n, or "all" for no dropping.
-    full: the share of examples that keep all n, whatever the distribution.
+    distribution: "uniform" over 1 .. n, "powers" of two up to n and n itself, or "all" for no dropping.
+    full: the share of examples that keep all n, with any distribution.
   """
 
   distribution: str = "uniform"
@@ -184,17 +185,17 @@ class TailDrop:
         f"distribution '{self.distribution}' does not exist{nearest(self.distribution, DISTRIBUTIONS)}"
       )
     if not 0.0 <= self.full <= 1.0:
-      raise UserError(f"full is {self.full}: it is a share, from 0 to 1")
+      raise UserError(f"full is {self.full}: give a share from 0 to 1")
 
   def choices(self, n: int) -> np.ndarray:
-    """The numbers of tokens that are equally likely, int32, in rising order."""
+    """The numbers of tokens, equally likely, int32, in increasing order."""
     if self.distribution == "uniform":
       return np.arange(1, n + 1, dtype=np.int32)
     powers = [2**i for i in range(n.bit_length())] if self.distribution == "powers" else []
     return np.unique(np.array([*powers, n], np.int32))
 
   def draw(self, keys: jax.Array, n: int) -> jax.Array:
-    """Draws int32 [b] from one key per example."""
+    """Draws k, int32 [b], from one key per example."""
     choices = jnp.asarray(self.choices(n))
 
     def one(key: jax.Array) -> jax.Array:

@@ -1,7 +1,7 @@
-"""Captions as numbers: CLIP's byte pairs, or the words of a list.
+"""Text tokenizers: CLIP's byte pairs, or the words of a list.
 
-A tokenizer gives whole captions as int32 [length]: a start id, the caption, cut so that an end id always
-fits, the end id, and padding. `open_tokenizer` opens the one that a configuration names.
+A tokenizer returns captions as int32 [length]: a start id, the caption, truncated so that an end id always
+fits, the end id, and padding. `open_tokenizer` opens the one that a config names.
 """
 
 import abc
@@ -23,22 +23,22 @@ from etils import epath
 from maskgen.config import check_at_least
 from maskgen.errors import UserError, nearest
 
-# CLIP uses so many of the merges in its file, which has more.
+# The number of merges that CLIP uses; its file contains more.
 _CLIP_MERGES = 49_152 - 256 - 2
 _WORD_END = "</w>"
 _START, _END = "<|startoftext|>", "<|endoftext|>"
-# Of a folder, files that may say what to pad with; where they differ the first counts.
+# Files of a folder that may name the padding token; if they differ, the first one applies.
 _PADDING_FILES = ("special_tokens_map.json", "tokenizer_config.json")
 
 
 class Tokenizer(abc.ABC):
-  """Between a text and its ids in [0, vocabulary_size).
+  """Converts between texts and ids in [0, vocabulary_size).
 
   Attributes:
-    vocabulary_size: the number of ids, special ones included.
-    padding_id: what follows the end id; it may be any id, also the end id again.
+    vocabulary_size: the number of ids, including special ones.
+    padding_id: fills the positions after the end id; it may be any id, including the end id.
     start_id: the id before a caption.
-    end_id: the id after it, which nothing else has.
+    end_id: the id after it, which does not occur in captions.
   """
 
   vocabulary_size: int
@@ -48,18 +48,18 @@ class Tokenizer(abc.ABC):
 
   @abc.abstractmethod
   def encode(self, text: str) -> list[int]:
-    """Returns the ids of a text, without special ones around it."""
+    """Returns the ids of a text, without special ids around it."""
 
   @abc.abstractmethod
   def decode(self, ids: Iterable[int]) -> str:
     """Returns the text up to the first end id, in lower case."""
 
   def unknown(self, text: str) -> str | None:
-    """Returns the first word of a text that has no id, and the nearest one that has; None if all have."""
+    """Returns a text's first out-of-vocabulary word and the nearest known one, or None."""
     return None
 
   def pad(self, text: str, length: int) -> np.ndarray:
-    """Returns start, text, end and padding as int32 [length], length being at least 2."""
+    """Returns start, text, end and padding as int32 [length]; length must be at least 2."""
     ids = [self.start_id, *self.encode(text)[: length - 2], self.end_id]
     return np.array(ids + [self.padding_id] * (length - len(ids)), np.int32)
 
@@ -77,14 +77,14 @@ class WordTokenizer(Tokenizer):
     words: the vocabulary: runs of letters and digits, and single punctuation marks.
 
   Raises:
-    UserError: if there are none, or one is repeated or cannot occur.
+    UserError: if it is empty, or a word is repeated or can never occur.
   """
 
   padding_id, start_id, end_id, unknown_id = range(4)
 
   def __init__(self, words: Sequence[str]):
     if not words:
-      raise UserError("the list of words is empty: put one word on each line")
+      raise UserError("the list of words is empty: write one word per line")
     for word in words:
       if _words(word) != [word]:
         raise UserError(f"'{word}' in the list of words is not one lower-case word: split or remove it")
@@ -92,7 +92,7 @@ class WordTokenizer(Tokenizer):
     self._ids = {word: i for i, word in enumerate(self._words) if i > self.unknown_id}
     if len(self._ids) < len(words):
       twice = next(word for i, word in enumerate(words) if word in words[:i])
-      raise UserError(f"'{twice}' is twice in the list of words: remove one")
+      raise UserError(f"'{twice}' occurs twice in the list of words: remove one")
     self.vocabulary_size = len(self._words)
 
   def encode(self, text: str) -> list[int]:
@@ -109,18 +109,18 @@ class WordTokenizer(Tokenizer):
 class BytePairTokenizer(Tokenizer):
   """Byte pairs as in CLIP (Radford et al. 2021, section 2.4; Sennrich et al. 2016).
 
-  Ids are the 256 bytes, the 256 bytes at the end of a word, the merges in their order, start and end; with
-  CLIP's 48,894 merges the last two are 49,406 and 49,407. Text is NFC-normalised, lower-cased and freed of
-  repeated white space, as `transformers.CLIPTokenizer` has it; the original also repairs broken encodings.
-  What follows the first end id is padding, whatever its id; in a text "!" is a word, also where it pads, as
-  when the models were trained (transformers takes it for padding there).
+  Ids are the 256 bytes, the 256 bytes at the end of a word, the merges in order, start and end; with CLIP's
+  48,894 merges the last two are 49,406 and 49,407. Text is NFC-normalised and lower-cased, and repeated white
+  space is collapsed, as in `transformers.CLIPTokenizer`; the original also repairs broken encodings. All ids
+  after the first end id are padding. In a text, "!" is a word even if it is the padding token, as when the
+  models were trained (transformers treats it as padding).
 
   Args:
     merges: pairs of pieces to join, the most frequent first.
-    padding: the token to pad with, a piece or a special token; the original has that of id 0, "!".
+    padding: the padding token, a piece or a special token; the original uses "!", whose id is 0.
 
   Raises:
-    UserError: if a pair joins a piece that is not made before, or there is no such padding.
+    UserError: if a pair joins a piece that no earlier pair makes, or the padding token does not exist.
   """
 
   def __init__(self, merges: Sequence[tuple[str, str]], padding: str = "!"):
@@ -139,7 +139,7 @@ class BytePairTokenizer(Tokenizer):
     self.end_id = self.start_id + 1
     self.vocabulary_size = self.start_id + 2
     if padding not in self.vocabulary:
-      raise UserError(f"the padding '{padding}' is no token of this vocabulary: check the folder")
+      raise UserError(f"the padding '{padding}' is not a token of this vocabulary: check the folder")
     self.padding_id = self.vocabulary[padding]
     self._word_ids = functools.lru_cache(65_536)(self._merge)
 
@@ -154,11 +154,11 @@ class BytePairTokenizer(Tokenizer):
 
   @property
   def vocabulary(self) -> dict[str, int]:
-    """The id of each token, special ones included."""
+    """The id of each token, including special ones."""
     return self._ids | {_START: self.start_id, _END: self.end_id}
 
   def _merge(self, word: str) -> tuple[int, ...]:
-    """Joins the pair of lowest rank, wherever it stands, until there is none."""
+    """Joins all occurrences of the pair of lowest rank until no pair has a rank."""
     pieces = [self._alphabet[byte] for byte in word.encode()]
     pieces[-1] += _WORD_END
     while len(pieces) > 1:
@@ -167,7 +167,7 @@ class BytePairTokenizer(Tokenizer):
         break
       joined: list[str] = []
       for piece in pieces:
-        # A piece that was just joined is longer than best[0], so that it joins no second time.
+        # A piece that was just joined is longer than best[0], so it is not joined again.
         if joined and (joined[-1], piece) == best:
           joined[-1] += piece
         else:
@@ -182,7 +182,7 @@ class Captions:
 
   Attributes:
     tokenizer: see `open_tokenizer`.
-    length: how many ids a caption has, special ones included.
+    length: the number of ids in a caption, including special ones.
   """
 
   tokenizer: str
@@ -200,23 +200,23 @@ class Captions:
     """The id of a word.
 
     Raises:
-      UserError: if it is unknown, or more than one.
+      UserError: if it is out-of-vocabulary, or more than one word.
     """
     ids = self.opened.encode(word)
     if len(ids) != 1 or self.opened.unknown(word):
-      raise UserError(f"'{word}' is no single word to the tokenizer {self.tokenizer}: give another")
+      raise UserError(f"'{word}' is not a single word of the tokenizer {self.tokenizer}: give another")
     return ids[0]
 
   def read(self, prompts: Sequence[str]) -> np.ndarray:
     """The ids of prompts, int32 [b, length].
 
     Raises:
-      UserError: if a prompt is too long or has an unknown word.
+      UserError: if a prompt is too long or has an out-of-vocabulary word.
     """
     for prompt in prompts:
       unknown = self.opened.unknown(prompt)
       if unknown is not None:
-        raise UserError(f"the prompt '{prompt}' has a word that this model never read, {unknown}")
+        raise UserError(f"the prompt '{prompt}' has the out-of-vocabulary word {unknown}")
       found, most = len(self.opened.encode(prompt)), self.length - 2
       if found > most:
         raise UserError(
@@ -229,10 +229,10 @@ def open_tokenizer(spec: str) -> Tokenizer:
   """Opens a tokenizer.
 
   Args:
-    spec: "list:a red fox", the words themselves; "words:/path/words.txt", a file with one word on each line;
-      or "bpe:/path", CLIP's `bpe_simple_vocab_16e6.txt.gz` or a folder with `vocab.json` and `merges.txt` (or
-      with `tokenizer.json`), and with `tokenizer_config.json` or `special_tokens_map.json` where padding is
-      other than in the original.
+    spec: "list:a red fox", the words themselves; "words:/path/words.txt", a file with one word per line; or
+      "bpe:/path", CLIP's `bpe_simple_vocab_16e6.txt.gz` or a folder with `vocab.json` and `merges.txt` (or
+      with `tokenizer.json`), and with `tokenizer_config.json` or `special_tokens_map.json` if padding differs
+      from the original's.
 
   Raises:
     UserError: if there is no such tokenizer, or its files are missing or malformed.
@@ -275,19 +275,19 @@ def _open_byte_pairs(folder: str) -> BytePairTokenizer:
     vocabulary = saved.get("vocab", {})
   tokenizer = BytePairTokenizer(pairs, _read_padding(path))
   if vocabulary != tokenizer.vocabulary:
-    raise UserError("the ids in its vocabulary are not those of CLIP: give the folder of a CLIP tokenizer")
+    raise UserError("its vocabulary does not have CLIP's ids: give the folder of a CLIP tokenizer")
   return tokenizer
 
 
 def _read_object(path: epath.Path) -> dict[str, Any]:
   content = json.loads(path.read_text(encoding="utf-8"))
   if not isinstance(content, dict):
-    raise ValueError(f"{path.name} holds no JSON object")
+    raise ValueError(f"{path.name} does not contain a JSON object")
   return content
 
 
 def _read_padding(path: epath.Path) -> str:
-  """Stable Diffusion 1 pads with the end, 2 with "!"; `transformers` with the end where files do not say."""
+  """The padding token that the files name, by default the end, as in `transformers`."""
   for file in (path / name for name in _PADDING_FILES):
     padding = _read_object(file).get("pad_token") if file.exists() else None
     if padding:
@@ -306,7 +306,7 @@ def _read_merges(path: epath.Path) -> list[tuple[str, str]]:
 def _pair(merge: str | Sequence[str]) -> tuple[str, str]:
   pieces = merge.split(" ") if isinstance(merge, str) else merge
   if len(pieces) != 2:
-    raise UserError(f"'{merge}' in the merges is not two pieces: check the file")
+    raise UserError(f"'{merge}' in the merges is not a pair of pieces: check the file")
   return pieces[0], pieces[1]
 
 
@@ -325,7 +325,7 @@ def _clip_words(text: str) -> Iterator[str]:
 
 
 def _byte_alphabet() -> dict[int, str]:
-  """A visible character for each byte, the printable ones of Latin-1 first and as themselves."""
+  """A visible character for each byte: printable Latin-1 bytes first, as themselves, then the others."""
   printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
   others = [byte for byte in range(256) if byte not in printable]
   return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}

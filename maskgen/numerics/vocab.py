@@ -1,4 +1,4 @@
-"""Names for token ids: image codes, class ids and the mask share one embedding table."""
+"""Token ids: image codes, class ids and the mask token share one embedding table."""
 
 import dataclasses
 
@@ -7,12 +7,12 @@ import dataclasses
 class Vocab:
   """The vocabulary of a masked generative encoder.
 
-  Ids 0 .. codebook-1 are image codes; then follow `classes` class ids; the last id is [MASK].
+  Ids 0 .. codebook-1 are image codes, followed by `classes` class ids; the last id is [MASK].
 
   Attributes:
     codebook: number of image codes.
     classes: number of class ids; the class position holds one of them.
-    null_class: which class id, counted from 0, stands for "no class".
+    null_class: the class id, counted from 0, that means "no class".
   """
 
   codebook: int

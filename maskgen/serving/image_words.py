@@ -132,7 +132,7 @@ class ImageWords(Model):
     for piece in pieces:
       unknown = tokenizer.unknown(piece)
       if unknown is not None:
-        raise UserError(f"the prompt '{prompt}' has a word that this model never read, {unknown}")
+        raise UserError(f"the prompt '{prompt}' has the out-of-vocabulary word {unknown}")
     ids = [tokenizer.encode(piece) for piece in pieces]
     num_words = [len(piece) for piece in ids]
     number = self._share_tokens(prompt, images, num_tokens, limit - sum(num_words))
