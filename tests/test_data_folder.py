@@ -104,7 +104,7 @@ class TestFolder:
       ([], "train", "has no pictures: put .jpg"),
       (["train/a/1.png", "test/b/1.png"], "test", "'train' and 'test'.*differ in 'a'"),
       (["train/a/1.png", "test/1.png"], "test", "'train' and 'test'.*differ in 'a'"),
-      (["a/1.png", "loose.png"], "train", "'loose.png' lies beside the class folders"),
+      (["a/1.png", "loose.png"], "train", "'loose.png' is next to the class folders"),
       (["1.png"], "train", "split 'train' of data source .* is empty"),
       (["1.png"], "trian", "split 'trian' .* is unknown; did you mean 'train'"),
     ],

@@ -142,7 +142,7 @@ def bomb(side: int) -> bytes:
 
 DAMAGED = {
   "empty": (b"", "the file is empty"),
-  "text": (b"no picture" * 50, "the file is no picture"),
+  "text": (b"no picture" * 50, "the file is not a picture"),
   "truncated JPEG": (encode(Image.fromarray(scene()), "JPEG")[:-300], "truncated"),
   "JPEG without end": (encode(Image.fromarray(scene()), "JPEG")[:-2], "truncated"),
   "truncated PNG": (encode(Image.fromarray(scene()), "PNG")[:-30], "truncated|broken"),

@@ -1,7 +1,7 @@
-"""Augmentations of colour and sharpness, as ops for preprocessing (see `ops.py`).
+"""Preprocessing ops that augment colour and sharpness (see `ops.py`).
 
-A result depends on the image and the seed alone. That is also why sums over an image, whose order
-changes with the number of threads, are taken of integers here.
+Results depend only on the image and the seed. Sums over an image are therefore taken over integers:
+the order of summation changes with the number of threads.
 """
 
 import functools
@@ -24,11 +24,11 @@ def color_jitter(
 ) -> tf.Tensor:
   """Changes brightness, contrast, saturation and hue in a random order, as torchvision does.
 
-  SimCLR (Chen et al. 2020, appendix A) has (0.8 s, 0.8 s, 0.8 s, 0.2 s) at strength s. The factors
+  SimCLR (Chen et al. 2020, appendix A) uses (0.8 s, 0.8 s, 0.8 s, 0.2 s) at strength s. The factors
   of the first three are uniform in [max(0, 1 - x), 1 + x] and blend the image with black, with its
-  mean luma, and with its luma; hue turns by a share of the circle uniform in [-hue, hue]. Grey
-  levels are clipped to 0..255 after each, rounded once at the end. An image of one channel has
-  neither saturation nor hue.
+  mean luma, and with its luma; hue is rotated by a fraction of the circle that is uniform in
+  [-hue, hue]. Grey levels are clipped to 0..255 after each adjustment and rounded once at the end.
+  An image with one channel has neither saturation nor hue.
 
   Args:
     image: uint8 [h, w, c], c 1 or 3.
@@ -36,14 +36,14 @@ def color_jitter(
     contrast: at least 0.
     saturation: at least 0.
     hue: from 0 to 0.5.
-    probability: of changing the image at all.
+    probability: the probability of changing the image.
     seed: int [2].
 
   Returns:
     uint8 [h, w, c].
 
   Raises:
-    ValueError: if an argument is out of range, or the image not as described.
+    ValueError: if an argument is out of range, or the image has another dtype or shape.
   """
   check_image(image)
   check_number("brightness", brightness)
@@ -75,10 +75,10 @@ def color_jitter(
 
 @op
 def grayscale(image: tf.Tensor, probability: float = 0.2, *, seed: tf.Tensor) -> tf.Tensor:
-  """Replaces all channels by their luma (ITU-R BT.601) with a probability; [h, w, c] keeps c.
+  """Replaces all channels by their luma (ITU-R BT.601) with a given probability; c is unchanged.
 
   Raises:
-    ValueError: if the image is not uint8 [h, w, 1 or 3], or the probability not in [0, 1].
+    ValueError: if the image is not uint8 [h, w, 1 or 3], or the probability is not in [0, 1].
   """
   check_image(image)
   check_number("probability", probability, most=1)
@@ -97,21 +97,21 @@ def blur(
   *,
   seed: tf.Tensor,
 ) -> tf.Tensor:
-  """Blurs with a Gaussian (SimCLR, Chen et al. 2020, appendix A), cut off at four sigma.
+  """Blurs with a Gaussian (SimCLR, Chen et al. 2020, appendix A), truncated at four sigma.
 
-  The border is mirrored, the outermost pixels included.
+  The border is mirrored, including the outermost pixels.
 
   Args:
     image: uint8 [h, w, c], c 1 or 3.
     sigma: (low, high), 0 < low <= high, in pixels; the standard deviation is uniform between them.
-    probability: of blurring the image at all.
+    probability: the probability of blurring the image.
     seed: int [2].
 
   Returns:
     uint8 [h, w, c].
 
   Raises:
-    ValueError: if an argument is out of range, or the image not as described.
+    ValueError: if an argument is out of range, or the image has another dtype or shape.
   """
   check_image(image)
   pair = isinstance(sigma, tuple) and len(sigma) == 2 and all(map(_is_number, sigma))
@@ -122,7 +122,7 @@ def blur(
   width = tf.random.stateless_uniform([], sigma_seed, *sigma)
 
   def gaussian():
-    shortest = tf.reduce_min(tf.shape(image)[:2])  # more cannot be mirrored
+    shortest = tf.reduce_min(tf.shape(image)[:2])  # the most that can be mirrored
     radius = tf.minimum(tf.cast(4.0 * width + 0.5, tf.int32), shortest)
     weights = tf.exp(-0.5 * (tf.range(tf.cast(radius, tf.float32) + 1.0) / width) ** 2)
     weights /= 2.0 * tf.reduce_sum(weights) - weights[0]
@@ -150,12 +150,12 @@ def check_number(name: str, value: float, most: float = math.inf) -> None:
 
 
 def rounded_luma(image: tf.Tensor) -> tf.Tensor:
-  """Luma of an uint8 image [h, w, c] to the nearest grey level, half up; float32 [h, w, 1]."""
+  """The luma of a uint8 image [h, w, c], rounded half up to a grey level; float32 [h, w, 1]."""
   return tf.floor(_luma(tf.cast(image, tf.float32)) + 0.5)
 
 
 def mean_level(grey: tf.Tensor) -> tf.Tensor:
-  """Mean of a float32 image with levels 0..255, exact to 2^-16 of a level; a float64 scalar."""
+  """The mean of a float32 image with levels 0..255, exact to 2^-16 of a level; a float64 scalar."""
   total = tf.reduce_sum(tf.cast(grey * 65536.0, tf.int64))
   return tf.cast(total, tf.float64) / (65536.0 * tf.cast(tf.size(grey), tf.float64))
 
@@ -168,7 +168,7 @@ def _luma(image: tf.Tensor) -> tf.Tensor:
   if image.shape[-1] == 1:
     return image
   red, green, blue = tf.split(image, 3, axis=-1)
-  # In 2^-16, so that sums of whole grey levels are exact.
+  # Multiples of 2^-16, so that sums of whole grey levels are exact.
   return red * (19595 / 65536) + green * (38470 / 65536) + blue * (7471 / 65536)
 
 

@@ -1,4 +1,4 @@
-"""Preprocessing ops on captions, strings [k] with k >= 1."""
+"""Preprocessing ops for captions: strings [k] with k >= 1."""
 
 import functools
 
@@ -13,7 +13,7 @@ _open = functools.cache(open_tokenizer)
 
 @op
 def tokenize(caption: tf.Tensor, tokenizer: str, length: int, *, draw: tf.Tensor) -> tf.Tensor:
-  """Turns one caption into int32 [length]; each time a record is drawn the next of its k is taken.
+  """Tokenizes one caption to int32 [length]; successive draws of a record take its k captions in turn.
 
   `tokenizer` is "words:/path/words.txt" or "bpe:/path", see `maskgen.numerics.text.open_tokenizer`.
   """

@@ -1,4 +1,4 @@
-"""TensorFlow as this package uses it: quiet, and off the accelerators, whose memory is JAX's."""
+"""TensorFlow with few log messages and without accelerators, whose memory belongs to JAX."""
 
 import os
 

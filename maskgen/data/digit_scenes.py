@@ -1,8 +1,8 @@
-"""What can be said of a picture of one coloured digit, and what can be read from it; without TensorFlow.
+"""Pictures of one coloured digit: their captions, and their contents as read from pixels. No TensorFlow.
 
-A picture shows a bright digit on a dark background, small or large, at one of nine places. All this is said
-in a caption of `WORDS`. How the digit is written is not: a picture holds more than its words.
-Letters: b batch, s the side of a picture, g the side of a glyph.
+A picture shows a small or large bright digit at one of nine places on a dark background. A caption states all
+of this in `WORDS`, but not how the digit is written: a picture holds more than its caption.
+Letters: b batch, s side of a picture, g side of a glyph.
 """
 
 import re
@@ -15,10 +15,10 @@ GLYPH_SIDE = 8
 
 _DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 _SIZES = ("small", "large")
-# Red, green and blue of bright ink and of dark backgrounds, for six hues each in their order on the circle: a
-# picture whose hues are turned by sixths looks like any other. No channel of ink is darker than one of a
-# background. Were either at times the brighter one, the shape of a class would mean light as often as shade,
-# and models that learn from scratch would learn classes last.
+# RGB of bright ink and of dark backgrounds, six hues each in the order of the colour circle: a picture with
+# hues rotated by sixths looks like any other. No channel of an ink is darker than one of a background. If
+# either could be the brighter one, the shape of a class would be light as often as dark, and models trained
+# from scratch would learn classes last.
 INKS = {
   "red": (250, 95, 95),
   "yellow": (250, 250, 95),
@@ -47,7 +47,7 @@ _PLACES = (
   "at the bottom",
   "at the bottom right",
 )
-# What is said of a picture, and the words for each value of it.
+# The attributes of a picture, with the words for each value.
 KINDS: Mapping[str, tuple[str, ...]] = {
   "class": _DIGITS,
   "colour": tuple(INKS),
@@ -59,7 +59,7 @@ KINDS: Mapping[str, tuple[str, ...]] = {
 WORDS = tuple(
   dict.fromkeys(" ".join(["a", *_SIZES, *INKS, *BACKGROUNDS, *_DIGITS, *_PLACES, "on", "background"]).split())
 )
-# The height in pixels of the ink of small and of large digits.
+# The height in pixels of small and large digits.
 HEIGHTS = (8, 12)
 
 _CAPTION = re.compile(
@@ -68,17 +68,18 @@ _CAPTION = re.compile(
     {kind: "|".join(words) for kind, words in KINDS.items()}
   )
 )
-# What counts as ink, of the opacity of a pixel.
+# A pixel with a higher opacity counts as ink.
 _INK = 0.35
-# Between heights of small and large digits, and between centres of the three places along a side, in pixels.
+# Thresholds in pixels: between the heights of small and large digits, and between the centres of the three
+# places along a side.
 _SIZE_BORDER = 9.75
 _PLACE_BORDERS = (6.9, 9.1)
-# So many of the most opaque pixels tell the colour.
+# The number of most opaque pixels that determine the colour.
 _PIXELS_OF_COLOUR = 6
 
 
 def describe(said: Mapping[str, int]) -> str:
-  """The caption of a picture, given for `class` and any other of `KINDS` the number of its value."""
+  """Returns a caption, given the index of the value of `class` and of any others of `KINDS`."""
   words = {kind: KINDS[kind][value] for kind, value in said.items()}
   ground = f"on a {words['background']} background" if "background" in words else None
   parts = ["a", *(words.get(kind) for kind in ("size", "colour", "class", "place")), ground]
@@ -86,7 +87,7 @@ def describe(said: Mapping[str, int]) -> str:
 
 
 def understand(caption: str) -> dict[str, int] | None:
-  """The inverse of `describe`, or None for any other text."""
+  """The inverse of `describe`; None for any other text."""
   match = _CAPTION.fullmatch(caption)
   if match is None:
     return None
@@ -94,15 +95,15 @@ def understand(caption: str) -> dict[str, int] | None:
 
 
 def contradict(said: Mapping[str, int], kind: str) -> dict[str, int]:
-  """The same with another value of one kind."""
+  """Returns the same description with another value of one kind."""
   number = len(KINDS[kind])
   return {**said, kind: (said[kind] + number // 2) % number}
 
 
 def ink_box(opacity: np.ndarray) -> np.ndarray:
-  """The box around the ink of pictures float [b, s, s]: top, bottom, left, right, float32 [b, 4].
+  """The bounding boxes of the ink of pictures float [b, s, s]: top, bottom, left, right, float32 [b, 4].
 
-  Without ink it is the whole picture.
+  The box of a picture without ink is the whole picture.
   """
   side = opacity.shape[-1]
   ink = opacity > _INK
@@ -115,17 +116,17 @@ def ink_box(opacity: np.ndarray) -> np.ndarray:
 
 
 def read(images: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
-  """Reads pictures: all but the class, for which a classifier must look at the glyph.
+  """Reads everything from pictures except the class, for which a classifier must look at the glyph.
 
-  The background is the median of the border. The colour is that of the pixels farthest from it, and how far
-  each pixel is on the way to it is its opacity.
+  The background is the median of the border. The colour is that of the pixels farthest from the background. A
+  pixel's opacity is its position between the two.
 
   Args:
     images: float32 [b, s, s, 3] in [0, 1], s being `SIDE`.
 
   Returns:
-    The number of the value of each kind but `class`, int [b]; and the ink of the digit, cut out as a square
-    of its height and scaled: float32 [b, g, g].
+    The index of the value of each kind except `class`, int [b]; and the ink of the digit, cropped to a square
+    of its height and rescaled: float32 [b, g, g].
   """
   border = np.concatenate([images[:, 0], images[:, -1], images[:, 1:-1, 0], images[:, 1:-1, -1]], axis=1)
   ground = np.median(border, axis=1)
@@ -152,13 +153,13 @@ def read(images: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
 
 
 def _nearest(palette: Mapping[str, tuple[int, int, int]], colours: np.ndarray) -> np.ndarray:
-  """The numbers of the nearest colours of a palette to colours [b, 3]."""
+  """Returns the indices of the palette colours nearest to colours [b, 3]."""
   known = np.array(list(palette.values()), np.float32) / 255.0
   return np.square(colours[:, None] - known).sum(axis=-1).argmin(axis=1)
 
 
 def _shrink(centre: np.ndarray, length: np.ndarray) -> np.ndarray:
-  """Weights [b, g, s] that take g samples of s pixels, of so many around a centre, linear in between."""
+  """Weights [b, g, s] of g linearly interpolated samples of s pixels, over a length around a centre."""
   samples = (np.arange(GLYPH_SIDE) + 0.5) / GLYPH_SIDE - 0.5
   places = centre[:, None] + length[:, None] * samples - 0.5
   return np.maximum(1.0 - np.abs(places[..., None] - np.arange(SIDE)), 0.0)

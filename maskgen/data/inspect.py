@@ -1,4 +1,4 @@
-"""Inspects the records of a source: sizes, labels, captions, and which are damaged."""
+"""Inspects the records of a source: sizes, labels, captions and damage."""
 
 import dataclasses
 from collections.abc import Iterator, Sequence
@@ -11,13 +11,13 @@ from maskgen.data.sources import Source
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-  """What one record is like.
+  """The properties of one record.
 
   Attributes:
-    index: of the record.
-    label: its label, if it has one.
-    sides: (height, width) of the picture as shown, if it is an encoded one.
-    damage: why the record cannot be used; None if it can.
+    index: the index of the record.
+    label: its label, if any.
+    sides: (height, width) of the picture as displayed, if it is encoded.
+    damage: why the record cannot be used, or None.
   """
 
   index: int
@@ -27,13 +27,13 @@ class Finding:
 
 
 def spread(size: int, count: int) -> list[int]:
-  """`count` indices, or all there are, evenly spread over `size` records."""
+  """Returns `count` indices (at most `size`), evenly spread over `size` records."""
   count = min(size, count)
   return [number * size // count for number in range(count)]
 
 
 def scan(source: Source, indices: Sequence[int]) -> Iterator[Finding]:
-  """Reads records and decodes the whole of their pictures; damaged ones are findings, too."""
+  """Yields a finding for each record, damaged ones included, after decoding its whole picture."""
 
   @tf.autograph.experimental.do_not_convert
   def look(index: tf.Tensor) -> dict[str, tf.Tensor]:
@@ -48,7 +48,7 @@ def scan(source: Source, indices: Sequence[int]) -> Iterator[Finding]:
   for index in indices:
     try:
       seen = next(records)
-    except tf.errors.OpError as error:  # the record after it comes next
+    except tf.errors.OpError as error:  # iteration continues with the following record
       yield Finding(index, damage=reason_of(error))
       continue
     label = int(seen["label"]) if "label" in seen else None
@@ -57,7 +57,7 @@ def scan(source: Source, indices: Sequence[int]) -> Iterator[Finding]:
 
 
 def captions(source: Source, indices: Sequence[int]) -> list[list[str]]:
-  """The captions of records: none for a source without captions, or a record whose caption is damaged."""
+  """Returns the captions of records: none if the source has no captions or a record's caption is damaged."""
   found = []
   for index in indices:
     try:

@@ -1,4 +1,4 @@
-"""Lists the pictures of a folder, with their labels, captions and splits."""
+"""Lists the pictures in a folder with their labels, captions and splits."""
 
 import hashlib
 import os
@@ -31,14 +31,14 @@ SPLITS = ("train", *HELD_OUT)
 
 
 class Listing(NamedTuple):
-  """Pictures of one split.
+  """The pictures of one split.
 
   Attributes:
     root: the folder that the names are relative to.
-    names: of the pictures [n], with `/` between folders.
+    names: the file names [n], with `/` between folders.
     labels: int [n], or None.
     class_names: the name of each label, or None without labels.
-    captions: of each picture, "beside" if they are text files with the names of the pictures, or None.
+    captions: of each picture; "beside" if they are in text files next to the pictures; or None.
   """
 
   root: str
@@ -53,16 +53,15 @@ class Listing(NamedTuple):
 
 
 def list_pictures(root: str, split: str) -> Listing:
-  """Lists one split of the folder `root`, in an order that depends on the names alone.
+  """Lists one split of the folder `root`, in an order that depends only on the names.
 
-  The layouts are those of `sources/folder.py`. If `root` has a sub-folder `train` and one of `test`,
-  `val` and `validation`, these are the splits, and a held-out name without a folder of its own means the
-  first of those that has one. Otherwise the tenth of the pictures whose relative names have the smallest
-  hashes is held out.
+  `sources/folder.py` describes the layouts. If `root` has a sub-folder `train` and one of `HELD_OUT`, these
+  are the splits, and a held-out name that has no folder means the first one that has. Otherwise the tenth of
+  the pictures whose relative names have the smallest hashes is held out.
 
   Raises:
     UserError: if the folder is missing, unreadable or without pictures, the split is unknown, a table is
-      wrong, some pictures alone have captions, or the classes differ between the splits.
+      wrong, only some pictures have captions, or the classes differ between the splits.
   """
   check_split(f"folder '{root}'", split, SPLITS)
   if not _is_folder(root):
@@ -74,7 +73,7 @@ def list_pictures(root: str, split: str) -> Listing:
     class_names, labels = _classes(root)
     if "train" in class_names and labels is None and _classes(os.path.join(root, "train"))[0]:
       raise UserError(
-        f"'{root}' has a folder 'train' with classes of its own, and no split beside it: name the other one "
+        f"'{root}' has a folder 'train' with its own classes, but no other split: name the other one "
         f"of {', '.join(HELD_OUT)}, or give '{os.path.join(root, 'train')}'"
       )
     return _tenth(_listing(root, class_names, labels, _table(root, "caption")), split != "train")
@@ -87,12 +86,12 @@ def list_pictures(root: str, split: str) -> Listing:
 
 
 def is_picture(name: str) -> bool:
-  """Whether a file's name, given without its folder, is that of a picture."""
+  """Whether a file name (without folder) is that of a picture."""
   return name.lower().endswith(SUFFIXES) and not name.startswith(".")
 
 
 def smallest_tenth(names: Sequence[bytes]) -> np.ndarray:
-  """Returns a mask, bool [n], of the tenth of the names (at least one) whose hashes are smallest."""
+  """Returns a mask, bool [n], that selects the tenth of the names (at least one) with the smallest hashes."""
   hashes = [hashlib.blake2b(name).digest() for name in names]
   mask = np.zeros(len(names), bool)
   mask[sorted(range(len(names)), key=hashes.__getitem__)[: -(-len(names) // 10)]] = True
@@ -100,7 +99,7 @@ def smallest_tenth(names: Sequence[bytes]) -> np.ndarray:
 
 
 def _list_folder_of_split(root: str, split: str, held_out: Sequence[str]) -> Listing:
-  """Lists root/split; tables lie in `root`, and are then those of all splits, or in root/split."""
+  """Lists root/split; tables are either in `root` (and cover all splits) or in root/split."""
   folder = os.path.join(root, split)
   captions = _table(root, "caption")
   captions = captions.below(split, ("train", *held_out)) if captions else _table(folder, "caption")
@@ -122,7 +121,7 @@ def _table(folder: str, column: str) -> Table | None:
 
 
 def _classes(root: str) -> tuple[list[str], Table | None]:
-  """Returns the names of the classes, and the table of labels if they come from one."""
+  """Returns the class names, and the table of labels if there is one."""
   if table := _table(root, "label"):
     return table.texts(), table
   real = _real(root)
@@ -151,7 +150,7 @@ def _listing(
       classes = [name.partition("/")[0] for name in names]
       loose = [name for name in names if "/" not in name]
       if loose:
-        raise UserError(f"'{loose[0]}' lies beside the class folders of '{root}': move it into one")
+        raise UserError(f"'{loose[0]}' is next to the class folders of '{root}': move it into one")
     number = {name: label for label, name in enumerate(class_names)}
     labels = [number[name] for name in classes]
   if captions_table:
@@ -165,8 +164,8 @@ def _has_caption_files(root: str, names: Sequence[str], files: set[str]) -> bool
   without = [name for name in names if f"{os.path.splitext(name)[0]}.txt" not in files]
   if 0 < len(without) < len(names):
     raise UserError(
-      f"{len(without)} of the {len(names)} pictures of '{root}' have no .txt file with captions beside "
-      f"them, the first of which is '{without[0]}': give all of them captions, or none"
+      f"{len(without)} of the {len(names)} pictures of '{root}' have no .txt file with captions next to "
+      f"them, the first being '{without[0]}': give all of them captions, or none"
     )
   return not without
 
@@ -185,7 +184,7 @@ def _tenth(listing: Listing, held_out: bool) -> Listing:
 
 
 def _below(folder: str, name: str, seen: set[str]) -> Iterator[str]:
-  """Yields a picture or text file, or all of those below a sub-folder that was not seen before."""
+  """Yields a picture or text file, or all those below a sub-folder that was not visited before."""
   if _is_file(name):
     yield name
     return
@@ -199,12 +198,12 @@ def _below(folder: str, name: str, seen: set[str]) -> Iterator[str]:
 
 
 def _is_file(name: str) -> bool:
-  """Whether the name alone says that this is a picture or text file, as asking a remote store is slow."""
+  """Whether this is a picture or text file, judging by its name, as requests to remote stores are slow."""
   return is_picture(name) or name.endswith(".txt")
 
 
 def _entries(folder: str) -> list[str]:
-  """Returns the sorted names of files and folders, without the hidden ones."""
+  """Returns the sorted names of files and folders that are not hidden."""
   names = (
     [name.rstrip("/") for name in tf.io.gfile.listdir(folder)] if _remote(folder) else os.listdir(folder)
   )

@@ -1,13 +1,13 @@
-"""Preprocessing ops: plain functions of one part of a record, eager or inside tf.data.
+"""Preprocessing ops: plain functions of one entry of a record, which run eagerly or inside tf.data.
 
-To add an op, decorate `def name(image, *args)` with `@op`. A specification names it with its module, as in
-`decode|my_package.my_ops.name(2)`, or by `name` alone where the module is imported already.
+To add an op, decorate `def name(image, *args)` with `@op`. Preprocessing refers to it with its module, as in
+`decode|my_package.my_ops.name(2)`, or by `name` alone if the module is already imported.
 
-The name of the first parameter, such as `image`, is the key of the record that the op takes and replaces.
-Keyword-only parameters are given by the pipeline: `seed`, an int64 tensor [2] as TensorFlow's stateless
-random ops have it, and `draw`, an int64 scalar that counts how often the record was drawn before. Images are
-uint8 [h, w, c] before and after, c static; crops also take a `Picture`, of which they decode their rectangle
-only. A size is an int for a square, or (height, width). Bad arguments raise ValueError.
+The name of the first parameter, such as `image`, is the key of the entry that the op takes and replaces. The
+pipeline supplies keyword-only parameters: `seed`, an int64 tensor [2] as for TensorFlow's stateless random
+ops, and `draw`, an int64 scalar, the number of earlier draws of the record. Images are uint8 [h, w, c] before
+and after, c static; crops also accept a `Picture`, of which they decode only their rectangle. A size is an
+int for a square, or (height, width). Invalid arguments raise ValueError.
 """
 
 import functools
@@ -20,14 +20,14 @@ from maskgen.data.picture import MAX_PIXELS, Picture
 Op = Callable[..., tf.Tensor]
 Size = int | tuple[int, int]
 
-# By the names of their functions, and by those with their modules.
+# By function name, with and without the module.
 OPS: dict[str, Op] = {}
 _METHODS = ("bilinear", "bicubic", "nearest", "lanczos3", "area")
 _PAD_MODES = ("constant", "reflect", "symmetric")
 
 
 def op(function: Op) -> Op:
-  """Registers a preprocessing op under its function's name; it is given all pixels of a picture."""
+  """Registers a preprocessing op under its function's name; it receives all pixels of a picture."""
 
   @functools.wraps(function)
   def with_pixels(value: tf.Tensor | Picture, *args, **kwargs) -> tf.Tensor:
@@ -37,17 +37,16 @@ def op(function: Op) -> Op:
 
 
 def picture_op(function: Op) -> Op:
-  """Registers an op that takes a picture as it is, to decode no more than it needs."""
+  """Registers an op that receives a picture undecoded, to decode only what it needs."""
   OPS[function.__name__] = OPS[f"{function.__module__}.{function.__name__}"] = function
   return function
 
 
 @picture_op
 def decode(image: tf.Tensor, channels: int = 3) -> tf.Tensor | Picture:
-  """Opens a picture file, to be shown in 3 or 1 (luma, ITU-R BT.601) channels; see `Picture`.
+  """Opens a picture file with 3 or 1 (luma, ITU-R BT.601) channels; see `Picture`.
 
-  Images that are arrays already are converted; those with exactly `channels` channels, whatever these
-  are, stay as they are.
+  Images that are already arrays are converted, unless they have exactly `channels` channels of any kind.
   """
   if not _is_count(channels):
     raise ValueError(f"channels is {channels!r}, not a number of channels")
@@ -67,19 +66,19 @@ def decode(image: tf.Tensor, channels: int = 3) -> tf.Tensor | Picture:
 
 @op
 def take_crop(tokens: tf.Tensor, *, draw: tf.Tensor) -> tf.Tensor:
-  """Takes one of the crops [crops, n] of a token cache, another one each time: codes [n]."""
+  """Returns one of the crops [crops, n] of a token cache, codes [n]; successive draws take them in turn."""
   return tokens[draw % tokens.shape[0]]
 
 
 @op
 def value_range(image: tf.Tensor, low: float = 0.0, high: float = 1.0) -> tf.Tensor:
-  """Maps 0..255 to float32 from `low` to `high`; what maskgen trains takes bytes as well."""
+  """Maps 0..255 to float32 from `low` to `high`; not needed for maskgen's models, which take bytes."""
   return low + tf.cast(image, tf.float32) * ((high - low) / 255.0)
 
 
 @op
 def resize(image: tf.Tensor, size: Size, method: str = "bilinear", antialias: bool = True) -> tf.Tensor:
-  """Resizes to exactly `size`, whatever the aspect ratio; rounds to the nearest grey level."""
+  """Resizes to exactly `size`, ignoring the aspect ratio; rounds to the nearest grey level."""
   return _resize(image, _height_width(size), method, antialias)
 
 
@@ -97,14 +96,14 @@ def resize_small(image: tf.Tensor, size: int, method: str = "bilinear", antialia
 
 @picture_op
 def center_crop(image: tf.Tensor | Picture, size: Size) -> tf.Tensor:
-  """Cuts `size` out of the middle; smaller images are an error."""
+  """Crops the centre to `size`; smaller images are an error."""
   height_width = _fitting(image, size)
   return _crop(image, (_sides(image) - height_width) // 2, height_width)
 
 
 @picture_op
 def random_crop(image: tf.Tensor | Picture, size: Size, *, seed: tf.Tensor) -> tf.Tensor:
-  """Cuts `size` out at a uniformly random place; smaller images are an error."""
+  """Crops to `size` at a uniformly random position; smaller images are an error."""
   height_width = _fitting(image, size)
   places = tf.cast(_sides(image) - height_width + 1, tf.float32)
   begin = tf.random.stateless_uniform([2], seed) * places
@@ -121,11 +120,11 @@ def random_resized_crop(
   *,
   seed: tf.Tensor,
 ) -> tf.Tensor:
-  """Cuts out a random rectangle and resizes it to `size`, with the sampling of torchvision.
+  """Crops to a random rectangle and resizes it to `size`, sampled as in torchvision.
 
-  The rectangle's share of the area is uniform in `scale`, the logarithm of its aspect ratio uniform
-  between those of 3/4 and 4/3. Of ten draws the first that fits the image is taken; if none fits,
-  the largest centred rectangle with an aspect ratio in that range.
+  The rectangle's fraction of the area is uniform in `scale`, and the logarithm of its aspect ratio is
+  uniform between those of 3/4 and 4/3. The first of ten draws that fits the image is used; if none
+  fits, the largest centred rectangle with an aspect ratio in that range.
   """
   target = _height_width(size)
   if not (isinstance(scale, tuple) and len(scale) == 2 and 0.0 < scale[0] <= scale[1] <= 1.0):
@@ -152,7 +151,7 @@ def random_resized_crop(
 
 @op
 def pad(image: tf.Tensor, n: int, mode: str = "constant") -> tf.Tensor:
-  """Adds `n` pixels on each side: black ("constant"), or mirrored ("reflect", "symmetric")."""
+  """Pads each side by `n` pixels: black ("constant") or mirrored ("reflect", "symmetric")."""
   if not _is_count(n):
     raise ValueError(f"n is {n!r}, not a number of pixels")
   if mode not in _PAD_MODES:
@@ -162,7 +161,7 @@ def pad(image: tf.Tensor, n: int, mode: str = "constant") -> tf.Tensor:
 
 @op
 def flip_lr(image: tf.Tensor, *, seed: tf.Tensor) -> tf.Tensor:
-  """Mirrors left and right with probability 1/2."""
+  """Flips left and right with probability 1/2."""
   return tf.image.stateless_random_flip_left_right(image, seed)
 
 
@@ -183,7 +182,7 @@ def _sides(image: tf.Tensor | Picture) -> tf.Tensor:
 
 
 def _crop(image: tf.Tensor | Picture, begin: tf.Tensor, extent: tf.Tensor | tuple[int, int]) -> tf.Tensor:
-  """Cuts out a rectangle, given as int32 [2] each; the static shape follows where it is known."""
+  """Crops to a rectangle, given as int32 [2] each; sets the static shape if it is known."""
   if isinstance(image, Picture):
     pixels = image.crop(begin, tf.convert_to_tensor(extent))
   else:
@@ -194,7 +193,7 @@ def _crop(image: tf.Tensor | Picture, begin: tf.Tensor, extent: tf.Tensor | tupl
 
 
 def _fitting(image: tf.Tensor | Picture, size: Size) -> tuple[int, int]:
-  """Returns the height and width of a crop after comparing them with the image, where known."""
+  """Returns the height and width of a crop, after checking that it fits the image if its shape is known."""
   height, width = _height_width(size)
   if not isinstance(image, Picture):
     have_height, have_width = image.shape[0] or height, image.shape[1] or width

@@ -1,4 +1,4 @@
-"""Picture files as tensors: as a viewer shows them, and no more of them decoded than is used."""
+"""Picture files as tensors: decoded as a viewer displays them, and only as far as needed."""
 
 import contextlib
 import functools
@@ -10,28 +10,28 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from maskgen.data.cpu_tf import tf
 
-# Larger pictures are refused: threads decode many at once. Pillow's own limit, which guards against bombs.
+# Larger pictures are rejected, as many are decoded at once; Pillow's limit against decompression bombs.
 MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 1 << 26)
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 _ORIENTATION = 0x0112  # the EXIF tag
-# The metadata that matters comes first in a file, or behind a colour profile of some kilobytes.
+# The relevant metadata is at the start of a file, or after a colour profile of some kilobytes.
 _HEAD = 4096
 
 
 class Picture:
   """An encoded picture: traceable by TensorFlow, and lazy.
 
-  TensorFlow decodes ordinary JPEG and PNG files. Pillow takes what needs more thought: other formats, EXIF
-  orientation (applied), transparency (shown on white), palettes, CMYK, 16 bits (scaled to 8), and files
-  with a wrong end, as truncation shows only when all of a file is decoded. Of an animation the first frame
-  counts. Colour profiles are not applied.
+  TensorFlow decodes ordinary JPEG and PNG files. Pillow decodes the rest: other formats, EXIF orientation
+  (applied), transparency (composited on white), palettes, CMYK, 16 bits (scaled to 8), and files with an
+  unexpected end, as truncation is only noticed when a whole file is decoded. Of an animation the first frame
+  is used. Colour profiles are not applied.
 
-  To use pixels of a file that cannot be decoded, or has more than `MAX_PIXELS`, is a `tf.errors.OpError`.
+  Using pixels of a file that cannot be decoded, or has more than `MAX_PIXELS`, raises `tf.errors.OpError`.
 
   Attributes:
     channels: 3 (RGB) or 1 (luma, ITU-R BT.601).
-    sides: int32 [2], height and width as shown.
+    sides: int32 [2], height and width as displayed.
   """
 
   def __init__(self, data: tf.Tensor, channels: int):
@@ -39,7 +39,7 @@ class Picture:
     self.channels = channels
     self._data = data
     self._plain_jpeg = _is_plain_jpeg(data)
-    # What is not a plain JPEG cannot be decoded in part: decode it once, for its sides and for all crops.
+    # Other files than plain JPEGs cannot be decoded partially: decode once, for the sides and all crops.
     self._whole = tf.cond(self._plain_jpeg, lambda: tf.zeros([0, 0, channels], tf.uint8), self._decode_whole)
     self.sides = tf.cond(
       self._plain_jpeg, lambda: tf.image.extract_jpeg_shape(data)[:2], lambda: tf.shape(self._whole)[:2]
@@ -54,7 +54,7 @@ class Picture:
     return self._with_channels(tf.cond(self._plain_jpeg, decode, lambda: self._whole))
 
   def crop(self, begin: tf.Tensor, extent: tf.Tensor) -> tf.Tensor:
-    """A rectangle, uint8 [h, w, channels], decoded alone where the file is a plain JPEG.
+    """A rectangle, uint8 [h, w, channels]; of a plain JPEG nothing else is decoded.
 
     Args:
       begin: int32 [2], top and left.
@@ -95,7 +95,7 @@ def _is_plain_jpeg(data: tf.Tensor) -> tf.Tensor:
 
 
 def _is_plain_png(data: tf.Tensor) -> tf.Tensor:
-  """Whether a file is a PNG of 8 bits, grey or RGB, without transparency or orientation."""
+  """Whether a file is an 8-bit PNG, grey or RGB, without transparency or orientation."""
 
   def look_inside() -> tf.Tensor:
     width, height = tf.unstack(
@@ -116,7 +116,7 @@ def _is_framed(data: tf.Tensor, first: bytes, last: bytes) -> tf.Tensor:
 
 
 def _has(data: tf.Tensor, words: str) -> tf.Tensor:
-  """Whether one of the `|`-separated words is in the head of a file."""
+  """Whether one of the `|`-separated words is in the first bytes of a file."""
   return tf.strings.regex_full_match(tf.strings.substr(data, 0, _HEAD), rf"\C*({words})\C*")
 
 
@@ -127,11 +127,11 @@ def _is_small(height: tf.Tensor, width: tf.Tensor) -> tf.Tensor:
 def _is_upright(data: bytes) -> np.bool_:
   try:
     return np.bool_(Image.open(io.BytesIO(data)).getexif().get(_ORIENTATION, 1) == 1)
-  except Exception:  # Metadata that cannot be read does not turn a picture.
+  except Exception:  # Unreadable metadata does not rotate a picture.
     return np.bool_(True)
 
 
-# A graph even in eager execution, where `tf.numpy_function` would cut strings off at zeros.
+# A graph even in eager execution, where `tf.numpy_function` would truncate strings at zeros.
 @functools.partial(tf.function, autograph=False)
 def _ask_upright(data: tf.Tensor) -> tf.Tensor:
   return tf.ensure_shape(tf.numpy_function(_is_upright, [data], tf.bool), ())
@@ -139,30 +139,30 @@ def _ask_upright(data: tf.Tensor) -> tf.Tensor:
 
 @functools.partial(tf.function, autograph=False)
 def _decode_with_pillow(data: tf.Tensor, channels: int) -> tf.Tensor:
-  # An exception would be logged with its traceback; an assertion is not.
+  # An exception would be logged with its traceback, unlike an assertion.
   pixels, wrong = tf.numpy_function(_try_to_decode, [data, channels], (tf.uint8, tf.string))
   with tf.control_dependencies([tf.debugging.Assert(tf.strings.length(wrong) == 0, [wrong])]):
     return tf.identity(pixels)
 
 
 def _try_to_decode(data: bytes, channels: int) -> tuple[np.ndarray, bytes]:
-  """Returns uint8 [h, w, channels], and what is wrong, or nothing."""
+  """Returns uint8 [h, w, channels], and an error message, empty on success."""
   try:
     return _decode_as_shown(data, channels), b""
   except UnidentifiedImageError:
-    wrong = "the file is no picture, or of an unknown format" if data else "the file is empty"
+    wrong = "the file is not a picture, or of an unknown format" if data else "the file is empty"
   except Image.DecompressionBombError:
-    wrong = f"the file claims more than {MAX_PIXELS:,} pixels"
+    wrong = f"the file declares more than {MAX_PIXELS:,} pixels"
   except Exception as error:  # Pillow's plugins raise many kinds.
     wrong = str(error) or type(error).__name__
   return np.zeros((0, 0, channels), np.uint8), wrong.encode()
 
 
 def _decode_as_shown(data: bytes, channels: int) -> np.ndarray:
-  """Decodes what Pillow can, to uint8 [h, w, channels]."""
+  """Decodes any file that Pillow supports to uint8 [h, w, channels]."""
   image: Image.Image = Image.open(io.BytesIO(data))
-  image.load()  # what is damaged here is the picture
-  with contextlib.suppress(Exception):  # Metadata that cannot be read does not turn a picture.
+  image.load()  # errors here mean a damaged picture
+  with contextlib.suppress(Exception):  # Unreadable metadata does not rotate a picture.
     image = ImageOps.exif_transpose(image)
   image = _to_8_bits(image)
   if image.has_transparency_data:
@@ -173,7 +173,7 @@ def _decode_as_shown(data: bytes, channels: int) -> np.ndarray:
 
 
 def _to_8_bits(image: Image.Image) -> Image.Image:
-  """Maps 0..65535 to 0..255; other deep pixels have no range that a viewer could know."""
+  """Maps 0..65535 to 0..255; other deep pixels have no range that a viewer could assume."""
   if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
     return image
   values = np.asarray(image)
