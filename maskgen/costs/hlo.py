@@ -1,7 +1,7 @@
-"""What a compiled program moves: its collectives and its HBM traffic, from the text of its optimized HLO.
+"""The collectives and the HBM traffic of a compiled program, from the text of its optimized HLO.
 
-The text is what `compiled.as_text()` returns for a partitioned program on TPU, GPU or CPU: it shows what one
-device executes.
+The text is what `compiled.as_text()` returns for a partitioned program on TPU, GPU or CPU: it describes one
+device.
 """
 
 import dataclasses
@@ -15,23 +15,23 @@ import numpy as np
 from maskgen.costs.hlo_text import Computation, Instruction, Module
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
-# Between slices of a TPU system a collective is a message to the host, which names its kind.
+# Between slices of a TPU system, a collective is a transfer through the host that names its kind.
 _MESSAGES = {kind.replace("-", "_").upper(): kind for kind in KINDS} | {"ONE_TO_ONE": "collective-permute"}
-# These name values without moving them; what a `recv` receives, its `recv-done` writes.
+# These name values without moving them; what a `recv` receives is written by its `recv-done`.
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "recv"}
 _FREE_CUSTOM_CALLS = ("AllocateBuffer", "ConcatBitcast")
 _SLICES = {"slice", "dynamic-slice", "gather"}
-_UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # and which operand holds the new values
+_UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # and the operand with the new values
 _PASSING = {"bitcast", "convert", "copy", "reshape", "transpose"}
 _LESS = {"LT": 0, "LE": 1, "GT": 0, "GE": 1}
 
 
 @dataclasses.dataclass(frozen=True)
 class Use:
-  """A collective among the devices of each group; numbers are positions in the mesh of one slice.
+  """A collective among the devices of each group, given as positions in the mesh of one slice.
 
   The groups of a collective-permute are pairs (source, target). Between slices there are no groups: a device
-  speaks with those in its place in the other slices.
+  communicates with its counterparts in the other slices.
   """
 
   groups: tuple[tuple[int, ...], ...]
@@ -41,7 +41,7 @@ class Use:
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-  """All collectives of a kind that a device takes part in during a step."""
+  """All collectives of one kind in which a device takes part during a step."""
 
   uses: tuple[Use, ...]
 
@@ -52,15 +52,15 @@ class Collective:
 
   @property
   def bytes(self) -> int:
-    """Bytes per step of the full arrays: what an all-gather returns, what the other kinds are given."""
+    """Bytes per step of the full arrays: the output of an all-gather, the input of other kinds."""
     return sum(use.count * use.bytes for use in self.uses)
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-  """What one device moves in a step: collectives by kind, and bytes read from and written to its HBM.
+  """The communication of one device in a step: collectives by kind, and HBM bytes read and written.
 
-  `network` are those between slices, over the data-centre network.
+  `network` contains the collectives between slices, over the data-centre network.
   """
 
   collectives: dict[str, Collective]
@@ -71,16 +71,16 @@ class Program:
 def analyse(text: str, unknown_trips: int | None = None) -> Program:
   """Reads the optimized HLO text of a partitioned program.
 
-  The traffic is an estimate: the operands and results of every instruction, without what stays in on-chip
-  memory, and with slices that are read or updated in place counted as slices. A `conditional` counts as the
-  branch with the most traffic. Bodies of loops count once per iteration.
+  The traffic is an estimate: it counts the operands and results of every instruction, except for those in
+  on-chip memory. Slices that are read or updated in place count as slices, a `conditional` as its branch with
+  the most traffic, and the body of a loop once per iteration.
 
   Args:
     text: what `compiled.as_text()` returns.
-    unknown_trips: the number of iterations to assume for loops that do not show theirs.
+    unknown_trips: the number of iterations to assume for loops whose trip count is unknown.
 
   Raises:
-    ValueError: naming a loop that does not show its number of iterations, without `unknown_trips`.
+    ValueError: naming a loop with an unknown trip count, unless `unknown_trips` is given.
   """
   cost = _Reader(Module(text), unknown_trips).cost(None)
   inside = {key: count for key, count in cost.collectives.items() if key[1]}
@@ -115,7 +115,7 @@ class _Reader:
     self._costs: dict[str | None, _Cost] = {}
 
   def cost(self, name: str | None) -> _Cost:
-    """The cost of a computation that is executed as such, by default of the entry."""
+    """The cost of a computation that is executed, by default of the entry."""
     if name not in self._costs:
       computation = self._module[name]
       cost = _Cost()
@@ -145,12 +145,12 @@ class _Reader:
     trips = self._unknown_trips if trips is None else trips
     if trips is None:
       raise ValueError(
-        f"the loop {loop.name} does not show how often it runs: give the number of iterations to assume"
+        f"the loop {loop.name} has an unknown trip count: give the number of iterations to assume"
       )
     return trips
 
   def _counted_trips(self, loop: Instruction, computation: Computation) -> int | None:
-    """Iterations of a loop that compares a counter with a constant."""
+    """The trip count of a loop that compares a counter with a constant."""
     condition = self._module[loop.called("condition")]
     body = self._module[loop.called("body")]
     compare = condition.root
@@ -170,7 +170,7 @@ class _Reader:
     return None
 
   def _step(self, body: Computation, index: int) -> int | None:
-    """What an iteration adds to an element of a loop's state; None if that is not evident."""
+    """What an iteration adds to an element of a loop's state; None if unknown."""
     update = body.behind(body.root.operands[index])
     if body.element(update.name) == index:
       return 0
@@ -185,7 +185,7 @@ class _Reader:
     return change if update.opcode == "add" else -change
 
   def _constant(self, name: str, computation: Computation) -> int | None:
-    """The whole number that a value is known to be."""
+    """The value as an integer if it is constant, otherwise None."""
     value = computation.behind(name)
     if value.opcode == "constant":
       return int(value.arguments) if re.fullmatch(r"-?\d+", value.arguments) else None
@@ -212,7 +212,7 @@ class _Reader:
       inner = self._module[instruction.called("calls")]
       starts = inner.root.target == "AsyncCollectiveStart"
       for part in inner.values():
-        # The TPU compiler spreads a collective over several fusions, and names it in each; one starts it.
+        # The TPU compiler spreads a collective over several fusions, all of which name it; count the first.
         if starts or not _is_piece(part):
           self._add_collectives(cost, part, inner, fused=opcode == "fusion")
     elif message := re.search(r'_xla_megascale_transfer_type="(\w+)"', rest):
@@ -226,7 +226,7 @@ class _Reader:
       if kind == "all-gather":
         size *= len(groups[0])
       elif kind == "all-reduce" and fused and computation.is_sliced(instruction.name):
-        kind = "reduce-scatter"  # on TPU it is a fusion of the two
+        kind = "reduce-scatter"  # on TPU, it is a fusion of the two
       cost.collectives[kind, groups, size] += 1
 
   def _groups(self, attributes: str) -> tuple[tuple[int, ...], ...]:
@@ -234,13 +234,13 @@ class _Reader:
       r"(?:replica_groups|source_target_pairs)=(\{\}|mesh\[[^{]*\{.*?\}|\{\{.*?\}\}|\[\S*)", attributes
     )
     if written is None:
-      raise ValueError(f"a collective without groups: {attributes}")
+      raise ValueError(f"the collective has no groups: {attributes}")
     return _parse_groups(written[1].rstrip(","), self._module.num_devices)
 
   # Traffic
 
   def _traffic(self, instruction: Instruction, computation: Computation) -> int:
-    """Bytes that an instruction reads from HBM and writes to it."""
+    """The bytes that an instruction reads from and writes to HBM."""
     opcode, operands = instruction.opcode, [computation[name] for name in instruction.operands]
     if opcode in _FREE or instruction.target in _FREE_CUSTOM_CALLS:
       return 0
@@ -248,7 +248,7 @@ class _Reader:
       return self._fused_traffic(instruction, operands)
     if opcode in ("slice-start", "dynamic-slice-start"):
       return instruction.arrays[len(operands)].size_in(operands[0].arrays[0])
-    if opcode.endswith("-start") or opcode == "send":  # and the end writes
+    if opcode.endswith("-start") or opcode == "send":  # the end writes
       return sum(operand.hbm_bytes for operand in operands)
     if opcode.endswith("-done"):
       return instruction.hbm_bytes
@@ -274,7 +274,7 @@ class _Reader:
       for name, array in zip(returned, fusion.arrays, strict=True):
         if array.in_hbm:
           total += self._elements_written(inner, name) * array.item_bytes
-    else:  # the start of a collective in pieces, which returns what it takes, and its result
+    else:  # the start of a collective in pieces, which returns its operands and its result
       total += fusion.hbm_bytes
     return math.ceil(total)
 
@@ -319,13 +319,13 @@ class _Reader:
 
 
 def _is_piece(instruction: Instruction) -> bool:
-  """Whether this is a piece of a collective that the TPU compiler spread over several fusions."""
+  """Whether it is a piece of a collective that the TPU compiler spread over several fusions."""
   if instruction.opcode == "custom-call":
     return (instruction.target or "").startswith("AsyncCollective")
   return instruction.opcode in KINDS and "chain_id=" in instruction.rest
 
 
-# The numbers of an array of this shape, transposed by these axes.
+# Consecutive numbers as an array of this shape, transposed by these axes.
 _IOTA = r"\[([\d,]+)\](?:T\(([\d,]+)\))?"
 
 
@@ -337,10 +337,10 @@ def _iota(shape: str, order: str | None) -> np.ndarray:
 
 @functools.cache
 def _parse_groups(text: str, num_devices: int) -> tuple[tuple[int, ...], ...]:
-  """Groups of devices as HLO writes them.
+  """Parses groups of devices in HLO's notations.
 
-  `{{0,1},{2,3}}`, `{}` for all in one, `[2,4]<=[4,2]T(1,0)` for the rows of a transposed iota, and
-  `mesh['a'=4,'b'=2] {'a'}` for those that differ along some axes of a mesh, whose devices may be an iota:
+  These are `{{0,1},{2,3}}`, `{}` for a single group of all, `[2,4]<=[4,2]T(1,0)` for the rows of a transposed
+  iota, and `mesh['a'=4,'b'=2] {'a'}` for groups along some axes of a mesh, whose devices may be an iota:
   `mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}`.
   """
   if text == "{}":
@@ -359,5 +359,5 @@ def _parse_groups(text: str, num_devices: int) -> tuple[tuple[int, ...], ...]:
     ids = ids.reshape(list(sizes.values())).transpose(order)
     ids = ids.reshape(-1, math.prod(sizes[axis] for axis in inside))
   else:
-    raise ValueError(f"groups of devices that are written in an unknown way: {text}")
+    raise ValueError(f"the groups of devices have an unknown notation: {text}")
   return tuple(map(tuple, ids.tolist()))

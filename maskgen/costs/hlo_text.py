@@ -1,4 +1,4 @@
-"""The text of an HLO module, as computations and their instructions."""
+"""Parses the text of an HLO module into computations and instructions."""
 
 import dataclasses
 import functools
@@ -20,7 +20,7 @@ class Array:
   in_hbm: bool
 
   def size_in(self, other: "Array") -> int:
-    """Bytes of HBM that as many elements take where `other` is."""
+    """Bytes of HBM for the same number of elements with the type and memory space of `other`."""
     return math.ceil(self.elements * other.item_bytes) if other.in_hbm else 0
 
 
@@ -30,7 +30,7 @@ def _parse_type(text: str) -> tuple[Array, ...]:
   for dtype, dims, layout in _ARRAY.findall(text):
     bits = re.search(r"\d+", dtype)
     elements = math.prod(int(size.lstrip("<=")) for size in dims.split(",") if size)
-    item_bytes = int(bits[0]) / 8 if bits else float(dtype == "pred")  # tokens are nothing
+    item_bytes = int(bits[0]) / 8 if bits else float(dtype == "pred")  # tokens take no space
     arrays.append(Array(elements, item_bytes, not re.search(r"S\([1-9]", layout)))
   return tuple(arrays)
 
@@ -47,7 +47,7 @@ class Instruction:
 
   @functools.cached_property
   def arrays(self) -> tuple[Array, ...]:
-    """What it returns, tuples flattened."""
+    """Its results, with tuples flattened."""
     return _parse_type(self.type)
 
   @functools.cached_property
@@ -57,17 +57,17 @@ class Instruction:
 
   @functools.cached_property
   def bytes(self) -> int:
-    """The size of what it returns."""
+    """The size of its results."""
     return math.ceil(sum(array.elements * array.item_bytes for array in self.arrays))
 
   @functools.cached_property
   def hbm_bytes(self) -> int:
-    """The size of what it returns in HBM."""
+    """The size of its results in HBM."""
     return math.ceil(sum(array.elements * array.item_bytes for array in self.arrays if array.in_hbm))
 
   @property
   def target(self) -> str | None:
-    """What a custom call calls."""
+    """The target of a custom call."""
     found = re.search(r'custom_call_target="([^"]*)"', self.rest)
     return found[1] if found else None
 
@@ -121,14 +121,14 @@ class Computation(Mapping[str, Instruction]):
     return self._users.get(name, [])
 
   def behind(self, name: str) -> Instruction:
-    """What a value is a copy of."""
+    """The instruction whose value this is a copy of."""
     value = self[name]
     while value.opcode in ("copy", "bitcast", "convert", "copy-start", "copy-done"):
       value = self[value.operands[0]]
     return value
 
   def element(self, name: str) -> int | None:
-    """Which element of the computation's only parameter a value is."""
+    """The index of the element of the computation's only parameter that a value is."""
     value = self.behind(name)
     if value.opcode != "get-tuple-element" or self[value.operands[0]].opcode != "parameter":
       return None
@@ -136,7 +136,7 @@ class Computation(Mapping[str, Instruction]):
     return int(index[1]) if index else None
 
   def is_sliced(self, name: str) -> bool:
-    """Whether nothing but one slice of a value is used."""
+    """Whether only one slice of a value is used."""
     users = self.users(name)
     while len(users) == 1 and users[0].opcode in ("bitcast", "reshape", "copy"):
       users = self.users(users[0].name)
@@ -144,7 +144,7 @@ class Computation(Mapping[str, Instruction]):
 
 
 class Module:
-  """Computations by name, the entry by None."""
+  """Computations by name; the name of the entry is None."""
 
   def __init__(self, text: str):
     self._computations: dict[str | None, Computation] = {}
@@ -183,7 +183,7 @@ class Module:
 
 
 def _split_arguments(text: str) -> tuple[str, str]:
-  """Splits what follows an opcode's parenthesis where it closes."""
+  """Splits the text after an opcode's opening parenthesis at the closing one."""
   depth = 1
   for match in re.finditer(r"[()]", text):
     depth += 1 if match[0] == "(" else -1

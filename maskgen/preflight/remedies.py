@@ -1,4 +1,4 @@
-"""What may make a step fit that does not: in order, and cumulative within a row of choices."""
+"""Changes that may make a step fit in memory, in the order in which they are tried."""
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,13 +19,13 @@ Change = dict[str, Any]  # config keys with their new values
 def find(
   config: Mapping[str, Any], devices: Sequence[jax.Device], source: str, report: Mapping[str, Any]
 ) -> tuple[Change, dict[str, Any]] | None:
-  """Finds the first change that makes a step fit, by compiling one after the other.
+  """Finds the first change that makes a step fit, by compiling them one after the other.
 
   Args:
     config: a plain config of one stage, whose step does not fit.
     devices: to compile for.
     source: see `estimate`.
-    report: what `estimate` says of it.
+    report: the step's `estimate`.
 
   Returns:
     The change and its report, or None if none of the changes suffices.
@@ -34,7 +34,7 @@ def find(
     log.info("does not fit; trying %s", show(change))
     try:
       found = estimate(apply(config, change), devices, source)
-    except UserError as error:  # a parameter or the batch does not divide that way
+    except UserError as error:  # the sharding does not divide a parameter or the batch
       log.info("%s", error)
       continue
     if found["fits"]:
@@ -43,7 +43,7 @@ def find(
 
 
 def candidates(config: Mapping[str, Any], report: Mapping[str, Any], slices: int = 1) -> Iterator[Change]:
-  """Yields what is worth trying: more fsdp if the state is to blame, then remat, then accumulation on top."""
+  """Yields changes: more fsdp if that may suffice, then remat, accumulation, and both with more fsdp."""
   mesh, state = report["mesh"], report["state_bytes_per_device"]
   # Parameters stay within a slice.
   fsdp = {"mesh.fsdp": mesh["data"] * mesh["fsdp"] // slices, "mesh.data": slices}
@@ -63,7 +63,7 @@ def candidates(config: Mapping[str, Any], report: Mapping[str, Any], slices: int
 
 
 def _less_memory(section: Mapping[str, Any]) -> Iterator[Change]:
-  """Yields what makes all networks of an objective keep less for the backward pass, and then still less."""
+  """Yields settings with which an objective's networks store less and less for the backward pass."""
   left = {}
   for path, field, value in fields.walk(objectives.find(section), section):
     choices = field.metadata.get("less_memory", ())
@@ -78,5 +78,5 @@ def apply(config: Mapping[str, Any], change: Change) -> dict[str, Any]:
 
 
 def show(change: Change) -> str:
-  """The flags that make a change."""
+  """The command-line flags of a change."""
   return " ".join(f"--config.{key}={value}" for key, value in change.items())
