@@ -146,7 +146,7 @@ DAMAGED = {
   "truncated JPEG": (encode(Image.fromarray(scene()), "JPEG")[:-300], "truncated"),
   "JPEG without end": (encode(Image.fromarray(scene()), "JPEG")[:-2], "truncated"),
   "truncated PNG": (encode(Image.fromarray(scene()), "PNG")[:-30], "truncated|broken"),
-  "header alone": (encode(Image.fromarray(scene()), "JPEG")[:20], "no picture"),
+  "header alone": (encode(Image.fromarray(scene()), "JPEG")[:20], "not a picture"),
   "a frame around nothing": (b"\xff\xd8\xff" + b"\0" * 40 + b"\xff\xd9", "."),
   "60,000 x 60,000 pixels": (bomb(60_000), f"more than {MAX_PIXELS:,} pixels"),
 }

@@ -170,7 +170,7 @@ def test_folder_with_damaged_files(show, folder, tmp_path):
     patch.setattr(sheet, "draw", lambda sections: draw(drawn.append(sections) or sections))
     lines, picture = show(f"--config={write_config(tmp_path, data)}")
 
-  damaged = {"dog/04.png": "no picture", "cat/05.png": "truncated"}
+  damaged = {"dog/04.png": "not a picture", "cat/05.png": "truncated"}
   sides = {}
   for number in range(FILES):
     name = f"{'cat' if number % 4 else 'dog'}/{number:02d}.png"
