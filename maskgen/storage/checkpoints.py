@@ -212,7 +212,8 @@ def _checksum_of(step: int) -> int:
 
 
 def _first_line(error: Exception) -> str:
-  return (str(error).strip() or type(error).__name__).splitlines()[0][:600]
+  line = (str(error).strip() or type(error).__name__).splitlines()[0]
+  return re.sub(r" \[(tensorstore_spec|source locations)=.*", "", line)[:600]
 
 
 def open_to_read(workdir: epath.Path) -> Checkpoints:
