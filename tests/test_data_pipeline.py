@@ -170,17 +170,17 @@ def test_pictures_of_a_folder(tmp_path):
   ("kwargs", "message"),
   [
     ({"preprocess": "decode|random_crop(8)"}, "shape .8, 8, 3.* eval_preprocess .*make them equal"),
-    ({"batch_size": 9, "process_index": 0, "process_count": 2}, "9 cannot be shared by 2"),
+    ({"batch_size": 9, "process_index": 0, "process_count": 2}, "9 cannot be divided among 2"),
     ({"batch_size": 0}, "batch size 0"),
     ({"eval_split": "none"}, "split 'none' of synthetic is unknown"),
-    ({"num_classes": 2}, "synthetic has 10 classes, and data.num_classes is 2: change one"),
+    ({"num_classes": 2}, "synthetic has 10 classes, but data.num_classes is 2: change one"),
     (
       {"preprocess": "decode|resize(16)|tokenize('words:w.txt', 8)"},
-      "tokenize .* needs 'caption', and .* captions",
+      "tokenize .* needs 'caption', but .* captions",
     ),
     (
       {"preprocess": "decode|resize(16)|value_range(-1, 1)"},
-      r"leaves \[0, 1\], where objectives take pixels",
+      r"leaves the range \[0, 1\] of pixels",
     ),
     ({"eval_source": "digits"}, "the classes of synthetic and digits differ in '.*': make them the same"),
     ({"source": "digits", "preprocess": "decode"}, r"varying shape .*such as resize\(256\)"),

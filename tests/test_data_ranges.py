@@ -61,7 +61,7 @@ class TestRanges:
     part = Ranges.of_shards([path, f"{root}/none"], [np.array([0, 90]), [0]], [np.array([90, 11]), [1]])
     assert part.read_bytes(0) == bytes(90)
     for index, message in (
-      (1, "file' ends before byte 101, where a record does"),
+      (1, "file' ends before byte 101, the end of a record"),
       (2, "none' cannot be read"),
     ):
       with pytest.raises(UserError, match=message):

@@ -248,7 +248,7 @@ class TestErrors:
     path.write_bytes(path.read_bytes()[:5000])
     assert opened.fetch(tf.constant(0, tf.int64))["image"] == bytes(2000)
     with pytest.raises(
-      tf.errors.InvalidArgumentError, match=r"x.tar' ends before byte .*, where a record does"
+      tf.errors.InvalidArgumentError, match=r"x.tar' ends before byte .*, the end of a record"
     ):
       list(tf.data.Dataset.range(opened.size).map(opened.fetch).as_numpy_iterator())
 

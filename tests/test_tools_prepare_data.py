@@ -61,7 +61,7 @@ def test_interrupted_preparation_is_begun_again(tmp_path, monkeypatch, capsys):
 
 def test_incomplete_folder_is_not_taken_for_the_data(tmp_path):
   (tmp_path / "digits" / "1.0.0").mkdir(parents=True)
-  with pytest.raises(UserError, match=r"digits/1\.0\.0' is there but incomplete: remove it"):
+  with pytest.raises(UserError, match=r"digits/1\.0\.0' exists but is incomplete: remove it"):
     main(["--name=digits", f"--data_dir={tmp_path}"])
 
 
@@ -86,7 +86,7 @@ def test_failure_is_one_sentence(tmp_path, monkeypatch):
     ),
     (
       ["--name=chexpert"],
-      "'chexpert' needs files in '.*/downloads/manual' that are fetched by hand: You must ",
+      "'chexpert' needs files in '.*/downloads/manual' that must be downloaded manually: You must ",
     ),
     (["--name=cifar10"], "cannot be downloaded from https://.* .*no route to host.*: check the network"),
     (["--name=digits", "--format=csv"], "invalid choice: 'csv'"),

@@ -1,8 +1,8 @@
-"""From a source to batches: shuffled, augmented, the same for any number of processes.
+"""The input pipeline: turns a source into shuffled, augmented batches, for any number of processes.
 
 Position p of training is record shuffle(p mod N) of epoch p // N, and the batch of step i holds the
-positions from i * batch size on. Nothing else is remembered, so that resuming at any step takes
-constant time, and a process reads its own rows of the global batch alone.
+positions starting at i * batch size. There is no other state, so that a run resumes at any step in
+constant time, and each process reads only its own rows of the global batch.
 """
 
 import contextlib
@@ -33,33 +33,33 @@ class Data:
   """Training and evaluation batches of one data set.
 
   Batches are dicts of arrays with a leading axis b, the rows of this process in the global batch:
-  "image" uint8 [b, h, w, c] ("image2", too, with two views), or "tokens" int [b, n] from a token cache;
-  "label" int32 [b] and "caption" int32 [b, length] where the data has them; "record" int32 [b], the index of
-  the record. Evaluation batches also have "valid" bool [b], which is False on the rows that fill up the last
-  batch, and where another record takes the place of a damaged one.
+  "image" uint8 [b, h, w, c] (and "image2" with two views), or "tokens" int [b, n] from a token cache;
+  "label" int32 [b] and "caption" int32 [b, length] if the data has them; "record" int32 [b], the index of the
+  record. Evaluation batches also have "valid" bool [b], which is False for the padding of the last batch and
+  for records that replace damaged ones.
 
-  A record's augmentation depends on the seed, the record and how often it was drawn before, so that cached
-  crops are the same as live ones.
+  A record's augmentation depends on the seed, the record and the number of earlier draws, so that cached
+  crops equal live ones.
 
   Attributes:
-    source: where records come from, see `sources`.
-    preprocess: the preprocessing for training, see `spec.py`.
-    eval_preprocess: the preprocessing for evaluation, which gives images of the same shape.
+    source: the source of records, see `sources`.
+    preprocess: the preprocessing for training, see `preprocess.py`.
+    eval_preprocess: the preprocessing for evaluation, which must return images of the same shape.
     batch_size: the global batch size of training.
     seed: the seed of shuffling and augmentation.
     split: the split to train on.
     eval_split: the split to evaluate on.
-    eval_source: where evaluations read both splits, such as the pictures behind cached tokens; by default
-      `source`.
-    num_classes: how many classes the data must have, if that matters.
-    shots: train on so many records of each class alone; or
-    share: on such a share of each class, in (0, 1].
-    subset_seed: which records `shots` or `share` takes; smaller subsets lie in larger ones of the same seed.
-    process_index: which rows of a global batch to read; by default those of this JAX process.
-    process_count: how many processes share a global batch; by default all JAX processes.
+    eval_source: the source of both splits in evaluations, such as the pictures behind cached tokens; by
+      default `source`.
+    num_classes: the number of classes that the data must have; None accepts any.
+    shots: train only on this number of records of each class; or
+    share: only on this fraction of each class, in (0, 1].
+    subset_seed: the seed for choosing these records; subsets of one seed are nested.
+    process_index: selects the rows of a global batch to read; by default the index of this JAX process.
+    process_count: the number of processes that share a global batch; by default all JAX processes.
 
   Raises:
-    UserError: if one of these is wrong, on construction; if too many records are damaged, on reading.
+    UserError: on construction, if a field is invalid; on reading, if too many records are damaged.
   """
 
   source: str
@@ -82,12 +82,10 @@ class Data:
     self._check_subset()
     for text, reader in ((self.preprocess, self._train), (self.eval_preprocess, self._eval)):
       if reader.spec.keys().isdisjoint({"image", "tokens"}):
-        raise UserError(f"preprocessing '{text}' of {reader.source.name} gives neither images nor tokens")
+        raise UserError(f"preprocessing '{text}' of {reader.source.name} returns neither images nor tokens")
       for op in reader.preprocess.ops:
         if op.name == "value_range" and (op.arguments["low"], op.arguments["high"]) != (0, 1):
-          raise UserError(
-            f"preprocessing '{text}' leaves [0, 1], where objectives take pixels: remove value_range"
-          )
+          raise UserError(f"preprocessing '{text}' leaves the range [0, 1] of pixels: remove value_range")
     if "image" not in self._eval.spec:
       raise UserError(
         f"{self._eval.source.name} has no images to evaluate on: give data.eval_source pictures"
@@ -101,7 +99,7 @@ class Data:
       shapes["preprocess"] = self.codes.image_shape
     if len(set(shapes.values())) > 1:
       raise UserError(
-        f"preprocess '{self.preprocess}' gives images of shape {shapes['preprocess']}, but eval_preprocess "
+        f"preprocess '{self.preprocess}' returns images of shape {shapes['preprocess']}, but eval_preprocess "
         f"'{self.eval_preprocess}' of shape {shapes['eval_preprocess']}: make them equal"
       )
     self._check_classes()
@@ -113,7 +111,7 @@ class Data:
       if self.share is not None:
         raise UserError("give data.shots or data.share, not both")
     if self.share is not None and not 0.0 < self.share <= 1.0:
-      raise UserError(f"share is {self.share}: give a share above 0 and at most 1")
+      raise UserError(f"share is {self.share}: it must be greater than 0 and at most 1")
 
   def _check_classes(self) -> None:
     names, others = self.class_names, self._eval.source.class_names
@@ -128,13 +126,13 @@ class Data:
       found = 0 if names is None else len(names)
       if found != self.num_classes:
         raise UserError(
-          f"{self._train.source.name} has {found} classes, and data.num_classes is {self.num_classes}: "
+          f"{self._train.source.name} has {found} classes, but data.num_classes is {self.num_classes}: "
           "change one of them"
         )
 
   @functools.cached_property
   def skipped(self) -> Skipped:
-    """The damaged records that were met."""
+    """The damaged records that were found."""
     return Skipped()
 
   @functools.cached_property
@@ -156,7 +154,7 @@ class Data:
     return {}
 
   def _source(self, source: str, split: str, part: bool) -> Source:
-    """Opens a split, or the part of it that is trained on, once."""
+    """Opens a split, or the subset of it to train on, once."""
     part = part and (self.shots is not None or self.share is not None)
     at = (source, split, part)
     if at not in self._sources:
@@ -179,7 +177,7 @@ class Data:
 
   @functools.cached_property
   def spec(self) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and dtypes of a global training batch."""
+    """The shapes and dtypes of a global training batch."""
     return {
       key: jax.ShapeDtypeStruct((self.batch_size, *value.shape), jnp.dtype(value.dtype.name))
       for key, value in self._train.spec.items()
@@ -187,7 +185,7 @@ class Data:
     }
 
   def eval_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and dtypes of a global evaluation batch."""
+    """The shapes and dtypes of a global evaluation batch."""
     return {
       key: jax.ShapeDtypeStruct((batch_size, *value.shape), jnp.dtype(value.dtype.name))
       for key, value in self._eval.spec.items()
@@ -200,12 +198,12 @@ class Data:
 
   @property
   def class_names(self) -> tuple[str, ...] | None:
-    """The classes, or None where training or evaluation has no labels."""
+    """The class names, or None if training or evaluation has no labels."""
     return self._train.source.class_names if self._eval.source.class_names else None
 
   @property
   def captions(self) -> Captions | None:
-    """How captions are read; None where training or evaluation has none, or they differ in it."""
+    """How captions are tokenized; None if training or evaluation has no captions, or the two differ."""
     found = {
       Captions(**op.arguments) if op else None for op in (_tokenizing(self._train), _tokenizing(self._eval))
     }
@@ -213,7 +211,7 @@ class Data:
 
   @property
   def codes(self) -> Codes | None:
-    """What the codes are, where training reads a token cache."""
+    """The codes that training reads from a token cache, if it does."""
     return self._train.source.codes
 
   @property
@@ -226,7 +224,7 @@ class Data:
 
   @property
   def fingerprints(self) -> dict[str, dict[str, str | int]]:
-    """What the records of training and evaluation are, to notice when they change."""
+    """What identifies the records of training and evaluation, to detect changes."""
     readers = {"training": self._train, "evaluation": self._eval}
     return {
       use: {
@@ -238,11 +236,11 @@ class Data:
     }
 
   def describe(self, records: np.ndarray) -> list[str]:
-    """The names of training records, given as int [b]."""
+    """Returns the names of training records, given by index, int [b]."""
     return [self._train.source.describe(int(record)) for record in records]
 
   def train_batches(self, start_step: int = 0) -> Iterator[Batch]:
-    """Yields this process's rows of the batches of step start_step and all that follow."""
+    """Yields this process's rows of the batches from step `start_step` on."""
     size, rows = self.num_train, self._rows(self.batch_size)
 
     def locate(number: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
@@ -256,11 +254,11 @@ class Data:
   def eval_batches(self, split: Literal["train", "eval"], batch_size: int) -> Iterator[Batch]:
     """Yields each record of a split once, under evaluation preprocessing.
 
-    The order is shuffled, but always the same, so that the first batches are a fair sample. All
-    processes yield the same number of batches.
+    The order is shuffled but fixed, so that the first batches are a representative sample. All processes
+    yield the same number of batches.
 
     Args:
-      split: "train" or "eval", the two splits that the configuration names.
+      split: "train" or "eval", for `split` or `eval_split`.
       batch_size: the global batch size.
     """
     reader = self._eval if split == "eval" else self._eval_on_train
@@ -280,7 +278,9 @@ class Data:
     count = jax.process_count() if self.process_count is None else self.process_count
     index = jax.process_index() if self.process_index is None else self.process_index
     if batch_size < 1 or batch_size % count:
-      raise UserError(f"batch size {batch_size} cannot be shared by {count} processes: make it a multiple")
+      raise UserError(
+        f"batch size {batch_size} cannot be divided among {count} processes: make it a multiple"
+      )
     local = batch_size // count
     return range(index * local, (index + 1) * local)
 
@@ -288,12 +288,12 @@ class Data:
 def to_device(
   batches: Iterator[Batch], sharding: jax.sharding.Sharding, ahead: int = 2
 ) -> Generator[dict[str, jax.Array]]:
-  """Puts batches of this process's rows on the devices before they are used, in a thread of its own.
+  """Transfers batches of this process's rows to the devices ahead of their use, in a separate thread.
 
   Args:
     batches: dicts of arrays [b, ...], b being this process's rows of the global batch.
-    sharding: how the leading axis of the global arrays is laid out over all devices.
-    ahead: how many batches may wait on the devices.
+    sharding: the sharding of the global arrays over all devices.
+    ahead: the maximum number of batches that wait on the devices.
   """
   ready: queue.Queue[dict[str, jax.Array] | Exception | None] = queue.Queue(ahead)
   closed = threading.Event()
@@ -327,15 +327,15 @@ def to_device(
 
 
 def _tokenizing(reader: Reader) -> OpCall | None:
-  """The last op that tokenizes captions."""
+  """The last op that tokenizes captions, if any."""
   found = [op for op in reader.preprocess.ops if op.name == "tokenize"]
   return found[-1] if found else None
 
 
 def _shuffle(position: tf.Tensor, size: int, seed: int, epoch: tf.Tensor | int) -> tf.Tensor:
-  """Returns where the random permutation of `size` numbers of an epoch takes `position`."""
-  # For small sizes the op uses the low bits of its seed alone, so a counter in the seed would soon
-  # repeat. With the 4 rounds of tf.random.experimental.index_shuffle neighbours stay correlated.
+  """Applies the random permutation of `size` numbers for an epoch to `position`."""
+  # For small sizes the op uses only the low bits of its seed, so a counter in the seed would soon
+  # repeat. With the 4 rounds of tf.random.experimental.index_shuffle, neighbours stay correlated.
   key = tf.stack([tf.constant(seed, tf.int64), tf.cast(epoch, tf.int64)])
   bits = tf.random.stateless_uniform([3], key, minval=None, maxval=None, dtype=tf.int32)
   return tf.raw_ops.RandomIndexShuffle(

@@ -1,4 +1,4 @@
-"""Prepares data sets with TFDS, downloading what is not there, for the source `tfds:NAME`."""
+"""Downloads and prepares data sets with TFDS, for the source `tfds:NAME`."""
 
 import logging
 import urllib.error
@@ -16,7 +16,7 @@ _SECONDS_TO_CONNECT = 10
 
 
 class Prepared(NamedTuple):
-  """A prepared data set: NAME or NAME/CONFIG, its folder, its file format and the sizes of its splits."""
+  """A prepared data set: NAME or NAME/CONFIG, folder, file format and split sizes."""
 
   name: str
   folder: epath.Path
@@ -25,10 +25,10 @@ class Prepared(NamedTuple):
 
 
 def locate(root: epath.Path, name: str) -> Prepared | None:
-  """Returns a data set that is prepared in the data folder `root`, or None.
+  """Returns a data set if it is prepared in the data folder `root`, else None.
 
   Raises:
-    UserError: if neither TFDS nor the folder knows the name, or the config.
+    UserError: if neither TFDS nor the folder has the name or the config.
   """
   name, config = _full_name(root, name)
   folder = tfds_folder.find(root, name, config)
@@ -42,37 +42,37 @@ def locate(root: epath.Path, name: str) -> Prepared | None:
 def prepare(root: epath.Path, name: str, file_format: str) -> Prepared:
   """Downloads and prepares a data set that is not in the data folder `root`.
 
-  A preparation that was interrupted is begun again; complete downloads are kept.
+  An interrupted preparation starts over; complete downloads are kept.
 
   Args:
     root: the data folder.
-    name: NAME, which stands for its default config if it has any, or NAME/CONFIG.
+    name: NAME, which means its default config if it has any, or NAME/CONFIG.
     file_format: "array_record" or "tfrecord".
 
   Raises:
-    UserError: if the name is unknown, files that are fetched by hand are missing, or it fails.
+    UserError: if the name is unknown, manually downloaded files are missing, or the preparation fails.
   """
   name, config = _full_name(root, name)
   _check_manual_files(root, name)
   try:
     builder = _builder_class(name)(config=config, data_dir=root, file_format=file_format)
     if builder.data_path.exists():
-      raise UserError(f"'{builder.data_path}' is there but incomplete: remove it and start again")
+      raise UserError(f"'{builder.data_path}' exists but is incomplete: remove it and start again")
     _check_connection(root, builder)
     builder.download_and_prepare()
   except UserError:
     raise
-  except Exception as error:  # whatever the code of one data set, or a network, can raise
+  except Exception as error:  # anything that the data set's own code or the network raises
     reason = " ".join(str(error).split()) or type(error).__name__
     raise UserError(f"'{name}' cannot be prepared in '{root}': {reason}") from error
   prepared = locate(root, f"{name}/{config}" if config else name)
   if not prepared:
-    raise UserError(f"'{name}' was not written to '{root}': remove what is there and start again")
+    raise UserError(f"'{name}' was not written to '{root}': empty the folder and start again")
   return prepared
 
 
 def _full_name(root: epath.Path, name: str) -> tuple[str, str | None]:
-  """Splits a name and adds the config that it stands for."""
+  """Splits a name and adds its default config."""
   name, config = tfds_folder.parse_name(name)
   if tfds_folder.find(root, name, config):
     return name, config
@@ -89,7 +89,7 @@ def _builder_class(name: str) -> type[tfds.core.DatasetBuilder]:
 
 
 def _check_manual_files(root: epath.Path, name: str) -> None:
-  """Checks that the files of a data set which are fetched by hand are there.
+  """Checks that files which must be downloaded manually are present.
 
   Raises:
     UserError: if they are not.
@@ -101,14 +101,14 @@ def _check_manual_files(root: epath.Path, name: str) -> None:
   instructions = _builder_class(name).MANUAL_DOWNLOAD_INSTRUCTIONS
   if instructions and not (folder.is_dir() and any(folder.iterdir())):
     text = " ".join(instructions.split())
-    raise UserError(f"'{name}' needs files in '{folder}' that are fetched by hand: {text}")
+    raise UserError(f"'{name}' needs files in '{folder}' that must be downloaded manually: {text}")
 
 
 def _check_connection(root: epath.Path, builder: tfds.core.DatasetBuilder) -> None:
-  """Checks that there is a network, as TFDS itself tries for minutes.
+  """Checks the network connection, as TFDS itself retries for minutes.
 
   Raises:
-    UserError: if there is none, and nothing was downloaded before.
+    UserError: if there is none and nothing was downloaded before.
   """
   urls = [url for url in builder.url_infos or () if url.startswith("http")]
   if not urls:
@@ -116,11 +116,11 @@ def _check_connection(root: epath.Path, builder: tfds.core.DatasetBuilder) -> No
   try:
     urllib.request.urlopen(urls[0], timeout=_SECONDS_TO_CONNECT).close()  # reads the headers only
   except urllib.error.HTTPError:
-    pass  # an answer, if not the one to a download
+    pass  # the server responds, if only to a download
   except (OSError, ValueError) as error:
     problem = f"'{builder.name}' cannot be downloaded from {urls[0]} ({error})"
     if not (root / "downloads").exists():
       raise UserError(
         f"{problem}: check the network, or prepare it on a machine that has one and copy it to '{root}'"
       ) from error
-    logging.getLogger("maskgen").warning("%s; trying with what was downloaded before", problem)
+    logging.getLogger("maskgen").warning("%s; using earlier downloads", problem)

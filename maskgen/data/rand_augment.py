@@ -1,6 +1,6 @@
-"""RandAugment (Cubuk et al. 2020) as an op for preprocessing, and the operations it draws from.
+"""RandAugment (Cubuk et al. 2020) as a preprocessing op, and the operations it draws from.
 
-Each takes and gives uint8 [h, w, c], and does what Pillow's function of that name does.
+Each operation maps uint8 [h, w, c] to the same and matches Pillow's function of that name.
 """
 
 import math
@@ -17,12 +17,12 @@ _FILL = 128.0
 def rand_augment(
   image: tf.Tensor, layers: int = 2, magnitude: float = 9.0, std: float = 0.5, *, seed: tf.Tensor
 ) -> tf.Tensor:
-  """Applies `layers` random operations one after the other (RandAugment, Cubuk et al. 2020).
+  """Applies `layers` random operations in sequence (RandAugment, Cubuk et al. 2020).
 
-  The operations, ranges and probabilities are those that the library timm calls
-  `rand-m{magnitude}-n{layers}-mstd{std}`. Each layer draws uniformly from the fifteen below, with
-  replacement, and then applies what it drew with probability 1/2. The level l is a normal draw
-  around `magnitude` for each layer, clipped to [0, 10], over ten; +- is a random sign.
+  The operations, ranges and probabilities are those of timm's `rand-m{magnitude}-n{layers}-mstd{std}`.
+  Each layer draws uniformly from the fifteen operations below, with replacement, and applies the one
+  it drew with probability 1/2. For each layer the level l is a normal draw around `magnitude`,
+  clipped to [0, 10] and divided by ten; +- is a random sign.
 
       autocontrast, equalize, invert
       rotate                                       by +-30 l degrees
@@ -33,20 +33,20 @@ def rand_augment(
       shear_x, shear_y                             by +-0.3 l pixels per pixel
       translate_x, translate_y                     by +-0.45 l of the width or height
 
-  Geometric ones interpolate bilinearly, and what comes from outside of the image is grey (128).
+  Geometric operations interpolate bilinearly and fill the outside of the image with grey (128).
 
   Args:
     image: uint8 [h, w, c], c 1 or 3, both sides 2 or more.
-    layers: how many operations, at least 1.
-    magnitude: mean of the level, from 0 to 10.
-    std: standard deviation of the level in the same unit, at least 0.
+    layers: the number of operations, at least 1.
+    magnitude: the mean level, from 0 to 10.
+    std: the standard deviation of the level in the same unit, at least 0.
     seed: int [2].
 
   Returns:
     uint8 [h, w, c].
 
   Raises:
-    ValueError: if an argument is out of range, or the image not as described.
+    ValueError: if an argument is out of range, or the image has another dtype or shape.
   """
   check_image(image)
   if not isinstance(layers, int) or isinstance(layers, bool) or layers < 1:
@@ -63,14 +63,14 @@ def _layer(image: tf.Tensor, magnitude: float, std: float, seed: tf.Tensor) -> t
   level = tf.clip_by_value(magnitude + std * tf.random.stateless_normal([], level_seed), 0.0, 10.0)
   sign = tf.where(tf.random.stateless_uniform([], sign_seed) < 0.5, -1.0, 1.0)
   operations = _operations(image, 0.1 * level, sign)
-  # The upper half of the numbers stands for leaving the image as it is.
+  # The upper half of the numbers leaves the image unchanged.
   number = tf.random.stateless_uniform([], choice_seed, 0, 2 * len(operations), tf.int32)
   choice = tf.minimum(number, len(operations))
   return tf.ensure_shape(tf.switch_case(choice, [*operations, lambda: image]), image.shape)
 
 
 def _operations(image: tf.Tensor, level: tf.Tensor, sign: tf.Tensor) -> list[Callable[[], tf.Tensor]]:
-  """The fifteen operations, each ready to be called, for a level in [0, 1]."""
+  """The fifteen operations as functions without arguments, for a level in [0, 1]."""
 
   def whole(most: int) -> tf.Tensor:
     return tf.cast(level * most, tf.int32)
@@ -100,8 +100,8 @@ def _operations(image: tf.Tensor, level: tf.Tensor, sign: tf.Tensor) -> list[Cal
 
 
 def autocontrast(image: tf.Tensor) -> tf.Tensor:
-  """Stretches each channel linearly to 0..255; a channel of one level stays as it is."""
-  # Pillow's arithmetic, in double precision on the 256 levels alone.
+  """Stretches each channel linearly to 0..255; a channel with a single level is unchanged."""
+  # Pillow's arithmetic: in double precision, on the 256 levels only.
   low = tf.cast(tf.reduce_min(image, axis=(0, 1)), tf.float64)[:, None]
   high = tf.cast(tf.reduce_max(image, axis=(0, 1)), tf.float64)[:, None]
   levels = tf.range(256, dtype=tf.float64)[None]
@@ -116,14 +116,14 @@ def equalize(image: tf.Tensor) -> tf.Tensor:
   histogram = tf.math.bincount(_table_index(image), minlength=256 * channels, maxlength=256 * channels)
   histogram = tf.reshape(histogram, [channels, 256])
   below = tf.cumsum(histogram, axis=1, exclusive=True)
-  # Pixels per level of the result, not counting those of the highest level.
+  # Pixels per level of the result, excluding those of the highest level.
   step = tf.reduce_max(tf.where(histogram > 0, below, 0), axis=1, keepdims=True) // 255
   table = (step // 2 + below) // tf.maximum(step, 1)
   return _look_up(image, tf.saturate_cast(tf.where(step > 0, table, tf.range(256)[None]), tf.uint8))
 
 
 def invert(image: tf.Tensor) -> tf.Tensor:
-  """Subtracts from 255."""
+  """Subtracts each level from 255."""
   return 255 - image
 
 
@@ -134,7 +134,7 @@ def posterize(image: tf.Tensor, bits: tf.Tensor) -> tf.Tensor:
 
 
 def solarize(image: tf.Tensor, threshold: tf.Tensor) -> tf.Tensor:
-  """Inverts the levels from a threshold (int32 scalar, 0..256) on."""
+  """Inverts the levels at or above a threshold (int32 scalar, 0..256)."""
   return tf.where(tf.cast(image, tf.int32) < threshold, image, 255 - image)
 
 
@@ -144,7 +144,7 @@ def solarize_add(image: tf.Tensor, amount: tf.Tensor) -> tf.Tensor:
   return tf.where(image < 128, brighter, image)
 
 
-# Blends with a degenerate image: factor 0 gives that, 1 the image, more exaggerates
+# Blends with a degenerate image: factor 0 returns it, 1 returns the image, larger ones exaggerate
 
 
 def color(image: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
@@ -164,7 +164,7 @@ def brightness(image: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
 
 
 def sharpness(image: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
-  """Blends with a smoothed image, weights 5 in the middle and 1 around; the border stays."""
+  """Blends with a smoothed image, weights 5 in the middle and 1 around; the border is unchanged."""
   levels = tf.cast(image, tf.float32)
   rows = levels[:-2] + levels[1:-1] + levels[2:]
   box = rows[:, :-2] + rows[:, 1:-1] + rows[:, 2:]
@@ -177,7 +177,7 @@ def sharpness(image: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
 
 
 def rotate(image: tf.Tensor, degrees: tf.Tensor) -> tf.Tensor:
-  """Turns anticlockwise about the centre."""
+  """Rotates anticlockwise about the centre."""
   radians = degrees * (math.pi / 180)
   cos, sin = tf.cos(radians), tf.sin(radians)
   height, width = (tf.cast(side, tf.float32) for side in tf.unstack(tf.shape(image)[:2]))
@@ -216,13 +216,13 @@ def _look_up(image: tf.Tensor, table: tf.Tensor) -> tf.Tensor:
 
 
 def _blend(degenerate: tf.Tensor, image: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
-  """Cuts off the fraction, as Pillow does."""
+  """Truncates fractions, as Pillow does."""
   levels = tf.cast(image, tf.float32)
   return tf.saturate_cast(degenerate + factor * (levels - degenerate), tf.uint8)
 
 
 def _transform(image: tf.Tensor, coefficients: list) -> tf.Tensor:
-  """Takes (x, y) from (a x + b y + c, d x + e y + f), where pixels have their centres at halves."""
+  """Maps (a x + b y + c, d x + e y + f) to (x, y); pixel centres are at half-integers."""
   a, b, c, d, e, f = coefficients
   # TensorFlow counts from the centre of the first pixel.
   row = tf.stack([a, b, c + (a + b - 1.0) / 2.0, d, e, f + (d + e - 1.0) / 2.0, 0.0, 0.0])

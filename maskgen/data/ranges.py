@@ -1,7 +1,6 @@
-"""Records that are ranges of bytes in large files, and the index files that say where they lie.
+"""Records that are byte ranges in large files, and the index files that locate them.
 
-Local files are read by position; those of any other store, such as `gs://bucket/file`, through
-`tf.io.gfile`.
+Local files are read by position; files in other stores, such as `gs://bucket/file`, through `tf.io.gfile`.
 """
 
 import concurrent.futures
@@ -29,19 +28,19 @@ _THREADS = 16
 _SECONDS_BETWEEN_LOGS = 10
 # Fewer than the 1024 files that a process may usually have open.
 _OPEN_FILES = 256
-# Names, in an index file, the array that says what it is the index of.
+# The name of the array in an index file that identifies the indexed file.
 _STAMP = "stamp"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Ranges:
-  """Ranges of bytes, n of them.
+  """Byte ranges, n of them.
 
   Attributes:
     paths: the files.
-    file: int32 [n], which of the files a range lies in.
-    offset: int64 [n], where it begins.
-    length: int64 [n], how many bytes it has.
+    file: int32 [n], the index of each range's file.
+    offset: int64 [n], the first byte.
+    length: int64 [n], the number of bytes.
   """
 
   paths: Sequence[str]
@@ -66,15 +65,15 @@ class Ranges:
     return Ranges(self.paths, self.file[indices], self.offset[indices], self.length[indices])
 
   def path(self, index: int) -> str:
-    """The file that a range lies in."""
+    """The file that contains a range."""
     return self.paths[self.file[index]]
 
   def read_bytes(self, index: int) -> bytes:
-    """Reads one range; any number of threads may do so at once.
+    """Reads one range. Thread-safe.
 
     Raises:
-      UserError: if the file is gone, or ends before the range does.
-      OSError, tf.errors.OpError: if it cannot be read, which may pass.
+      UserError: if the file does not exist, or ends before the range does.
+      OSError, tf.errors.OpError: if it cannot be read, perhaps temporarily.
     """
     path, offset, length = self.path(index), int(self.offset[index]), int(self.length[index])
     try:
@@ -82,13 +81,15 @@ class Ranges:
     except (FileNotFoundError, tf.errors.NotFoundError) as error:
       raise UserError(f"'{path}' cannot be read: {_reason(error)}") from error
     if len(content) < length:
-      raise UserError(f"'{path}' ends before byte {offset + length}, where a record does: it was cut short")
+      raise UserError(
+        f"'{path}' ends before byte {offset + length}, the end of a record: it is truncated, copy it again"
+      )
     return content
 
   def read(self, index: tf.Tensor) -> tf.Tensor:
-    """Reads one range, given an int64 scalar, as a scalar string; can be traced in a `tf.data` map.
+    """Reads one range, given by an int64 scalar, as a scalar string. Traceable in a `tf.data` map.
 
-    There an error of `read_bytes` becomes one of `tf.errors`, as for a damaged record.
+    When traced, errors of `read_bytes` become `tf.errors`, as for a damaged record.
     """
 
     @tf.autograph.experimental.do_not_convert
@@ -99,7 +100,7 @@ class Ranges:
 
 
 class _File:
-  """A local file, closed when the last thread lets go of it."""
+  """A local file, closed when the last thread releases it."""
 
   def __init__(self, path: str):
     self.descriptor = os.open(path, os.O_RDONLY)
@@ -113,7 +114,7 @@ _open = functools.lru_cache(maxsize=_OPEN_FILES)(_File)
 
 
 def _read(path: str, offset: int, length: int) -> bytes:
-  """Reads a range, or as much of it as there is."""
+  """Reads a range, or as much of it as exists."""
   if "://" in path:
     with tf.io.gfile.GFile(path, "rb") as file:
       file.seek(offset)
@@ -132,15 +133,15 @@ def _reason(error: OSError | tf.errors.OpError) -> str:
 
 
 def cached_index(path: str, build: Callable[[str], Arrays], layout: str) -> Arrays:
-  """Returns `build(path)`, kept from the last time in a file `<path>.index.npz` if that is possible.
+  """Returns `build(path)`, cached in the file `<path>.index.npz` if possible.
 
-  The index is built anew when the size or the time of change of `path` is another than it was, and when
-  the index file is damaged. It is not kept where it cannot be written.
+  The index is rebuilt if the size or modification time of `path` has changed, or if the index file is
+  damaged. It is not cached if it cannot be written.
 
   Args:
     path: a large file.
-    build: scans it and returns arrays (without Python objects), such as the offsets of its records.
-    layout: a name for what `build` returns; change it with the meaning of the arrays.
+    build: scans the file and returns arrays (no Python objects), such as the offsets of its records.
+    layout: a name for the arrays that `build` returns; change it when their meaning changes.
 
   Raises:
     UserError: if `path` cannot be read.
@@ -158,10 +159,10 @@ def cached_index(path: str, build: Callable[[str], Arrays], layout: str) -> Arra
 
 
 def cached_indices(paths: Sequence[str], build: Callable[[str], Arrays], layout: str) -> list[Arrays]:
-  """Returns the `cached_index` of each of many files, building several at a time.
+  """Returns the `cached_index` of each file; indices are built in parallel.
 
   Raises:
-    UserError: if a file cannot be read; the first such file is named.
+    UserError: naming the first file that cannot be read.
   """
   indices: list[Arrays] = []
   logged = time.monotonic()
@@ -188,7 +189,7 @@ def _load(path: str) -> Arrays | None:
 
 
 def _save(path: str, index: Arrays) -> None:
-  """Writes an index file whole or not at all."""
+  """Writes an index file atomically."""
   buffer = io.BytesIO()
   np.savez_compressed(buffer, allow_pickle=False, **index)
   temporary = f"{path}.{uuid.uuid4().hex}.tmp"

@@ -1,4 +1,4 @@
-"""Reads one split of a source under one preprocessing, whatever some of its records are like."""
+"""Reads and preprocesses one split of a source, replacing damaged records."""
 
 import functools
 import hashlib
@@ -16,72 +16,72 @@ from maskgen.data.sources import Source
 from maskgen.errors import TransientError, UserError
 
 Batch = dict[str, np.ndarray]
-# From the number of a row to the index of its record, and how many times that was drawn before.
+# Maps the number of a row to the index of its record and the number of earlier draws of that record.
 Locate = Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor]]
 
-# Enough that a step rarely waits, few enough that large images fit into memory.
+# Enough that steps rarely wait, few enough that large images fit in memory.
 _BATCHES_AHEAD = 4
 _ATTEMPTS = 3
-# A store's bad moments, not a record's fault.
-_PASSING = (
+# Temporary failures of a store, not damaged records.
+_TEMPORARY = (
   tf.errors.UnavailableError,
   tf.errors.DeadlineExceededError,
   tf.errors.AbortedError,
   tf.errors.CancelledError,
   tf.errors.ResourceExhaustedError,
-  tf.errors.UnknownError,  # what Python's OSError becomes
+  tf.errors.UnknownError,  # TensorFlow's equivalent of OSError
 )
 
 
 class Reader:
-  """Records of a source, preprocessed, in batches.
+  """Batches of the preprocessed records of a source.
 
-  Besides what the preprocessing makes of a record there are "record", int32, the index of the record that was
-  used, and "sound", bool, which is False where this took the place of a damaged one. What belongs to the
-  second of two views is called "image2", "tokens2".
+  In addition to the results of preprocessing, a batch has "record", int32, the index of the record that was
+  used, and "valid", bool, which is False if that record replaces a damaged one. The second of two views is
+  called "image2" or "tokens2".
 
   Attributes:
     source: the records.
-    preprocess: the specification.
+    preprocess: the preprocessing.
   """
 
   def __init__(
     self, source: Source, preprocess: Preprocess, *, seed: int, skipped: Skipped, use: str, split: str
   ):
-    """Prepares to read.
+    """Creates a reader.
 
     Args:
       source: the records.
-      preprocess: the specification.
-      seed: a record's augmentation depends on this, its index and the draw.
-      skipped: where damaged records are kept.
+      preprocess: the preprocessing.
+      seed: the augmentation of a record depends on this, its index and the number of earlier draws.
+      skipped: collects damaged records.
       use: the name of this use of the split, for `skipped`.
       split: the name of the split.
     """
     self.source = source
     self.preprocess = preprocess
-    # Runs of different seeds must not share the streams of other records.
+    # Runs with different seeds must not reuse the random streams of each other's records.
     self._seed = int.from_bytes(hashlib.blake2b(str(seed).encode(), digest_size=8).digest(), signed=True) >> 1
     self._substitutes = skipped.substitutes(use, split, source)
 
   @functools.cached_property
   def spec(self) -> dict[str, tf.TensorSpec]:
-    """Shapes and dtypes of a record after preprocessing.
+    """The shapes and dtypes of a record after preprocessing.
 
     Raises:
-      UserError: if the specification does not suit the source, or gives varying shapes.
+      UserError: if the preprocessing does not fit the source, or returns varying shapes.
     """
     spec = dict(tf.data.Dataset.range(1).map(self._make_load(lambda number: (number, number))).element_spec)
     for key, value in spec.items():
       if not value.shape.is_fully_defined():
         raise UserError(
-          f"preprocessing '{self.preprocess.text}' gives {key}s of varying shape {tuple(value.shape)}: end "
-          "it with an op of fixed size such as resize(256) or center_crop(256)"
+          f"preprocessing '{self.preprocess.text}' returns {key}s of varying shape {tuple(value.shape)}: end "
+          "it with an op that sets the size such as resize(256) or center_crop(256)"
         )
     return spec
 
   def batches(self, locate: Locate, size: int, *, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
-    """Yields batches `start` to `stop` (without end if None); batch i has the rows from i * size on."""
+    """Yields batches `start` to `stop` (endlessly if None); batch i begins at row i * size."""
     load = self._make_load(locate)
     end = tf.int64.max if stop is None else stop * size
     step, failures = start, 0
@@ -90,9 +90,9 @@ class Reader:
       dataset = dataset.map(load, tf.data.AUTOTUNE, deterministic=True)
       dataset = dataset.batch(size, drop_remainder=True).prefetch(_BATCHES_AHEAD)
       options = tf.data.Options()
-      # More threads than cores, since some wait for files, or to copy a batch.
+      # More threads than cores, since some wait for files or copy a batch.
       options.threading.private_threadpool_size = 2 * (os.cpu_count() or 1)
-      options.threading.max_intra_op_parallelism = 1  # records are the parallelism
+      options.threading.max_intra_op_parallelism = 1  # records are processed in parallel instead
       batches = dataset.with_options(options).as_numpy_iterator()
       while True:
         try:
@@ -104,7 +104,7 @@ class Reader:
           failures = 0 if found else failures + 1
           if failures == _ATTEMPTS:
             raise TransientError(
-              f"{self.source.name} cannot be read ({reason_of(error)}): start again when it can, the run "
+              f"{self.source.name} cannot be read ({reason_of(error)}): start again once it can, and the run "
               "continues"
             ) from error
           if not found:
@@ -121,14 +121,14 @@ class Reader:
 
   @tf.autograph.experimental.do_not_convert
   def _load(self, index: tf.Tensor, draw: tf.Tensor) -> Record:
-    """Reads and preprocesses the record of an index, or its substitute."""
+    """Reads and preprocesses the record with an index, or its substitute."""
     used = self._substitutes.lookup(index)
     record = self.source.fetch(used)
     result: Record = {}
     views = self.preprocess.views
     for view in range(views):
       place = draw * views + view
-      # TensorFlow's generator hashes its seed: near ones give streams as independent as far ones.
+      # TensorFlow's generator hashes its seed, so that nearby seeds have independent streams.
       made = self.preprocess(record, tf.stack([self._seed + index, place]), place)
       numbers = {key: value for key, value in made.items() if value.dtype != tf.string}
       if view == 0:
@@ -139,14 +139,14 @@ class Reader:
     return result | {"record": tf.cast(used, tf.int32), "valid": used == index}
 
   def _find_damaged(self, load: Callable, locate: Locate, numbers: range, step: int) -> bool:
-    """Notes each record of these rows, those of a batch, that fails; whether there was one."""
+    """Records which of the rows of a batch fail; returns whether any does."""
     found = False
     rows = tf.data.Dataset.range(numbers.start, numbers.stop).map(load, tf.data.AUTOTUNE, deterministic=True)
-    results = iter(rows)  # it goes on after an error
+    results = iter(rows)  # iteration continues after an error
     for number in numbers:
       try:
         next(results)
-      except _PASSING:
+      except _TEMPORARY:
         continue
       except tf.errors.OpError as error:
         index = self._substitutes.lookup(locate(tf.constant(number, tf.int64))[0])
@@ -156,7 +156,7 @@ class Reader:
 
 
 def reason_of(error: tf.errors.OpError) -> str:
-  """What is wrong with a record, without TensorFlow's surroundings."""
+  """Returns the core of an error message, without what TensorFlow adds to it."""
   text = re.sub(r"\{\{.*?\}\}|\[Op:.*", "", error.message)
   text = re.sub(r"^.*Iterator::[\w:]*(\[\d+\])?[\w:]*: ", "", text.strip())
   line = (text.splitlines() or [""])[0].removeprefix("ValueError: ").strip()
