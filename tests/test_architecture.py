@@ -15,7 +15,7 @@ import sys
 import pytest
 
 import maskgen
-from maskgen import config, evaluators, objectives, serving
+from maskgen import config, evaluators, objectives, plugins, serving
 from maskgen.data.pipeline import Data
 from maskgen.models.discriminator import Discriminator
 from maskgen.models.vqgan import VQGAN
@@ -140,25 +140,19 @@ def read_attributes(node: ast.AST) -> set[str]:
   return read
 
 
-def modules_of(package) -> list:
-  return [
-    importlib.import_module(f"{package.__name__}.{info.name}")
-    for info in pkgutil.iter_modules(package.__path__)
-  ]
+def modules_of(package, attribute: str) -> list:
+  names = plugins.short_names(package.__name__, attribute)
+  return [importlib.import_module(f"{package.__name__}.{name}") for name in names]
 
 
-@pytest.mark.parametrize("module", modules_of(objectives), ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", modules_of(objectives, "Objective"), ids=lambda module: module.__name__)
 def test_objectives_name_the_class_that_users_call(module):
   assert issubclass(serving.loading.find_class(module.Objective), serving.Model)
 
 
 OWN = [optim.Optimizer, masking.MaskRatio, VQGAN, Discriminator, Data]
-OWN += [module.Objective for module in modules_of(objectives)]
-OWN += [
-  module.Evaluator
-  for module in modules_of(evaluators)
-  if module.__name__ != "maskgen.evaluators.context" and hasattr(module, "Evaluator")
-]
+OWN += [module.Objective for module in modules_of(objectives, "Objective")]
+OWN += [module.Evaluator for module in modules_of(evaluators, "Evaluator")]
 
 
 @pytest.mark.parametrize("cls", OWN, ids=lambda cls: f"{cls.__module__}.{cls.__name__}")

@@ -400,7 +400,7 @@ def test_wrong_token_masks(mask, mage):
   ("options", "message"),
   [
     (dict(step=3), r"no option 'step'; did you mean 'steps'\?"),
-    (dict(guidance=3.0), r"guidance is 3\.0: a model without classes or captions takes none"),
+    (dict(guidance=3.0), r"guidance is 3\.0: guidance needs a model with classes or captions"),
     (dict(schedule="cosinus"), r"schedule 'cosinus' does not exist; did you mean 'cosine'\?"),
     (dict(steps=0), r"at least 1"),
     (dict(steps=2.5), r"steps"),

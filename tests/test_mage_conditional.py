@@ -212,7 +212,7 @@ def guided(objective, variables):
     batch = example(objective)
     batch = {"key": batch["key"]} if label is None else batch
     given = example(objective)
-    logits_fn = objective._logits_fn(variables, batch, scale, "constant")
+    logits_fn = objective.logits_fn(variables, batch, scale, "constant")
     return np.asarray(logits_fn(given["tokens"], given["token_mask"], jnp.float32(0.0)))
 
   return run
@@ -336,7 +336,7 @@ def test_wrong_labels_and_guidance_are_refused(model, options, message):
   ("options", "message"),
   [
     (dict(label=1), "label is given: this model was trained without classes"),
-    (dict(guidance=2.0), "guidance is 2.0: a model without classes or captions takes none"),
+    (dict(guidance=2.0), "guidance is 2.0: guidance needs a model with classes or captions"),
   ],
 )
 def test_a_model_without_classes_refuses_them(mage, options, message):
@@ -373,7 +373,7 @@ def test_wrong_fields_are_refused(changes, message):
 
 def test_guidance_needs_classes():
   config = tiny.stage("mage")["objective"]
-  with pytest.raises(UserError, match=r"sampling\.guidance is 2\.0: this objective has no classes"):
+  with pytest.raises(UserError, match=r"sampling\.guidance is 2\.0: guidance needs a model with classes"):
     objectives.build({**config, "sampling": {"guidance": 2.0}})
   assert build(sampling={"guidance": 2.0}).sampling.guidance == 2.0
 

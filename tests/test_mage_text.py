@@ -45,7 +45,7 @@ def logits(objective, variables):
 
     @jax.jit
     def compute(batch, tokens, mask):
-      return objective._logits_fn(variables, batch, scale, "constant")(tokens, mask, jnp.float32(0.0))
+      return objective.logits_fn(variables, batch, scale, "constant")(tokens, mask, jnp.float32(0.0))
 
     return np.asarray(compute(batch, given["tokens"], given["token_mask"]))
 

@@ -190,7 +190,7 @@ def test_a_sweep_says_what_the_evaluation_says(trained, tmp_path):
     (["--order=haltn"], "'haltn'.*did you mean 'halton'"),
     (["--steps=4,6", "--reuse=1,4"], "reuse is 4: it must divide the number of steps, 6"),
     (["--num_images=1"], "--num_images=1: give at least 2"),
-    (["--guidance=2"], r"guidance is 2\.0: a model without classes or captions takes none"),
+    (["--guidance=2"], r"guidance is 2\.0: guidance needs a model with classes or captions"),
     (["--model=nowhere"], "nowhere does not exist"),
   ],
 )

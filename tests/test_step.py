@@ -5,7 +5,6 @@ It needs another in PER_EXAMPLE if its losses are not means over examples, in RU
 
 import dataclasses
 import functools
-import pkgutil
 
 import flax.linen as nn
 import jax
@@ -15,7 +14,7 @@ import optax
 import pytest
 
 from maskgen import config as config_lib
-from maskgen import objectives, sharding, tree
+from maskgen import objectives, plugins, sharding, tree
 from maskgen.errors import UserError
 from maskgen.models import perceptual
 from maskgen.numerics.text import Captions
@@ -169,8 +168,7 @@ def assert_close(found, expected, tolerance: float):
 
 
 def test_every_objective_is_tested():
-  found = {module.name for module in pkgutil.iter_modules(objectives.__path__)}
-  assert found == set(TINY)
+  assert set(plugins.short_names("maskgen.objectives", "Objective")) == set(TINY)
 
 
 @every_objective

@@ -19,7 +19,7 @@ from maskgen.models.image_encoder import EncoderPart
 from maskgen.numerics import losses as losses_lib
 from maskgen.numerics import mixing
 from maskgen.numerics.positions import Positions
-from maskgen.objectives import Batch, BatchSpec, Metrics, PredictFn, Tree
+from maskgen.objectives import Batch, BatchSpec, Metrics, PredictFn, Tree, token_fns
 
 TRAINED = ("all", "head")
 NORMS = ("layer", "batch")
@@ -231,7 +231,6 @@ class Objective:
 
   def predict_fns(self) -> dict[str, PredictFn]:
     part = self.image_encoder
-    tokenizer: Any = part.encoder.tokenizer
 
     def predict(variables, batch, rng):
       pooled = part.pool(variables, batch)
@@ -246,16 +245,8 @@ class Objective:
     def features(variables, batch, rng):
       return part.features(variables, batch)
 
-    def encode(variables, batch, rng):
-      params = {"params": self.tokenizer_params(variables)}
-      return tokenizer.apply(params, images_lib.to_float(batch["image"]), method="tokenize")
-
-    def decode(variables, batch, rng):
-      params = {"params": self.tokenizer_params(variables)}
-      return tokenizer.apply(params, batch["tokens"], self._grid, method="detokenize")
-
-    def reconstruct(variables, batch, rng):
-      return decode(variables, {"tokens": encode(variables, batch, rng)}, rng)
-
-    fns = (loss, classify, features)
-    return {fn.__name__: fn for fn in (fns if tokenizer is None else (*fns, encode, decode, reconstruct))}
+    fns = {fn.__name__: fn for fn in (loss, classify, features)}
+    tokenizer = part.encoder.tokenizer
+    if tokenizer is not None:
+      fns |= token_fns.tokenizer_fns(tokenizer, self.image_shape, self.tokenizer_params)
+    return fns

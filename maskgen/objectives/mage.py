@@ -22,7 +22,16 @@ from maskgen.numerics import sampling as sampling_lib
 from maskgen.numerics.positions import Positions
 from maskgen.numerics.text import Captions
 from maskgen.numerics.vocab import Vocab
-from maskgen.objectives import Batch, BatchSpec, Metrics, PredictFn, Tree, check_image_size, check_tokenizer
+from maskgen.objectives import (
+  Batch,
+  BatchSpec,
+  Metrics,
+  PredictFn,
+  Tree,
+  check_image_size,
+  check_tokenizer,
+  token_fns,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,13 +41,13 @@ class Objective:
   Attributes:
     image_size: (h, w) of the images.
     tokenizer: the tokenizer's network; its weights come from `config.pretrained.tokenizer`.
-    class_ids, null_class: rows between the codes and [MASK] in the embedding table, and which one the class
-      position holds. A converted model has the reference's, so that its weights stay whole; see `Vocab`.
+    class_ids, null_class: the number of rows between the codes and [MASK] in the embedding table, and the
+      one that the class position holds. A converted model keeps the reference's values; see `Vocab`.
     width, depth, heads, decoder_width, decoder_depth, decoder_heads, dropout, dtype: see `Mage`.
-    attention, remat, scan: how the network is run; the numbers are the same. See `Transformer`.
-    mask_ratio: the distribution of the share of masked tokens.
+    attention, remat, scan: how the network runs; results do not depend on these. See `Transformer`.
+    mask_ratio: the distribution of the mask ratio.
     label_smoothing: of the cross-entropy over the codes.
-    sampling: defaults for generation and inpainting.
+    sampling: default options of generation and inpainting.
   """
 
   serving: ClassVar[str] = "maskgen.serving.TokenModel"
@@ -68,7 +77,9 @@ class Objective:
     sizes = ("width", "depth", "heads", "decoder_width", "decoder_depth", "decoder_heads")
     config_lib.check_at_least(self, 1, *sizes, "class_ids")
     if not 0 <= self.null_class < self.class_ids:
-      raise UserError(f"null_class is {self.null_class}: with class_ids={self.class_ids} it must be less")
+      raise UserError(
+        f"null_class is {self.null_class}: with class_ids={self.class_ids}, give 0 to {self.class_ids - 1}"
+      )
     config_lib.check_dtype(self.dtype)
     check_attention(self.attention, self.dtype, self.dropout)
     check_remat(self.remat)
@@ -78,11 +89,12 @@ class Objective:
         raise UserError(f"a width of {width} does not divide into {heads} heads")
     if masking.num_dropped(self.num_tokens, self.mask_ratio) >= self.num_tokens:
       raise UserError(
-        f"mask_ratio.low={self.mask_ratio.low} leaves the encoder none of {self.num_tokens} tokens"
+        f"mask_ratio.low={self.mask_ratio.low} leaves the encoder none of {self.num_tokens} tokens: lower it"
       )
     if self.sampling.guidance != 1 and not self.num_classes and self.captions is None:
       raise UserError(
-        f"sampling.guidance is {self.sampling.guidance}: a model without classes or captions takes none"
+        f"sampling.guidance is {self.sampling.guidance}: guidance needs a model with classes or captions, "
+        "leave it out"
       )
 
   @property
@@ -135,7 +147,7 @@ class Objective:
 
   @property
   def image_encoder(self) -> EncoderPart:
-    """The encoder, which other objectives can take."""
+    """The encoder, which other objectives can use."""
     network = Encoder(**{name: getattr(self.model, name) for name in fields.of(Encoder)} | {"dropout": 0.0})
     return EncoderPart(MageEncoder(network, self.tokenizer, self.image_size), "params/main")
 
@@ -147,7 +159,7 @@ class Objective:
   def check_pretrained(self, name: str, config: Mapping[str, Any]) -> None:
     section = config.get("objective", {})
     if section.get("name") != "tokenizer":
-      raise UserError("it is no tokenizer: give a model trained by the tokenizer objective")
+      raise UserError("it is not a tokenizer: give a model trained with the tokenizer objective")
     found = config_lib.build_dataclass(VQGAN, section.get("tokenizer", {}), "its tokenizer")
     check_tokenizer(found, self.tokenizer)
 
@@ -177,7 +189,7 @@ class Objective:
     return {"main": values["loss"].mean()}, metrics, model_state
 
   def predict_masked(self, params: Tree, frozen: Tree, batch: Batch, rng: Any = None) -> Prediction:
-    """Masks the codes of a batch as its keys say, and predicts them; with `rng`, dropout is on."""
+    """Masks the codes of a batch with its keys and predicts them; dropout is on if `rng` is given."""
     tokens = self.codes(frozen, batch)
     mask, kept = masking.random_mask(batch["key"], self.num_tokens, self.mask_ratio)
     latents = self.latents(params, frozen, tokens, mask, kept, rng)
@@ -188,12 +200,14 @@ class Objective:
     """The codes of a batch, int32 [b, n]."""
     if "tokens" in batch:
       return batch["tokens"].astype(jnp.int32)
-    return jax.lax.stop_gradient(self._tokenize(frozen, batch["image"]))
+    pixels = images_lib.to_float(batch["image"])
+    tokens: Any = self.tokenizer.apply({"params": frozen["tokenizer"]}, pixels, method="tokenize")
+    return jax.lax.stop_gradient(tokens)
 
   def latents(
     self, params: Tree, frozen: Tree, tokens: jax.Array, mask: jax.Array, kept: Any = None, rng: Any = None
   ) -> jax.Array:
-    """The encoder's output [b, 1 + k, d], see `Mage.encode`; with a key, dropout is on."""
+    """The encoder's output [b, 1 + k, d], see `Mage.encode`; dropout is on if `rng` is given."""
     return self.apply("encode", params, frozen, tokens, mask, kept, rng=rng)
 
   def logits(
@@ -206,14 +220,14 @@ class Objective:
     kept: jax.Array | None = None,
     rng: jax.Array | None = None,
   ) -> jax.Array:
-    """The decoder's logits over the codes, float32 [b, n, codebook]; with a key, dropout is on."""
+    """The decoder's logits over the codes, float32 [b, n, codebook]; dropout is on if `rng` is given."""
     return self.apply("decode", params, frozen, latents, mask, kept, rng=rng)[:, 1:, : self.codebook_size]
 
   def scores(self, params: Mapping[str, Tree], frozen: Tree, batch: Batch, found: Prediction) -> Metrics:
-    """Values [b] of each example: `loss`, whose mean is trained, and metrics, for training and validation.
+    """Values [b] for training and validation: `loss`, whose mean is minimized, and metrics.
 
-    To add a head, put its parameters into the group `main` in `init`, and override this: predict from
-    `found.latents`, and return the values of `super()` with the head's loss added to `loss`.
+    To add a head, add its parameters to the group `main` in `init` and override this method: predict from
+    `found.latents` and return the values of `super()` with the head's loss added to `loss`.
     """
     loss = losses_lib.cross_entropy(found.logits, found.tokens, self.label_smoothing)
     correct = (found.logits.argmax(axis=-1) == found.tokens).astype(jnp.float32)
@@ -226,7 +240,7 @@ class Objective:
   def apply(
     self, method: str, params: Mapping[str, Tree], frozen: Tree, *args: Any, rng: jax.Array | None = None
   ) -> Any:
-    """Calls a method of the network; with a key dropout is on."""
+    """Calls a method of the network; dropout is on if `rng` is given."""
     variables = {"params": self.network_params(params, frozen)}
     if rng is None:
       return self.model.apply(variables, *args, method=method)
@@ -236,23 +250,19 @@ class Objective:
     """All parameters of `model`."""
     return params["main"]
 
-  def _logits_fn(
+  def logits_fn(
     self, variables: Tree, batch: Batch, guidance: float | jax.Array, guidance_schedule: str
   ) -> sampling_lib.LogitsFn:
-    """What `sampling.decode` asks for logits; a model without a condition has nothing to be guided by."""
+    """The logits function for `sampling.decode`; without a condition, guidance has no effect."""
     return lambda tokens, unknown, t: self._logits(variables, batch, tokens, unknown)
 
   def _logits(self, variables: Tree, batch: Batch, tokens: jax.Array, mask: jax.Array) -> jax.Array:
     params, frozen = variables["params"], variables["frozen"]
     return self.logits(params, frozen, batch, self.latents(params, frozen, tokens, mask), mask)
 
-  def _reusing_fn(self, variables: Tree) -> sampling_lib.ReusingFn | None:
-    """What `sampling.decode` asks for logits where features are reused; None for a model that cannot."""
+  def reusing_fn(self, variables: Tree) -> sampling_lib.ReusingFn | None:
+    """The function for `sampling.decode` that reuses features; None if the model does not support it."""
     return reusing(self.model, variables["params"]["main"])
-
-  def _tokenize(self, frozen: Tree, images: jax.Array) -> Any:
-    pixels = images_lib.to_float(images)
-    return self.tokenizer.apply({"params": frozen["tokenizer"]}, pixels, method="tokenize")
 
   def predict_fns(self) -> dict[str, PredictFn]:
     def loss(variables, batch, rng):
@@ -264,57 +274,12 @@ class Objective:
       drawn, _ = masking.random_mask(batch["key"], self.num_tokens, self.mask_ratio)
       return drawn.reshape(-1, *self.grid)
 
-    def encode(variables, batch, rng):
-      return self._tokenize(variables["frozen"], batch["image"])
-
-    def decode(variables, batch, rng):
-      params = {"params": variables["frozen"]["tokenizer"]}
-      return self.tokenizer.apply(params, batch["tokens"], self.grid, method="detokenize")
-
-    def reconstruct(variables, batch, rng):
-      return decode(variables, {"tokens": encode(variables, batch, rng)}, rng)
-
     def features(variables, batch, rng):
       return self.image_encoder.features(variables, batch)
 
     def logits(variables, batch, rng):
       return self._logits(variables, batch, batch["tokens"], batch["token_mask"])
 
-    def fill(sampler, variables, batch, tokens, unknown, options: dict[str, Any]):
-      chosen = dataclasses.asdict(self.sampling) | options
-      guidance = {name: chosen.pop(name) for name in ("guidance", "guidance_schedule")}
-      logits_fn = self._logits_fn(variables, batch, **guidance)
-      return sampler(
-        logits_fn, batch["key"], tokens, unknown, self.grid, self._reusing_fn(variables), **chosen
-      )
-
-    def fill_all(sampler, variables, batch, options: dict[str, Any]):
-      tokens = jnp.zeros((batch["key"].shape[0], self.num_tokens), jnp.int32)
-      return fill(sampler, variables, batch, tokens, jnp.ones(tokens.shape, bool), options)
-
-    def generate(variables, batch, rng, **options):
-      tokens = fill_all(sampling_lib.decode, variables, batch, options)
-      return decode(variables, {"tokens": tokens}, rng)
-
-    def trajectory(variables, batch, rng, **options):
-      tokens, unknown = fill_all(sampling_lib.trajectory, variables, batch, options)
-      images = jax.lax.map(lambda tokens: decode(variables, {"tokens": tokens}, rng), tokens)
-      unknown = unknown.reshape(*unknown.shape[:2], *self.grid)
-      return images.swapaxes(0, 1), unknown.swapaxes(0, 1)
-
-    def generate_uniform(variables, batch, rng):
-      def draw(key):
-        return jax.random.randint(key, (self.num_tokens,), 0, self.codebook_size)
-
-      return decode(variables, {"tokens": jax.vmap(draw)(batch["key"])}, rng)
-
-    def inpaint(variables, batch, rng, **options):
-      pixels, hole = images_lib.to_float(batch["image"]), batch["mask"][..., None]
-      tokens = encode(variables, {"image": jnp.where(hole, 0.0, pixels)}, rng)
-      unknown = masking.token_mask(batch["mask"], self.tokenizer.factor)
-      tokens = fill(sampling_lib.decode, variables, batch, tokens, unknown, options)
-      return jnp.where(hole, decode(variables, {"tokens": tokens}, rng), pixels)
-
-    of_tokens = (loss, mask, features, logits)
-    of_images = (encode, decode, reconstruct, generate, generate_uniform, trajectory, inpaint)
-    return {fn.__name__: fn for fn in (*of_tokens, *of_images)}
+    codes = token_fns.tokenizer_fns(self.tokenizer, self.image_shape, self.tokenizer_params)
+    sampled = token_fns.sampling_fns(self, codes["encode"], codes["decode"])
+    return {fn.__name__: fn for fn in (loss, mask, features, logits)} | codes | sampled

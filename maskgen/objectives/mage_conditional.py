@@ -139,18 +139,18 @@ class Conditional(mage.Objective, abc.ABC):
   ) -> jax.Array:
     return self.apply("decode", params, frozen, *args, rng=rng)[:, 1:, : self.codebook_size]
 
-  def _logits_fn(
+  def logits_fn(
     self, variables: Tree, batch: Batch, guidance: float | jax.Array, guidance_schedule: str
   ) -> sampling_lib.LogitsFn:
     unguided = isinstance(guidance, int | float) and guidance == 1  # else it is traced, and may be anything
     if unguided or self.condition_key not in batch:
-      return super()._logits_fn(variables, batch, guidance, guidance_schedule)
+      return super().logits_fn(variables, batch, guidance, guidance_schedule)
     params, frozen = variables["params"], variables["frozen"]
     condition = self._condition(params, batch)
     both = jnp.stack([condition, jnp.broadcast_to(self._no_condition(params), condition.shape)], axis=1)
     both = both.reshape(-1, *condition.shape[1:])
 
-    def logits_fn(tokens: jax.Array, unknown: jax.Array, t: jax.Array) -> jax.Array:
+    def guided(tokens: jax.Array, unknown: jax.Array, t: jax.Array) -> jax.Array:
       # The encoder knows of no condition: it runs once for both. They stand side by side, on one device.
       latents = self.latents(params, frozen, tokens, unknown)
       latents, unknown = jnp.repeat(latents, 2, axis=0), jnp.repeat(unknown, 2, axis=0)
@@ -160,9 +160,9 @@ class Conditional(mage.Objective, abc.ABC):
         logits[:, 0], logits[:, 1], t, guidance=guidance, guidance_schedule=guidance_schedule
       )
 
-    return logits_fn
+    return guided
 
-  def _reusing_fn(self, variables: Tree) -> None:
+  def reusing_fn(self, variables: Tree) -> None:
     """Features would have to be kept for both answers of guidance, and for the condition."""
 
 

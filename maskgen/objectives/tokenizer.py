@@ -16,7 +16,7 @@ from maskgen.models import remat as remat_lib
 from maskgen.models.discriminator import Discriminator
 from maskgen.models.vqgan import VQGAN, Quantized
 from maskgen.numerics import losses as losses_lib
-from maskgen.objectives import Batch, BatchSpec, Metrics, PredictFn, Tree, check_image_size
+from maskgen.objectives import Batch, BatchSpec, Metrics, PredictFn, Tree, check_image_size, token_fns
 
 # How slowly the running count of each code's use forgets.
 USAGE_DECAY = 0.97
@@ -249,26 +249,13 @@ class Objective:
     return share, {"codebook_usage": (share > 0).mean(), "perplexity": jnp.exp(entropy)}
 
   def predict_fns(self) -> dict[str, PredictFn]:
-    def apply(variables, x, *args, method):
-      params = {"params": variables["params"]["generator"]}
-      return self.tokenizer.apply(params, x, *args, method=method)
-
-    grid = self.tokenizer.token_grid(self.image_shape)
-
-    def encode(variables, batch, rng):
-      return apply(variables, images_lib.to_float(batch["image"]), method="tokenize")
-
-    def decode(variables, batch, rng):
-      return apply(variables, batch["tokens"], grid, method="detokenize")
-
-    def reconstruct(variables, batch, rng):
-      return decode(variables, {"tokens": encode(variables, batch, rng)}, rng)
+    codes = token_fns.tokenizer_fns(self.tokenizer, self.image_shape, self.tokenizer_params)
 
     def loss(variables, batch, rng):
-      error = reconstruct(variables, batch, rng) - images_lib.to_float(batch["image"])
+      error = codes["reconstruct"](variables, batch, rng) - images_lib.to_float(batch["image"])
       return {
         "l2": losses_lib.mean_per_example(jnp.square(error)),
         "l1": losses_lib.mean_per_example(jnp.abs(error)),
       }
 
-    return {"loss": loss, "encode": encode, "decode": decode, "reconstruct": reconstruct}
+    return {"loss": loss, **codes}
