@@ -1,26 +1,26 @@
-# shellcheck shell=bash disable=SC2034  # what is set here is used by the scripts
-# What the scripts of launch/ share; they source it.
+# shellcheck shell=bash disable=SC2034  # the scripts use what is set here
+# Functions that the scripts of launch/ share; they source this file.
 
 say() { printf 'launch: %s\n' "$*" >&2; }
 
-# A user's error, as maskgen itself gives it: one sentence and status 2.
+# Reports a user error like maskgen itself: one sentence and status 2.
 die() {
   printf 'error: %s\n' "$*" >&2
   exit 2
 }
 
-((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 404)) || die "bash $BASH_VERSION is too old: take 4.4 or newer"
+((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1] >= 404)) || die "bash $BASH_VERSION is too old: use 4.4 or newer"
 
-# The settings are exported: a job that Slurm starts later has those of its submission.
+# The settings are exported, so that a Slurm job uses those at its submission.
 set -o allexport
 # shellcheck source=launch/settings.sh
 source "$(dirname "${BASH_SOURCE[0]}")/settings.sh"
 set +o allexport
 
-# The comment at the head of a script is its help.
+# Prints the comment at the top of a script as its help.
 usage() { sed -n '2,/^[^#]/ { s/^# \{0,1\}//p }' "$0"; }
 
-# Sorts a command line: --dry-run and --worker=N, what follows `--` for maskgen.main, and the rest to WORDS.
+# Parses --dry-run, --worker=N, the arguments of maskgen.main after `--`, and the rest as WORDS.
 parse() {
   DRY_RUN=no WORKER=0 WORDS=()
   local extra=()
@@ -48,7 +48,7 @@ parse() {
   MAIN=(python -m maskgen.main "${ARGUMENTS[@]}")
 }
 
-# Dies unless all the named settings have a value.
+# Fails unless all named settings have a value.
 need() {
   local name
   for name in "$@"; do
@@ -58,7 +58,7 @@ need() {
 
 need_run_name() {
   [[ $RUN_NAME =~ ^[a-z]([-a-z0-9]*[a-z0-9])?$ ]] ||
-    die "RUN_NAME='$RUN_NAME' cannot be a name: take lower case letters, digits and dashes, a letter first"
+    die "RUN_NAME='$RUN_NAME' is not valid: use lower-case letters, digits and dashes, a letter first"
 }
 
 need_python() {
@@ -66,10 +66,10 @@ need_python() {
 }
 
 need_bucket() {
-  [[ $WORKDIR == gs://?* ]] || die "WORKDIR='$WORKDIR' is not seen by all hosts: give gs://BUCKET/FOLDER"
+  [[ $WORKDIR == gs://?* ]] || die "WORKDIR='$WORKDIR' is not visible to all hosts: give gs://BUCKET/FOLDER"
 }
 
-# Words as a shell reads them, quoted where they must be.
+# Prints words in shell syntax, quoted where necessary.
 quote() {
   local word line=
   for word in "$@"; do

@@ -4,12 +4,12 @@
 # usage: launch/gke.sh [--dry-run] COMMAND [--worker=N] [-- arguments of maskgen.main]
 #   apply   starts the run; the cluster restarts it after preemptions and crashes
 #   logs    follows the log of worker 0 of the first slice, or of another
-#   delete  lets the run save, and ends it
+#   delete  lets the run save, and stops it
 #
 #   launch/gke.sh apply -- --config=configs/mage_base.py --workdir=gs://BUCKET/mage_base
 #
-# kubectl must point to the cluster: gcloud container clusters get-credentials CLUSTER. Each run wants a
-# RUN_NAME of its own.
+# kubectl must point to the cluster: gcloud container clusters get-credentials CLUSTER. Each run needs its own
+# RUN_NAME.
 set -euo pipefail
 # shellcheck source=launch/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -21,18 +21,18 @@ COMMAND=${WORDS[0]:-}
 need NAMESPACE
 need_run_name
 
-# The hosts of one slice: its chips by the chips of a host.
+# The number of hosts of one slice: its chips divided by the chips of a host.
 # shellcheck disable=SC2034  # manifest reads HOSTS, MAIN_LINE and RESULTS by their names
 count_hosts() {
   [[ $TOPOLOGY =~ ^[1-9][0-9]*(x[1-9][0-9]*){1,2}$ ]] || die "TOPOLOGY='$TOPOLOGY': give 4x4 or 4x4x4"
   [[ $CHIPS_PER_HOST =~ ^[1-9][0-9]*$ ]] || die "CHIPS_PER_HOST='$CHIPS_PER_HOST': give a number"
   local chips=$((${TOPOLOGY//x/*}))
   ((chips % CHIPS_PER_HOST == 0)) ||
-    die "the $chips chips of TOPOLOGY=$TOPOLOGY are no multiple of CHIPS_PER_HOST=$CHIPS_PER_HOST"
+    die "the $chips chips of TOPOLOGY=$TOPOLOGY are not a multiple of CHIPS_PER_HOST=$CHIPS_PER_HOST"
   HOSTS=$((chips / CHIPS_PER_HOST))
 }
 
-# Only the names listed here are filled in: the rest is for the shell in the pod.
+# Substitutes only the names listed here: the pod's shell expands the others.
 manifest() {
   local text name
   text=$(< "$(dirname "${BASH_SOURCE[0]}")/jobset.yaml")

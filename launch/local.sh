@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Trains with N processes on this machine, and starts all of them again when one dies.
+# Trains with N processes on this machine, and restarts all of them when one dies.
 #
 # usage: launch/local.sh [--dry-run] N [-- arguments of maskgen.main]
 #   launch/local.sh 2 -- --config=configs/quickstart.py --workdir=runs/quickstart
 #
-# How many CPU devices a process has is XLA's to say: XLA_FLAGS=--xla_force_host_platform_device_count=4.
-# Ctrl-C or TERM lets the run save and ends it; a second one does not wait for that. So does TERM to one of the
-# processes, and the script then ends with 0.
+# XLA_FLAGS=--xla_force_host_platform_device_count=4 sets the number of CPU devices per process. Ctrl-C or
+# TERM lets the run save and stops it; a second one does not wait for that. TERM to one of the processes does
+# the same, and the script then exits with 0.
 set -euo pipefail
 # shellcheck source=launch/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -17,10 +17,10 @@ parse "$@"
 COUNT=${WORDS[0]}
 need_python
 
-PIDS=()     # of the processes, each the leader of a group of its own
-READERS=()  # of what prefixes their output
-STATUSES=() # of the processes that have ended; empty while one runs
-TOLD=()     # the signals that this script was sent
+PIDS=()     # of the processes, each the leader of its own process group
+READERS=()  # PIDs of the subshells that prefix their output
+STATUSES=() # of the processes that have exited; empty for those that run
+SIGNALS=()  # the signals that this script has received
 
 free_port() {
   local port
@@ -30,10 +30,10 @@ free_port() {
   echo "$port"
 }
 
-nap() { sleep 0.2 || true; } # Ctrl-C ends sleep, too
+nap() { sleep 0.2 || true; } # Ctrl-C also ends sleep
 
 prefix() {
-  trap '' HUP INT TERM # the last words of a process count, too
+  trap '' HUP INT TERM # prefix the last output of a process, too
   local line
   while IFS= read -r line || [[ -n $line ]]; do printf '%s: %s\n' "$1" "$line"; done
 }
@@ -52,7 +52,7 @@ start() {
     fi
     exec {output}> >(prefix "$index")
     READERS+=("$!")
-    set -m # a group of its own, so that nothing it has started can be left behind
+    set -m # its own process group, so that its children can be killed, too
     "${command[@]}" < /dev/null >&"$output" 2>&1 {output}>&- &
     set +m
     PIDS+=("$!") STATUSES+=("")
@@ -60,7 +60,7 @@ start() {
   done
 }
 
-# Notes who has ended; true while somebody runs.
+# Records the statuses of exited processes; true while any process runs.
 any_runs() {
   local index any=1
   for index in "${!PIDS[@]}"; do
@@ -74,7 +74,7 @@ any_runs() {
   return "$any"
 }
 
-# The status that ended the run: 2 before others, since it is the cause; 0 if there is none.
+# The status that ended the run: 2 if any process has it, since that is the cause, or another one.
 failure() {
   local status worst=0
   for status in "${STATUSES[@]}"; do
@@ -87,24 +87,24 @@ failure() {
   echo "$worst"
 }
 
-# TERM, then KILL after so many seconds, and nothing is left of any group.
+# Sends TERM, after $1 seconds KILL to all process groups, and waits until nothing is left.
 end_all() {
   local deadline=$((SECONDS + $1)) pid index
   for index in "${!PIDS[@]}"; do
     [[ -n ${STATUSES[index]} ]] || kill -TERM "${PIDS[index]}" 2> /dev/null || true
   done
-  while any_runs && ((SECONDS < deadline && ${#TOLD[@]} < 2)); do nap; done
+  while any_runs && ((SECONDS < deadline && ${#SIGNALS[@]} < 2)); do nap; done
   for pid in "${PIDS[@]}"; do kill -KILL -- "-$pid" 2> /dev/null || true; done
   while any_runs; do nap; done
   wait "${READERS[@]}" || true
 }
 
-leave_if_told() {
-  ((${#TOLD[@]})) || return 0
-  if any_runs; then say "${TOLD[0]}: the processes may take $SAVE_SECONDS s to save"; fi
+exit_if_signalled() {
+  ((${#SIGNALS[@]})) || return 0
+  if any_runs; then say "${SIGNALS[0]}: waiting up to $SAVE_SECONDS s for the processes to save"; fi
   end_all "$SAVE_SECONDS"
   trap - EXIT
-  case ${TOLD[0]} in HUP) exit 129 ;; INT) exit 130 ;; TERM) exit 143 ;; esac
+  case ${SIGNALS[0]} in HUP) exit 129 ;; INT) exit 130 ;; TERM) exit 143 ;; esac
 }
 
 if [[ $DRY_RUN == yes ]]; then
@@ -112,8 +112,8 @@ if [[ $DRY_RUN == yes ]]; then
   exit
 fi
 for signal in HUP INT TERM; do
-  # shellcheck disable=SC2064  # the name of this round's signal
-  trap "TOLD+=($signal)" "$signal"
+  # shellcheck disable=SC2064  # expands to this iteration's signal
+  trap "SIGNALS+=($signal)" "$signal"
 done
 trap 'end_all 0' EXIT
 
@@ -121,30 +121,30 @@ restarts=0
 while true; do
   began=$SECONDS
   start
-  while any_runs && [[ $(failure) == 0 ]] && ! ((${#TOLD[@]})); do nap; done
-  leave_if_told
+  while any_runs && [[ $(failure) == 0 ]] && ! ((${#SIGNALS[@]})); do nap; done
+  exit_if_signalled
   status=$(failure)
   for index in "${!PIDS[@]}"; do
-    case ${STATUSES[index]} in '' | 0) ;; *) say "process $index ended with status ${STATUSES[index]}" ;; esac
+    case ${STATUSES[index]} in '' | 0) ;; *) say "process $index exited with ${STATUSES[index]}" ;; esac
   done
   end_all "$GRACE_SECONDS"
   [[ $status != 0 ]] || exit 0
-  leave_if_told
+  exit_if_signalled
   if [[ $status == 2 ]]; then
-    say "status 2 is an error that a restart does not mend"
+    say "status 2 is an error that a restart cannot fix"
     exit 2
   fi
   ((SECONDS - began < RESET_SECONDS)) || restarts=0
   if ((restarts >= MAX_RESTARTS)); then
-    say "gave up after $restarts restarts"
+    say "giving up after $restarts restarts"
     exit "$status"
   fi
   pause=$((restarts < 6 ? 2 ** restarts : 60))
   restarts=$((restarts + 1))
-  say "all processes start again in $pause s (restart $restarts of $MAX_RESTARTS)"
+  say "restarting all processes in $pause s (restart $restarts of $MAX_RESTARTS)"
   until=$((SECONDS + pause))
   while ((SECONDS < until)); do
-    leave_if_told
+    exit_if_signalled
     nap
   done
 done

@@ -4,15 +4,15 @@
 # usage: launch/slurm.sh [--dry-run] [-- arguments of maskgen.main]
 #   launch/slurm.sh -- --config=configs/mage_base.py --workdir=/shared/runs/mage_base
 #
-# It submits itself with sbatch, from the environment in which python has maskgen; inside an allocation it
-# runs there. The job saves and is queued again before its time limit, when it is preempted and after a crash,
+# The script submits itself with sbatch: activate the environment with maskgen first. Inside an allocation it
+# runs the training. The job saves and is requeued before its time limit, on preemption and after a crash,
 # until the run has finished.
 #
-# One task per GPU, all of which see all GPUs of their node: on Slurm, JAX gives each process the GPU that has
-# the task's number on the node. So whole nodes are taken, and no --gpus-per-task.
+# There is one task per GPU, and all tasks see all GPUs of their node: on Slurm, JAX gives each process the
+# GPU with the task's number on the node. So the job takes whole nodes and does not use --gpus-per-task.
 set -euo pipefail
 folder=$(dirname "${BASH_SOURCE[0]}")
-# Slurm runs a copy of this script, in the folder that --chdir gives.
+# Slurm runs a copy of this script in the folder of --chdir.
 if [[ -n ${SLURM_JOB_ID:-} && ! -e $folder/common.sh ]]; then folder=$PWD/launch; fi
 # shellcheck source=launch/common.sh
 source "$folder/common.sh"
@@ -36,7 +36,7 @@ submit() {
     "--signal=B:TERM@$SAVE_SECONDS" --requeue "${MORE[@]}" "$root/launch/slurm.sh" -- "${ARGUMENTS[@]}"
 }
 
-# The job. Not to srun goes the signal: it would pass TERM on as KILL.
+# The job. Signals go to the job and not to srun, which would turn TERM into KILL.
 work() {
   eval "export $WORKER_ENV"
   trap 'run scancel --signal=TERM "$SLURM_JOB_ID" || true' TERM
@@ -47,15 +47,15 @@ work() {
     wait "$step" && status=0 || status=$?
   done
   if [[ -e $WORKDIR/results.json ]]; then
-    say "finished, $WORKDIR/results.json is there"
+    say "finished: $WORKDIR/results.json exists"
   elif [[ $status == 2 ]]; then
-    die "status 2 is an error that a restart does not mend"
+    die "status 2 is an error that a restart cannot fix"
   elif [[ $status != 0 && ${SLURM_RESTART_COUNT:-0} -ge $MAX_RESTARTS ]]; then
-    say "ended with status $status, and gave up after $MAX_RESTARTS restarts"
+    say "exited with status $status; giving up after $MAX_RESTARTS restarts"
     exit "$status"
   else
-    say "ended with status $status: queued again"
-    run scontrol requeue Incomplete "$SLURM_JOB_ID" # not if it was cancelled
+    say "exited with status $status: requeueing"
+    run scontrol requeue Incomplete "$SLURM_JOB_ID" # has no effect if it was cancelled
   fi
 }
 
@@ -63,6 +63,6 @@ if [[ -n ${SLURM_JOB_ID:-} ]]; then
   work
 else
   submit
-  # What the job runs.
+  # The job's own command.
   if [[ $DRY_RUN == yes ]]; then run "${STEP[@]}"; fi
 fi

@@ -3,17 +3,17 @@
 #
 # usage: launch/tpu_vm.sh [--dry-run] COMMAND [--worker=N] [-- arguments of maskgen.main]
 #   create  makes the slice now
-#   queue   asks for the slice as a queued resource
+#   queue   requests the slice as a queued resource
 #   setup   installs PACKAGE on all workers
 #   run     starts the training on all workers, in the background
 #   logs    follows the log of worker 0, or of another
-#   watch   does all of this, and again after preemptions and crashes, until the run has finished
-#   stop    lets the run save, and ends it on all workers
+#   watch   does all of this, and repeats it after preemptions and crashes, until the run has finished
+#   stop    lets the run save, and stops it on all workers
 #   delete  deletes the slice
 #
 #   launch/tpu_vm.sh watch -- --config=configs/mage_base.py --workdir=gs://BUCKET/mage_base
 #
-# gcloud asks for `ssh-add ~/.ssh/google_compute_engine` once, if the slice has several workers.
+# For several workers, gcloud requires `ssh-add ~/.ssh/google_compute_engine` once.
 set -euo pipefail
 # shellcheck source=launch/common.sh
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
@@ -35,8 +35,8 @@ on_worker() {
   run "${TPUS[@]}" tpu-vm ssh "$RUN_NAME" "${PLACE[@]}" "${MORE_SSH[@]}" "--worker=$1" "--command=$2"
 }
 
-# What workers do. All of it is in ~/maskgen-run; whoever runs holds run.lock, so that no crash, reboot or
-# second start can leave it in doubt whether somebody does.
+# Commands on the workers. All files are in ~/maskgen-run. A run holds run.lock, which shows whether it is
+# alive even after crashes, reboots and repeated starts.
 
 # shellcheck disable=SC2016  # workers expand these
 refuse_second='mkdir -p maskgen-run && cd maskgen-run || exit 1
@@ -48,7 +48,7 @@ command -v ~/.local/bin/uv > /dev/null || curl -LsSf https://astral.sh/uv/instal
 ~/.local/bin/uv venv --quiet --allow-existing --python=3.12 venv
 ~/.local/bin/uv pip install --quiet --python=venv/bin/python --reinstall-package=maskgen"
 
-# The Python is not waited for by the ssh, ignores its end, and leaves its exit status behind.
+# Runs in the background, survives the end of the ssh session, and writes its exit status to a file.
 start="cd maskgen-run && . venv/bin/activate || exit 1
 rm -f run.status
 (
@@ -63,7 +63,7 @@ rm -f run.status
 ) >> run.log 2>&1 < /dev/null &"
 
 # shellcheck disable=SC2016
-tell='cd maskgen-run 2> /dev/null || { echo absent; exit; }
+report='cd maskgen-run 2> /dev/null || { echo absent; exit; }
 if ! flock --nonblock run.lock true; then echo running
 elif [ -e run.status ]; then echo "ended $(cat run.status)"
 else echo absent; fi'
@@ -72,7 +72,7 @@ end="cd maskgen-run 2> /dev/null || exit 0
 flock --nonblock run.lock true && exit 0
 kill -TERM \"\$(cat run.pid)\"
 flock --wait $SAVE_SECONDS run.lock true && exit 0
-echo \"did not end in $SAVE_SECONDS s on \$(hostname): killed\" >&2
+echo \"did not exit within $SAVE_SECONDS s on \$(hostname): killed\" >&2
 kill -KILL \"\$(cat run.pid)\"
 flock --wait 10 run.lock true"
 
@@ -99,12 +99,12 @@ setup() {
   on_worker all "$install \"maskgen[tpu] @ $source\""
 }
 
-# Looks at all workers before it starts any: half a pod that runs would hang.
+# Checks all workers before it starts any: a partially started pod would hang.
 run_all() {
   need_bucket
   local status=0
   on_worker all "$refuse_second" || status=$?
-  [[ $status != 3 ]] || die "$RUN_NAME runs already: launch/tpu_vm.sh stop ends it"
+  [[ $status != 3 ]] || die "$RUN_NAME is already running: stop it with launch/tpu_vm.sh stop"
   [[ $status == 0 ]] || exit "$status"
   on_worker all "$start"
 }
@@ -117,8 +117,8 @@ delete() {
   fi
 }
 
-# The state of the slice, or of its request as long as that is not ACTIVE; nothing if there is none. `list`
-# and not `describe`: it tells "there is none" from "the answer did not come", after which nothing is done.
+# The state of the slice, or of its request until that is ACTIVE; empty if there is none. Unlike `describe`,
+# `list` distinguishes a missing slice from a failed query, after which nothing is done.
 state() {
   local named="--filter=name~(^|/)$RUN_NAME\$" request='' node=''
   if [[ $CREATE_WITH == queue ]]; then
@@ -133,7 +133,7 @@ state() {
 
 finished() { run gcloud storage ls "$WORKDIR/results.json" > /dev/null 2>&1; }
 
-# Another command of this script, with the same settings; what fails is tried again at the next look.
+# Runs another command of this script with the same settings; failures are retried at the next poll.
 step() {
   say "$RUN_NAME: $1"
   "$BASH" "$0" "$1" -- "${ARGUMENTS[@]}" || { say "$RUN_NAME: $1 failed with status $?" && return 1; }
@@ -145,23 +145,23 @@ start_again() {
   step stop && step run || true
 }
 
-# Worker 0 speaks for all: when one dies, the others lose its heartbeat and end within two minutes.
+# Asks only worker 0: when a worker dies, the others lose its heartbeat and exit within two minutes.
 look_after_run() {
   local answer
-  answer=$(on_worker 0 "$tell" | tail -n 1) || answer=
+  answer=$(on_worker 0 "$report" | tail -n 1) || answer=
   case $answer in
     running) ;;
     absent)
       began=$SECONDS
       step setup && step run || true
       ;;
-    'ended 2') die "status 2 is an error that a restart does not mend: launch/tpu_vm.sh logs" ;;
-    'ended 0') finished || start_again ;; # it was told to stop, as before maintenance
+    'ended 2') die "status 2 is an error that a restart cannot fix: see launch/tpu_vm.sh logs" ;;
+    'ended 0') finished || start_again ;; # stopped by a signal, as before maintenance
     'ended '*)
       ((SECONDS - began < RESET_SECONDS)) || crashes=0
       crashes=$((crashes + 1))
-      say "$RUN_NAME: the run $answer, crash $crashes in a row"
-      ((crashes <= MAX_RESTARTS)) || die "gave up after $MAX_RESTARTS restarts: launch/tpu_vm.sh logs"
+      say "$RUN_NAME: the run $answer, consecutive crash $crashes"
+      ((crashes <= MAX_RESTARTS)) || die "giving up after $MAX_RESTARTS restarts: see launch/tpu_vm.sh logs"
       start_again
       ;;
     *) say "$RUN_NAME: worker 0 does not answer" ;;
@@ -189,15 +189,15 @@ watch() {
     fi
     sleep "$POLL_SECONDS"
   done
-  say "$RUN_NAME: finished, $WORKDIR/results.json is there"
+  say "$RUN_NAME: finished: $WORKDIR/results.json exists"
   if [[ $DELETE_WHEN_FINISHED == yes ]]; then
     delete
   else
-    say "$RUN_NAME: the slice is still paid for: launch/tpu_vm.sh delete"
+    say "$RUN_NAME: the slice still costs money: delete it with launch/tpu_vm.sh delete"
   fi
 }
 
-# What watch does after a preemption.
+# Prints what watch does after a preemption.
 watch_dry() {
   need PACKAGE
   need_bucket

@@ -132,7 +132,7 @@ def kill_once(run: Run, since: int, chance: random.Random, *, while_saving: bool
   if len(victims) < run.count:  # it comes to its end
     return False
   os.kill(chance.choice(victims), signal.SIGKILL)
-  return run.until(lambda: run.said("all processes start again", since))
+  return run.until(lambda: run.said("restarting all processes", since))
 
 
 def disturb(run: Run, kills: int, chance: random.Random) -> dict[str, int]:

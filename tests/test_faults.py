@@ -59,7 +59,7 @@ def test_all_processes_save_at_one_step_when_one_is_told_to_stop(start, told, st
   log = run.log.read_text()
   for index in (0, 1):
     assert any(line.startswith(f"{index}: ") and "preempted" in line for line in log.splitlines()), log
-  assert "start again" not in log
+  assert "restarting all" not in log
   step = run.newest()
   assert step is not None and step >= 5 and not run.saving()
   again = start()

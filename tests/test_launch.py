@@ -336,7 +336,7 @@ def test_a_run_on_a_worker(tpu):
   assert trained()[0]["call"] == [*MAIN[:-1], BUCKET, "--config.note=it's"]
   assert "hello" in log.read_text()
   _, err = tpu.run("tpu_vm.sh run", "--", BUCKET, status=2)
-  assert "runs already" in err and len(trained()) == 1
+  assert "is already running" in err and len(trained()) == 1
   tpu.run("tpu_vm.sh stop")
   assert "told to stop" in log.read_text()
   assert (tpu.folder / "worker/maskgen-run/run.status").read_text() == "0\n"
@@ -377,7 +377,7 @@ def test_watch_brings_a_preempted_slice_back_until_the_run_has_finished(tpu):
   starts = [call for call in tpu.calls() if on_tpu(call) == "start"]
   assert BUCKET in starts[0][-1], "the same workdir, so the run continues"
   assert "--worker=all" in starts[0]
-  assert "still paid for" in err
+  assert "still costs money" in err
 
 
 def test_watch_begins_with_nothing_and_can_end_with_nothing(tpu):
@@ -407,7 +407,7 @@ def test_watch_starts_a_crashed_run_again_but_not_for_ever(tpu):
   answers = {"results.json": [1], "tpu-vm list": ["READY"], "else echo absent": ["ended 1"]}
   tpu.answer(answers)
   _, err = tpu.run("tpu_vm.sh watch", "--", BUCKET, status=2, MAX_RESTARTS="2")
-  assert "gave up after 2 restarts" in err
+  assert "giving up after 2 restarts" in err
   assert [on_tpu(call) for call in tpu.calls()] == [
     *["storage ls", "list", "ask", "stop", "look", "start"] * 2,
     *["storage ls", "list", "ask"],
@@ -421,7 +421,7 @@ def test_watch_starts_a_crashed_run_again_but_not_for_ever(tpu):
   ]
   tpu.answer(answers | {"else echo absent": ["ended 2"]})
   _, err = tpu.run("tpu_vm.sh watch", "--", BUCKET, status=2)
-  assert "a restart does not mend" in err
+  assert "a restart cannot fix" in err
   assert len(tpu.calls()) == 28
 
 
@@ -648,7 +648,7 @@ def test_local_ends_the_others_when_one_dies_and_starts_all_again(place):
   began = time.monotonic()
   out, err = place.run("local.sh 2")
   assert time.monotonic() - began < 8
-  assert "process 1 ended with status 9" in err and "restart 1 of 10" in err
+  assert "process 1 exited with 9" in err and "restart 1 of 10" in err
   assert "0: told to stop" in out.splitlines()
   calls = place.calls()
   assert sorted(call["call"][-1][-1] for call in calls) == ["0", "0", "1", "1"]
@@ -661,14 +661,14 @@ def test_local_kills_who_does_not_listen(place):
   began = time.monotonic()
   _, err = place.run("local.sh 2", status=9, GRACE_SECONDS="1", MAX_RESTARTS="0")
   assert time.monotonic() - began < 6
-  assert "gave up after 0 restarts" in err
+  assert "giving up after 0 restarts" in err
   place.assert_nothing_is_left()
 
 
 def test_local_tries_again_what_time_may_mend(place):
   place.plan(p0=["sleep", "exit 0"], p1=["after exit 75", "exit 0"])
   _, err = place.run("local.sh 2")
-  assert "process 1 ended with status 75" in err and "restart 1 of 10" in err
+  assert "process 1 exited with 75" in err and "restart 1 of 10" in err
   assert len(place.calls()) == 4
 
 
@@ -676,7 +676,7 @@ def test_local_gives_up_after_many_crashes_in_a_row(place):
   place.plan(p0=["exit 9"])
   _, err = place.run("local.sh 1", status=9, MAX_RESTARTS="1")
   assert len(place.calls()) == 2
-  assert "gave up after 1 restarts" in err
+  assert "giving up after 1 restarts" in err
   # Crashes that are far apart are not in a row.
   place.plan(p0=["", "", "exit 9", "exit 9", "exit 9", "exit 0"])
   place.run("local.sh 1", MAX_RESTARTS="1", RESET_SECONDS="0")
@@ -686,7 +686,7 @@ def test_local_gives_up_after_many_crashes_in_a_row(place):
 def test_local_does_not_try_a_users_error_again(place):
   place.plan(p0=["sleep"], p1=["after exit 2"])
   _, err = place.run("local.sh 2", status=2)
-  assert "a restart does not mend" in err
+  assert "a restart cannot fix" in err
   assert len(place.calls()) == 2
   place.assert_nothing_is_left()
 

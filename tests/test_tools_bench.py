@@ -371,7 +371,7 @@ def test_work_in_a_row_is_timed_from_end_to_end(clock):
 
 
 def test_exhausted_memory_is_told_from_other_errors():
-  message = r"--batch_size=8: the devices' memory does not suffice \(RES.* 9 GB\)"
+  message = r"--batch_size=8: device memory is exhausted \(RES.* 9 GB\)"
   with pytest.raises(UserError, match=message), devices.enough_memory(8):
     raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of 9 GB\nat all")
   with pytest.raises(jax.errors.JaxRuntimeError), devices.enough_memory(8):

@@ -1,1 +1,1 @@
-"""What `maskgen.tools.bench` measures: one module per benchmark, with `main(argv)` that yields results."""
+"""What `maskgen.tools.bench` measures: one module per benchmark, whose `main(argv)` yields results."""

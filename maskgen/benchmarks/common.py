@@ -1,4 +1,4 @@
-"""What benchmarks share: their config, and time measured in turns."""
+"""What benchmarks share: flags, the config, and alternated time measurements."""
 
 import argparse
 import contextlib
@@ -15,7 +15,7 @@ from maskgen import config as config_lib
 from maskgen.errors import UserError, nearest
 from maskgen.training.sections import find_type
 
-# Calls that take longer are progress to speak of.
+# Calls that take longer are logged.
 _SECONDS_TO_LOG = 2.0
 log = logging.getLogger("maskgen")
 
@@ -30,10 +30,10 @@ def parse(parser: cli.Parser, argv: Sequence[str]) -> tuple[argparse.Namespace, 
   """Parses flags and `--config.KEY=VALUE`.
 
   Returns:
-    The flags, `stage` being the one that was chosen, if there are any; and the plain config of that stage.
+    The flags, with the name of the chosen stage, if any, as `stage`; and the plain config of that stage.
 
   Raises:
-    UserError: if one of them is wrong.
+    UserError: if a flag or the config is wrong.
   """
   args, rest = parser.parse_known_args(argv)
   config = config_lib.to_dict(config_lib.load(args.config, main.parse_overrides(rest), find_type))
@@ -56,10 +56,10 @@ def add_batch_sizes(parser: cli.Parser) -> None:
 
 
 def batch_sizes(args: argparse.Namespace, config: Mapping[str, Any]) -> list[int]:
-  """The batch sizes to measure, rising, since the memory in use is known by its peak alone.
+  """The batch sizes to measure, in increasing order, so that each has its own peak of memory.
 
   Raises:
-    UserError: if they are no numbers of at least 1.
+    UserError: if they are not numbers of at least 1.
   """
   if args.batch_size is None:
     return [config["batch_size"]]
@@ -81,7 +81,7 @@ def check_at_least(args: argparse.Namespace, least: int, *names: str) -> None:
   """Checks flags that are numbers.
 
   Raises:
-    UserError: naming the one that is less than `least`.
+    UserError: naming a flag that is less than `least`.
   """
   for name in names:
     if not getattr(args, name) >= least:
@@ -91,18 +91,18 @@ def check_at_least(args: argparse.Namespace, least: int, *names: str) -> None:
 def items_per_second(
   make: Mapping[str, Callable[[], Generator[Any]]], size: int, seconds: float, rounds: int
 ) -> dict[str, np.ndarray]:
-  """Measures endless iterators in turns, so that what else the machine does falls on all alike.
+  """Measures endless iterators alternately, so that other load on the machine affects all of them equally.
 
-  Each turn has an iterator of its own: one that waited for its turn would have work done in advance.
+  Each turn makes a new iterator: one that waited for its turn would have prefetched elements.
 
   Args:
-    make: what to measure, by name.
+    make: makes the iterators to measure, by name.
     size: items per element.
-    seconds: how long to measure each in each round, after a quarter as long to get going.
-    rounds: how many rounds.
+    seconds: how long to measure each in each round, after a warm-up of a quarter of that time.
+    rounds: the number of rounds.
 
   Returns:
-    For each name [rounds].
+    Items per second [rounds], by name.
   """
   rates: dict[str, list[float]] = {name: [] for name in make}
   for number in range(rounds):
@@ -116,8 +116,8 @@ def items_per_second(
 
 
 def _pull(iterator: Iterator[Any], seconds: float) -> tuple[int, float]:
-  """After one more, takes elements for some time, at least one; returns how many and how long it took."""
-  next(iterator)  # the first one waits for graphs
+  """Skips one element and takes at least one more for some time; returns their number and the time."""
+  next(iterator)  # the first one waits for tracing
   began, count = time.monotonic(), 0
   while count == 0 or time.monotonic() - began < seconds:
     next(iterator)
@@ -126,7 +126,7 @@ def _pull(iterator: Iterator[Any], seconds: float) -> tuple[int, float]:
 
 
 def seconds_per_call(functions: Mapping[str, Callable[[], None]], rounds: int) -> dict[str, np.ndarray]:
-  """Calls functions in turns; for each name [rounds]."""
+  """Calls functions alternately; returns seconds [rounds], by name."""
   times: dict[str, list[float]] = {name: [] for name in functions}
   for _ in range(rounds):
     for name, function in functions.items():
@@ -139,15 +139,15 @@ def seconds_per_call(functions: Mapping[str, Callable[[], None]], rounds: int) -
 
 
 def seconds_in_a_row(start: Callable[[], Any], warmup: int, count: int) -> np.ndarray:
-  """Measures work of which the next piece is always queued while one is under way, as in training.
+  """Measures steps with the next one always queued while one runs, as in training.
 
   Args:
-    start: starts a piece and returns its results, which need not be there yet.
-    warmup: how many pieces do not count.
-    count: how many do.
+    start: starts a step and returns its results, which need not be ready.
+    warmup: the number of steps that do not count.
+    count: the number of steps that count.
 
   Returns:
-    From the end of one piece to the end of the next, [count].
+    Seconds from the end of one step to the end of the next, [count].
   """
   import jax
 
@@ -164,7 +164,7 @@ def seconds_in_a_row(start: Callable[[], Any], warmup: int, count: int) -> np.nd
 
 
 def spread(name: str, values: np.ndarray) -> dict[str, float]:
-  """The median of measurements [n], the least and the greatest."""
+  """The median, minimum and maximum of measurements [n]."""
   return {
     name: float(np.median(values)),
     f"{name}_min": float(values.min()),
@@ -173,7 +173,7 @@ def spread(name: str, values: np.ndarray) -> dict[str, float]:
 
 
 def ratios(values: np.ndarray, others: np.ndarray) -> dict[str, float]:
-  """The ratio of the medians of two [rounds], and the least and the greatest of those of single rounds."""
+  """The ratio of two [rounds] measurements' medians, and the extremes of the ratios in single rounds."""
   single = values / others
   ratio = float(np.median(values) / np.median(others))
   return {"ratio": ratio, "ratio_min": float(single.min()), "ratio_max": float(single.max())}

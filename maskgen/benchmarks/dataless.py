@@ -1,4 +1,4 @@
-"""A run without its data and pretrained models, to measure how fast it is."""
+"""A run without data and pretrained models, to measure its speed."""
 
 import dataclasses
 from collections.abc import Generator, Mapping, Sequence
@@ -13,7 +13,7 @@ from maskgen.numerics.text import Captions
 from maskgen.training.experiment import Experiment
 from maskgen.training.state import TrainState
 
-# What a batch is made of: random images, random codes, or what the config's own pipeline gives.
+# The content of a batch: random images, random codes, or the output of the config's own pipeline.
 SOURCES = ("synthetic", "tokens", "config")
 _INPUTS = {"synthetic": "image", "tokens": "tokens"}
 _Spec = dict[str, jax.ShapeDtypeStruct]
@@ -21,11 +21,11 @@ _Spec = dict[str, jax.ShapeDtypeStruct]
 
 @dataclasses.dataclass(frozen=True)
 class NoData:
-  """What an `Experiment` asks of its data before it reads any; it does without TensorFlow.
+  """What an `Experiment` needs from its data before reading any, without TensorFlow.
 
   Attributes:
-    objective: what the data would be for.
-    num_train: records, for lengths in epochs.
+    objective: the objective that the data would be for.
+    num_train: the number of records, for lengths in epochs.
   """
 
   objective: objectives.Objective
@@ -60,11 +60,11 @@ def build(
 
   Args:
     config: the config.
-    source: one of `SOURCES`; only "config" opens the config's data, and only that imports TensorFlow.
+    source: one of `SOURCES`; only "config" opens the config's data, which imports TensorFlow.
     devices: see `Experiment`.
 
   Raises:
-    UserError: if the config is wrong, or the objective does not take what the source gives.
+    UserError: if the config is wrong, or the objective does not support the source.
   """
   objective = objectives.build(config["objective"])
   if source == "tokens" and "tokens" not in objective.batch_spec().inputs:
@@ -80,12 +80,12 @@ def batch_spec(experiment: Experiment, source: str) -> _Spec:
   """Shapes, dtypes and shardings of a global training batch; nothing is allocated.
 
   Args:
-    experiment: as `build` makes it.
+    experiment: from `build`.
     source: one of `SOURCES`.
 
   Returns:
-    "synthetic" and "tokens": the objective's `batch_spec` with images or cached codes; "config": what the
-    config's pipeline gives.
+    For "synthetic" and "tokens" the objective's `batch_spec`, with images or cached codes; for "config" the
+    output of the config's pipeline.
   """
   if source == "config":
     spec = experiment.data.spec
@@ -96,7 +96,7 @@ def batch_spec(experiment: Experiment, source: str) -> _Spec:
 
 
 def random_batch(experiment: Experiment, source: str) -> dict[str, jax.Array]:
-  """Makes a global batch of `batch_spec`, of "synthetic" or "tokens", where it belongs."""
+  """Makes a sharded global batch of `batch_spec`, for "synthetic" or "tokens"."""
   spec = batch_spec(experiment, source)
   arrays = experiment.objective.batch_spec().arrays(_INPUTS[source])
 
@@ -111,7 +111,7 @@ def random_batch(experiment: Experiment, source: str) -> dict[str, jax.Array]:
 
 
 def batches(experiment: Experiment, source: str) -> Generator[Mapping[str, jax.Array]]:
-  """Global training batches without end: one random batch again and again, or the config's own."""
+  """Endless global training batches: one random batch repeated, or the config's own."""
   if source == "config":
     yield from experiment.train_batches(0)
   batch = random_batch(experiment, source)
@@ -120,7 +120,7 @@ def batches(experiment: Experiment, source: str) -> Generator[Mapping[str, jax.A
 
 
 def random_tree(targets: Any) -> Any:
-  """Small random arrays for a tree of shapes, each where it belongs."""
+  """Small random arrays for a tree of shapes, with their shardings."""
   rng = np.random.default_rng(0)
 
   def random(leaf: Any) -> jax.Array:
@@ -131,7 +131,7 @@ def random_tree(targets: Any) -> Any:
 
 
 def random_state(experiment: Experiment) -> tuple[TrainState, Any]:
-  """Returns (state, frozen) with small random parameters, each where it belongs."""
+  """Returns (state, frozen) with small random parameters, with their shardings."""
 
   def zeros(leaf: Any) -> jax.Array:
     return jax.device_put(np.zeros(leaf.shape, leaf.dtype), leaf.sharding)

@@ -1,4 +1,4 @@
-"""The devices that are here: their names, memory, and how fast they multiply matrices."""
+"""The devices of this machine: their names, memory, and speed of matrix products."""
 
 import contextlib
 import math
@@ -14,24 +14,24 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from maskgen.errors import UserError, shortage
 
-# Sizes of square matrices: from what every machine multiplies in a moment to what keeps any accelerator busy.
+# Sizes of square matrices, from fast on any machine to large enough to saturate any accelerator.
 _SIZES = tuple(2**power for power in range(9, 15))
-# A machine on which one product takes longer need not be asked for an eight times longer one.
+# If one product takes longer, the next size, which takes eight times as long, is skipped.
 _SECONDS_PER_PRODUCT = 0.1
 _SECONDS_PER_REPEAT = 0.05
 _REPEATS = 5
 
 
 def describe() -> dict[str, Any]:
-  """What there is, over all processes."""
+  """The devices of all processes."""
   return {"device": jax.devices()[0].device_kind, "devices": jax.device_count()}
 
 
 def matmul_peak(dtype: str) -> float:
   """Measures FLOP/s of square matrix products: the best size's best repeat, over all devices.
 
-  All devices of this process multiply at once, since virtual ones share their cores; processes are taken to
-  be alike.
+  All devices of this process multiply at the same time, since virtual devices share cores; all processes are
+  assumed to be equally fast.
 
   Args:
     dtype: of the factors and the product.
@@ -71,7 +71,7 @@ def _normal(shape: tuple[int, int], scale: float, dtype: str, where: NamedShardi
 
 
 def peak_memory() -> dict[str, Any]:
-  """The most bytes in use since this process began: of the fullest device, else of the process itself."""
+  """The peak of bytes in use so far, of the fullest device or else of this process."""
   stats = [device.memory_stats() or {} for device in jax.local_devices()]
   peaks = [entry["peak_bytes_in_use"] for entry in stats if "peak_bytes_in_use" in entry]
   if peaks:
@@ -83,10 +83,10 @@ def peak_memory() -> dict[str, Any]:
 
 @contextlib.contextmanager
 def enough_memory(batch_size: int) -> Iterator[None]:
-  """Says so where the devices' memory does not suffice for a batch.
+  """Turns exhausted device memory into an error for users.
 
   Raises:
-    UserError: in that case.
+    UserError: if device memory is exhausted.
   """
   try:
     yield
@@ -94,5 +94,5 @@ def enough_memory(batch_size: int) -> Iterator[None]:
     if not (found := shortage(error)):
       raise
     raise UserError(
-      f"--batch_size={batch_size}: the devices' memory does not suffice ({found}): give less"
+      f"--batch_size={batch_size}: device memory is exhausted ({found}): use a smaller batch"
     ) from error

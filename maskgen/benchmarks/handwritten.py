@@ -1,7 +1,7 @@
-"""A loop by hand over the same pictures, as TensorFlow's documentation teaches it: the pipeline's yardstick.
+"""The pipeline's baseline: a hand-written loop over the same pictures, as in TensorFlow's documentation.
 
-It shuffles, decodes, augments and batches, and that is all: it has no labels, cannot be resumed, stops at
-damaged pictures and knows nothing of orientation or transparency. It shares no op with the pipeline.
+It only shuffles, decodes, augments and batches: it has no labels, cannot be resumed, stops at damaged
+pictures and ignores orientation and transparency. It shares no op with the pipeline.
 """
 
 import math
@@ -17,18 +17,18 @@ from maskgen.data.sources import Source, open_source
 from maskgen.data.sources.digits import load as load_digits
 from maskgen.errors import UserError
 
-# How many encoded pictures are kept in memory to measure decoding alone.
+# The number of encoded pictures that are kept in memory to measure decoding alone.
 _PICTURES = 512
 
 
 class Handwritten:
-  """Pictures of one split, read and preprocessed by hand."""
+  """The hand-written loop over the pictures of one split."""
 
   def __init__(self, source: str, split: str, preprocess: str):
     """Opens the pictures.
 
     Raises:
-      UserError: if they are no files or damaged, or the preprocessing has no counterpart here.
+      UserError: if they are not files or are damaged, or the preprocessing has no counterpart here.
     """
     parsed = parse_preprocess(preprocess)
     known = ("decode", _CROP, *_OPS)
@@ -36,13 +36,13 @@ class Handwritten:
       if name not in known:
         raise UserError(
           f"{name} in preprocessing '{preprocess}' has no counterpart in the hand-written loop, which has "
-          f"{', '.join(known)}: compare a preprocessing of these"
+          f"{', '.join(known)}: use only these"
         )
     opened = open_source(source, split)
     image = tf.data.Dataset.range(1).map(opened.fetch).element_spec.get("image")
     if image is None or image.dtype != tf.string:
       raise UserError(
-        f"{opened.name} has no encoded pictures to compare decoding of: give another data.source"
+        f"{opened.name} has no encoded pictures, so there is no decoding to compare: give another data.source"
       )
     self._name, self._size = opened.name, opened.size
     self._keys, self._read = _keys(source, split, opened)
@@ -53,13 +53,13 @@ class Handwritten:
     self._are_jpegs = all(file.startswith(b"\xff\xd8\xff") for file in self._files)
 
   def batches(self, batch_size: int) -> Generator[np.ndarray]:
-    """Yields images uint8 [b, h, w, c] without end, each epoch in an order of its own."""
+    """Yields images uint8 [b, h, w, c] endlessly, each epoch in another order."""
     dataset = self._keys.shuffle(self._size).repeat()
     dataset = dataset.map(self._load, num_parallel_calls=tf.data.AUTOTUNE)
     return self._iterate(dataset.batch(batch_size).prefetch(tf.data.AUTOTUNE))
 
   def decodings(self, batch_size: int) -> Generator[np.ndarray]:
-    """Decodes pictures that are in memory, and yields how many bytes each gave, int32 [b], without end."""
+    """Decodes pictures in memory endlessly, and yields the decoded sizes in bytes, int32 [b]."""
     dataset = tf.data.Dataset.from_tensor_slices(self._files).repeat()
     dataset = dataset.map(lambda file: tf.size(self._decode(file)), num_parallel_calls=tf.data.AUTOTUNE)
     return self._iterate(dataset.batch(batch_size).prefetch(tf.data.AUTOTUNE))
@@ -97,7 +97,7 @@ class Handwritten:
 
 
 def _keys(spec: str, split: str, source: Source) -> tuple[tf.data.Dataset, Callable[[tf.Tensor], tf.Tensor]]:
-  """Returns one epoch of whatever stands for a picture, and how to read its file."""
+  """Returns one epoch of keys of pictures, and a function that reads a key's file."""
   if spec == "digits":
     return tf.data.Dataset.from_tensor_slices(load_digits(split)[0]), tf.identity
   if spec.startswith("folder:"):
@@ -112,7 +112,7 @@ def _resize(image: tf.Tensor, size: Any, arguments: dict[str, Any]) -> tf.Tensor
 
 
 def _random_rectangle(shape: tf.Tensor, scale: tuple[float, float]) -> tf.Tensor:
-  """As large, on average, as the pipeline's: tf.image.sample_distorted_bounding_box takes a tenth less."""
+  """As large on average as the pipeline's; tf.image.sample_distorted_bounding_box's is a tenth smaller."""
   height, width = tf.cast(shape[0], tf.float32), tf.cast(shape[1], tf.float32)
   area = height * width * tf.random.uniform([], *scale)
   ratio = tf.exp(tf.random.uniform([], -math.log(4 / 3), math.log(4 / 3)))
@@ -149,7 +149,7 @@ def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
   return size if isinstance(size, tuple) else (size, size)
 
 
-# The one that need not decode all of a picture.
+# The only op that does not need the whole decoded picture.
 _CROP = "random_resized_crop"
 _OPS: dict[str, Callable[[tf.Tensor, dict[str, Any]], tf.Tensor]] = {
   "resize": lambda image, arguments: _resize(image, _pair(arguments["size"]), arguments),

@@ -1,4 +1,4 @@
-"""How many images a second the training pipeline gives, beside a loop written by hand."""
+"""Images per second of the training pipeline, compared with a hand-written loop."""
 
 import logging
 import os
@@ -21,13 +21,13 @@ def main(argv: Sequence[str]) -> Iterator[dict[str, Any]]:
     UserError: if the config is wrong, or its preprocessing has no counterpart in the hand-written loop.
   """
   parser = cli.Parser(
-    "Measures images per second on this host: of the training pipeline of a config, of a minimal tf.data "
-    "loop written by hand for the same pictures, and of decoding alone, in turns.",
+    "Measures images per second on this host, alternating between the training pipeline of a config, a "
+    "minimal hand-written tf.data loop over the same pictures, and decoding alone.",
     "python -m maskgen.tools.bench input --config=configs/quickstart.py --seconds=2 --rounds=5",
   )
   common.add_config(parser)
   parser.add_argument("--seconds", type=float, default=10.0, help="how long to measure each in each round")
-  parser.add_argument("--rounds", type=int, default=3, help="how many rounds, whose medians count")
+  parser.add_argument("--rounds", type=int, default=3, help="number of rounds; medians count")
   args, config = common.parse(parser, argv)
   common.check_at_least(args, 1, "rounds")
   common.check_at_least(args, 0, "seconds")

@@ -1,4 +1,4 @@
-"""How much arithmetic a training step is made of."""
+"""The arithmetic of a training step."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -12,11 +12,11 @@ from maskgen.training.experiment import Experiment
 def model_flops(experiment: Experiment, batch: Mapping[str, Any]) -> int:
   """Counts FLOPs of the matrix products and convolutions of one training step, over all devices.
 
-  These are what the mathematics needs, however the step is run: recomputation by rematerialisation does not
-  count, and a fused attention kernel counts as what it replaces.
+  The count does not depend on how the step is run: rematerialised computation does not count, and a fused
+  attention kernel counts as the products that it replaces.
 
   Args:
-    experiment: whose step.
+    experiment: the experiment.
     batch: a global training batch, or its shapes; nothing is computed.
   """
   section = experiment.config.objective

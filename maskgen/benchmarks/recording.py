@@ -1,4 +1,4 @@
-"""Where the time of a compiled function goes, from what the profiler recorded."""
+"""The time of a compiled function by kind of operation, from a profile."""
 
 import glob
 import re
@@ -8,7 +8,7 @@ import jax
 
 from maskgen.costs.hlo_text import Module
 
-# A fusion is of the first kind of which it has an operation; what has none of these is "other", such as
+# A fusion has the first of these kinds that one of its operations has; "other" is everything else, such as
 # elementwise arithmetic and reductions.
 _KINDS = {
   "matmul": re.compile(r"dot|gemm|matmul|fmha|ragged-dot"),
@@ -19,7 +19,7 @@ _MOVES = {"copy", "transpose", "reshape", "slice", "concatenate", "pad", "broadc
   *("dynamic-slice", "dynamic-update-slice", "gather", "reverse", "copy-start", "copy-done"),
 }
 _FREE = {"parameter", "constant", "bitcast", "tuple", "get-tuple-element", "iota"}
-# Their time is that of the operations in them.
+# Their time is that of the operations that they run.
 _CONTROL = {"while", "call", "conditional"}
 
 
@@ -27,8 +27,8 @@ def kinds_of_operations(hlo: str) -> dict[str, str]:
   """Reads the text of a compiled module.
 
   Returns:
-    For the name of each operation its kind: "matmul", "convolution", "collective", "copy" or "other"; none
-    for control flow.
+    The kind of each operation by name: "matmul", "convolution", "collective", "copy" or "other"; control flow
+    is not included.
   """
   module = Module(hlo)
   kinds = {}
@@ -48,14 +48,14 @@ def _kind(opcodes: set[str]) -> str:
 
 
 def shares(folder: str, hlo: str) -> dict[str, float]:
-  """The share of each kind of operation in the newest recording in a folder.
+  """The share of each kind of operation in the newest profile in a folder.
 
   Args:
-    folder: what `jax.profiler.trace` was given.
+    folder: the argument of `jax.profiler.trace`.
     hlo: the text of the compiled module that ran.
 
   Returns:
-    Shares of the time of all its operations, the largest first.
+    Shares of the total time of its operations, the largest first.
   """
   kinds = kinds_of_operations(hlo)
   file = max(glob.glob(f"{folder}/plugins/profile/*/*.xplane.pb"))

@@ -1,4 +1,4 @@
-"""How fast images are generated."""
+"""The speed of generation."""
 
 import functools
 import logging
@@ -21,17 +21,17 @@ def main(argv: Sequence[str]) -> Iterator[dict[str, Any]]:
       objective does not generate.
   """
   parser = cli.Parser(
-    "Measures the generation of images on the devices that are here: compilation, seconds per batch, images "
-    "per second, memory. Weights are random, so no trained model is needed. One line for each batch size; "
-    "size 1 tells how long one image takes. With --reuse, also a line for each such `reuse`, measured "
-    "in turns with the full evaluation that it is compared with.",
+    "Measures image generation on the devices of this machine: compilation, seconds per batch, images per "
+    "second, memory. Weights are random, so no trained model is needed. Prints one line per batch size; "
+    "size 1 measures the latency of one image. With --reuse, also one line for each such `reuse`, alternated "
+    "with the full evaluation that it is compared with.",
     "python -m maskgen.tools.bench sample --config=configs/mage_base.py --batch_size=1,64",
   )
   common.add_config(parser)
   common.add_batch_sizes(parser)
   parser.add_argument("--sampling_steps", type=int, help="decoding steps, by default the config's")
   parser.add_argument("--reuse", help="steps from one full evaluation to the next, such as 2,4")
-  parser.add_argument("--repeats", type=int, default=5, help="how many batches are measured, after one")
+  parser.add_argument("--repeats", type=int, default=5, help="batches to measure, after a first one")
   args, config = common.parse(parser, argv)
   common.check_at_least(args, 1, "repeats")
   if args.sampling_steps is not None:
@@ -57,7 +57,7 @@ def main(argv: Sequence[str]) -> Iterator[dict[str, Any]]:
 
 
 def _measure(config: Mapping[str, Any], args: Any, reuses: Sequence[int]) -> list[dict[str, Any]]:
-  """Everything about one batch size; a result for each way to reuse features."""
+  """Measures one batch size; returns a result for each value of `reuse`."""
   import jax
 
   from maskgen import objectives, sharding

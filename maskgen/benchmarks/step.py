@@ -1,4 +1,4 @@
-"""How long a training step takes, and how much of the devices' arithmetic it uses."""
+"""The time of a training step and its model FLOPs utilisation."""
 
 import logging
 import time
@@ -11,7 +11,7 @@ from maskgen import cli
 from maskgen.benchmarks import common
 from maskgen.errors import UserError
 
-# How many steps a profile shows.
+# The number of steps in a profile.
 _PROFILED = 3
 log = logging.getLogger("maskgen")
 
@@ -21,12 +21,12 @@ def main(argv: Sequence[str]) -> Iterator[dict[str, Any]]:
 
   Raises:
     UserError: if the config is wrong, a batch does not divide over the devices or does not fit, or the
-      objective does not take what the source gives.
+      objective does not support the source.
   """
   parser = cli.Parser(
-    "Measures the training step on the devices that are here: compilation, seconds per step, images per "
-    "second, model FLOPs, their share of the matmul peak that is measured in the same run (MFU), memory. "
-    "Weights are random, so no data and no trained tokenizer is needed. One line for each batch size.",
+    "Measures the training step on the devices of this machine: compilation, seconds per step, images per "
+    "second, model FLOPs, their share of the matmul peak measured in the same run (MFU), memory. Weights and "
+    "data are random, so no data and no trained tokenizer are needed. Prints one line per batch size.",
     "python -m maskgen.tools.bench step --config=configs/mage_base.py --batch_size=64,128",
   )
   common.add_config(parser)
@@ -37,8 +37,8 @@ def main(argv: Sequence[str]) -> Iterator[dict[str, Any]]:
     help="random images, random codes as from a token cache, or the config's own data; by default images",
   )
   common.add_batch_sizes(parser)
-  parser.add_argument("--steps", type=int, default=10, help="how many steps are measured")
-  parser.add_argument("--warmup", type=int, default=2, help="how many steps are made before")
+  parser.add_argument("--steps", type=int, default=10, help="number of steps to measure")
+  parser.add_argument("--warmup", type=int, default=2, help="number of steps before them")
   parser.add_argument("--profile", help=f"folder for a recording of {_PROFILED} more steps, for TensorBoard")
   args, config = common.parse(parser, argv)
   common.check_at_least(args, 1, "steps")
@@ -59,7 +59,7 @@ def main(argv: Sequence[str]) -> Iterator[dict[str, Any]]:
   for size in sizes:
     with devices.enough_memory(size):
       result = _measure(config | {"batch_size": size}, args)
-    if peak is None:  # only now, so that its matrices do not count as the step's memory
+    if peak is None:  # after the step, so that its matrices do not count as the step's memory
       log.info("measuring the peak of matrix products in %s", result["dtype"])
       peak = devices.matmul_peak(result["dtype"])
     if jax.process_index() == 0:
@@ -68,7 +68,7 @@ def main(argv: Sequence[str]) -> Iterator[dict[str, Any]]:
 
 
 def _measure(config: Mapping[str, Any], args: Any) -> dict[str, Any]:
-  """Everything about one batch size that needs no peak."""
+  """Measures one batch size, except for what depends on the peak."""
   import jax
 
   from maskgen.benchmarks import dataless, devices, recording

@@ -1,4 +1,4 @@
-"""What cached codes save: the time of a training step with and without the tokenizer's encoder."""
+"""The speed-up by cached codes: the time of a training step with and without the tokenizer's encoder."""
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -19,13 +19,13 @@ def main(argv: Sequence[str]) -> Iterator[dict[str, Any]]:
     UserError: if the config is wrong, or its objective cannot be trained on codes.
   """
   parser = cli.Parser(
-    "Measures seconds per training step on random data, with images tokenized as they come and with cached "
-    "codes, in turns. 'ratio' is live to cached.",
+    "Measures seconds per training step on random data, alternating between images that are tokenized in the "
+    "step and cached codes. 'ratio' is live to cached.",
     "python -m maskgen.tools.bench tokens --config=configs/mage_base.py --batch_size=64",
   )
   common.add_config(parser)
   parser.add_argument("--batch_size", type=int, help="examples per step, by default the config's")
-  parser.add_argument("--steps", type=int, default=3, help="how many steps of each, whose medians count")
+  parser.add_argument("--steps", type=int, default=3, help="number of steps of each; medians count")
   args, config = common.parse(parser, argv)
   common.check_at_least(args, 1, "steps")
   if args.batch_size is not None:
@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> Iterator[dict[str, Any]]:
   for name, batch in batches.items():
     log.info("compiling the step, %s", name)
     compiled[name] = experiment.compile(batch)
-  log.info("making random parameters")
+  log.info("initialising random parameters")
   state, frozen = dataless.random_state(experiment)
 
   def step(name: str) -> Callable[[], None]:
