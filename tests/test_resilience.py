@@ -378,6 +378,8 @@ def test_a_workdir_that_is_moved_ends_the_run_and_continues_where_it_is(
 
   def update(state, frozen, batch):
     if int(state.step) == 6:
+      while not (workdir / "checkpoints" / "4").exists():
+        time.sleep(0.01)  # it is written in the background
       workdir.rename(tmp_path / "moved")
     return compiled(state, frozen, batch)
 

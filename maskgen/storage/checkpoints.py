@@ -164,7 +164,12 @@ class Checkpoints:
     processes.wait("damaged checkpoints are put aside")
     self._manager.reload()
 
-  def _not_written(self, error: Exception) -> TransientError:
+  def _not_written(self, error: Exception) -> UserError:
+    if not self._manager.directory.exists():
+      return UserError(
+        f"{self._manager.directory} was moved or deleted while its run was at work: start the same command "
+        "with the --workdir where it is now"
+      )
     latest = self.latest()
     return TransientError(
       f"{self._manager.directory} could not be written ({_first_line(error)}): make room or reach it again, "
