@@ -38,14 +38,14 @@ def like(given: np.ndarray, made: np.ndarray) -> np.ndarray:
   return to_uint8(made) if given.dtype == np.uint8 else made
 
 
-def turn_hues(images: jax.Array, sixths: jax.Array) -> jax.Array:
-  """Turns the hues of float images [b, h, w, 3] by sixths of the circle, int32 [b]: by 1 red becomes yellow.
+def shift_hues(images: jax.Array, shift: jax.Array) -> jax.Array:
+  """Shifts hues of float images [b, h, w, 3] by multiples of 60 degrees, int32 [b]: 1 turns red to yellow.
 
-  The largest and the smallest channel of a pixel stay, so that grey stays, too.
+  The largest and the smallest channel of a pixel do not change, so grey does not change either.
   """
   opposite = images.max(axis=-1, keepdims=True) + images.min(axis=-1, keepdims=True) - images
-  odd = sixths % 2
-  thirds = (sixths - 3 * odd) // 2
+  odd = shift % 2
+  thirds = (shift - 3 * odd) // 2
   channels = (jnp.arange(3)[None] - thirds[:, None]) % 3
   from_here = jnp.where(odd[:, None, None, None] == 1, opposite, images)
   return jnp.take_along_axis(from_here, channels[:, None, None, :], axis=-1)

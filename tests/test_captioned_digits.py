@@ -73,14 +73,14 @@ def test_captions_for_training_leave_something_out(train):
     assert np.mean([a == b for a, b in pairs]) > 0.99, kind
 
 
-@pytest.mark.parametrize("sixths", range(1, 6))
-def test_turned_hues_are_other_values_of_colours(test, sixths):
+@pytest.mark.parametrize("shift", range(1, 6))
+def test_shifted_hues_are_other_values_of_colours(test, shift):
   before, glyphs = read(test)
   pictures = test["image"].astype(np.float32) / 255.0
-  turned = images.turn_hues(pictures, np.full(len(pictures), sixths, np.int32))
+  turned = images.shift_hues(pictures, np.full(len(pictures), shift, np.int32))
   after, same = scenes.read(np.asarray(turned))
   for kind in ("colour", "background"):
-    assert np.mean(after[kind] == (before[kind] + sixths) % 6) > 0.99, kind
+    assert np.mean(after[kind] == (before[kind] + shift) % 6) > 0.99, kind
   for kind in ("size", "place"):
     assert np.mean(after[kind] == before[kind]) > 0.99, kind
   assert np.abs(same - glyphs).mean() < 0.05

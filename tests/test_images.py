@@ -11,9 +11,9 @@ PICTURES = np.random.default_rng(0).random((7, 4, 5, 3)).astype(np.float32)
 
 
 def test_hues_are_turned_and_nothing_else():
-  sixths = np.arange(7, dtype=np.int32)
-  turned = np.asarray(jax.jit(images.turn_hues)(PICTURES, sixths))
-  for before, after, by in zip(PICTURES, turned, sixths, strict=True):
+  shift = np.arange(7, dtype=np.int32)
+  turned = np.asarray(jax.jit(images.shift_hues)(PICTURES, shift))
+  for before, after, by in zip(PICTURES, turned, shift, strict=True):
     for pixel, other in zip(before.reshape(-1, 3), after.reshape(-1, 3), strict=True):
       hue, lightness, saturation = colorsys.rgb_to_hls(*map(float, pixel))
       expected = colorsys.hls_to_rgb((hue + by / 6) % 1, lightness, saturation)
@@ -21,11 +21,11 @@ def test_hues_are_turned_and_nothing_else():
 
 
 def test_a_full_turn_changes_nothing():
-  for sixths in (0, 6):
-    np.testing.assert_array_equal(images.turn_hues(PICTURES, np.full(7, sixths, np.int32)), PICTURES)
+  for shift in (0, 6):
+    np.testing.assert_array_equal(images.shift_hues(PICTURES, np.full(7, shift, np.int32)), PICTURES)
 
 
 def test_hues_can_be_turned_back():
-  sixths = np.arange(7, dtype=np.int32)
-  back = images.turn_hues(images.turn_hues(PICTURES, sixths), 6 - sixths)
+  shift = np.arange(7, dtype=np.int32)
+  back = images.shift_hues(images.shift_hues(PICTURES, shift), 6 - shift)
   np.testing.assert_allclose(back, PICTURES, atol=1e-6)

@@ -81,23 +81,23 @@ def say(words, number=6, subjects=(), examples=4000):
   vectors = np.tile(np.arange(1.0, 8.0, dtype=np.float32)[None, :, None], (examples, 1, WIDTH))
   caption = Segment(vectors, np.full(examples, number, np.int32))
   said = jax.jit(words.draw)(keys, caption, np.tile(np.isin(np.arange(1, 8), subjects), (examples, 1)))
-  before, behind, sixths = map(np.asarray, (said.before.number, said.behind.number, said.sixths))
+  before, behind, shift = map(np.asarray, (said.before.number, said.behind.number, said.hue_shift))
   assert ((before + behind) <= number).all()
   for vectors, first, last in zip(np.asarray(said.behind.vectors), before, behind, strict=True):
     assert list(vectors[:last, 0]) == list(range(number - last + 1, number + 1)) and first >= 0
   np.testing.assert_array_equal(said.before.vectors, caption.vectors)
-  return before, behind, sixths
+  return before, behind, shift
 
 
 def test_a_share_of_images_has_words_beside_it():
   for place in ("before", "behind"):
-    before, behind, sixths = say(Words(0.3, place))
+    before, behind, shift = say(Words(0.3, place))
     (none, words) = (before, behind) if place == "before" else (behind, before)
-    assert not none.any() and not sixths.any() and set(words) == {0, 6}
+    assert not none.any() and not shift.any() and set(words) == {0, 6}
     assert abs(np.mean(words > 0) - 0.3) < 0.03
-  before, behind, sixths = say(Words(0.5, recoloured=0.4))
-  assert abs(np.mean(sixths > 0) - 0.2) < 0.03 and not sixths[behind == 0].any()
-  assert all(abs(np.mean(sixths == n) - 0.04) < 0.015 for n in range(1, 6))
+  before, behind, shift = say(Words(0.5, recoloured=0.4))
+  assert abs(np.mean(shift > 0) - 0.2) < 0.03 and not shift[behind == 0].any()
+  assert all(abs(np.mean(shift == n) - 0.04) < 0.015 for n in range(1, 6))
 
 
 def test_an_image_stands_in_place_of_words():
@@ -110,8 +110,8 @@ def test_an_image_stands_in_place_of_words():
 def test_an_image_stands_in_place_of_its_subject():
   """The third of five words, the first of two that are subjects."""
   words = Words(1.0, "within", ("cat", "dog"), 0.5)
-  before, behind, sixths = say(words, 5, (3, 4))
-  plain, turned = sixths == 0, sixths > 0
+  before, behind, shift = say(words, 5, (3, 4))
+  plain, turned = shift == 0, shift > 0
   for i in range(3):
     assert abs(np.mean(before[plain] == i) - 1 / 3) < 0.04 and abs(np.mean(behind[plain] == i) - 1 / 3) < 0.04
     share = 2 / 3 if i == 2 else 1 / 6

@@ -291,7 +291,7 @@ def test_features_and_reconstructions():
       dict(words=dict(place="within", subject=("cats",))),
       "'cats' is not a single word of the tokenizer",
     ),
-    (dict(min_timestep=1000), "min_timestep is 1000: the decoder's noise has steps 0 to 999"),
+    (dict(min_timestep=1000), "min_timestep is 1000: the decoder's timesteps are 0 to 999"),
     (dict(pool_heads=3), "does not divide into 3 heads"),
     (dict(sampling=dict(sampler="euler")), "sampler 'euler' does not exist"),
     (dict(tail_drop=dict(distribution="pow")), "distribution 'pow' does not exist"),
@@ -308,7 +308,7 @@ def test_pretrained_models_of_another_kind():
   other = DECODER | dict(unet=DECODER["unet"] | dict(layers=2))
   with pytest.raises(UserError, match=r"it has model.unet.layers=2, config.objective has 1: make them equal"):
     objective.check_pretrained("decoder", {"objective": other})
-  with pytest.raises(UserError, match="it makes no images of texts"):
+  with pytest.raises(UserError, match="it does not generate images from texts"):
     objective.check_pretrained("decoder", {"objective": tiny.stage("tokenizer")["objective"]})
 
 

@@ -16,7 +16,7 @@ GLYPH_SIDE = 8
 _DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 _SIZES = ("small", "large")
 # RGB of bright ink and of dark backgrounds, six hues each in the order of the colour circle: a picture with
-# hues rotated by sixths looks like any other. No channel of an ink is darker than one of a background. If
+# shifted hues looks like any other. No channel of an ink is darker than one of a background. If
 # either could be the brighter one, the shape of a class would be light as often as dark, and models trained
 # from scratch would learn classes last.
 INKS = {

@@ -93,12 +93,12 @@ class Said(NamedTuple):
   Attributes:
     before: words before the image.
     behind: words after it.
-    sixths: int32 [b], the hue shift of the image that the encoder sees, in multiples of 60 degrees.
+    hue_shift: int32 [b], the hue shift of the image that the encoder sees, in multiples of 60 degrees.
   """
 
   before: Segment
   behind: Segment
-  sixths: jax.Array
+  hue_shift: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,8 +112,8 @@ class Words:
     subject: words for what images show, such as "dog" and "cat". An image within its caption replaces the
       first of these and random words around it; without any, it replaces random words, or none.
     recoloured: the share of these examples whose image is hue-shifted for the encoder, see
-      `maskgen.images.turn_hues`, so that the model learns to follow words where they contradict the image. On
-      each side of a hue-shifted image within its caption, all words up to the subject are kept half of the
+      `maskgen.images.shift_hues`, so that the model learns to follow words where they contradict the image.
+      On each side of a hue-shifted image within its caption, all words up to the subject are kept half of the
       time, so that they name the hues.
   """
 
@@ -146,22 +146,22 @@ class Words:
       say, turn, hue, one, other, near = jax.random.split(key, 6)
       number *= jax.random.bernoulli(say, self.share)
       turned = (number > 0) & jax.random.bernoulli(turn, self.recoloured)
-      sixths = jnp.where(turned, jax.random.randint(hue, (), 1, 6), 0)
+      hue_shift = jnp.where(turned, jax.random.randint(hue, (), 1, 6), 0)
       if self.place != "within":
-        return jnp.full((2,), number * (self.place == "behind")), number, sixths
+        return jnp.full((2,), number * (self.place == "behind")), number, hue_shift
       at = subjects.argmax()
       known = subjects[at] & (at < number)
       first = jax.random.randint(one, (), 0, jnp.where(known, at, number) + 1)
       last = jax.random.randint(other, (), jnp.where(known, at + 1, 0), number + 1)
       ends = jnp.sort(jnp.stack([first, last]))
       close = turned & known & jax.random.bernoulli(near, shape=(2,))
-      return jnp.where(close, jnp.stack([at, at + 1]), ends), number, sixths
+      return jnp.where(close, jnp.stack([at, at + 1]), ends), number, hue_shift
 
-    ends, number, sixths = jax.vmap(cut)(keys, caption.number, subjects)
+    ends, number, hue_shift = jax.vmap(cut)(keys, caption.number, subjects)
     first, last = ends.T
     at = jnp.arange(caption.vectors.shape[1])[None] + last[:, None]
     behind = jnp.take_along_axis(caption.vectors, at[..., None], axis=1, mode="clip")
-    return Said(caption._replace(number=first), Segment(behind, number - last), sixths)
+    return Said(caption._replace(number=first), Segment(behind, number - last), hue_shift)
 
 
 @dataclasses.dataclass(frozen=True)

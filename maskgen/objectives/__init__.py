@@ -1,8 +1,8 @@
 """What is trained: one file per objective.
 
-`config.objective.name` names a module here, or one of yours (docs/extending.md); its `Objective` dataclass
-is built from the rest of the section. The training loop, evaluators and API know objectives by the protocol
-below alone.
+`config.objective.name` is the name of a module in this package or of your own (docs/extending.md). Its
+`Objective` dataclass is built from the other keys of the section. The training loop, the evaluators and the
+API use objectives only through the protocol below.
 """
 
 import dataclasses
@@ -33,53 +33,53 @@ class Objective(Protocol):
   """A frozen dataclass whose fields are the keys of `config.objective`.
 
   Attributes:
-    serving: the class that `maskgen.load` returns, by its full name; a subclass of `maskgen.Model`, which is
+    serving: the full name of the class that `maskgen.load` returns, a subclass of `maskgen.Model`, which is
       the default.
   """
 
   serving: ClassVar[str]
 
   def batch_spec(self) -> BatchSpec:
-    """What its losses read from a batch."""
+    """What the losses read from a batch."""
 
   @property
   def codebook_size(self) -> int:
     """The number of codes that `encode` chooses from; 0 without a tokenizer."""
 
   def tokenizer_params(self, variables: Tree) -> Tree:
-    """The tokenizer's parameters among the model's variables; needed unless `codebook_size` is 0."""
+    """The tokenizer's parameters among the model's variables; required unless `codebook_size` is 0."""
 
   @property
   def image_shape(self) -> tuple[int, int, int]:
-    """The images (h, w, c) it takes and makes."""
+    """The shape (h, w, c) of the images that the model takes and generates."""
 
   @property
   def num_classes(self) -> int:
-    """How many classes a `label` counts; 0 where neither losses nor predictions take one."""
+    """The number of classes of `label`; 0 if neither losses nor predictions take labels."""
 
   @property
   def captions(self) -> Captions | None:
-    """How a `caption` is tokenized; None where neither losses nor predictions take one."""
+    """How a `caption` is tokenized; None if neither losses nor predictions take captions."""
 
-  # Optional: `image_encoder`, a property that returns an `EncoderPart`, lets `classify`, `vilex`, layer decay
-  # and whatever else builds on an image encoder take this objective's. `positions`, a method that returns
-  # `{path name: Positions}` of the parameters that are tables of learned positions, such as `main/position`,
-  # lets `config.init_from` interpolate them.
+  # Optional: a property `image_encoder` that returns an `EncoderPart`, for everything that builds on an image
+  # encoder, such as `classify`, `vilex` and layer decay; and a method `positions` that returns
+  # `{path name: Positions}` for the tables of learned positions among the parameters, such as
+  # `main/position`, so that `config.init_from` can interpolate them.
 
   def pretrained_shapes(self) -> dict[str, Tree]:
-    """For each name that `config.pretrained` must give: the part of that model's variables it needs."""
+    """For each required key of `config.pretrained`: the shapes of the variables it needs from that model."""
 
   def check_pretrained(self, name: str, config: Mapping[str, Any]) -> None:
-    """Checks by its config that a pretrained model is of the kind that this objective was told of.
+    """Checks that the config of a pretrained model matches this objective.
 
     Raises:
-      UserError: if it is not; shapes alone would not always tell.
+      UserError: if it does not. Different models can have the same shapes.
     """
 
   def init(self, rng: jax.Array, pretrained: Mapping[str, Tree]) -> dict[str, Tree]:
-    """Makes `{"params": {group: tree}, "frozen": tree, "extra": tree}`; one parameter group per loss.
+    """Returns `{"params": {group: tree}, "frozen": tree, "extra": tree}`, with one parameter group per loss.
 
-    `extra` is the model state: running statistics that no gradient reaches.
+    `extra` is the model state: running statistics that receive no gradient.
     """
 
   def losses(
@@ -96,46 +96,46 @@ class Objective(Protocol):
     """One forward pass.
 
     Args:
-      params: as made by `init`.
-      frozen: as made by `init`.
-      model_state: as made by `init`, or by the step before.
-      batch: the arrays of `batch_spec`, of which images may also be float32 in [0, 1], and codes of any
-        integer type; `key` one PRNG key per example, for randomness that must not depend on how the batch is
+      params: as returned by `init`.
+      frozen: as returned by `init`.
+      model_state: as returned by `init` or by the previous step.
+      batch: the arrays of `batch_spec`, where images may also be float32 in [0, 1] and codes of any integer
+        type; and `key`, one PRNG key per example, for randomness that must not depend on how the batch is
         split.
       rng: for randomness of the model, such as dropout.
-      step: completed updates, int32 scalar.
+      step: the number of completed updates, an int32 scalar.
       train: whether dropout and the like are on.
 
     Returns:
       One scalar loss per parameter group, metrics (scalars), and the new model state. Losses and metrics are
-      averaged and logged as `train/loss/GROUP` and `train/NAME`, and shown on the console.
+      averaged, logged as `train/loss/GROUP` and `train/NAME`, and shown on the console.
     """
 
   def predict_fns(self) -> dict[str, PredictFn]:
-    """Functions `(variables, batch, rng, **options)` under names shared by all objectives, or of its own.
+    """Functions `(variables, batch, rng, **options)` by name; an objective may add names to those below.
 
-    Each value [b] that `loss` returns becomes a validation metric under its name: the evaluator `loss`
-    averages it over the evaluation split. Users call any function by `model.call(name, batch)`.
+    Each value [b] that `loss` returns becomes a validation metric of that name: the evaluator `loss`
+    averages it over the evaluation split. Users call any function with `model.call(name, batch)`.
 
     loss -> {name: [b]}; features -> [b, d]; classify -> float32 [b, classes], probabilities;
     encode -> int32 [b, n]; decode (batch: tokens), reconstruct, generate and generate_uniform (batch: key
     [b]), inpaint (batch: image, mask [b, h, w], key) -> float32 [b, h, w, c] in [0, 1]; logits (batch:
-    tokens, token_mask [b, n]) -> float32 [b, n, codebook]; trajectory (batch: key) -> what `generate` goes
-    through: images [b, steps, h, w, c], and which tokens are unknown, bool [b, steps, h', w'];
-    mask (batch: key [b], the keys of `losses`; needs no variables) -> bool [b, h', w'], True for each token
-    that `losses` masks.
+    tokens, token_mask [b, n]) -> float32 [b, n, codebook]; trajectory (batch: key) -> the intermediate
+    results of `generate`: images [b, steps, h, w, c], and which tokens are unknown, bool [b, steps, h', w'];
+    mask (batch: key [b], the keys of `losses`; variables are not used) -> bool [b, h', w'], True for each
+    token that `losses` masks.
 
-    An objective whose functions sample has a field `sampling`, a frozen dataclass that checks itself. Its
-    fields are defaults for the options of these functions, and the only options that they have.
+    An objective with sampling functions has a field `sampling`, a frozen dataclass that checks its values.
+    Its fields are the options of these functions, its values their defaults.
 
-    Where `num_classes` is not 0, loss takes `label` [b] as well, and so do logits, generate, trajectory and
-    inpaint, for which `num_classes` stands for no class, as does its absence. Where there are `captions`,
-    loss takes `caption` [b, length], and so does generate, which can do without.
+    If `num_classes` is not 0, loss also takes `label` [b], and so do logits, generate, trajectory and
+    inpaint; for these, a missing label or the label `num_classes` means no class. With `captions`, loss takes
+    `caption` [b, length], and so does generate, where it is optional.
 
-    A visual lexicon has its own: encode -> tokens float32 [b, n, d]; generate (batch: key; `vectors`
-    [b, s, n, d] and `number` [b, s] for the images of a prompt, `words` [b, s + 1, m] and `num_words`
-    [b, s + 1] for what is said before, between and behind them; `negative` [b, length], a negative prompt),
-    reconstruct (batch: image; `number` [b, 1], key).
+    ViLex differs: encode -> tokens float32 [b, n, d]; generate (batch: key; `vectors` [b, s, n, d] and
+    `number` [b, s] for the images of a prompt; `words` [b, s + 1, m] and `num_words` [b, s + 1] for the words
+    before, between and after them; `negative` [b, length], a negative prompt); reconstruct (batch: image;
+    `number` [b, 1], key).
     """
 
 
@@ -144,7 +144,7 @@ def find(section: Mapping[str, Any], **others: type) -> type:
 
   Args:
     section: a section with the key `name`.
-    **others: classes by further names that the section may give.
+    **others: classes for additional names.
 
   Raises:
     UserError: for an unknown name.
@@ -160,7 +160,7 @@ def build(section: Mapping[str, Any]) -> Objective:
   """Builds the objective that a config section names.
 
   Raises:
-    UserError: for an unknown name or key, or a value that the objective refuses.
+    UserError: for an unknown name or key, or a value that the objective rejects.
   """
   options = {key: value for key, value in section.items() if key != "name"}
   found: Objective = config_lib.build_dataclass(find(section), options, "config.objective")
@@ -168,16 +168,16 @@ def build(section: Mapping[str, Any]) -> Objective:
 
 
 def find_encoder(section: Mapping[str, Any]) -> type:
-  """As `find`, of a section that `encoder_part` takes."""
+  """Like `find`, for a section that `encoder_part` takes."""
   return find(section, **{name: encoder.section_type for name, encoder in NETWORKS.items()})
 
 
 def encoder_part(section: Mapping[str, Any], where: str) -> EncoderPart:
-  """Finds the image encoder of a model.
+  """Returns the image encoder of a model.
 
   Args:
     section: the model's `config.objective`; or `name`, one of `NETWORKS`, and the fields of that network.
-    where: the section's name for error messages.
+    where: the section's name in error messages.
 
   Raises:
     UserError: if the model has no image encoder.
@@ -191,7 +191,7 @@ def encoder_part(section: Mapping[str, Any], where: str) -> EncoderPart:
     raise UserError(f"{where} describes no model: {error}") from None
   if not isinstance(found, EncoderPart):
     raise UserError(
-      f"{where}.name is '{name}', which has no image encoder: give a model that has, such as MAGE"
+      f"{where}.name is '{name}', which has no image encoder: give a model that has one, such as MAGE"
     )
   return found
 
@@ -207,35 +207,35 @@ def check_image_size(size: Any) -> None:
 
 
 def check_tokenizer(found: VQGAN, expected: VQGAN) -> None:
-  """Checks that the tokenizer of a pretrained model is that of `config.objective`; errors as `check_same`."""
+  """Checks that a pretrained model's tokenizer is that of `config.objective`; raises like `check_same`."""
   check_same(found, expected, "its tokenizer", "config.objective.tokenizer")
 
 
 def check_same(found: Any, expected: Any, what: str = "it", where: str = "config.objective") -> None:
-  """Checks that networks of a pretrained model are those of a config, but for how they are run.
+  """Checks that networks of a pretrained model are those of a config, except for how they run.
 
   Args:
     found: the pretrained model's networks, a dataclass.
     expected: those of the config.
-    what: what to call the former in errors.
-    where: what to call the latter.
+    what: the name of the former in error messages.
+    where: the name of the latter.
 
   Raises:
-    UserError: naming a field that differs.
+    UserError: if they differ; it names a field.
   """
   for field, (theirs, ours) in differences(found, expected).items():
     raise UserError(f"{what} has {field}={theirs}, {where} has {ours}: make them equal")
 
 
 def differences(found: Any, expected: Any) -> dict[str, tuple[Any, Any]]:
-  """The fields in which dataclasses differ, but for how they are run; None where one lacks a field."""
+  """The fields in which dataclasses differ, except for how they run; None if one lacks the field."""
   theirs, ours = _described(found), _described(expected)
   pairs = {field: (theirs.get(field), ours.get(field)) for field in sorted(theirs.keys() | ours.keys())}
   return {field: pair for field, pair in pairs.items() if pair[0] != pair[1]}
 
 
 def _described(value: Any, prefix: str = "") -> dict[str, Any]:
-  """The fields of nested dataclasses by their path, but for how they are run and in which type."""
+  """The fields of nested dataclasses by path, except for those that set how they run and their dtype."""
   if isinstance(value, tuple) and any(map(dataclasses.is_dataclass, value)):
     parts = {str(i): one for i, one in enumerate(value)}
   elif dataclasses.is_dataclass(value):
@@ -254,10 +254,10 @@ def _described(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def check_sampling(objective: Objective, options: Mapping[str, Any]) -> None:
-  """Checks options of `generate` and the like: the objective has to accept them as its `sampling`.
+  """Checks options of sampling functions such as `generate`: the objective must accept them as `sampling`.
 
   Raises:
-    UserError: for an unknown option, a value that the objective refuses, or an objective without `sampling`.
+    UserError: for an unknown option, a value that the objective rejects, or an objective without `sampling`.
   """
   if not isinstance(options, Mapping):
     raise UserError(f"sampling is {options!r}: give options by name, such as dict(steps=8)")
@@ -266,7 +266,7 @@ def check_sampling(objective: Objective, options: Mapping[str, Any]) -> None:
   whole: Any = objective
   defaults = getattr(whole, "sampling", None)
   if defaults is None:
-    raise UserError(f"{', '.join(options)} given: this model does not sample images, leave it out")
+    raise UserError(f"{', '.join(options)} given: this model does not generate images, leave it out")
   known = fields.of(type(defaults))
   for name in options:
     if name not in known:
@@ -275,12 +275,12 @@ def check_sampling(objective: Objective, options: Mapping[str, Any]) -> None:
 
 
 def tokenizer_fingerprint(params: Tree) -> str:
-  """Identifies a tokenizer by its parameters: token caches store it, and training compares it."""
+  """Identifies a tokenizer by its parameters; stored in token caches and compared when training starts."""
   return tree.fingerprint({"params": {"generator": params}})
 
 
 def compile_predict_fns(objective: Objective, mesh: jax.sharding.Mesh | None = None) -> dict[str, PredictFn]:
-  """The objective's prediction functions, jitted for a mesh; see `maskgen.config.fields.static`."""
+  """Returns the objective's jitted prediction functions; see `maskgen.config.fields.static`."""
   walked = fields.walk(type(objective), objective)
   static = tuple({path[-1] for path, field, _ in walked if field.metadata.get("static")})
 

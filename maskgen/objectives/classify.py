@@ -23,16 +23,16 @@ from maskgen.objectives import Batch, BatchSpec, Metrics, PredictFn, Tree, token
 
 TRAINED = ("all", "head")
 NORMS = ("layer", "batch")
-# Keys of configs in which the encoder had no section of its own: it was a MAGE's.
+# Keys of earlier configs, in which the encoder had no section and was always MAGE's.
 TOOK = ("image_size", "tokenizer", "class_ids", "null_class", "width", "depth", "heads")
 
 
 class Head(nn.Module):
-  """From the pooled vector to logits.
+  """Maps the pooled vector to logits.
 
   Attributes:
-    classes: k.
-    norm: "layer" is LayerNorm with scale and bias; "batch" is LayerNorm, then BatchNorm, both without.
+    classes: k, the number of classes.
+    norm: "layer" for LayerNorm with scale and bias; "batch" for LayerNorm and BatchNorm, both without.
     std: of the kernel's truncated normal initialisation.
   """
 
@@ -61,24 +61,23 @@ class Head(nn.Module):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Objective:
-  """Trains `main`, a head on an encoder's pooled vector, and the encoder with it or not.
+  """Trains `main`: a head on an encoder's pooled vector and, optionally, the encoder.
 
-  `maskgen.models.image_encoder` says what that vector is. With `trained="head"` the encoder is frozen and
-  runs without dropout. Batch normalisation takes its statistics from the whole global batch, or, under
-  accumulation, from each micro-batch, as the reference does on each device; evaluation uses their running
-  averages.
+  `maskgen.models.image_encoder` defines that vector. With `trained="head"`, the encoder is frozen and runs
+  without dropout. Batch normalisation takes its statistics from the global batch or, with accumulation, from
+  each micro-batch, as the reference does on each device; evaluation uses their running averages.
 
   Attributes:
-    encoder: the model at `config.pretrained.encoder`: name="pretrained" stands for what its own config says,
-      with further keys, such as dtype or remat, in place of its own. Without that name, its whole
-      `config.objective`, or name="vit" and the fields of `ViT`.
-    classes: how many classes the data has.
+    encoder: the model at `config.pretrained.encoder`. With name="pretrained", the section is filled in from
+      that model's own config; other keys, such as dtype or remat, override it. Otherwise, the whole
+      `config.objective` of that model, or name="vit" and the fields of `ViT`.
+    classes: the number of classes.
     trained: "all", or "head" for a linear probe.
-    norm: of the pooled vector: "layer", or "batch" (on top of it), as is customary for a linear probe.
-    dropout, drop_path: of the encoder while it is trained, see `Transformer`; its own section's do not count.
+    norm: of the pooled vector: "layer", or "batch" (in addition), as is customary for a linear probe.
+    dropout, drop_path: of the encoder during training, see `Transformer`; they override those in its section.
     label_smoothing: of the cross-entropy.
     mixup, cutmix: alphas of `maskgen.numerics.mixing`, on pixels; 0 is off. With both, each example
-      draws one.
+      draws one of them.
   """
 
   serving: ClassVar[str] = "maskgen.serving.Classifier"
@@ -130,7 +129,7 @@ class Objective:
 
   @functools.cached_property
   def image_encoder(self) -> EncoderPart:
-    """The encoder below the head, without what `pool` does not read."""
+    """The encoder below the head, without the parameters that `pool` does not use."""
     encoder = self._source.encoder.with_dropout(self.dropout, self.drop_path)
     return EncoderPart(encoder, "frozen/encoder" if self.trained == "head" else "params/main", pooled=True)
 
@@ -142,11 +141,11 @@ class Objective:
 
   @property
   def head(self) -> Head:
-    """The network that is new; its initialisations are those of the reference's two recipes."""
+    """The head; its initialisation follows the reference's two recipes."""
     return Head(self.classes, self.norm, std=0.01 if self.trained == "head" else 2e-5)
 
   def batch_spec(self) -> BatchSpec:
-    num_tokens = 0 if self.mixup or self.cutmix else math.prod(self._grid)  # those mix pixels
+    num_tokens = 0 if self.mixup or self.cutmix else math.prod(self._grid)  # mixing needs pixels
     return BatchSpec(
       image_shape=self.image_shape,
       num_tokens=num_tokens,
@@ -195,7 +194,7 @@ class Objective:
     return {"main": values["loss"].mean()}, {"accuracy": values["accuracy"].mean()}, model_state
 
   def _mix(self, batch: Batch, targets: jax.Array) -> tuple[Batch, jax.Array]:
-    """Mixes images and targets [b, k], each example by its own key."""
+    """Mixes images and targets [b, k], each example with its own key."""
     if not self.mixup and not self.cutmix:
       return batch, targets
     pixels, keys = images_lib.to_float(batch["image"]), batch["key"]
@@ -208,7 +207,7 @@ class Objective:
     return {**batch, "image": mixed[0]}, mixed[1]
 
   def _compare(self, logits: jax.Array, targets: jax.Array) -> Metrics:
-    """Loss and accuracy, each [b]; of mixed targets the larger is the right one."""
+    """Loss and accuracy, each [b]; for mixed targets, the larger one is correct."""
     smooth = (1.0 - self.label_smoothing) * targets + self.label_smoothing / self.classes
     correct = logits.argmax(axis=-1) == targets.argmax(axis=-1)
     loss = losses_lib.soft_cross_entropy(logits, smooth)
@@ -225,7 +224,7 @@ class Objective:
 
   @property
   def _grid(self) -> tuple[int, int]:
-    """The token grid (h', w') of an encoder with a tokenizer; (0, 0) without."""
+    """The token grid (h', w') of an encoder with a tokenizer; otherwise (0, 0)."""
     tokenizer = self.image_encoder.encoder.tokenizer
     return tokenizer.token_grid(self.image_shape) if tokenizer else (0, 0)
 

@@ -24,21 +24,20 @@ from maskgen.objectives import Batch, BatchSpec, Metrics, PredictFn, Tree, check
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Objective:
-  """Trains `main`, a text encoder and a U-Net together, to take noise out of captioned images.
+  """Trains `main`, a text encoder and a U-Net, to denoise captioned images.
 
-  The U-Net also takes the pooled text, added to the time.
+  The pooled text is added to the U-Net's time embedding.
 
   Attributes:
     image_size: (h, w) of the images.
-    patch: side in pixels of the squares that the U-Net sees as single pixels; larger ones cost less.
-    captions: how captions are read.
-    text_encoder: its vocabulary and number of positions follow from `captions`, whatever is said here.
-    unet: its channels in and out follow from `patch`, and its widths of context and pooled text from the text
-      encoder, likewise.
-    schedule: of the noise; each step is trained equally often, with the mean squared error.
-    caption_dropout: the share of examples that are trained with an empty caption, which lets the model be
-      guided.
-    sampling: defaults for generation.
+    patch: the side in pixels of the squares that are single pixels to the U-Net; larger ones cost less.
+    captions: how captions are tokenized.
+    text_encoder: its vocabulary and number of positions are set from `captions`.
+    unet: its input and output channels are set from `patch`, its widths of context and pooled text from the
+      text encoder.
+    schedule: of the noise; timesteps are drawn uniformly, and the loss is the mean squared error.
+    caption_dropout: the share of examples that are trained with an empty caption, which guidance needs.
+    sampling: default options of generation.
   """
 
   serving: ClassVar[str] = "maskgen.serving.TextToImageModel"
@@ -59,8 +58,8 @@ class Objective:
     side = self.patch * self.unet.factor
     if self.image_size[0] % side or self.image_size[1] % side:
       raise UserError(
-        f"image_size is {self.image_size}: height and width must divide by {side}, patch times the U-Net's "
-        "factor"
+        f"image_size is {self.image_size}: height and width must be multiples of {side}, patch times the "
+        "U-Net's factor"
       )
     diffusion.visited(self.schedule, self.sampling.sampler, self.sampling.steps)
 
@@ -123,12 +122,12 @@ class Objective:
     return {"main": self._errors(params["main"], batch, captions).mean()}, {}, model_state
 
   def _errors(self, params: Tree, batch: Batch, captions: jax.Array) -> jax.Array:
-    """The mean squared error of each example at a step and with noise of its own, [b]."""
+    """The mean squared error of each example, [b], at a timestep and with noise drawn for it."""
     images = images_lib.to_float(batch["image"])
     return self.model.errors(params, images, [self._condition(params, captions)], batch["key"])[0]
 
   def _condition(self, params: Tree, captions: jax.Array) -> Condition:
-    """What captions int32 [b, l] mean to the U-Net."""
+    """The U-Net's condition for captions int32 [b, l]."""
     end = (captions == self.captions.opened.end_id).argmax(axis=1)
     return self.model.condition(params, self.model.embed(params, [captions]), end)
 

@@ -15,7 +15,7 @@ from maskgen.numerics import losses as losses_lib
 from maskgen.objectives import Batch, BatchSpec, Metrics, Tree, mage
 
 _VIEWS = 2
-# Folded into an example's key for its second view; the first view has the key itself, whose two halves are
+# Folded into an example's key for its second view. The first view uses the key itself, whose two halves are
 # numbers 0 and 1.
 _SECOND = 2
 
@@ -24,14 +24,14 @@ _SECOND = 2
 class Objective(mage.Objective):
   """Trains `main`, MAGE's network and a projection head, on two views of each record.
 
-  Both views are masked and both are reconstructed. The mean of the encoder's output over the tokens that it
-  sees, without the class position, goes through the head. There each view is to be nearest to its record's
-  other view, among both views of all records of the global batch. Predictions are MAGE's, without the head.
+  Both views are masked and reconstructed. The encoder's output, averaged over its visible tokens without the
+  class position, passes through the head. Each view's embedding should be closest to that of the other view
+  of its record, among both views of all records of the global batch. Predictions do not use the head.
 
   Attributes:
     contrastive_weight: of the contrastive loss, lambda.
     temperature: of the contrastive loss, tau.
-    projection_hidden, projection_width: of the head; the paper does not give them, the defaults are SimCLR's.
+    projection_hidden, projection_width: of the head; not given in the paper, the defaults are SimCLR's.
   """
 
   contrastive_weight: float = 0.1
@@ -44,7 +44,7 @@ class Objective(mage.Objective):
     config_lib.check_at_least(self, 0, "contrastive_weight", "temperature")
     config_lib.check_at_least(self, 1, "projection_hidden", "projection_width")
     if not self.temperature:
-      raise UserError("temperature is 0: cosines are divided by it")
+      raise UserError("temperature is 0: cosines are divided by it, give a value above 0")
 
   @property
   def projection(self) -> Projection:
@@ -52,7 +52,7 @@ class Objective(mage.Objective):
     return Projection(self.projection_hidden, self.projection_width, self.dtype)
 
   def batch_spec(self) -> BatchSpec:
-    # The negatives of an example are all others of the global batch.
+    # The negatives of an example are all other examples of the global batch.
     return dataclasses.replace(super().batch_spec(), views=_VIEWS, whole_batch=True)
 
   def init(self, rng: jax.Array, pretrained: Mapping[str, Tree]) -> dict[str, Tree]:
@@ -77,7 +77,7 @@ class Objective(mage.Objective):
     pooled = found.latents[:, 1:].astype(jnp.float32).mean(axis=1)
     embeddings: Any = self.projection.apply({"params": params["main"]["projection"]}, pooled)
     embeddings = sharding.constrain_batch(embeddings.reshape(-1, _VIEWS, self.projection_width))
-    # Embeddings alone cross devices, not what they were made of.
+    # Only embeddings cross devices, not the activations that they are computed from.
     contrastive, nearest = losses_lib.nt_xent(embeddings, sharding.gather(embeddings), self.temperature)
     means = {name: value.mean() for name, value in values.items()}
     reconstructive = means.pop("loss")
@@ -90,7 +90,7 @@ class Objective(mage.Objective):
 
 
 def _both_views(batch: Batch) -> dict[str, jax.Array]:
-  """A batch of 2b rows: those of example i are 2i and 2i + 1, so that none changes its device."""
+  """A batch of 2b rows: example i becomes rows 2i and 2i + 1, so that no row changes its device."""
   name = "tokens" if "tokens" in batch else "image"
   second = {
     name: batch[f"{name}2"],

@@ -1,6 +1,6 @@
-"""Conditional MAGE: a frozen encoder, a decoder that learns classes (Li et al. 2023, appendix A.2), or more.
+"""Conditional MAGE: a frozen encoder and a decoder with a condition (Li et al. 2023, appendix A.2).
 
-Letters: b batch, n tokens, k tokens the encoder sees, l positions of the condition, c their width.
+Letters: b batch, n tokens, k tokens visible to the encoder, l positions of the condition, c their width.
 """
 
 import abc
@@ -21,23 +21,23 @@ from maskgen.models.transformer import embedding_init
 from maskgen.numerics import sampling as sampling_lib
 from maskgen.objectives import Batch, BatchSpec, Tree, mage
 
-# The parameters of `Mage` that are trained; the others are the encoder's.
+# The trained parameters of `Mage`; the others belong to the encoder.
 _TRAINED = re.compile(r"(decoder|head|condition)(_|$)")
-# Which child of an example's key decides on its condition: 0 and 1 decide on its mask.
+# Folded into an example's key to decide on its condition; 0 and 1 are used for its mask.
 _DROPOUT = 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Conditional(mage.Objective, abc.ABC):
-  """Trains `main`, the decoder and what makes its condition, on the latents of a frozen encoder.
+  """Trains `main`, the decoder and the parameters of its condition, on the latents of a frozen encoder.
 
-  The encoder's features remain those of the pretrained model. The decoder starts where that one's ended.
+  The encoder's features remain those of the pretrained model. The decoder is initialized from that model's.
 
   Attributes:
-    condition_key: the key of a batch that the condition is made from.
+    condition_key: the key of a batch from which the condition is computed.
     condition_width: c.
-    condition_dropout: the share of examples that are trained without their condition, which lets the model
-      generate without one, and be guided.
+    condition_dropout: the share of examples that are trained without their condition, which unconditional
+      generation and guidance need.
   """
 
   condition_key: ClassVar[str]
@@ -72,7 +72,9 @@ class Conditional(mage.Objective, abc.ABC):
   def check_pretrained(self, name: str, config: Mapping[str, Any]) -> None:
     found = objectives.build(config["objective"]) if "objective" in config else None
     if not isinstance(found, mage.Objective) or isinstance(found, Conditional):
-      raise UserError("it is not an unconditional MAGE: give a model trained by objective 'mage' or 'mage_c'")
+      raise UserError(
+        "it is not an unconditional MAGE: give a model trained with objective 'mage' or 'mage_c'"
+      )
     objectives.check_tokenizer(found.tokenizer, self.tokenizer)
     encoder = ("class_ids", "null_class", "width", "depth", "heads")
     for field in ("image_size", *encoder, "decoder_width", "decoder_depth", "decoder_heads"):
@@ -96,7 +98,7 @@ class Conditional(mage.Objective, abc.ABC):
 
   @abc.abstractmethod
   def _init_condition(self, rng: jax.Array) -> dict[str, Tree]:
-    """Fresh parameters of what makes the condition."""
+    """Returns newly initialized parameters of the condition."""
 
   @abc.abstractmethod
   def _condition(self, params: Mapping[str, Tree], batch: Batch) -> jax.Array:
@@ -104,7 +106,7 @@ class Conditional(mage.Objective, abc.ABC):
 
   @abc.abstractmethod
   def _no_condition(self, params: Mapping[str, Tree]) -> jax.Array:
-    """What stands in the place of a missing condition, float32 [1, l, c]."""
+    """The condition of examples without one, float32 [1, l, c]."""
 
   def latents(
     self, params: Tree, frozen: Tree, tokens: jax.Array, mask: jax.Array, kept: Any = None, rng: Any = None
@@ -131,7 +133,7 @@ class Conditional(mage.Objective, abc.ABC):
     return self._conditional_logits(params, frozen, latents, mask, kept, condition, rng=rng)
 
   def _drops(self, key: jax.Array) -> jax.Array:
-    """Whether an example of this key is trained without its condition, a bool scalar."""
+    """Whether the example with this key is trained without its condition, a bool scalar."""
     return jax.random.bernoulli(jax.random.fold_in(key, _DROPOUT), self.condition_dropout)
 
   def _conditional_logits(
@@ -142,7 +144,7 @@ class Conditional(mage.Objective, abc.ABC):
   def logits_fn(
     self, variables: Tree, batch: Batch, guidance: float | jax.Array, guidance_schedule: str
   ) -> sampling_lib.LogitsFn:
-    unguided = isinstance(guidance, int | float) and guidance == 1  # else it is traced, and may be anything
+    unguided = isinstance(guidance, int | float) and guidance == 1  # a traced value can be anything
     if unguided or self.condition_key not in batch:
       return super().logits_fn(variables, batch, guidance, guidance_schedule)
     params, frozen = variables["params"], variables["frozen"]
@@ -151,7 +153,7 @@ class Conditional(mage.Objective, abc.ABC):
     both = both.reshape(-1, *condition.shape[1:])
 
     def guided(tokens: jax.Array, unknown: jax.Array, t: jax.Array) -> jax.Array:
-      # The encoder knows of no condition: it runs once for both. They stand side by side, on one device.
+      # The encoder takes no condition and runs once for both branches, which are adjacent rows on one device.
       latents = self.latents(params, frozen, tokens, unknown)
       latents, unknown = jnp.repeat(latents, 2, axis=0), jnp.repeat(unknown, 2, axis=0)
       logits = self._conditional_logits(params, frozen, latents, unknown, None, both)
@@ -163,15 +165,15 @@ class Conditional(mage.Objective, abc.ABC):
     return guided
 
   def reusing_fn(self, variables: Tree) -> None:
-    """Features would have to be kept for both answers of guidance, and for the condition."""
+    """Not supported: features would have to be cached for both branches of guidance."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Objective(Conditional):
-  """Tells the decoder of a class by an embedding, whose width is `condition_width`.
+  """Class-conditional MAGE: the condition is an embedding of the class.
 
   Attributes:
-    classes: how many there are; labels count them from 0.
+    classes: the number of classes; labels start at 0.
   """
 
   condition_key: ClassVar[str] = "label"
@@ -187,7 +189,7 @@ class Objective(Conditional):
     return self.classes
 
   def _init_condition(self, rng: jax.Array) -> dict[str, Tree]:
-    # The last row stands for no class.
+    # The last row means no class.
     return {"class_embedding": embedding_init(rng, (self.classes + 1, self.condition_width))}
 
   def _condition(self, params: Mapping[str, Tree], batch: Batch) -> jax.Array:

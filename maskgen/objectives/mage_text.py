@@ -1,7 +1,7 @@
-"""Text-conditional MAGE: the decoder reads the features of a caption, whose encoder is trained with it.
+"""Text-conditional MAGE: the condition is the features of a caption.
 
-The paper has a class in this place (Li et al. 2023, appendix A.2). Letters: b batch, l positions of a
-caption, c the width of its features.
+The text encoder is trained with the decoder. The paper's condition is a class (Li et al. 2023, appendix A.2).
+Letters: b batch, l positions of a caption, c the width of its features.
 """
 
 import dataclasses
@@ -18,17 +18,17 @@ from maskgen.objectives import Batch, Tree, mage_conditional
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Objective(mage_conditional.Conditional):
-  """Tells the decoder of a caption by what a text encoder makes of each of its positions.
+  """Text-conditional MAGE: the condition is a text encoder's output at every position of the caption.
 
   Attributes:
-    captions: how captions are read.
-    text_encoder: its width is `condition_width`, and its vocabulary and number of positions follow from
-      `captions`, whatever is said here.
+    captions: how captions are tokenized.
+    text_encoder: its width is set to `condition_width`, its vocabulary and number of positions are set from
+      `captions`.
   """
 
   condition_key: ClassVar[str] = "caption"
 
-  captions: Captions = dataclasses.field()  # type: ignore[misc]  # others have None for their class
+  captions: Captions = dataclasses.field()  # type: ignore[misc]  # a ClassVar in the base class
   text_encoder: TextEncoder = TextEncoder()
 
   @property

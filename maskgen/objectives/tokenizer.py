@@ -18,11 +18,11 @@ from maskgen.models.vqgan import VQGAN, Quantized
 from maskgen.numerics import losses as losses_lib
 from maskgen.objectives import Batch, BatchSpec, Metrics, PredictFn, Tree, check_image_size, token_fns
 
-# How slowly the running count of each code's use forgets.
+# The decay of the moving average of each code's usage.
 USAGE_DECAY = 0.97
-# How slowly the averages of the discriminator's logits forget.
+# The decay of the moving averages of the discriminator's logits.
 ANCHOR_DECAY = 0.999
-# A code used less than this share of an even share counts as dead.
+# A code is dead if its usage is below this fraction of 1 / codebook size.
 DEAD_SHARE = 0.1
 
 
@@ -30,28 +30,28 @@ DEAD_SHARE = 0.1
 class Objective:
   """Trains `generator` (encoder, codebook, decoder) and, with an adversarial loss, `discriminator`.
 
-  All losses are means over examples but `entropy` and `revive`, which look at the whole (micro-)batch.
+  All losses are means over examples, except `entropy` and `revive`, which depend on the whole (micro-)batch.
 
   Attributes:
     image_size: (h, w) of the images.
     tokenizer: the network.
-    discriminator: its opponent.
+    discriminator: the network that distinguishes real images from reconstructions.
     l2_weight, l1_weight: of the mean squared and absolute pixel errors.
-    perceptual_weight: of the distance in `perceptual_network`'s feature maps.
+    perceptual_weight: of the distance between the feature maps of `perceptual_network`.
     perceptual_network: a name in `maskgen.models.perceptual.NETWORKS`; its weights come from
       `config.pretrained.perceptual`.
     codebook_weight, commitment_weight: of the two quantization losses (van den Oord et al. 2017, equation 3).
-    entropy_weight, entropy_temperature: of the term that spreads use over the codes.
+    entropy_weight, entropy_temperature: of the term that encourages the use of all codes.
     revive_weight: of the squared distance from each dead code to the nearest latent of the batch.
     adversarial_loss: "logistic" (non-saturating) or "hinge" (that of VQGAN).
     adversarial_weight: of the generator's adversarial loss; 0 trains no discriminator.
-    adversarial_start: the step at which that loss sets in. The discriminator learns from the first step on:
-      one that started late under Adam would begin with updates many times its learning rate.
+    adversarial_start: the step from which that loss applies. The discriminator is trained from step 0: with
+      Adam, one that started later would begin with updates many times its learning rate.
     r1_weight: of the squared gradient norm at real images.
-    lecam_weight: of the squared distances between the discriminator's logits and moving averages of the
-      opposite kind's, which move with every (micro-)batch.
-    remat: what the backward pass computes again, "none" or "full" (the residual blocks of the network); the
-      numbers are the same.
+    lecam_weight: of the squared distances between the discriminator's logits for real images and the moving
+      average for fake ones, and vice versa. Every (micro-)batch updates the averages.
+    remat: what the backward pass recomputes, "none" or "full" (the residual blocks of the network); results
+      do not depend on it.
   """
 
   serving: ClassVar[str] = "maskgen.serving.Tokenizer"
@@ -86,9 +86,9 @@ class Objective:
       )
     if self.lecam_weight and not self.adversarial_weight:
       raise UserError(
-        "lecam_weight is of the discriminator's loss: set adversarial_weight above 0, or it to 0"
+        "lecam_weight needs a discriminator: set adversarial_weight above 0 or lecam_weight to 0"
       )
-    remat_lib.check_remat(self.remat, ("none", "full"))  # a convolution is no product that "dots" keeps
+    remat_lib.check_remat(self.remat, ("none", "full"))  # "dots" does not apply to convolutions
     self.tokenizer.token_grid(self.image_shape)
 
   @property
@@ -124,7 +124,10 @@ class Objective:
   def check_pretrained(self, name: str, config: Mapping[str, Any]) -> None:
     found = config.get("network", "a model that maskgen trained")
     if found != self.perceptual_network:
-      raise UserError(f"the {name} network is {found}, the objective asks for {self.perceptual_network}")
+      raise UserError(
+        f"the {name} network is {found}, config.objective.perceptual_network is {self.perceptual_network}: "
+        "make them equal"
+      )
 
   def init(self, rng: jax.Array, pretrained: Mapping[str, Tree]) -> dict[str, Tree]:
     generator_rng, discriminator_rng = jax.random.split(rng)
@@ -153,7 +156,7 @@ class Objective:
     real = images_lib.to_float(batch["image"])
     latents = self._generator(params, real, self.remat, method="encode")
     quantized: Quantized = self._generator(params, latents, method="quantize")
-    # The decoder's gradient passes straight through the quantizer to the encoder.
+    # Straight-through: the decoder's gradient reaches the encoder as if there were no quantizer.
     codes = latents + jax.lax.stop_gradient(quantized.codes - latents)
     fake = self._generator(params, codes, self.remat, method="decode")
     terms = self._reconstruction_terms(frozen, real, fake)
@@ -224,7 +227,7 @@ class Objective:
     def discriminate(images: jax.Array) -> Any:
       return self.discriminator.apply({"params": params["discriminator"]}, images)
 
-    # One pass over the fakes serves both losses: each group's pull-back keeps its own gradient.
+    # Both losses share one pass over the fake images: each group's pull-back keeps its own gradient.
     real_logits, fake_logits = discriminate(real), discriminate(fake)
     generator = generator_loss(fake_logits).mean()
     r1 = losses_lib.r1_penalty(discriminate, real).mean()
@@ -243,7 +246,7 @@ class Objective:
     return generator, discriminator, metrics
 
   def _usage(self, tokens: jax.Array) -> tuple[jax.Array, Metrics]:
-    """Each code's share of the batch's tokens [K], and what it says of the codebook's use."""
+    """Each code's share of the batch's tokens [K], and metrics of codebook usage."""
     share = jnp.bincount(tokens.reshape(-1), length=self.codebook_size) / tokens.size
     entropy = -(share * jnp.log(jnp.maximum(share, 1e-12))).sum()
     return share, {"codebook_usage": (share > 0).mean(), "perplexity": jnp.exp(entropy)}

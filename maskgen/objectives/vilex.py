@@ -1,6 +1,6 @@
-"""The ViLex objective: an image as words for a frozen text-to-image model (Wang et al. 2024, section 3).
+"""The ViLex objective: images as words for a frozen text-to-image model (Wang et al. 2024, section 3).
 
-Letters: b batch, s images of a prompt, n tokens of an image, m words, l positions, d width of the embeddings.
+Letters: b batch, s images in a prompt, n tokens of an image, m words, l positions, d width of the embeddings.
 """
 
 import dataclasses
@@ -30,36 +30,36 @@ from maskgen.numerics.text import Captions
 from maskgen.objectives import Batch, BatchSpec, Metrics, PredictFn, Tree, check_same
 from maskgen.objectives import diffusion as diffusion_objective
 
-# Which children of an example's key decide on its tokens and on its words.
+# Folded into an example's key to draw its number of tokens and its words.
 _KEEP, _SAY = ERROR_KEYS, ERROR_KEYS + 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Objective:
-  """Trains `main`, an image encoder and a pooling, by the loss of a frozen text-to-image model.
+  """Trains `main`, an image encoder and a pooling, with the loss of a frozen text-to-image model.
 
-  The tokens of an image stand where embeddings of words would: gradients go through U-Net and text encoder,
-  which have no gradients or optimizer state of their own. The encoder is usually trained with a smaller
-  learning rate, by a rule ("^encoder/", factor) among the optimizer's `multipliers`.
+  The tokens of an image take the place of word embeddings: gradients flow through the U-Net and the text
+  encoder, whose parameters have neither gradients nor optimizer state. The encoder is usually trained with a
+  lower learning rate, set by a rule ("^encoder/", factor) in the optimizer's `multipliers`.
 
   Attributes:
-    decoder: the `config.objective` of `config.pretrained.decoder`, a model of the diffusion objective; or
-      what `maskgen.tools.convert --format=diffusers` wrote of a published one.
+    decoder: the `config.objective` of `config.pretrained.decoder`, a model of the diffusion objective; or the
+      section `decoder` that `maskgen.tools.convert --format=diffusers` writes for a published model.
     encoder: name="vit" and the fields of `ViT`; or the `config.objective` of `config.pretrained.encoder`, a
-      model of any objective that has an image encoder, such as MAGE.
-    pretrained_encoder: whether the encoder starts as `config.pretrained.encoder`, or from scratch. One with
-      frozen parts, such as the tokenizer of MAGE, is always pretrained.
-    tokens: n, at most what a prompt of the decoder holds.
+      model of any objective with an image encoder, such as MAGE.
+    pretrained_encoder: whether the encoder is initialized from `config.pretrained.encoder` instead of from
+      scratch. An encoder with frozen parts, such as MAGE's tokenizer, is always pretrained.
+    tokens: n, at most the number of tokens that fit in a prompt of the decoder.
     pool_width, pool_depth, pool_heads, pool_self_attention: see `AttentionPool`.
-    tail_drop: how many of the n tokens examples are trained with.
-    words: how examples are trained with words of their caption beside the image.
-    alignment_steps: for so many steps a second loss, whose weight falls from 1 to 0, aligns the end of a
-      prompt of tokens with the end of the image's caption after the text encoder; for an encoder from
-      scratch. Not in the paper.
-    min_timestep: the smallest timestep of the noise that is drawn in training. Below it there is so little
-      noise that the image itself shows what a prompt could say of it. Not in the paper.
+    tail_drop: the distribution of the number of tokens that examples are trained with.
+    words: how examples are trained with words of their caption next to the image.
+    alignment_steps: for this number of steps, a second loss aligns the text encoder's output at the end of a
+      prompt of tokens with that at the end of the image's caption; its weight decays from 1 to 0. For an
+      encoder from scratch. Not in the paper.
+    min_timestep: the smallest timestep drawn in training. At lower noise, the image itself shows what a
+      prompt could say about it. Not in the paper.
     dtype, attention: of the pooling, see `AttentionPool`.
-    sampling: defaults for generation.
+    sampling: default options of generation.
   """
 
   serving: ClassVar[str] = "maskgen.serving.ImageWords"
@@ -87,7 +87,7 @@ class Objective:
     limit = self.text_to_image.max_prompt_tokens
     if not 1 <= self.tokens <= limit:
       raise UserError(f"tokens is {self.tokens}: a prompt of this decoder holds 1 to {limit}")
-    source, _, _ = self._source, self.pool, self._subjects  # which check their fields
+    source, _, _ = self._source, self.pool, self._subjects  # these check their fields
     if self.pretrained_encoder and source.encoder.tokenizer:
       raise UserError(
         "pretrained_encoder: an encoder with a tokenizer is always pretrained, leave the key out"
@@ -95,7 +95,7 @@ class Objective:
     schedule = self.text_to_image.model.schedule
     if self.min_timestep >= schedule.steps:
       raise UserError(
-        f"min_timestep is {self.min_timestep}: the decoder's noise has steps 0 to {schedule.steps - 1}"
+        f"min_timestep is {self.min_timestep}: the decoder's timesteps are 0 to {schedule.steps - 1}"
       )
     diffusion.visited(schedule, self.sampling.sampler, self.sampling.steps)
 
@@ -108,7 +108,7 @@ class Objective:
 
   @property
   def texts(self) -> Captions:
-    """How the decoder reads texts."""
+    """How texts are tokenized for the decoder."""
     return self._decoder[1]
 
   @property
@@ -136,7 +136,7 @@ class Objective:
 
   @property
   def pool(self) -> AttentionPool:
-    """What makes tokens of patches."""
+    """The network that pools patches to tokens."""
     return AttentionPool(
       queries=self.tokens,
       widths=self.text_to_image.model.text_widths,
@@ -156,7 +156,7 @@ class Objective:
 
   def check_pretrained(self, name: str, config: Mapping[str, Any]) -> None:
     section: Mapping[str, Any] = config.get("objective", {})
-    if name == "decoder" and "decoder" in config:  # a converted one, which draws images of any size
+    if name == "decoder" and "decoder" in config:  # a converted model, which generates images of any size
       family = self.decoder.get("family", "")
       found = diffusers.read_frozen({**config["decoder"], "family": family})[0]
       check_same(dataclasses.replace(found, image_size=self.text_to_image.image_size), self.text_to_image)
@@ -176,7 +176,7 @@ class Objective:
       encoder = network.init(encoder_rng)
     patches = jax.eval_shape(network.encode, encoder, frozen, {"image": jnp.zeros((1, *self.image_shape))})
     pool = self.pool.init(pool_rng, jnp.zeros(patches.shape, patches.dtype))["params"]
-    # A token is born as long as a word is: a frozen text encoder never saw longer ones.
+    # Tokens start at the scale of word embeddings: the frozen text encoder was never trained on larger ones.
     pool = {**pool, "scale": self.text_to_image.scale(frozen["decoder"])}
     return {"params": {"main": {"encoder": encoder, "pool": pool}}, "frozen": frozen, "extra": {}}
 
@@ -200,7 +200,7 @@ class Objective:
       caption = self.text_to_image.caption(frozen["decoder"], batch["caption"])
       subjects = jnp.isin(batch["caption"][:, 1:-1], self._subjects)
       said = self.words.draw(_keys(batch, _SAY), caption, subjects)
-      seen = images_lib.turn_hues(images, said.sixths)
+      seen = images_lib.shift_hues(images, said.hue_shift)
     vectors = self._vectors(params["main"], frozen, seen)
     image = Segment(vectors, self.tail_drop.draw(_keys(batch, _KEEP), self.tokens))
     segments = [image]
@@ -215,8 +215,8 @@ class Objective:
     if self.alignment_steps:
       caption = self.text_to_image.caption(frozen["decoder"], batch["caption"])
       apart = self.text_to_image.misalignment(frozen["decoder"], image, caption)
-      # What an image shows in other hues its caption does not mean.
-      metrics["misalignment"] = (apart if said is None else jnp.where(said.sixths > 0, 0.0, apart)).mean()
+      # The caption does not describe an image with shifted hues.
+      metrics["misalignment"] = (apart if said is None else jnp.where(said.hue_shift > 0, 0.0, apart)).mean()
       loss += jnp.maximum(1.0 - step / self.alignment_steps, 0.0) * metrics["misalignment"]
     return {"main": loss}, metrics, model_state
 
@@ -231,7 +231,7 @@ class Objective:
     return sharding.constrain_batch(vectors)
 
   def _health(self, frozen: Tree, vectors: jax.Array) -> Metrics:
-    """How long tokens are for words, and how much of that differs between images: 0 when they collapse."""
+    """The tokens' scale relative to words, and the part of it that varies between images: 0 on collapse."""
     scaled = jax.lax.stop_gradient(vectors / self.text_to_image.scale(frozen["decoder"])[None, None])
     length = jnp.sqrt(jnp.square(scaled).mean())
     return {"token_scale": length, "token_spread": jnp.sqrt(scaled.var(axis=0).mean()) / length}
@@ -279,17 +279,17 @@ class Objective:
 
 
 def _read_decoder(section: Mapping[str, Any]) -> tuple[FrozenTextToImage, Captions]:
-  """A text-to-image model, and how it reads captions."""
+  """A text-to-image model, and how captions are tokenized for it."""
   if section.get("name") == "diffusers":
     return diffusers.read_frozen(section)
   found = objectives.build(section)
   if not isinstance(found, diffusion_objective.Objective):
-    raise UserError("it makes no images of texts: give a model trained by the diffusion objective")
+    raise UserError("it does not generate images from texts: give a model of the diffusion objective")
   tokenizer = found.captions.opened
   ids = (tokenizer.start_id, tokenizer.end_id, (tokenizer.padding_id,))
   return FrozenTextToImage(found.model, found.image_size, found.captions.length, *ids), found.captions
 
 
 def _keys(batch: Batch, number: int) -> jax.Array:
-  """A key of each example for one purpose."""
+  """A key for each example, for one purpose."""
   return jax.vmap(lambda key: jax.random.fold_in(key, number))(batch["key"])
