@@ -228,7 +228,7 @@ class TestLabels:
       ("file,label\n", "line 1: the table is empty"),
       ("file,label\n1.jpg,a\n", "no row for 1 of 2 pictures.*'d/2.jpg'"),
       ("file,label\n1.jpg,a\nd/2.jpg,a\n3.jpg,b\n", "line 4: there is no picture '3.jpg'"),
-      ("file,label\n1.jpg,a\nd/2.jpg,a\n1.jpg,b\n", "line 4: '1.jpg' was listed before, in line 2"),
+      ("file,label\n1.jpg,a\nd/2.jpg,a\n1.jpg,b\n", "line 4: '1.jpg' is already listed in line 2"),
       ("file,label\n1.jpg,a\nd/2.jpg,a,b\n", "line 3: there is 3 columns .* quote texts"),
       ("file,label\n1.jpg,a\nd/2.jpg\n", "line 3: there is 1 columns"),
       ("file,label\n1.jpg, \nd/2.jpg,a\n", "line 2: there is an empty column"),

@@ -53,7 +53,7 @@ def test_fingerprints_tell_parts_apart():
 
 
 def test_too_many_are_refused():
-  with pytest.raises(UserError, match=r"class 'ant' of test has 5 records, and data\.shots is 6"):
+  with pytest.raises(UserError, match=r"class 'ant' of test has 5 records, but data\.shots is 6"):
     take(shots=6)
 
 
@@ -83,7 +83,7 @@ def test_training_and_probes_see_the_part_and_evaluation_the_whole():
     (dict(shots=0), "shots is 0"),
     (dict(share=0.0), "share is 0.0"),
     (dict(share=1.5), "share is 1.5"),
-    (dict(shots=1000), "class .* has 2[56] records, and data.shots is 1000"),
+    (dict(shots=1000), "class .* has 2[56] records, but data.shots is 1000"),
   ],
 )
 def test_wrong_parts_are_refused(options, message):

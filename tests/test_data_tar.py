@@ -177,18 +177,18 @@ class TestErrors:
   @pytest.mark.parametrize(
     ("members", "message"),
     [
-      ({"1.jpg": b"", "1.cls": b"cat"}, "'1.cls' in '.*x.tar' is malformed .'cat' is no label"),
+      ({"1.jpg": b"", "1.cls": b"cat"}, "'1.cls' in '.*x.tar' is malformed .'cat' is not a label"),
       ({"1.jpg": b"", "1.cls": b""}, "'1.cls' in .* is malformed"),
       ({"1.jpg": b"", "1.cls": b"-1"}, "'1.cls' in .* is malformed"),
       ({"1.jpg": b"", "1.cls": b"9999999"}, "'1.cls' in .*label 9999999 is too large"),
-      ({"1.jpg": b"", "1.json": b'{"label": -1}'}, "'1.json' in .*-1 is no label"),
+      ({"1.jpg": b"", "1.json": b'{"label": -1}'}, "'1.json' in .*-1 is not a label"),
       ({"1.jpg": b"", "1.json": b"{"}, "'1.json' in '.*x.tar' is malformed"),
-      ({"1.jpg": b"", "1.json": b"[1]"}, "'1.json' in .* is not a .json object"),
+      ({"1.jpg": b"", "1.json": b"[1]"}, "'1.json' in .* is not a JSON object"),
       ({"1.jpg": b"", "1.PNG": b""}, "'1.PNG' in .* is the second picture of '1'"),
       ([("1.jpg", b""), ("./1.jpg", b"")], "'1.jpg' in .* is the second picture of '1'"),
-      ({"1.jpg": b"", "2.jpg": b"", "2.cls": b"0"}, "1 of the 2 records .* no labels.* is 1 in x.tar"),
-      ({"1.jpg": b"", "2.jpg": b"", "1.txt": b"a"}, "1 of the 2 records .* no captions.* is 2 in x.tar"),
-      ({"1.jpg": b"", "2.jpg": b"", "1.txt": b"a", "2.txt": b""}, "no captions.* is 2 in x.tar"),
+      ({"1.jpg": b"", "2.jpg": b"", "2.cls": b"0"}, "1 of the 2 records .* no labels.* being 1 in x.tar"),
+      ({"1.jpg": b"", "2.jpg": b"", "1.txt": b"a"}, "1 of the 2 records .* no captions.* being 2 in x.tar"),
+      ({"1.jpg": b"", "2.jpg": b"", "1.txt": b"a", "2.txt": b""}, "no captions.* being 2 in x.tar"),
       ({"1.heic": b"", "2.txt": b""}, "has no pictures"),
       ({}, "has no pictures"),
     ],
@@ -210,7 +210,7 @@ class TestErrors:
     # Header and two blocks, header and one block, the first block of the end mark.
     for cut in (*range(0, 6 * 512, 64), 511, 513, 1511, 2560, 3 * 512 - 1, 5 * 512 - 1):
       path.write_bytes(whole[:cut])
-      with pytest.raises(UserError, match=r"x.tar' is no tar archive, or damaged, or cut short"):
+      with pytest.raises(UserError, match=r"x.tar' is not a tar archive, or is damaged or truncated"):
         scan(str(path))
     path.write_bytes(whole[: 6 * 512])
     assert len(scan(str(path))["key"]) == 2
@@ -220,12 +220,12 @@ class TestErrors:
     content = bytearray(path.read_bytes())
     content[3 * 512 + 3] ^= 1
     path.write_bytes(content)
-    with pytest.raises(UserError, match=r"x.tar' is no tar archive, or damaged"):
+    with pytest.raises(UserError, match=r"x.tar' is not a tar archive, or is damaged"):
       _open(path)
 
   def test_no_archive(self, tmp_path):
     (tmp_path / "x.tar").write_bytes(b"not a tar file" * 1000)
-    with pytest.raises(UserError, match=r"x.tar' is no tar archive"):
+    with pytest.raises(UserError, match=r"x.tar' is not a tar archive"):
       _open(tmp_path / "x.tar")
 
   def test_missing(self, tmp_path):

@@ -202,7 +202,7 @@ def test_single_caption(array_records):
     ("digits", "test[5:3]", "is empty"),
     ("photos", "train", "has configs: write photos/float32 or photos/lists or "),
     ("photos/list", "train", "'photos/list' is not prepared in .* or use photos/float32 or photos/lists"),
-    ("a b", "train", "'a b' is no name"),
+    ("a b", "train", "'a b' is not the name"),
   ],
 )
 def test_what_cannot_be_opened(array_records, name, split, message):
@@ -289,5 +289,5 @@ def test_other_formats_are_refused(array_records, tmp_path, monkeypatch):
   path = tmp_path / "digits" / "1.0.0" / "dataset_info.json"
   path.write_text(path.read_text().replace("array_record", "riegeli"))
   monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
-  with pytest.raises(UserError, match="is kept as riegeli files: prepare it as array_record instead"):
+  with pytest.raises(UserError, match="is stored in riegeli files: prepare it as array_record instead"):
     open_source("tfds:digits", "train")

@@ -195,7 +195,7 @@ def test_a_tokenizer_does_not_learn_from_codes(cache):
   [
     (dict(crops=0), "--crops=0"),
     (dict(preprocess=f"two_views|{CUT}"), "makes two views: remove two_views"),
-    (dict(preprocess="decode|resize(8)"), r"shape \(8, 8, 3\), the tokenizer takes \(16, 16, 3\)"),
+    (dict(preprocess="decode|resize(8)"), r"shape \(8, 8, 3\), but the tokenizer takes \(16, 16, 3\)"),
     (dict(source="synthetc"), "did you mean 'synthetic'"),
     (dict(split="tain"), "split 'tain' of synthetic is unknown"),
     (dict(process_index=2, process_count=2), "--process_index=2: give a number from 0 to 1"),

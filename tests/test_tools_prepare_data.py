@@ -78,7 +78,7 @@ def test_failure_is_one_sentence(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
   ("arguments", "message"),
   [
-    (["--name=cifar11"], "'cifar11' is unknown, and not prepared in '.*'; did you mean 'cifar10"),
+    (["--name=cifar11"], "'cifar11' is unknown and not prepared in '.*'; did you mean 'cifar10"),
     (["--name=coco/2013"], "'coco' has no config '2013'; did you mean '201"),
     (
       ["--name=imagenet2012"],

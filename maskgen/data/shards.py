@@ -1,4 +1,4 @@
-"""Patterns that name many files, such as `train-{000..099}.tar`."""
+"""Patterns for many files, such as `train-{000..099}.tar`."""
 
 import collections
 import concurrent.futures
@@ -12,14 +12,13 @@ _THREADS = 16
 
 
 def shard_paths(pattern: str, split: str) -> list[str]:
-  """Returns the files that a pattern names, all of which exist.
+  """Expands a pattern to the files it matches, all of which exist.
 
-  `{split}` stands for the name of the split, `{000..099}` for each of these numbers (padded with zeros
-  if they are written so), `{a,b}` for each of these texts; then `*`, `?` and `[a-z]` match the names of
-  files as in a shell.
+  `{split}` stands for the name of the split, `{000..099}` for each number of a range (zero-padded as
+  written) and `{a,b}` for each of these texts; then `*`, `?` and `[a-z]` match file names as in a shell.
 
   Raises:
-    UserError: if the pattern is malformed, files are missing, or there is no match.
+    UserError: if the pattern is malformed, files are missing, or nothing matches.
   """
   paths = expand_braces(os.path.expanduser(pattern.replace("{split}", split)))
   with concurrent.futures.ThreadPoolExecutor(_THREADS) as executor:
@@ -35,10 +34,10 @@ def shard_paths(pattern: str, split: str) -> list[str]:
 
 
 def expand_braces(pattern: str) -> list[str]:
-  """Writes a pattern's `{000..099}` and `{a,b}` out, the leftmost changing slowest.
+  """Expands `{000..099}` and `{a,b}` in a pattern; the leftmost changes slowest.
 
   Raises:
-    UserError: if there is another kind of brace, or a range runs backwards.
+    UserError: if braces contain anything else, or a range is decreasing.
   """
   match = re.search(r"\{(.*?)\}", pattern)
   if not match:
@@ -55,7 +54,7 @@ def expand_braces(pattern: str) -> list[str]:
 
 
 def _matches(path: str) -> list[str]:
-  """Returns the path itself if there is such a file, else the files that match it."""
+  """Returns the path itself if it is a file, else the files that match it."""
   if "://" not in path and os.path.isfile(path):
     return [path]
   try:

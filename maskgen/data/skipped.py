@@ -1,4 +1,4 @@
-"""Records that cannot be used: who they are, what takes their places, and when there are too many."""
+"""Damaged records: the list of them, their substitutes, and the limit on their number."""
 
 import hashlib
 import json
@@ -17,26 +17,26 @@ from maskgen.data.sources import Source
 from maskgen.errors import UserError
 
 FILE = "skipped.jsonl"
-# A run stops when more records of a split are damaged than both of these.
+# A run stops when the damaged records of a split exceed both of these.
 MAX_RECORDS, MAX_SHARE = 20, 0.01
 
-# The use of a split whose batches are counted by steps.
+# The use of a split whose batch numbers are training steps.
 TRAINING = "training"
 
 log = logging.getLogger("maskgen")
 
 
 class Skipped:
-  """The damaged records that a run has met, in all of its processes, and `skipped.jsonl`.
+  """The damaged records that all processes of a run have found, and the file `skipped.jsonl`.
 
-  Until `attach` names a folder, nothing is written.
+  Nothing is written before `attach` sets a folder.
   """
 
   def __init__(self) -> None:
     self._folder: epath.Path | None = None
     self._step: int | None = None
     self._written = 0
-    # By split and index. "step" is None until all processes know of it.
+    # By split and index. "step" is None until all processes know the entry.
     self._entries: dict[tuple[str, int], dict[str, Any]] = {}
     self._substitutes: dict[str, Substitutes] = {}
 
@@ -44,12 +44,12 @@ class Skipped:
     return len(self._entries)
 
   def substitutes(self, use: str, split: str, source: Source) -> "Substitutes":
-    """Opens the substitutes for one use of a split, such as training."""
+    """Creates the substitutes for one use of a split, such as training."""
     self._substitutes[use] = opened = Substitutes(self, use, split, source)
     return opened
 
   def attach(self, folder: epath.Path, step: int) -> None:
-    """Keeps `skipped.jsonl` in a folder, cut back to what was known at a step."""
+    """Sets the folder of `skipped.jsonl`, and truncates the file to what was known at a step."""
     self._folder, self._step = folder, step
     file = folder / FILE
     texts = ("use", "split", "record", "reason", "fingerprint")
@@ -70,7 +70,7 @@ class Skipped:
     self._check()
 
   def add(self, use: str, split: str, source: Source, index: int, reason: str, batch: int) -> None:
-    """Adds one record, met in a batch of this number; it is written at a later `flush`."""
+    """Adds a record that was found in the batch with this number; a later `flush` writes it."""
     record = source.describe(index)
     if (split, index) not in self._entries:
       log.warning("skipping %s: %s", record, reason)
@@ -78,13 +78,13 @@ class Skipped:
     self._merge([dict(entry, step=None, fingerprint=source.fingerprint)])
 
   def flush(self, step: int) -> int:
-    """Writes what is new, as of a step; all processes call this together, and learn of each other's.
+    """Writes new entries as of a step; a collective call that exchanges them between processes.
 
-    What was met in training batches that are read ahead, but not used yet, waits for its step: so a run tells
-    the same whether it was interrupted or not.
+    Entries from prefetched training batches wait until their step, so that the file is the same whether or
+    not a run was interrupted.
 
     Returns:
-      How many records of all splits are known to be damaged.
+      The number of damaged records that are known, over all splits.
     """
     self._step = step
     fresh = [
@@ -103,14 +103,14 @@ class Skipped:
     return len(written)
 
   def _check(self) -> None:
-    """Raises a UserError if too many records are damaged; in every process, as all know the same."""
+    """Raises a UserError if too many records are damaged, in all processes alike."""
     for each in self._substitutes.values():
       count = sum(entry["split"] == each.split for entry in list(self._entries.values()))
       if count > max(MAX_RECORDS, MAX_SHARE * each.source.size):
         raise self.too_many(each.split, each.source)
 
   def too_many(self, split: str, source: Source) -> UserError:
-    """The end of a run: writes the list, and says what is in it."""
+    """Writes the list and returns an error that shows it."""
     self._write([{**entry, "step": self._step} for entry in list(self._entries.values())])
     named = [entry for entry in self._entries.values() if entry["split"] == split]
     shown = "; ".join(f"{entry['record']} ({entry['reason']})" for entry in named[:MAX_RECORDS])
@@ -133,37 +133,37 @@ class Skipped:
 
 
 class Substitutes:
-  """What takes the places of the damaged records in one use of a split.
+  """The substitutes for damaged records in one use of a split.
 
-  A substitute depends on the index that it stands for and on which records are damaged, not on when they were
-  found: so batches are the same whatever was read before.
+  A substitute depends on the index that it replaces and on the set of damaged records, not on when they were
+  found, so that batches do not depend on what was read before.
   """
 
   def __init__(self, skipped: Skipped, use: str, split: str, source: Source):
     self.split, self.source = split, source
     self._skipped, self._use = skipped, use
-    self._chosen: dict[int, int] = {}  # for each damaged record its substitute
+    self._chosen: dict[int, int] = {}  # from damaged records to substitutes
     self._table = tf.lookup.experimental.MutableHashTable(tf.int64, tf.int64, default_value=-1)
 
   def lookup(self, index: tf.Tensor) -> tf.Tensor:
-    """The record to use for a record, int64; traceable."""
+    """Returns the index of the record to use for an index, int64; traceable."""
     found = tf.ensure_shape(self._table.lookup(index), ())
     return tf.where(found < 0, index, found)
 
   def add(self, index: int, reason: str, batch: int) -> None:
-    """Adds a damaged record, met in a batch of this number.
+    """Adds a damaged record that was found in the batch with this number.
 
     Raises:
       UserError: if there are too many.
     """
     self._skipped.add(self._use, self.split, self.source, index, reason, batch)
     too_many = len(self._chosen) > max(MAX_RECORDS, MAX_SHARE * self.source.size)
-    # With several processes all stop together, at the next `flush`.
+    # Several processes stop together, at the next `flush`.
     if len(self._chosen) == self.source.size or (too_many and jax.process_count() == 1):
       raise self._skipped.too_many(self.split, self.source)
 
   def learn(self, index: int) -> None:
-    """Takes note of a damaged record, and chooses anew for those that it stood for."""
+    """Chooses a substitute for a damaged record, and new ones for the records that it replaced."""
     if index in self._chosen:
       return
     orphans = [damaged for damaged, chosen in self._chosen.items() if chosen == index]
@@ -184,7 +184,7 @@ class Substitutes:
 
 
 def _exchange(entries: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-  """Every process's entries, in every process."""
+  """Gathers the entries of all processes."""
   if jax.process_count() == 1:
     return [entries]
   data = np.frombuffer(json.dumps(entries).encode(), np.uint8)

@@ -1,4 +1,4 @@
-"""A balanced part of a data set: some records of each class, the same on every machine."""
+"""Balanced subsets of a data set: some records of each class, reproducible on any machine."""
 
 import dataclasses
 import hashlib
@@ -16,16 +16,15 @@ _BATCH = 1024
 
 
 def take(source: Source, *, shots: int | None, share: float | None, seed: int) -> Source:
-  """Returns the part of a source that has the same number, or the same share, of the records of each class.
+  """Returns a subset of a source with the same number, or the same fraction, of the records of each class.
 
-  Each class is shuffled by the seed and its first records are taken, so that smaller parts lie in larger ones
-  of the same seed.
+  Each class is shuffled by the seed and its first records are taken, so that subsets of one seed are nested.
 
   Args:
-    source: with labels.
-    shots: how many records of each class; or
-    share: how large a share of each class, in (0, 1], rounded up to whole records.
-    seed: of the choice.
+    source: a source with labels.
+    shots: the number of records of each class; or
+    share: the fraction of each class, in (0, 1], rounded up to whole records.
+    seed: selects the records.
 
   Raises:
     UserError: if the source has no labels or cannot be read, or a class has too few records.
@@ -50,7 +49,7 @@ def take(source: Source, *, shots: int | None, share: float | None, seed: int) -
 def _choose(
   labels: np.ndarray, names: Sequence[str], where: str, shots: int | None, share: float | None, seed: int
 ) -> np.ndarray:
-  """The chosen records in rising order, int64."""
+  """The chosen records in ascending order, int64."""
   parts = []
   for label, name in enumerate(names):
     members = np.flatnonzero(labels == label)
@@ -58,14 +57,14 @@ def _choose(
     assert count is not None
     if count > len(members):
       raise UserError(
-        f"class '{name}' of {where} has {len(members)} records, and data.shots is {shots}: give at most that"
+        f"class '{name}' of {where} has {len(members)} records, but data.shots is {shots}: give at most that"
       )
     parts.append(np.random.default_rng((seed, label)).permutation(members)[:count])
   return np.sort(np.concatenate(parts)).astype(np.int64)
 
 
 def _labels(source: Source) -> np.ndarray:
-  """All labels, int64 [size]; TensorFlow reads no picture where the source has labels apart from them."""
+  """All labels, int64 [size]; pictures are not read if the source stores labels separately."""
 
   @tf.autograph.experimental.do_not_convert
   def label(index: tf.Tensor) -> tf.Tensor:

@@ -1,4 +1,4 @@
-"""Tables with a row for each picture, kept as .csv files beside the pictures."""
+"""Tables of labels or captions: .csv files next to the pictures."""
 
 import csv
 import dataclasses
@@ -13,12 +13,12 @@ from maskgen.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-  """What a table says of each picture.
+  """The rows of a table, by picture.
 
   Attributes:
     path: the .csv file.
-    rows: for each name of a picture, the number of the line and the text of each of its rows.
-    prefix: the folder that the names are relative to, as the file has it.
+    rows: for the name of each picture, the line number and text of each of its rows.
+    prefix: the folder that the names are relative to, as written in the file.
   """
 
   path: str
@@ -26,14 +26,14 @@ class Table:
   prefix: str = ""
 
   def texts(self) -> list[str]:
-    """Returns the different texts of all rows, sorted."""
+    """Returns the distinct texts of all rows, sorted."""
     return sorted({text for found in self.rows.values() for _, text in found})
 
   def below(self, folder: str, siblings: Sequence[str]) -> "Table":
-    """Returns the rows of pictures in `folder`, named relative to it.
+    """Returns the rows of the pictures in `folder`, with names relative to it.
 
     Raises:
-      UserError: if a row's picture is neither there nor in one of the sibling folders.
+      UserError: if the picture of a row is in neither this nor a sibling folder.
     """
     rows = {}
     for name, found in self.rows.items():
@@ -45,16 +45,16 @@ class Table:
     return Table(self.path, rows, f"{folder}/")
 
   def one_for_each(self, names: Sequence[str]) -> list[str]:
-    """Returns the text for each of these pictures, which must be those of the table, one row for each."""
+    """Returns the text of each picture; the table must have exactly one row for each, and no others."""
     for name, found in self.rows.items():
       if len(found) > 1:
         raise self._error(
-          found[1][0], f"'{self.prefix}{name}' was listed before, in line {found[0][0]}: remove one"
+          found[1][0], f"'{self.prefix}{name}' is already listed in line {found[0][0]}: remove one"
         )
     return [texts[0] for texts in self.all_for_each(names)]
 
   def all_for_each(self, names: Sequence[str]) -> list[list[str]]:
-    """Returns the texts for each of these pictures, which must be those of the table."""
+    """Returns the texts of each picture; the table must have rows for each, and no others."""
     known = set(names)
     for name, found in self.rows.items():
       if name not in known:
@@ -64,7 +64,7 @@ class Table:
     missing = [name for name in names if name not in self.rows]
     if missing:
       raise UserError(
-        f"'{self.path}' has no row for {len(missing)} of {len(names)} pictures, the first of which is "
+        f"'{self.path}' has no row for {len(missing)} of {len(names)} pictures, the first being "
         f"'{self.prefix}{missing[0]}': add rows for them"
       )
     return [[text for _, text in self.rows[name]] for name in names]
@@ -99,9 +99,9 @@ def read_table(path: str, column: str) -> Table:
       if len(row) != 2 or not row[0] or not row[1].strip():
         problem = f"{len(row)} columns" if len(row) != 2 else "an empty column"
         raise table._error(
-          reader.line_num, f"there is {problem} in place of 'file,{column}': quote texts that have commas"
+          reader.line_num, f"there is {problem} instead of 'file,{column}': quote texts that contain commas"
         )
-      # The row itself may have several lines: the last is named.
+      # A row may span several lines: this is the last.
       table.rows.setdefault(posixpath.normpath(row[0]), []).append((reader.line_num, row[1].strip()))
   except csv.Error as error:
     raise table._error(reader.line_num, f"this is not a row of a .csv file ({error})") from error
@@ -111,9 +111,9 @@ def read_table(path: str, column: str) -> Table:
 
 
 def text_lines(text: tf.Tensor) -> tf.Tensor:
-  """Returns the lines of a UTF-8 text, strings [k], without blank ones and surrounding spaces.
+  """Returns the lines of a UTF-8 text, strings [k], stripped and without blank ones.
 
-  Bad UTF-8 and k = 0 are errors of `tf.errors`, as for a damaged record.
+  Invalid UTF-8 and k = 0 raise `tf.errors`, as for a damaged record.
   """
   text = tf.strings.unicode_transcode(text, "UTF-8", "UTF-8", errors="strict")
   text = tf.strings.regex_replace(text, "^\ufeff", "")

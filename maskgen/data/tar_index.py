@@ -1,4 +1,4 @@
-"""Finds the records of a tar archive, in the layout of WebDataset, by its headers."""
+"""Locates the records of a tar archive in WebDataset's layout by reading its headers."""
 
 import json
 import posixpath
@@ -12,16 +12,16 @@ from maskgen.data.cpu_tf import tf
 from maskgen.data.listing import SUFFIXES
 from maskgen.errors import UserError
 
-# Names the arrays that `scan` returns: change it with them.
+# Identifies the arrays that `scan` returns: change both together.
 LAYOUT = "tar 1"
 
 _PACKERS = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
-# There may be a class name for each number up to the largest label.
+# A limit because there is a class name for each number up to the largest label.
 _MAX_LABEL = 10**6
 
 
 class _Member(NamedTuple):
-  """Where the content of a member lies, and what was read of it."""
+  """The position of a member's content, and what was read from it."""
 
   offset: int
   length: int
@@ -33,18 +33,18 @@ _NONE = _Member(0, 0)
 
 
 def scan(path: str) -> dict[str, np.ndarray]:
-  """Returns where the pictures and captions of an archive lie, reading headers and labels alone.
+  """Locates the pictures and captions of an archive; reads only headers and labels.
 
   Returns:
     "key" bytes [n];
     "image_offset", "image_length" int64 [n];
-    "label" int64 [n], -1 without one;
-    "caption_offset", "caption_length" int64 [n], of length 0 without one;
-    "caption_json" bool [n], whether these bytes are for `json_captions`;
-    "ignored" bytes [m], the keys of the records without a picture.
+    "label" int64 [n], -1 if there is none;
+    "caption_offset", "caption_length" int64 [n], length 0 if there is none;
+    "caption_json" bool [n], whether these bytes are JSON for `json_captions`;
+    "ignored" bytes [m], the keys of records without a picture.
 
   Raises:
-    UserError: if the archive is damaged, cut short or compressed, or a member malformed or there twice.
+    UserError: if the archive is damaged, truncated or compressed, or a member malformed or duplicated.
   """
   samples: dict[str, dict[str, _Member]] = {}
   with tf.io.gfile.GFile(path, "rb") if "://" in path else open(path, "rb", buffering=0) as file:
@@ -74,39 +74,39 @@ def scan(path: str) -> dict[str, np.ndarray]:
 
 
 def json_captions(content: bytes) -> list[str]:
-  """Returns the captions in a .json member, without line breaks or blank ones.
+  """Returns the captions in a .json member, without line breaks and blank captions.
 
   Raises:
-    ValueError: if it is not a .json object, or the value of "caption" neither a text nor a list of texts.
+    ValueError: if it is not a JSON object, or "caption" is neither a string nor a list of strings.
   """
   value = _json_object(content).get("caption") or []
   captions = [value] if isinstance(value, str) else value
   if not (isinstance(captions, list) and all(isinstance(caption, str) for caption in captions)):
-    raise ValueError("'caption' is neither a text nor a list of texts")
+    raise ValueError("'caption' is neither a string nor a list of strings")
   return [words for caption in captions if (words := " ".join(caption.split()))]
 
 
 def _json_object(content: bytes) -> dict:
   value = json.loads(content)
   if not isinstance(value, dict):
-    raise ValueError("it is not a .json object")
+    raise ValueError("it is not a JSON object")
   return value
 
 
 def _read_label(member: _Member, kind: str, content: bytes) -> _Member:
-  """Adds to a .cls or .json member what its content says."""
+  """Adds the label of a .cls or .json member, and whether it has a caption."""
   if kind == "json":
     values = _json_object(content)
     label = values.get("cls", values.get("label"))
     if not isinstance(label, int) or isinstance(label, bool):
-      label = -1  # of another meaning
+      label = -1  # not a class number
     elif label < 0:
-      raise ValueError(f"{label} is no label, which are numbers from 0")
+      raise ValueError(f"{label} is not a label: labels are numbers from 0")
     member = member._replace(has_caption=bool(json_captions(content)))
   else:
     text = content.strip()
     if not text.isdigit():
-      raise ValueError(f"'{text[:20].decode(errors='replace')}' is no label, which are numbers from 0")
+      raise ValueError(f"'{text[:20].decode(errors='replace')}' is not a label: labels are numbers from 0")
     label = int(text)
   if label > _MAX_LABEL:
     raise ValueError(f"label {label} is too large: labels are numbers from 0, without gaps")
@@ -114,7 +114,7 @@ def _read_label(member: _Member, kind: str, content: bytes) -> _Member:
 
 
 def _arrays(samples: dict[str, dict[str, _Member]]) -> dict[str, np.ndarray]:
-  """Returns what `scan` returns."""
+  """Builds the arrays that `scan` returns."""
   keys, rows = [], []
   for key, sample in samples.items():
     if "picture" not in sample:
@@ -140,7 +140,7 @@ def _encode(name: str) -> bytes:
 
 
 def _members(path: str, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
-  """Yields the regular files of an archive, from whose members the caller may read between two of them."""
+  """Yields the regular files of an archive; the caller may seek and read in between."""
   start = file.read(max(map(len, _PACKERS)))
   for magic, packer in _PACKERS.items():
     if start.startswith(magic):
@@ -149,16 +149,18 @@ def _members(path: str, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
   try:
     with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape") as archive:
       while member := archive.next():
-        archive.members.clear()  # type: ignore[attr-defined]  # a million would fill the memory
+        archive.members.clear()  # type: ignore[attr-defined]  # a million would exhaust memory
         if member.issparse():
-          raise UserError(f"'{member.name}' in '{path}' is a sparse file: pack it anew without --sparse")
+          raise UserError(
+            f"'{member.name}' in '{path}' is a sparse file: create the archive without --sparse"
+          )
         if member.isreg():
           yield member
-      # The module takes a header that it cannot read for the end, save for the first.
+      # Except for the first header, tarfile treats an unreadable one as the end.
       file.seek(archive.offset)
       if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
         raise tarfile.ReadError(f"no member or end mark at byte {archive.offset}")
   except tarfile.TarError as error:
     raise UserError(
-      f"'{path}' is no tar archive, or damaged, or cut short ({error}): write it again"
+      f"'{path}' is not a tar archive, or is damaged or truncated ({error}): create it again"
     ) from error

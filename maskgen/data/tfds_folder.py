@@ -1,4 +1,4 @@
-"""Where TFDS keeps prepared data sets: DATA_DIR/NAME[/CONFIG]/VERSION. Nothing here uses a network."""
+"""Finds data sets prepared by TFDS: DATA_DIR/NAME[/CONFIG]/VERSION. Nothing here uses the network."""
 
 import difflib
 import os
@@ -9,7 +9,7 @@ from etils import epath
 
 from maskgen.errors import UserError, nearest
 
-# What must be fetched by hand, because a licence has to be agreed to.
+# Archives that must be downloaded manually, as they require accepting a licence.
 _ARCHIVES = {"imagenet2012": ("ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar")}
 
 
@@ -26,16 +26,16 @@ def parse_name(name: str) -> tuple[str, str | None]:
   """
   match = re.fullmatch(r"([\w-]+)(?:[/:]([^/:]+))?", name)
   if not match:
-    raise UserError(f"'{name}' is no name of a TFDS data set: write NAME or NAME/CONFIG")
+    raise UserError(f"'{name}' is not the name of a TFDS data set: write NAME or NAME/CONFIG")
   return match[1], match[2]
 
 
 def find(root: epath.Path, name: str, config: str | None) -> epath.Path | None:
-  """Returns the folder of the highest version that is completely prepared, or None."""
+  """Returns the folder of the highest completely prepared version, or None."""
   folder = root / name / config if config else root / name
   if not folder.is_dir():
     return None
-  # TFDS gives a folder that it still fills another name.
+  # TFDS uses another name for a folder until it is complete.
   versions = [child for child in folder.iterdir() if tfds.core.Version.is_valid(child.name)]
   complete = [child for child in versions if (child / "dataset_info.json").exists()]
   return max(complete, key=lambda child: tfds.core.Version(child.name), default=None)
@@ -45,7 +45,7 @@ def find_or_explain(root: epath.Path, name: str, config: str | None) -> epath.Pa
   """Returns the folder of a prepared data set.
 
   Raises:
-    UserError: if it is not prepared; it says how to do so, or which name or config there is instead.
+    UserError: if it is not prepared; says how to prepare it, or which name or config exists instead.
   """
   found = find(root, name, config)
   if found:
@@ -69,25 +69,25 @@ def check_known(root: epath.Path, name: str) -> None:
   """Checks that TFDS can prepare a data set.
 
   Raises:
-    UserError: if it has none of this name.
+    UserError: if there is none with this name.
   """
   known = {"digits", *tfds.list_builders(with_community_datasets=False)}
   if name in known:
     return
   prepared = [folder for folder in _folders(root) if folder != "downloads"]
-  close = difflib.get_close_matches(name, {*known, *prepared}, n=1, cutoff=0.5)  # not all of hundreds
+  close = difflib.get_close_matches(name, {*known, *prepared}, n=1, cutoff=0.5)  # there are hundreds
   raise UserError(
-    f"TFDS data set '{name}' is unknown, and not prepared in '{root}'{nearest(name, close or prepared)}"
+    f"TFDS data set '{name}' is unknown and not prepared in '{root}'{nearest(name, close or prepared)}"
   )
 
 
 def manual_dir(root: epath.Path) -> epath.Path:
-  """Where TFDS looks for files that are fetched by hand."""
+  """The folder in which TFDS expects manually downloaded files."""
   return root / "downloads" / "manual"
 
 
 def missing_archives(root: epath.Path, name: str) -> list[str]:
-  """Returns the names of the archives that have to be fetched by hand and are not there."""
+  """Returns the names of archives that must be downloaded manually and are missing."""
   return [archive for archive in _ARCHIVES.get(name, ()) if not (manual_dir(root) / archive).exists()]
 
 

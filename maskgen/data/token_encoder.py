@@ -1,4 +1,4 @@
-"""Reads records as training does, several crops of each, and encodes them for a token cache."""
+"""Reads several crops of each record as training does, and encodes them for a token cache."""
 
 from collections.abc import Callable, Iterator
 
@@ -15,14 +15,14 @@ from maskgen.errors import UserError
 def open_reader(
   source: str, split: str, preprocess: str, seed: int, image_shape: tuple[int, int, int]
 ) -> Reader:
-  """Opens a split whose draws are those of a training run with this seed.
+  """Opens a split with the same draws as a training run with this seed.
 
   Raises:
-    UserError: if there is no such data, or the preprocessing does not give one image of this shape.
+    UserError: if the data does not exist, or the preprocessing does not return one image of this shape.
   """
   parsed = parse_preprocess(preprocess)
   if parsed.views > 1:
-    raise UserError(f"preprocessing '{preprocess}' makes two views: remove two_views, each crop is a view")
+    raise UserError(f"preprocessing '{preprocess}' makes two views: remove two_views, as each crop is a view")
   reader = Reader(
     open_source(source, split),
     parsed,
@@ -34,7 +34,7 @@ def open_reader(
   shape = reader.spec.get("image", tf.TensorSpec(())).shape
   if tuple(shape) != image_shape:
     raise UserError(
-      f"preprocessing '{preprocess}' gives images of shape {tuple(shape)}, the tokenizer takes "
+      f"preprocessing '{preprocess}' returns images of shape {tuple(shape)}, but the tokenizer takes "
       f"{image_shape}: change it"
     )
   return reader
@@ -47,17 +47,17 @@ def encode(
   batch_size: int,
   encode: Callable[[np.ndarray], np.ndarray],
 ) -> tuple[np.ndarray, np.ndarray | None]:
-  """Encodes the first draws of some records.
+  """Encodes the first draws of a range of records.
 
   Args:
-    reader: of the data.
-    records: which ones.
-    crops: draws of each.
-    batch_size: images at once; the last batch is filled up, so that all have this size.
-    encode: from images uint8 [b, h, w, c] to codes [b, n].
+    reader: reads the data.
+    records: the records to encode.
+    crops: the number of draws of each record.
+    batch_size: the number of images per batch; the last batch is padded to this size.
+    encode: maps images uint8 [b, h, w, c] to codes [b, n].
 
   Returns:
-    Codes [records, crops, n], and labels [records] if there are any.
+    Codes [records, crops, n], and labels [records] if the data has labels.
   """
   codes, labels = [], []
   for batch in read(reader, records, crops, batch_size):
@@ -70,7 +70,7 @@ def encode(
 
 
 def read(reader: Reader, records: range, crops: int, batch_size: int) -> Iterator[Batch]:
-  """Yields the first draws of some records, those of one record together; the last batch is filled up."""
+  """Yields the first draws of a range of records, grouped by record; the last batch is padded."""
   rows = len(records) * crops
 
   def locate(number: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:

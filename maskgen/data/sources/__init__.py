@@ -1,13 +1,13 @@
-"""Where records come from: `captioned_digits`, `digits`, `folder:`, `synthetic`, `tar:`, `tfds:`, `tokens:`.
+"""Data sources: `captioned_digits`, `digits`, `folder:`, `synthetic`, `tar:`, `tfds:`, `tokens:`.
 
-A source offers random access: the record of an index is the same whatever was fetched before. All else
-(order, epochs, resuming, slices per process, damaged records) is the pipeline's.
+A source provides random access: the record of an index does not depend on what was fetched before. The
+pipeline handles everything else (order, epochs, resuming, rows of each process, damaged records).
 
-To add one, write a module with a function of `argument` and `split` that returns a `Source`, or raises
-`UserError` on an argument or split that does not exist, and decorate it with `@source("name:what")`, or
-`@source("name")` if it takes no argument. A config names it by its module, as in
-`config.data.source='my_package.my_source:argument'`, or by `name` where the module is imported already. The
-sources of maskgen are the modules beside this file.
+To add a source, write a module with a function of `argument` and `split` that returns a `Source`, or raises
+`UserError` if either does not exist, and decorate it with `@source("name:what")`, or `@source("name")` if it
+takes no argument. A config refers to it by its module, as in
+`config.data.source='my_package.my_source:argument'`, or by `name` if the module is already imported. The
+sources of maskgen are the modules in this folder.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ def _record_number(index: int) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Codes:
-  """What cached codes are codes of.
+  """The origin of cached codes.
 
   Attributes:
     tokenizer: the fingerprint of the tokenizer's parameters.
@@ -40,17 +40,17 @@ class Source:
   """One split of a data set.
 
   Attributes:
-    name: how error messages call it.
+    name: the name used in error messages.
     size: the number of records.
     class_names: the name of each label, or None if the records have no labels.
     fetch: a TensorFlow-traceable function from an int64 scalar in [0, size) to a record, a dict with
       "image": a scalar string (an encoded picture) or uint8 [h, w, c], c static;
       "label": int64 scalar, if there are labels;
       "caption": strings [k], if there are captions, at least one for each record;
-      "tokens": instead of an image its codes, any integer type [crops, n], in a token cache.
-    fingerprint: a text that changes when the records do, so that a continued run notices.
-    describe: the name of one record in messages, such as the path of its file.
-    codes: what the codes of a token cache are.
+      "tokens": for a token cache, codes instead of an image, any integer type [crops, n].
+    fingerprint: a text that changes with the records, so that a resumed run detects it.
+    describe: returns the name of a record for messages, such as its file path.
+    codes: the origin of the codes, for a token cache.
   """
 
   name: str
@@ -64,12 +64,12 @@ class Source:
 
 Open = Callable[[str, str], Source]
 
-# By the names of their usage, and of their modules.
+# By name and by module.
 SOURCES: dict[str, tuple[str, Open]] = {}
 
 
 def source(usage: str) -> Callable[[Open], Open]:
-  """Registers the function that opens the sources written as `usage`."""
+  """Registers a function that opens sources written like `usage`."""
 
   def register(function: Open) -> Open:
     SOURCES[usage.partition(":")[0]] = SOURCES[function.__module__] = (usage, function)
@@ -104,7 +104,7 @@ def check_split(name: str, split: str, splits: tuple[str, ...]) -> None:
   """Checks that a source has a split.
 
   Raises:
-    UserError: if it has not.
+    UserError: if not.
   """
   if split not in splits:
     raise UserError(f"split '{split}' of {name} is unknown{nearest(split, splits)}")

@@ -1,4 +1,4 @@
-"""The embedded digits in colour, on coloured backgrounds, with captions: see `maskgen.data.digit_scenes`."""
+"""The embedded digits in colour on coloured backgrounds, with captions; see `maskgen.data.digit_scenes`."""
 
 import numpy as np
 
@@ -7,15 +7,15 @@ from maskgen.data.cpu_tf import tf
 from maskgen.data.sources import Source, check_split, source
 from maskgen.data.sources.digits import SPLITS, Digits, load
 
-# Pictures of each digit, by split.
+# The number of pictures of each digit, by split.
 _PICTURES = {"train": 64, "test": 4}
-# How often a phrase is left out of a training caption.
+# The probability that a training caption omits a phrase.
 _UNSAID = 0.05
-# Colours vary by so much, of 255.
+# The variation of colours, in levels of 255.
 _JITTER = 12.0
-# The ink's opacity is so many times the scan's, less what is faint: crisp strokes differ more by class.
+# The ink's opacity is that of the scan times a contrast, minus faint ink: crisp strokes differ more by class.
 _CONTRAST, _FAINT = 2.0, 0.3
-# Numbers that are drawn for a picture.
+# The number of random numbers per picture.
 _DRAWS = 15
 
 
@@ -23,8 +23,8 @@ _DRAWS = 15
 def open_captioned_digits(argument: str, split: str) -> Source:
   """Opens a split; pictures uint8 [16, 16, 3] are drawn when they are fetched.
 
-  Record i shows digit i % n of the split's n digits. Captions for training leave phrases out at random, so
-  that a model knows short captions as well; those for testing say all.
+  Record i shows digit i % n of the split's n digits. Training captions omit phrases at random, so that models
+  also learn short captions; test captions are complete.
   """
   del argument
   check_split("captioned_digits", split, SPLITS)
@@ -48,7 +48,7 @@ def open_captioned_digits(argument: str, split: str) -> Source:
 
 
 def _choose(draws: tf.Tensor) -> dict[str, tf.Tensor]:
-  """The values of all kinds but the class, int64 scalars."""
+  """Chooses the values of all kinds except the class, int64 scalars."""
 
   def choose(draw: tf.Tensor, number: int) -> tf.Tensor:
     return tf.cast(draw * number, tf.int64)
@@ -62,12 +62,12 @@ def _choose(draws: tf.Tensor) -> dict[str, tf.Tensor]:
 
 
 def _draw(glyph: tf.Tensor, centre: tf.Tensor, said: dict[str, tf.Tensor], draws: tf.Tensor) -> tf.Tensor:
-  """Draws a glyph float32 [g, g] whose ink has this centre [2], as said: uint8 [16, 16, 3]."""
+  """Draws a glyph float32 [g, g], whose ink has this centre [2], as described: uint8 [16, 16, 3]."""
   height = tf.cast(tf.gather(tf.constant(scenes.HEIGHTS), said["size"]), tf.float32)
   weights = []
   for axis, third in enumerate((said["place"] // 3, said["place"] % 3)):
     place = height / 2 + (scenes.SIDE - height) * tf.cast(third, tf.float32) / 2
-    # Where the pixels of the picture lie among those of the glyph.
+    # The positions of the picture's pixels in the glyph.
     pixels = tf.range(scenes.SIDE, dtype=tf.float32) + 0.5 - place
     samples = pixels * scenes.GLYPH_SIDE / height + centre[axis] - 0.5
     weights.append(tf.nn.relu(1.0 - tf.abs(samples[:, None] - tf.range(scenes.GLYPH_SIDE, dtype=tf.float32))))
@@ -85,7 +85,7 @@ def _draw(glyph: tf.Tensor, centre: tf.Tensor, said: dict[str, tf.Tensor], draws
 
 
 def _describe(said: dict[str, tf.Tensor], is_said: tf.Tensor) -> tf.Tensor:
-  """The caption, as of `scenes.describe`, of what is said; is_said is bool [4], not of the class."""
+  """The caption, as `scenes.describe` writes it; is_said bool [4] selects phrases other than the class."""
   empty = tf.constant("")
 
   def phrase(kind: str, form: str) -> tf.Tensor:

@@ -38,7 +38,7 @@ class Digits(tfds.core.GeneratorBasedBuilder):
     )
 
   def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator]:
-    del dl_manager  # scikit-learn carries the data
+    del dl_manager  # the data is part of scikit-learn
     pixels, labels = load_digits(return_X_y=True)
     images = np.rint(pixels * (255 / 16)).astype(np.uint8).reshape(-1, 8, 8, 1)
     train, test = train_test_split(
@@ -57,9 +57,9 @@ class Digits(tfds.core.GeneratorBasedBuilder):
 
 
 def prepare() -> Digits:
-  """Returns the builder, after writing the data set to TFDS's data folder if it is not there.
+  """Returns the builder, after writing the data set to TFDS's data folder if it is missing.
 
-  Any number of processes may call this at once.
+  Several processes may call this concurrently.
 
   Raises:
     UserError: if the data folder cannot be written.
@@ -70,21 +70,21 @@ def prepare() -> Digits:
     return builder
   tfds.disable_progress_bar()
   try:
-    with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces a download, and there is none
+    with contextlib.redirect_stdout(io.StringIO()):  # TFDS announces a download although there is none
       builder.download_and_prepare()
   except (OSError, tf.errors.OpError) as error:
-    # TFDS writes a temporary folder and renames it, which fails where another process was first.
+    # TFDS renames a temporary folder, which fails if another process was faster.
     builder = Digits(data_dir=data_dir)
     if not builder.data_path.exists():
       raise UserError(
         f"the digits cannot be written to '{data_dir}' ({error}): set the environment variable "
-        "TFDS_DATA_DIR to a folder that can be written"
+        "TFDS_DATA_DIR to a writable folder"
       ) from error
   return builder
 
 
 def load(split: str) -> tuple[tf.Tensor, tf.Tensor]:
-  """Returns a whole split: PNG files as strings [n], and labels as int64 [n]."""
+  """Returns an entire split: PNG files as strings [n], and labels int64 [n]."""
   builder, decoders = prepare(), {"image": tfds.decode.SkipDecoding()}
   if builder.info.file_format is tfds.core.FileFormat.ARRAY_RECORD:
     records = list(builder.as_data_source(split=split, decoders=decoders))
@@ -96,7 +96,7 @@ def load(split: str) -> tuple[tf.Tensor, tf.Tensor]:
 
 @source("digits")
 def open_digits(argument: str, split: str) -> Source:
-  """Opens a split, all in memory."""
+  """Opens a split, held in memory."""
   del argument
   check_split("digits", split, SPLITS)
   images, labels = load(split)

@@ -1,23 +1,23 @@
-"""Pictures kept as files in a folder.
+"""Pictures stored as files in a folder.
 
-The folder, which may be in any store that TensorFlow can read (`folder:gs://bucket/pictures`), holds
-pictures, in sub-folders or not.
+The folder contains pictures, in sub-folders or not, and may be in any store that TensorFlow can read
+(`folder:gs://bucket/pictures`).
 
 Labels, if any, come from one of
-- sub-folders: each that holds pictures is a class;
+- sub-folders: each one that contains pictures is a class;
 - `labels.csv` in the folder, with the header `file,label` and a row for each picture, such as
-  `some/where/1.jpg,cat`; sub-folders are then no classes.
+  `some/where/1.jpg,cat`; sub-folders are then not classes.
 
 Captions, if any, come from one of
 - `captions.csv` in the folder, with the header `file,caption` and one or more rows for each picture;
-- text files beside the pictures: `1.txt` has the captions of `1.jpg`, one a line.
+- text files next to the pictures: `1.txt` has the captions of `1.jpg`, one per line.
 
-Splits: with a sub-folder `train` and one of `test`, `val`, `validation`, `valid` and `dev`, these are the
-splits, and each is laid out as above; tables may lie in the folder itself and then speak of all splits
+Splits: if there is a sub-folder `train` and one of `test`, `val`, `validation`, `valid` and `dev`, these are
+the splits, and each is laid out as above; tables may also be in the folder itself and then cover all splits
 (`train/1.jpg,cat`).
 Otherwise a tenth of the pictures, chosen by hashes of their names, is held out.
 
-Hidden files, hidden folders and `__MACOSX` are ignored, and so are files that are no pictures.
+Hidden files, hidden folders, `__MACOSX` and files that are not pictures are ignored.
 """
 
 import hashlib
@@ -73,7 +73,7 @@ def open_folder(argument: str, split: str) -> Source:
 
 
 def _fingerprint(listing: Listing) -> str:
-  """Hashes names, labels and captions, and the sizes of some of the files if they are local."""
+  """Hashes names, labels and captions, and if files are local the sizes of some of them."""
   digest = hashlib.blake2b(os.fsencode("\0".join(listing.names)), digest_size=16)
   digest.update(repr((listing.labels, listing.class_names, listing.captions)).encode())
   if "://" not in listing.root:
@@ -88,5 +88,5 @@ def _fingerprint(listing: Listing) -> str:
 def _size(path: str) -> int:
   try:
     return os.stat(path).st_size
-  except OSError:  # a dangling link: reading it will say so
+  except OSError:  # a dangling link, which fails when it is read
     return -1

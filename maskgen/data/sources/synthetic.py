@@ -1,4 +1,4 @@
-"""Drawn pictures, for tests and `:debug` configs: discs and squares in five colours."""
+"""Synthetic pictures for tests and `:debug` configs: discs and squares in five colours."""
 
 from maskgen.data.cpu_tf import tf
 from maskgen.data.sources import Source, check_split, source

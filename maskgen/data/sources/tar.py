@@ -1,22 +1,21 @@
-"""Pictures kept in tar archives, in the layout of WebDataset.
+"""Pictures in tar archives with WebDataset's layout.
 
-`tar:/path/{000..099}.tar` names the archives, also as `{a,b}.tar`, `*.tar` or one plain path, in any store
-that TensorFlow can read. They are read at random, so they must not be compressed.
+`tar:/path/{000..099}.tar` names the archives; `{a,b}.tar`, `*.tar` and plain paths work too, in any store
+that TensorFlow can read. Access is random, so archives must not be compressed.
 
-In each archive the members `KEY.EXT` with the same KEY, which is all up to the first dot of the file's name,
-make a record:
+The members `KEY.EXT` of an archive with the same KEY, the file name up to its first dot, form a record:
 - a picture (`KEY.jpg`, `KEY.png` and so on);
 - `KEY.cls`, if there are labels: the label as a number, from 0;
-- `KEY.txt`, if there are captions: one a line;
-- `KEY.json`, in place of the two above or besides them: an object with the number "cls" or "label" and the
-  text or list of texts "caption"; all else in it is ignored.
-Records without a picture are left out, and so are hidden files, links and folders. Labels are named by the
-lines of `classes.txt` in the folder of the first archive, or else by the numbers up to the largest.
+- `KEY.txt`, if there are captions: one per line;
+- `KEY.json`, instead of the two above or in addition: an object with the number "cls" or "label" and the
+  string or list of strings "caption"; other keys are ignored.
+Records without a picture are ignored, as are hidden files, links and folders. Class names are the lines of
+`classes.txt` in the folder of the first archive, or else the numbers up to the largest label.
 
 Splits: `{split}` in the path stands for the name of the split, as in `tar:/path/{split}-{000..009}.tar`.
 Without it a tenth of the records, chosen by hashes of their keys, is held out.
 
-The first use scans the headers of each archive and leaves the index `<archive>.index.npz` beside it.
+The first use scans the headers of each archive and writes the index `<archive>.index.npz` next to it.
 """
 
 import hashlib
@@ -104,33 +103,33 @@ def open_tar(pattern: str, split: str) -> Source:
 
 
 def _all_or_none(name: str, what: str, given: np.ndarray, describe: Callable[[int], str]) -> bool:
-  """Whether the records have labels, or captions, as a mask [n] says.
+  """Whether all records have labels (or captions), given a mask [n].
 
   Raises:
-    UserError: if some have and some have not.
+    UserError: if only some have.
   """
   if given.any() and not given.all():
     raise UserError(
-      f"{np.count_nonzero(~given)} of the {len(given)} records of {name} have no {what}, the first of which "
-      f"is {describe(int(np.argmin(given)))}: give all of them {what}, or none"
+      f"{np.count_nonzero(~given)} of the {len(given)} records of {name} have no {what}, the first "
+      f"being {describe(int(np.argmin(given)))}: give all of them {what}, or none"
     )
   return bool(given.all())
 
 
 def _largest_label(pattern: str, split: str, largest: int) -> int:
-  """Returns the largest label of a split or the training split, so that both have the same classes."""
+  """Returns the largest label of a split and the training split, so that both have the same classes."""
   if split == "train" or "{split}" not in pattern:
     return largest
   try:
     paths = shard_paths(pattern, "train")
-  except UserError:  # there is this split alone
+  except UserError:  # this is the only split
     return largest
   shards = cached_indices(paths, scan, LAYOUT)
   return max(largest, *(int(shard["label"].max(initial=-1)) for shard in shards))
 
 
 def _class_names(folder: str, largest: int) -> tuple[str, ...]:
-  """Returns the lines of `classes.txt` in a folder, or else the numbers of the labels."""
+  """Returns the lines of `classes.txt` in a folder, or else the label numbers."""
   path = os.path.join(folder, "classes.txt")
   try:
     with tf.io.gfile.GFile(path, "rb") as file:

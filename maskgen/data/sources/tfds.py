@@ -1,9 +1,9 @@
 """Data sets prepared by TFDS: `tfds:cifar10`, or with a config `tfds:coco/2014` (or `tfds:coco:2014`).
 
 Splits are those of the data set or parts of them, such as `train[:90%]` or `train+validation`. Both file
-formats, ArrayRecord and TFRecord, give the same records in the same order. A record has the data set's
-picture and, where there are such features, its label and its captions; nothing else is decoded. Nothing is
-ever downloaded.
+formats, ArrayRecord and TFRecord, yield the same records in the same order. A record has the data set's
+picture and, if there are such features, its label and captions; other features are not decoded. Nothing is
+downloaded.
 """
 
 import functools
@@ -27,7 +27,7 @@ _OPEN_FILES = 256
 
 @source("tfds:NAME")
 def open_tfds(argument: str, split: str) -> Source:
-  """Opens a split of the highest prepared version; records are read when they are fetched.
+  """Opens a split of the highest prepared version; files are read when records are fetched.
 
   Raises:
     UserError: if the data set is not prepared, has no such split or no pictures, or its files are damaged.
@@ -37,10 +37,12 @@ def open_tfds(argument: str, split: str) -> Source:
   info = tfds.builder_from_directory(folder).info
   title = f"TFDS data set '{argument}'"
   if info.file_format not in _READERS:
-    raise UserError(f"{title} is kept as {info.file_format.value} files: prepare it as array_record instead")
+    raise UserError(
+      f"{title} is stored in {info.file_format.value} files: prepare it as array_record instead"
+    )
   parts = _parts(title, info.splits, split)
   parse, class_names = _parser(title, info)
-  # Where each record lies: in which part, and as which record of its file.
+  # The location of each record: its part, and its position in the file.
   part_of = np.repeat(np.arange(len(parts), dtype=np.int32), [part.take for part in parts])
   position = np.concatenate([np.zeros(0, np.int64)] + [part.skip + np.arange(part.take) for part in parts])
   read = _READERS[info.file_format](parts, part_of, position)
@@ -57,7 +59,7 @@ def open_tfds(argument: str, split: str) -> Source:
 
 
 def _parts(title: str, splits: Mapping[str, Any], split: str) -> list:
-  """Returns TFDS's instructions: of which files to `skip` and to `take` how many records."""
+  """Returns TFDS's instructions: for each file, the numbers of records to `skip` and to `take`."""
   unknown = {part.partition("[")[0].strip() for part in split.split("+")} - {*splits, "all"}
   if unknown:
     remedy = "choose one of these, or a part such as 'train[:90%]'"
@@ -75,13 +77,13 @@ def _parts(title: str, splits: Mapping[str, Any], split: str) -> list:
 
 
 def _parser(title: str, info: tfds.core.DatasetInfo) -> tuple[Callable, tuple[str, ...] | None]:
-  """Returns a function from a serialized example to a record, and the class names."""
+  """Returns a function that parses a serialized example to a record, and the class names."""
   features = dict(info.features.items())
   image = _image_key(title, features)
   label = _label_key(features, info.supervised_keys)
   texts = [key for key in _CAPTIONS if key in features and _text_path(features[key]) is not None]
   caption = texts[0] if texts else None
-  # The parser of these alone: nothing else is decoded.
+  # Parses only these features: others are not decoded.
   wanted = tfds.features.FeaturesDict({key: features[key] for key in (image, label, caption) if key})
 
   def parse(example: tf.Tensor) -> dict[str, tf.Tensor]:
@@ -94,7 +96,7 @@ def _parser(title: str, info: tfds.core.DatasetInfo) -> tuple[Callable, tuple[st
       for key in _text_path(features[caption]) or ():
         texts = texts[key]
       texts = tf.reshape(texts, [-1])
-      # There is always one, even if it says nothing.
+      # There is always at least one, though it may be empty.
       record["caption"] = tf.concat([texts, [""]], axis=0)[: tf.maximum(tf.size(texts), 1)]
     return record
 
@@ -102,7 +104,7 @@ def _parser(title: str, info: tfds.core.DatasetInfo) -> tuple[Callable, tuple[st
 
 
 def _image_key(title: str, features: Mapping[str, Any]) -> str:
-  # Not subclasses, such as LabeledImage, a map of classes.
+  # Excludes subclasses such as LabeledImage, a segmentation map.
   images = sorted(key for key, feature in features.items() if type(feature) is tfds.features.Image)
   if not images:
     raise UserError(f"{title} has no pictures, only {', '.join(sorted(features))}: choose another data set")
@@ -123,7 +125,7 @@ def _label_key(features: Mapping[str, Any], supervised_keys: Any) -> str | None:
 
 
 def _text_path(feature: Any) -> tuple[str, ...] | None:
-  """Returns the keys that lead to texts in a feature: none in texts and lists of texts; or None."""
+  """Returns the keys that lead to the texts in a feature (none for texts and lists of texts), or None."""
   if isinstance(feature, tfds.features.Sequence):
     feature = feature.feature
   if isinstance(feature, tfds.features.FeaturesDict):
@@ -152,11 +154,11 @@ def _array_record_reader(parts: Sequence, part_of: np.ndarray, position: np.ndar
 
 @functools.lru_cache(maxsize=_OPEN_FILES)
 def _array_record(path: str) -> Any:
-  from array_record.python import array_record_module  # which not every platform has
+  from array_record.python import array_record_module  # not available on every platform
 
   return array_record_module.ArrayRecordReader(
     path,
-    options="readahead_buffer_size:0",  # reading is at random
+    options="readahead_buffer_size:0",  # access is random
     file_reader_buffer_size=32_768,
   )
 
@@ -178,16 +180,16 @@ def _tf_record_reader(parts: Sequence, part_of: np.ndarray, position: np.ndarray
 
 
 def scan_tf_record(path: str) -> dict[str, np.ndarray]:
-  """Finds the records of a TFRecord file.
+  """Locates the records of a TFRecord file.
 
-  Before each lie its length, uint64, and a checksum, 4 bytes; behind it another one.
+  Each is preceded by its length, uint64, and a 4-byte checksum, and followed by another checksum.
 
   Raises:
     UserError: if the file ends within a record.
   """
   size = tf.io.gfile.stat(path).length
   offsets, lengths, end = [], [], 0
-  # Reading local files without a buffer skips the records themselves.
+  # Local files are read unbuffered, which skips the records themselves.
   with tf.io.gfile.GFile(path, "rb") if "://" in path else open(path, "rb", buffering=0) as file:
     while end < size:
       file.seek(end)
@@ -195,7 +197,7 @@ def scan_tf_record(path: str) -> dict[str, np.ndarray]:
       lengths.append(int.from_bytes(file.read(8), "little"))
       end = offsets[-1] + lengths[-1] + 4
   if end != size:
-    raise UserError(f"'{path}' ends within a record: it was cut short, prepare the data set again")
+    raise UserError(f"'{path}' ends within a record: it is truncated, prepare the data set again")
   return {"offset": np.array(offsets, np.int64), "length": np.array(lengths, np.int64)}
 
 

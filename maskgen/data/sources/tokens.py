@@ -1,4 +1,4 @@
-"""Cached codes, made by `maskgen.tools.tokenize`."""
+"""Cached codes, created by `maskgen.tools.tokenize`."""
 
 import dataclasses
 import hashlib
@@ -15,7 +15,7 @@ from maskgen.errors import UserError
 
 @source("tokens:/path")
 def open_tokens(path: str, split: str) -> Source:
-  """Opens a cache; all crops of a record are its "tokens", from which `take_crop` takes one."""
+  """Opens a cache; "tokens" are all crops of a record, of which `take_crop` takes one."""
   cache = Cache.open(epath.Path(os.path.expanduser(path)))
   manifest = cache.manifest
   if split != manifest.split:
