@@ -260,7 +260,7 @@ def test_the_same_width_everywhere_needs_no_shortcut():
     (lambda w: w.pop("vqgan.encoder.conv_in.weight"), HEADS, r"no tensor 'vqgan.encoder.conv_in.weight'"),
     (lambda w: w.update({"norm.weight": np.ones(9, np.float32)}), HEADS, r"'norm.weight' has shape \(9,\)"),
     (lambda w: w["blocks.0.attn.qkv.bias"].fill(np.nan), HEADS, r"attn.qkv.bias' .*not finite"),
-    (lambda w: w.update({"norm.weight": np.ones(8, np.int32)}), HEADS, "holds int32"),
+    (lambda w: w.update({"norm.weight": np.ones(8, np.int32)}), HEADS, "has type int32"),
     (lambda w: w.update({"norm.weight": np.ones(8, jnp.bfloat16)}), HEADS, "type 'BF16': save them as"),
     (
       lambda w: w.update({"token_emb.word_embeddings.weight": np.ones((40, 8), np.float32)}),
@@ -364,7 +364,7 @@ expected = tensors.read(sys.argv[2])
 for name in (*files, "legacy"):
   found = tensors.read(folder / f"{name}.pth")
   here.tiny.assert_same_bits(found, expected)
-refused = dict(code="run code", plain_pickle="run code", truncated="no intact", list="a list")
+refused = dict(code="run code", plain_pickle="run code", truncated="not an intact", list="a list")
 for name, message in refused.items():
   try:
     tensors.read(folder / f"{name}.pth")

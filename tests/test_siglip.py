@@ -92,7 +92,7 @@ def test_a_converted_encoder_can_be_pretrained(tmp_path):
 def test_what_a_file_may_lack(tmp_path):
   path = tmp_path / "a.safetensors"
   write(path)
-  with pytest.raises(UserError, match="does not say its head count"):
+  with pytest.raises(UserError, match="has no head count"):
     siglip.convert(path)
   with pytest.raises(UserError, match="5 does not divide the width of 12"):
     siglip.convert(path, 5)
@@ -105,7 +105,7 @@ def test_what_a_file_may_lack(tmp_path):
     siglip.convert(path, 3)
   tensors["embeddings.position_embedding.weight"] = np.ones((5, 12), np.float32)
   save_file(tensors, path)
-  with pytest.raises(UserError, match="5 positions are no square"):
+  with pytest.raises(UserError, match="5 positions do not form a square"):
     siglip.convert(path, 3)
   (tmp_path / "b.npz").write_bytes(b"nothing")
   with pytest.raises(UserError, match="is not an intact npz file"):

@@ -459,7 +459,7 @@ def test_older_names_and_other_files(folder):
   jax.tree.map(np.testing.assert_array_equal, diffusers.load(folder).params, expected)
 
   (folder / "unet" / "part-1.safetensors").unlink()
-  with pytest.raises(UserError, match=r"part-1.safetensors is missing, which .*index.json names"):
+  with pytest.raises(UserError, match=r"part-1.safetensors, which .*index.json names, is missing"):
     diffusers.load(folder)
   (folder / "unet" / "diffusion_pytorch_model.safetensors.index.json").unlink()
   half = {name: tensor.astype(np.float16) for name, tensor in tensors.items()}
@@ -477,24 +477,24 @@ def weights(part):
   [
     (
       lambda f: (f / "model_index.json").unlink(),
-      "has no model_index.json: give the folder of a text-to-image",
+      "has no model_index.json: give a text-to-image",
     ),
-    (lambda f: (f / "model_index.json").write_text("[]"), "model_index.json holds no JSON object"),
+    (lambda f: (f / "model_index.json").write_text("[]"), "model_index.json does not contain a JSON object"),
     (lambda f: shutil.rmtree(f / "unet"), "has no part 'unet'"),
     (lambda f: shutil.rmtree(f / "tokenizer"), "tokenizer is missing: give the complete folder"),
     (lambda f: (f / "tokenizer/merges.txt").unlink(), "tokenizer.*cannot be read"),
     (lambda f: (f / "vae/config.json").unlink(), r"vae/config.json cannot be read \(No such file"),
-    (lambda f: (f / "vae/config.json").write_text("{"), "vae/config.json is no intact JSON file"),
-    (lambda f: (f / weights("vae")).unlink(), "vae holds no diffusion_pytorch_model.safetensors"),
+    (lambda f: (f / "vae/config.json").write_text("{"), "vae/config.json is not an intact JSON file"),
+    (lambda f: (f / weights("vae")).unlink(), "vae does not contain diffusion_pytorch_model.safetensors"),
     (lambda f: (f / weights("vae")).rename(f / "vae/model.bin"), "is a pickle, which can run code"),
-    (lambda f: (f / weights("vae")).write_bytes(b"x" * 99), "is no intact safetensors file"),
+    (lambda f: (f / weights("vae")).write_bytes(b"x" * 99), "is not an intact safetensors file"),
     (
       lambda f: retensor(f / weights("unet"), lambda t: t.pop("conv_in.bias")),
       "unet lacks the tensor 'conv_in.bias': give complete weights",
     ),
     (
       lambda f: retensor(f / weights("unet"), lambda t: t.update({"conv_inn.bias": t["conv_in.bias"]})),
-      "unet has a tensor 'conv_inn.bias' that its config has no place for",
+      "unet has a tensor 'conv_inn.bias' that its config does not use",
     ),
     (
       lambda f: retensor(f / weights("unet"), lambda t: t.update({"conv_in.bias": np.zeros(3, np.float32)})),
@@ -502,7 +502,7 @@ def weights(part):
     ),
     (
       lambda f: retensor(f / weights("unet"), lambda t: t.update({"conv_in.bias": np.full(4, np.nan, "f")})),
-      "tensor 'conv_in.bias' holds values that are not finite",
+      "tensor 'conv_in.bias' contains values that are not finite",
     ),
     (
       lambda f: retensor(
@@ -515,8 +515,11 @@ def weights(part):
       lambda f: edit(f / "unet/config.json", cross_attention_dim=16),
       "text of width 8 does not fit a U-Net for 16",
     ),
-    (lambda f: edit(f / "unet/config.json", in_channels=9), "the U-Net takes 9 and gives 2 channels"),
-    (lambda f: edit(f / "text_encoder/config.json", vocab_size=513), "has 514 ids, the encoder embeds 513"),
+    (lambda f: edit(f / "unet/config.json", in_channels=9), "the U-Net has 9 input and 2 output channels"),
+    (
+      lambda f: edit(f / "text_encoder/config.json", vocab_size=513),
+      "has 514 ids, but the encoder embeds 513",
+    ),
   ],
 )
 def test_wrong_folders(folder, spoil, message):
@@ -530,7 +533,7 @@ def test_wrong_folders(folder, spoil, message):
   [
     (
       lambda f: (f / "model_index.json").unlink(),
-      "has no model_index.json: give the folder of a text-to-image",
+      "has no model_index.json: give a text-to-image",
     ),
     (lambda f: shutil.rmtree(f / "tokenizer"), "tokenizer is missing: give the complete folder"),
     (
@@ -561,7 +564,7 @@ def test_wrong_folders_are_not_converted(folder, tmp_path, spoil, message):
     ("unet", dict(addition_embed_type="text"), "addition_embed_type='text'"),
     ("vae", dict(shift_factor=0.1), "shift_factor=0.1"),
     ("vae", dict(down_block_types=["AttnDownEncoderBlock2D"] * 2), "only 2 times DownEncoderBlock2D"),
-    ("text_encoder", dict(architectures=["T5EncoderModel"]), "is of a 'T5EncoderModel'"),
+    ("text_encoder", dict(architectures=["T5EncoderModel"]), "is of 'T5EncoderModel'"),
     ("text_encoder", dict(hidden_act="relu"), "activation 'relu' does not exist"),
     (
       "scheduler",
@@ -585,10 +588,10 @@ def test_options_that_are_not_supported(folder, part, changes, message):
 def test_families(folders):
   assert diffusers.read_model(folders / "xl", family="sdxl") == TINY_XL
   with pytest.raises(
-    UserError, match=r"xl is Stable Diffusion XL .* width 4 and 8, where Stable Diffusion 1 .*is needed"
+    UserError, match=r"xl is Stable Diffusion XL .* width 4 and 8, but Stable Diffusion 1 .*is needed"
   ):
     diffusers.load(folders / "xl", family="sd15")
-  with pytest.raises(UserError, match=r"sd is Stable Diffusion 1 .*where Stable Diffusion 2"):
+  with pytest.raises(UserError, match=r"sd is Stable Diffusion 1 .*but Stable Diffusion 2"):
     diffusers.load(folders / "sd", family="sd21")
   with pytest.raises(UserError, match="family 'sd14' does not exist"):
     diffusers.load(folders / "sd", family="sd14")
@@ -597,5 +600,5 @@ def test_families(folders):
 def test_clipping_must_be_ruled_out():
   config = {key: value for key, value in SCHEDULER.items() if key != "clip_sample"}
   assert diffusers_configs.schedule(config, "a file") == diffusion.Schedule()
-  with pytest.raises(UserError, match="does not say clip_sample=false"):
+  with pytest.raises(UserError, match="does not have clip_sample=false"):
     diffusers_configs.schedule(config | {"_class_name": "DDIMScheduler"}, "a file")

@@ -109,26 +109,26 @@ def test_training_without_weights_says_what_to_fetch(tmp_path):
 def test_a_folder_of_another_family(folders, converted, converts):
   path = (converted if converts else folders) / "xl"
   with pytest.raises(
-    UserError, match=r"xl is Stable Diffusion XL .* where Stable Diffusion 1 .* is needed: give its folder$"
+    UserError, match=r"xl is Stable Diffusion XL .* but Stable Diffusion 1 .* is needed: give its folder$"
   ):
     config_lib.load(f"configs/vilex_sd15.py:decoder={path}")
 
 
 def test_folders_that_are_no_decoder(folders, tmp_path):
   with pytest.raises(
-    UserError, match=r"is a folder of diffusers: convert it by .*--format=diffusers .*give DIR"
+    UserError, match=r"is a folder of diffusers: convert it with .*--format=diffusers .*give DIR"
   ):
     config_lib.load(f"configs/vilex_sd15.py:decoder={folders / 'sd'}")
   with pytest.raises(UserError, match=r"model .*nowhere does not exist"):
     config_lib.load(f"configs/vilex_sd15.py:decoder={tmp_path / 'nowhere'}")
   (tmp_path / "config.json").write_text("{}")
-  with pytest.raises(UserError, match=r"is no text-to-image model that maskgen\.tools\.convert made"):
+  with pytest.raises(UserError, match=r"is not a text-to-image model from maskgen\.tools\.convert"):
     config_lib.load(f"configs/vilex_sd15.py:decoder={tmp_path}")
 
 
 def test_the_pretrained_decoder_is_of_the_family_too(converted):
   objective = objectives.build(load("configs/vilex_sd15.py")["objective"])
-  with pytest.raises(UserError, match=r"is Stable Diffusion XL .* where Stable Diffusion 1"):
+  with pytest.raises(UserError, match=r"is Stable Diffusion XL .* but Stable Diffusion 1"):
     objective.check_pretrained("decoder", storage.load_config(converted / "xl"))
   with pytest.raises(UserError, match=r"it has .*, config.objective has .*: make them equal"):
     objective.check_pretrained("decoder", storage.load_config(converted / "sd"))

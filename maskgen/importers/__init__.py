@@ -1,4 +1,4 @@
-"""Weights of other projects: their names and layouts to our parameter trees."""
+"""Weights of other projects, converted from their names and layouts to our parameter trees."""
 
 import dataclasses
 from typing import Any
@@ -9,10 +9,10 @@ class Converted:
   """Another project's model, ready for `maskgen.storage.write_export`.
 
   Attributes:
-    config: what the export's config.json holds.
+    config: the content of the export's config.json.
     variables: `{"params": {group: tree}, "frozen": tree, "extra": tree}`, float32.
-    dead: names of tensors that the other project stores and never uses either.
-    unknown: names of tensors that were not used and that maskgen does not know.
+    dead: names of unused tensors that the other project stores but does not use, either.
+    unknown: names of unused tensors that maskgen does not know.
   """
 
   config: dict[str, Any]

@@ -37,12 +37,12 @@ FAMILIES = {
 STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"} | dict.fromkeys(
   TEXT_PARTS, "model"
 )
-# Of each part, tensors that are no parameters: CLIP used to save the numbers 0 .. 76.
+# Tensors of each part that are not parameters: CLIP used to save the numbers 0 .. 76.
 BUFFERS = dict.fromkeys(TEXT_PARTS, ("embeddings.position_ids",))
-# Attentions of the autoencoder had other names until 2023.
+# The autoencoder's attentions had these names until 2023.
 _OLD_NAMES = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 
-# The content of a JSON file, and what names it in errors.
+# The content of a JSON file, and its name in errors.
 Described = tuple[Mapping[str, Any], str]
 
 
@@ -52,7 +52,7 @@ class Loaded(NamedTuple):
   Attributes:
     model: its modules.
     params: numpy arrays, `{part: tree}`.
-    tokenizers: one for each text encoder.
+    tokenizers: one per text encoder.
   """
 
   model: TextToImage
@@ -60,7 +60,7 @@ class Loaded(NamedTuple):
   tokenizers: tuple[Tokenizer, ...]
 
   def tokenize(self, texts: Sequence[str]) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
-    """Ids of texts for each text encoder, int32 [b, l], and where they end, int32 [b]."""
+    """The ids of texts for each text encoder, int32 [b, l], and the positions of their ends, int32 [b]."""
     ids = tuple(
       np.stack([tokenizer.pad(text, encoder.positions) for text in texts])
       for tokenizer, encoder in zip(self.tokenizers, self.model.text_encoders, strict=True)
@@ -74,16 +74,15 @@ def load(
   """Reads a model.
 
   Args:
-    folder: on a local disk; weights are mapped into memory, not copied twice.
-    family: one of `FAMILIES` if only that will do.
-    param_dtype: of the arrays but for the autoencoder's, as a frozen network may have them in bfloat16.
-    **options: `dtype`, `attention`, `remat` of U-Net and text encoders; the autoencoder gets `remat`
-      alone, and stays in float32.
+    folder: on a local disk; weights are memory-mapped, not copied twice.
+    family: one of `FAMILIES`, if the model must be of this family.
+    param_dtype: of all arrays except the autoencoder's; frozen networks may use bfloat16.
+    **options: `dtype`, `attention`, `remat` of U-Net and text encoders; the autoencoder only gets `remat` and
+      stays in float32.
 
   Raises:
-    UserError: if it is no such model, a part or a tensor is missing, left over or of another shape, or an
-      option in its configs is not supported. What is wrong with configs and tokenizers shows before weights
-      are read.
+    UserError: if it is not such a model, a part or a tensor is missing, unused or of another shape, or an
+      option in its configs is not supported. Configs and tokenizers are checked before weights are read.
   """
   check_dtype(param_dtype)
   root = pathlib.Path(os.path.expanduser(folder))
@@ -106,12 +105,12 @@ def load(
 
 
 def read_model(folder: str | os.PathLike, *, family: str = "", **options: Any) -> TextToImage:
-  """Reads the modules from the JSON files alone; arguments and errors as for `load`."""
+  """Reads the modules from the JSON files only; arguments and errors as for `load`."""
   root = pathlib.Path(os.path.expanduser(folder))
   if not (root / "model_index.json").exists():
-    raise UserError(f"{root} has no model_index.json: give the folder of a text-to-image model of diffusers")
+    raise UserError(f"{root} has no model_index.json: give a text-to-image model in diffusers' layout")
   index = torch_tensors.read_json(root / "model_index.json")
-  # A part is given as [library, class]; one that a model does without, as [null, null].
+  # The index lists a part as [library, class], and a missing optional part as [null, null].
   texts = [part for part in TEXT_PARTS if any(index.get(part) or ())] or TEXT_PARTS[:1]
   for part in ("unet", "vae", "scheduler", *texts):
     if not (root / part).is_dir():
@@ -147,7 +146,7 @@ def read_tokenizers(root: pathlib.Path, model: TextToImage) -> tuple[Tokenizer, 
   for part, encoder, tokenizer in zip(parts, model.text_encoders, tokenizers, strict=True):
     if tokenizer.vocabulary_size > encoder.vocabulary_size:
       raise UserError(
-        f"{root}: the tokenizer of {part} has {tokenizer.vocabulary_size} ids, the encoder embeds "
+        f"{root}: the tokenizer of {part} has {tokenizer.vocabulary_size} ids, but the encoder embeds "
         f"{encoder.vocabulary_size}: give tokenizer and encoder of the same model"
       )
   return tokenizers
@@ -155,14 +154,14 @@ def read_tokenizers(root: pathlib.Path, model: TextToImage) -> tuple[Tokenizer, 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Folder:
-  """A model as a config describes it; the folder's JSON files and tokenizers are read whenever it is used.
+  """A model in a config; the folder's JSON files and tokenizers are read whenever it is used.
 
   Attributes:
-    folder: where they are; its weights are not needed once they are converted. Without one the model is as
-      `family` is published, and reads no captions: enough to know what a step needs.
-    family: one of `FAMILIES` if only that will do.
-    image_size: (h, w) of the images it is to make.
-    param_dtype: of the frozen parameters but for the autoencoder's, which are float32.
+    folder: with these files; its weights are not needed after the conversion. Without a folder, the model has
+      the sizes of the published `family` and cannot read captions, which is enough to estimate a step.
+    family: one of `FAMILIES`, if the model must be of this family.
+    image_size: (h, w) of the images to generate.
+    param_dtype: of all frozen parameters except the autoencoder's, which are float32.
     dtype, attention, remat: how it is run, see `load`.
   """
 
@@ -183,15 +182,15 @@ class Folder:
 
   @property
   def root(self) -> pathlib.Path:
-    """The path."""
+    """The path of the folder."""
     return pathlib.Path(os.path.expanduser(self.folder or self.family))
 
 
 def read_frozen(section: Mapping[str, Any]) -> tuple[FrozenTextToImage, Captions]:
-  """The model that a config section with name="diffusers" describes, and how it reads captions.
+  """The model of a config section with name="diffusers", and the tokenizer of its captions.
 
   Raises:
-    UserError: for a wrong section, or as `load`.
+    UserError: for a wrong section, or as for `load`.
   """
   options = {key: value for key, value in section.items() if key != "name"}
   given: Folder = build_dataclass(Folder, options, "config.objective.decoder")
@@ -213,14 +212,14 @@ def read_frozen(section: Mapping[str, Any]) -> tuple[FrozenTextToImage, Captions
 
 
 def folder_of(path: str | os.PathLike, family: str) -> str:
-  """The folder that a converted model was made of; "" for the name of a published one that is not here.
+  """The folder that a model was converted from; "" for the name of a published one without local files.
 
   Args:
-    path: what `maskgen.tools.convert` wrote, or a name in `PUBLISHED`.
-    family: one of `FAMILIES`, which it must be of.
+    path: the output of `maskgen.tools.convert`, or a name in `PUBLISHED`.
+    family: its family, one of `FAMILIES`.
 
   Raises:
-    UserError: if it is no such model.
+    UserError: if it is not such a model.
   """
   root = epath.Path(os.path.expanduser(path))
   if str(path) in PUBLISHED and not root.exists():
@@ -228,13 +227,13 @@ def folder_of(path: str | os.PathLike, family: str) -> str:
   if (root / "model_index.json").exists():
     read_model(root, family=family)
     raise UserError(
-      f"{path} is a folder of diffusers: convert it by maskgen.tools.convert --format=diffusers "
+      f"{path} is a folder of diffusers: convert it with maskgen.tools.convert --format=diffusers "
       f"--weights={path} --out=DIR, and give DIR"
     )
   section = storage.load_config(root).get("decoder", {})
   if section.get("name") != "diffusers":
     raise UserError(
-      f"{path} is no text-to-image model that maskgen.tools.convert made with --format=diffusers: give one"
+      f"{path} is not a text-to-image model from maskgen.tools.convert --format=diffusers: give one"
     )
   read_model(section["folder"], family=family)
   return section["folder"]
@@ -251,7 +250,7 @@ def convert(path: str | os.PathLike) -> Converted:
 
 
 def family_of(model: TextToImage) -> str:
-  """The key in `FAMILIES` of a model, whatever its size."""
+  """The key in `FAMILIES` of a model of any size."""
   if len(model.text_encoders) > 1:
     return "sdxl"
   return "sd15" if model.text_encoders[0].activation == "quick_gelu" else "sd21"
@@ -261,20 +260,20 @@ def check_family(model: TextToImage, family: str, what: Any) -> None:
   """Checks that a model is of a family.
 
   Raises:
-    UserError: if it is of another, or there is no such family.
+    UserError: if it is of another family, or the family does not exist.
   """
   if family not in FAMILIES:
     raise UserError(f"family '{family}' does not exist{nearest(family, FAMILIES)}")
   found = family_of(model)
   if found != family:
     raise UserError(
-      f"{what} is {FAMILIES[found]} with text of width {' and '.join(map(str, model.text_widths))}, where "
+      f"{what} is {FAMILIES[found]} with text of width {' and '.join(map(str, model.text_widths))}, but "
       f"{FAMILIES[family]} is needed: give its folder"
     )
 
 
 def rename(name: str) -> str:
-  """The name of a tensor today: without `text_model.`, and attentions as in `to_q`."""
+  """The current name of a tensor: without `text_model.`, and with attentions as in `to_q`."""
   name = name.removeprefix("text_model.")
   return re.sub(
     r"(attentions\.\d+)\.(query|key|value|proj_attn)\.", lambda m: f"{m[1]}.{_OLD_NAMES[m[2]]}.", name
@@ -314,7 +313,7 @@ def _check_widths(model: TextToImage, root: pathlib.Path) -> None:
     )
   if not unet.in_channels == unet.out_channels == model.autoencoder.latent_channels:
     raise UserError(
-      f"{root}: the U-Net takes {unet.in_channels} and gives {unet.out_channels} channels, latents have "
+      f"{root}: the U-Net has {unet.in_channels} input and {unet.out_channels} output channels, latents have "
       f"{model.autoencoder.latent_channels}: give a plain text-to-image model, not one for inpainting"
     )
 

@@ -1,7 +1,7 @@
-"""The JSON configs of diffusers and transformers, as modules of ours.
+"""Builds our modules from the JSON configs of diffusers and transformers.
 
-Every key is read, or has one value that changes nothing, or never changes what is computed; a key that is
-neither is an error, so that no option is dropped silently.
+Every key is either read, or must have a value that changes nothing, or never affects the computation; any
+other key is an error, so that no option is dropped silently.
 """
 
 import math
@@ -16,7 +16,7 @@ from maskgen.numerics.diffusion import Schedule
 
 Config = Mapping[str, Any]
 
-# Keys that say where a file comes from, how it was trained, or how calls return: of configs of any kind.
+# Keys of any config for the origin of a file, its training, or the return types of calls.
 _NOTES = (
   *("_class_name", "_diffusers_version", "_name_or_path", "_use_default_values", "_commit_hash"),
   *("architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "return_dict"),
@@ -28,7 +28,8 @@ _NOTES = (
 def text_encoder(config: Config, what: str, **options: Any) -> TextEncoder:
   """Builds the text encoder of a `text_encoder/config.json`.
 
-  The ids in it are not read: published configs have those of another vocabulary. The tokenizer knows them.
+  Its special ids are ignored, since those in published configs belong to another vocabulary; they come from
+  the tokenizer.
 
   Args:
     config: the JSON object.
@@ -36,14 +37,12 @@ def text_encoder(config: Config, what: str, **options: Any) -> TextEncoder:
     **options: `dtype`, `attention`, `remat` of the module.
 
   Raises:
-    UserError: for an option that this project does not have.
+    UserError: for an option that is not supported.
   """
   kinds = ("CLIPTextModel", "CLIPTextModelWithProjection")
   kind = (config.get("architectures") or kinds)[0]
   if kind not in kinds:
-    raise UserError(
-      f"{what} is of a '{kind}', not of a {' or '.join(kinds)}: give a folder of Stable Diffusion"
-    )
+    raise UserError(f"{what} is of '{kind}', not of {' or '.join(kinds)}: give a folder of Stable Diffusion")
   ids = ("bos_token_id", "eos_token_id", "pad_token_id")
   read = _read(
     config,
@@ -79,8 +78,8 @@ def text_encoder(config: Config, what: str, **options: Any) -> TextEncoder:
 def unet(config: Config, what: str, **options: Any) -> UNet:
   """Builds the U-Net of a `unet/config.json`; arguments and errors as for `text_encoder`.
 
-  `attention_head_dim` is the number of heads, whatever its name says: diffusers reads it so for the sake of
-  published configs, and has a key `num_attention_heads` that it refuses.
+  Despite its name, `attention_head_dim` is the number of heads: diffusers reads it that way to support
+  published configs, and rejects its own key `num_attention_heads`.
   """
   read = _read(
     config,
@@ -133,7 +132,7 @@ def unet(config: Config, what: str, **options: Any) -> UNet:
       time_embedding_type=("positional",),
       timestep_post_act=(None,),
     ),
-    # Softmax is in float32 anyway; a projection is the same as a 1x1 convolution and as a dense layer.
+    # Softmax is always in float32; a 1x1 convolution and a dense layer are the same projection.
     notes=("upcast_attention", "use_linear_projection", "addition_embed_type_num_heads"),
   )
   channels, levels = read["block_out_channels"], len(read["block_out_channels"])
@@ -149,7 +148,7 @@ def unet(config: Config, what: str, **options: Any) -> UNet:
     )
   for key in ("layers_per_block", "cross_attention_dim"):
     if not isinstance(read[key], int):
-      raise UserError(f"{what} has {key}={read[key]}: one number for all levels is supported")
+      raise UserError(f"{what} has {key}={read[key]}: only one number for all levels is supported")
   depths = _per_level(read["transformer_layers_per_block"], levels)
   return UNet(
     channels=channels,
@@ -201,7 +200,7 @@ def autoencoder(config: Config, what: str, **options: Any) -> AutoencoderKL:
       raise UserError(f"{what} has {key}={list(read[key])}: only {levels} times {kind} is supported")
   if read["in_channels"] != read["out_channels"]:
     raise UserError(
-      f"{what} has {read['in_channels']} channels in and {read['out_channels']} out: give as many"
+      f"{what} has {read['in_channels']} channels in and {read['out_channels']} out: they must be equal"
     )
   return AutoencoderKL(
     channels=read["block_out_channels"],
@@ -217,8 +216,8 @@ def autoencoder(config: Config, what: str, **options: Any) -> AutoencoderKL:
 def schedule(config: Config, what: str) -> Schedule:
   """Builds the noise schedule of a `scheduler/scheduler_config.json`.
 
-  The sampler it names is not used: any of `maskgen.numerics.diffusion.SAMPLERS` works on the schedule. Where
-  the file leaves out what only some samplers have, it is that of `DDIMScheduler.from_config` and
+  The sampler that it names is ignored: all of `maskgen.numerics.diffusion.SAMPLERS` support the schedule.
+  Missing keys that only some samplers have get the defaults of `DDIMScheduler.from_config` and
   `DPMSolverMultistepScheduler.from_config`.
 
   Args:
@@ -226,7 +225,7 @@ def schedule(config: Config, what: str) -> Schedule:
     what: names it in errors.
 
   Raises:
-    UserError: for a schedule, prediction or option that this project does not have.
+    UserError: for a schedule, prediction or option that is not supported.
   """
   betas = {"linear": "linear", "scaled_linear": "scaled_linear", "squaredcos_cap_v2": "cosine"}
   predictions = {"epsilon": "noise", "v_prediction": "v"}
@@ -263,7 +262,7 @@ def schedule(config: Config, what: str) -> Schedule:
       use_flow_sigmas=off,
       use_dynamic_shifting=off,
     ),
-    # What only other samplers than ours ask for, or belongs to an option that is off.
+    # Keys that only other samplers use, or that belong to an option that is off.
     notes=(
       *("skip_prk_steps", "algorithm_type", "clip_sample_range", "disable_corrector"),
       *("dynamic_thresholding_ratio", "euler_at_final", "final_sigmas_type", "flow_shift"),
@@ -273,7 +272,7 @@ def schedule(config: Config, what: str) -> Schedule:
     ),
   )
   if config.get("_class_name") in samplers[:2] and "clip_sample" not in config:
-    raise UserError(f"{what} does not say clip_sample=false, so that latents would be clipped: say it")
+    raise UserError(f"{what} does not have clip_sample=false, so latents would be clipped: add it")
   return Schedule(
     steps=read["num_train_timesteps"],
     betas=betas[read["beta_schedule"]],
@@ -287,7 +286,7 @@ def schedule(config: Config, what: str) -> Schedule:
 
 
 def _added(read: Config, what: str) -> dict[str, Any]:
-  """The fields of what SDXL adds to the time."""
+  """The fields for what SDXL adds to the time embedding."""
   kind, width = read["addition_embed_type"], read["addition_time_embed_dim"]
   total = read["projection_class_embeddings_input_dim"]
   if kind is None:
@@ -312,13 +311,13 @@ def _read(
   fixed: Mapping[str, tuple[Any, ...]],
   notes: Collection[str],
 ) -> dict[str, Any]:
-  """Values for `defaults`, lists as tuples, after a look at every key."""
+  """Values of the keys of `defaults`, with lists as tuples, after checking every key."""
   for key, value in config.items():
     if key in fixed and value not in fixed[key]:
       choices = " or ".join(repr(choice) for choice in fixed[key])
       raise UserError(f"{what} has {key}={value!r}: only {choices} is supported")
     known = key in defaults or key in fixed or key in notes or key in _NOTES
-    # An option newer than this list changes nothing where it is off.
+    # An option newer than this list changes nothing if it is off.
     if not known and value is not None and value is not False:
       raise UserError(f"{what} has {key}={value!r}, which is not supported: remove it if it changes nothing")
   read = defaults | {key: value for key, value in config.items() if key in defaults and value is not None}

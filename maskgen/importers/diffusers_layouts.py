@@ -1,7 +1,7 @@
-"""What the JSON files of published text-to-image models say, so that their sizes are known without them.
+"""The JSON files of published text-to-image models, so that their sizes are known without a download.
 
-Keys that are left out have the defaults of diffusers and transformers. Weights are of no use without the
-folder itself, which also has the tokenizers.
+Missing keys have the defaults of diffusers and transformers. Weights require the folder itself, which also
+contains the tokenizers.
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ class Layout(NamedTuple):
   Attributes:
     published: its name among `maskgen.importers.published.PUBLISHED`.
     text_encoders: the `config.json` of each text encoder.
-    unet, vae, scheduler: those of the other parts.
+    unet, vae, scheduler: the configs of the other parts.
     start_id, end_id: of the tokenizers.
     padding_ids: of each text encoder's tokenizer.
   """
@@ -64,7 +64,7 @@ _SCHEDULER = dict(
   skip_prk_steps=True,
   steps_offset=1,
 )
-# Where the padding is "!", its id is 0.
+# The id of the padding token "!" is 0.
 _END, _EXCLAMATION = 49407, 0
 
 LAYOUTS = {
@@ -76,7 +76,7 @@ LAYOUTS = {
     _SCHEDULER,
     (_END,),
   ),
-  # The one for 512 pixels; that for 768 predicts v and is otherwise the same.
+  # The model for 512 pixels; the one for 768 predicts v and is otherwise the same.
   "sd21": Layout(
     "stable_diffusion_21_base",
     (_OPEN_CLIP_H,),

@@ -1,7 +1,7 @@
-"""MAGE's PyTorch reference: tokenizer and transformer in one file, under its own parameter names.
+"""MAGE's PyTorch reference: tokenizer and transformer in one file, with its own parameter names.
 
-Its vocabulary is the codes, 1000 class ids of which it uses one, and [MASK]; that one is what `Vocab` calls
-the null class. Its embedding table of positions has 257 rows, whatever the image size.
+Its vocabulary consists of the codes, 1000 class ids, of which it uses one (the null class of `Vocab`), and
+[MASK]. Its table of position embeddings has 257 rows for any image size.
 """
 
 import functools
@@ -23,7 +23,7 @@ from maskgen.numerics.vocab import Vocab
 
 CLASSES, NULL_CLASS = 1000, 76
 POSITIONS = 257
-# Head counts (encoder, decoder) of the published models by width: they leave no trace in the tensors.
+# Head counts (encoder, decoder) of the published models by width, which tensors do not determine.
 HEADS = {768: (12, 16), 1024: (16, 16)}
 # Never trained and never read by the reference.
 DEAD = (
@@ -59,11 +59,11 @@ BLOCK = {
 def convert(
   path: epath.PathLike, encoder_heads: int | None = None, decoder_heads: int | None = None
 ) -> Converted:
-  """Converts a checkpoint; every size but the head counts is inferred from its tensors.
+  """Converts a checkpoint; all sizes except the head counts are inferred from its tensors.
 
   Raises:
-    UserError: if the file is not one (see `tensors.read` and `tensors.take`), or the head counts are not
-      known or do not divide the widths.
+    UserError: if the file is of another kind (see `tensors.read` and `tensors.take`), or the head counts are
+      unknown or do not divide the widths.
   """
   found = tensors.read(path)
   section = infer(path, found, encoder_heads, decoder_heads)
@@ -88,7 +88,7 @@ def infer(
   """The section `config.objective` of a checkpoint's model.
 
   Raises:
-    UserError: if a tensor with a size is missing, or sizes or head counts do not fit each other.
+    UserError: if a tensor with a size is missing, or sizes or head counts are inconsistent.
   """
   need = functools.partial(tensors.need, path, found)
   tokenizer = vqgan_pytorch.infer(path, found, "vqgan.")
@@ -104,9 +104,7 @@ def infer(
   ):
     heads[part] = given or default or 0
     if not heads[part]:
-      raise UserError(
-        f"{path} does not say its head counts, and a width of {size} has no known one: give --{part}_heads"
-      )
+      raise UserError(f"{path} has no head counts, and none are known for width {size}: give --{part}_heads")
     if heads[part] < 1 or size % heads[part]:
       raise UserError(
         f"--{part}_heads={heads[part]} does not divide the {part}'s width of {size}: give one that does"
@@ -119,7 +117,7 @@ def infer(
     )
   side = math.isqrt(max(positions - 1, 0))
   if side * side != positions - 1 or not side:
-    raise UserError(f"{path}: its {positions - 1} positions are no square, as the tokens of its images are")
+    raise UserError(f"{path}: its {positions - 1} positions do not form a square, as tokens of images must")
   size = side * math.prod(tokenizer["strides"])
   return dict(
     name="mage",
@@ -141,7 +139,7 @@ def infer(
 
 
 def networks(section: Mapping[str, Any]) -> tuple[Mage, VQGAN]:
-  """The networks of a section as made by `infer`."""
+  """The networks of a section from `infer`."""
   tokenizer = VQGAN(**section["tokenizer"])
   names = ("width", "depth", "heads", "decoder_width", "decoder_depth", "decoder_heads")
   vocab = Vocab(tokenizer.codebook_size, section["class_ids"], section["null_class"])
@@ -158,15 +156,15 @@ def shapes(model: Mage, tokenizer: VQGAN) -> dict[str, Any]:
 
 
 def to_reference(params: Mapping[str, Any], model: Mage, tokenizer: VQGAN) -> dict[str, Any]:
-  """Both networks' parameters under the reference's names and in its layout.
+  """Renames both networks' parameters to the reference's names and layout.
 
-  What the reference has and we do not is zero: rows of positions beyond the image, and, for a model that was
-  not converted from it, rows of class ids.
+  Rows that only the reference has are zero: those of positions beyond the image and, for a model that was not
+  converted from it, those of class ids.
 
   Args:
     params: `main` and `tokenizer`.
     model: the network of `main`.
-    tokenizer: the other.
+    tokenizer: the network of `tokenizer`.
 
   Raises:
     UserError: for a parameter that the reference does not have.
@@ -195,12 +193,12 @@ def to_reference(params: Mapping[str, Any], model: Mage, tokenizer: VQGAN) -> di
 
 
 def _rows(table: jax.Array, count: int) -> jax.Array:
-  """A table with `count` rows of zeros after its own."""
+  """Appends `count` rows of zeros to a table."""
   return jnp.pad(table, ((0, count), *((0, 0) for _ in table.shape[1:])))
 
 
 def _vocabulary(table: jax.Array, vocab: Vocab) -> jax.Array:
-  """A table of our vocabulary as one of theirs: the null class and [MASK] at their places."""
+  """Converts a table of our vocabulary to theirs, moving the null class and [MASK]."""
   if (vocab.classes, vocab.null_class) == (CLASSES, NULL_CLASS):
     return table
   codes, null = table[: vocab.codebook], table[vocab.null_class_id : vocab.null_class_id + 1]
@@ -209,10 +207,10 @@ def _vocabulary(table: jax.Array, vocab: Vocab) -> jax.Array:
 
 
 def check_expressible(tokenizer: VQGAN, grid: tuple[int, int]) -> None:
-  """Checks that the reference's code computes what a model of ours does.
+  """Checks that the reference's code can run one of our models.
 
   Raises:
-    UserError: if the tokenizer or the token grid (h', w') is of a kind that it does not have.
+    UserError: if it does not support the tokenizer or the token grid (h', w').
   """
   reason = ""
   if tokenizer.shortcut != "reference" and len(set(tokenizer.multipliers)) > 1:

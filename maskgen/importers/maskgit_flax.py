@@ -1,4 +1,4 @@
-"""MaskGIT's tokenizer, a Flax msgpack file: Linen's automatic names, in the order of the forward pass."""
+"""MaskGIT's tokenizer, a Flax msgpack file with Linen's automatic names, in the order of the forward pass."""
 
 import functools
 from typing import Any
@@ -21,10 +21,10 @@ BLOCK = {
 
 
 def convert(path: epath.PathLike, image_size: int = 256) -> Converted:
-  """Converts the published tokenizer, or one of another size of the same kind.
+  """Converts the published tokenizer, or one of the same kind with other sizes.
 
   Raises:
-    UserError: if the file is not one, see `tensors.read_msgpack` and `tensors.take`.
+    UserError: if the file is of another kind, see `tensors.read_msgpack` and `tensors.take`.
   """
   found = tensors.read_msgpack(path)
   section = _infer(path, found)
@@ -40,7 +40,7 @@ def _infer(path: epath.PathLike, found: tensors.Tensors) -> dict[str, Any]:
   need = functools.partial(tensors.need, path, found)
   first = need("encoder/Conv_0/kernel", 4)
   codes = need("quantizer/codebook", 2)
-  # The decoder's convolutions outside of blocks: the first, one after each up-sampling, the last.
+  # The decoder's convolutions outside blocks: the first, one after each up-sampling, the last.
   levels = tensors.count(found, r"decoder/Conv_(\d+)/") - 1
   residual = tensors.count(found, r"encoder/ResBlock_(\d+)/")
   blocks, rest = divmod(residual - 2, levels) if levels > 0 else (0, 1)
@@ -54,7 +54,7 @@ def _infer(path: epath.PathLike, found: tensors.Tensors) -> dict[str, Any]:
 
 
 def to_reference(params: Any, network: VQGAN) -> dict[str, Any]:
-  """Our parameters under MaskGIT's names; the layout is the same."""
+  """Renames our parameters to MaskGIT's names; the layout is the same."""
   levels, blocks = len(network.multipliers), network.blocks
   encoder = [f"level_{level}_block_{i}" for level in range(levels) for i in range(blocks)]
   decoder = [f"level_{level}_block_{i}" for level in reversed(range(levels)) for i in range(blocks)]

@@ -1,8 +1,8 @@
-"""MobileNetV2 weights from an npz of 8-bit convolutions.
+"""MobileNetV2 weights from an npz file of 8-bit convolutions.
 
-The file numbers the convolutions from 00 in the order of the forward pass, and holds four tensors
+The file numbers the convolutions from 00 in the order of the forward pass, and has four tensors
 for each: `NN.q` uint8 [kh, kw, in / groups, out], scalars `NN.scale` and `NN.zero`, and `NN.b`
-float [out], with kernel = (q - zero) * scale and batch norm already folded in.
+float [out], with kernel = (q - zero) * scale and batch norm folded in.
 """
 
 from typing import Any
@@ -37,7 +37,7 @@ def load(path: epath.PathLike, network: MobileNetV2 | None = None) -> dict[str, 
     The tree under "params" of `network.init`, float32 numpy arrays.
 
   Raises:
-    UserError: the file cannot be read as npz, or a tensor is missing, left over, of another shape
+    UserError: if the file cannot be read as npz, or a tensor is missing, unused, of another shape
       or type than the network's, or not finite.
   """
   network = network or MobileNetV2()
@@ -48,8 +48,8 @@ def load(path: epath.PathLike, network: MobileNetV2 | None = None) -> dict[str, 
     raise UserError(f"{path} has no tensor '{missing[0]}': give a file of {len(layers)} convolutions")
   if unused := sorted(tensors.keys() - expected):
     raise UserError(
-      f"{path} has a tensor '{unused[0]}' that the network does not: give a file of"
-      f" {len(layers)} convolutions"
+      f"{path} has a tensor '{unused[0]}' that the network does not have: give a file"
+      f" of {len(layers)} convolutions"
     )
 
   image = jax.ShapeDtypeStruct((1, 32, 32, 3), jnp.float32)
@@ -77,10 +77,10 @@ def convolutions(network: MobileNetV2) -> list[tuple[str, ...]]:
 def _check(path: epath.PathLike, name: str, tensor: np.ndarray, shape: tuple[int, ...]) -> None:
   if tensor.shape != shape:
     raise UserError(
-      f"{path}: tensor '{name}' has shape {tensor.shape}, the network needs {shape}:"
+      f"{path}: tensor '{name}' has shape {tensor.shape}, but the network needs {shape}:"
       " give weights of the same width and number of classes"
     )
   if name.endswith(".q") and tensor.dtype != np.uint8:
     raise UserError(f"{path}: tensor '{name}' is {tensor.dtype}: quantized kernels must be uint8")
   if not (np.issubdtype(tensor.dtype, np.number) and np.isfinite(tensor).all()):
-    raise UserError(f"{path}: tensor '{name}' holds values that are not finite numbers")
+    raise UserError(f"{path}: tensor '{name}' contains values that are not finite: give another file")

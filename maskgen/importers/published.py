@@ -1,14 +1,14 @@
-"""Published weights by name: where they are, and under which licence their repositories stand."""
+"""Published weights by name: their addresses, and the licences of their repositories."""
 
 from typing import NamedTuple
 
 
 class Published(NamedTuple):
-  """Weights that somebody published.
+  """Published weights.
 
   Attributes:
-    format: what `maskgen.tools.convert` calls it.
-    address: where a browser finds the file, or the folder.
+    format: the `--format` of `maskgen.tools.convert`.
+    address: of the file or folder, for a browser.
     license: of the weights, or of the repository that links to them.
   """
 

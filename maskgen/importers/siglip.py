@@ -1,6 +1,6 @@
-"""SigLIP's image encoder: safetensors of transformers, or an npz file of big_vision.
+"""SigLIP's image encoder, from safetensors of transformers or an npz file of big_vision.
 
-The text encoder and the head that pools patches to one vector are left out.
+The text encoder and the head that pools patches to one vector are dropped.
 """
 
 import functools
@@ -19,7 +19,7 @@ from maskgen.errors import UserError
 from maskgen.importers import Converted, tensors, vqgan_pytorch
 from maskgen.models.vit import ViT
 
-# Head counts of the published models by width: in safetensors they leave no trace.
+# Head counts of the published models by width, which safetensors files do not contain.
 HEADS = {768: 12, 1024: 16, 1152: 16, 1536: 16}
 PREFIX, TREE = "vision_model.", "params/img/"
 LAYERS = {"patch_embedding": "embeddings.patch_embedding", "encoder_norm": "post_layernorm"}
@@ -47,11 +47,11 @@ BIG_VISION_BLOCK = {
 
 
 def convert(path: epath.PathLike, encoder_heads: int | None = None) -> Converted:
-  """Converts an image encoder, whole models included; every size but the head count is in its tensors.
+  """Converts an image encoder, or that of a whole model; all sizes except the head count are inferred.
 
   Raises:
-    UserError: if the file is not one (see `tensors.read`, `read_npz` and `take`), or the head count is not
-      known or does not divide the width.
+    UserError: if the file is of another kind (see `tensors.read`, `read_npz` and `take`), or the head count
+      is unknown or does not divide the width.
   """
   is_npz = str(path).endswith(".npz")
   found = _read_big_vision(path) if is_npz else _read_safetensors(path)
@@ -67,7 +67,7 @@ def convert(path: epath.PathLike, encoder_heads: int | None = None) -> Converted
 
 
 def to_transformers(params: Any, model: ViT) -> dict[str, Any]:
-  """Our parameters under the names of transformers, without prefix, and in PyTorch's layout."""
+  """Renames our parameters to transformers' names, without prefix, and PyTorch's layout."""
   layers = dict(LAYERS)
   for i in range(model.depth):
     layers |= {f"encoder/block_{i}/{ours}": f"encoder.layers.{i}.{name}" for ours, name in BLOCK.items()}
@@ -77,7 +77,7 @@ def to_transformers(params: Any, model: ViT) -> dict[str, Any]:
 
 
 def to_big_vision(params: Any, model: ViT) -> dict[str, Any]:
-  """Our parameters under the names of big_vision, those below `params/img/`, with an axis for heads."""
+  """Renames our parameters to big_vision's names below `params/img/`, with an axis for heads."""
   layers = dict(BIG_VISION_LAYERS)
   for i in range(model.depth):
     block = f"Transformer/encoderblock_{i}"
@@ -95,7 +95,7 @@ def to_big_vision(params: Any, model: ViT) -> dict[str, Any]:
 
 
 def _read_safetensors(path: epath.PathLike) -> tensors.Tensors:
-  """The image encoder's tensors without the prefix that whole models have, and without its head."""
+  """The image encoder's tensors, without its head and the prefix in whole models."""
   found = tensors.read(path)
   if any(name.startswith(PREFIX) for name in found):
     found = {name.removeprefix(PREFIX): value for name, value in found.items() if name.startswith(PREFIX)}
@@ -103,7 +103,7 @@ def _read_safetensors(path: epath.PathLike) -> tensors.Tensors:
 
 
 def _read_big_vision(path: epath.PathLike) -> tensors.Tensors:
-  """The image encoder's arrays without its head; blocks that were scanned over are taken apart."""
+  """The image encoder's arrays without its head; stacked blocks of a scan are split."""
   found: tensors.Tensors = {}
   for name, value in tensors.read_npz(path).items():
     if not name.startswith(TREE) or name.startswith((f"{TREE}MAPHead_0/", f"{TREE}head/")):
@@ -137,7 +137,7 @@ def _infer_big_vision(
   hidden = need(f"{block}/MlpBlock_0/Dense_0/kernel", 2).shape[1]
   stored = need(f"{block}/MultiHeadDotProductAttention_0/query/kernel", 3).shape[1]
   if heads not in (None, stored):
-    raise UserError(f"{path} has {stored} heads: leave --encoder_heads={heads} out")
+    raise UserError(f"{path} has {stored} heads: remove --encoder_heads={heads}")
   depth = tensors.count(found, r"Transformer/encoderblock_(\d+)/")
   return _section(path, patch, positions, width, depth, hidden, stored)
 
@@ -147,13 +147,11 @@ def _section(
 ) -> dict[str, Any]:
   """The fields of `ViT`."""
   if not heads:
-    raise UserError(
-      f"{path} does not say its head count, and a width of {width} has no known one: give --encoder_heads"
-    )
+    raise UserError(f"{path} has no head count, and none is known for width {width}: give --encoder_heads")
   if width % heads:
     raise UserError(f"--encoder_heads={heads} does not divide the width of {width}: give one that does")
   side = math.isqrt(positions)
   if side * side != positions:
-    raise UserError(f"{path}: its {positions} positions are no square, as the patches of its images are")
+    raise UserError(f"{path}: its {positions} positions do not form a square, as patches of images must")
   size = (side * patch, side * patch)
   return dict(image_size=size, patch=patch, width=width, depth=depth, heads=heads, hidden=hidden)

@@ -1,7 +1,7 @@
-"""Named tensors from weights files, and from there into our parameters.
+"""Reads named tensors from weights files and converts them to our parameters.
 
-A format is described in one direction: a function that renames our parameters to theirs. It moves numbers and
-changes none, so it is linear, and its transpose is its inverse.
+A format is described in one direction, by a function that renames our parameters to theirs. It only moves
+numbers, so it is linear, and its transpose is its inverse.
 """
 
 import argparse
@@ -24,34 +24,34 @@ from flax import traverse_util
 from maskgen import tree
 from maskgen.errors import UserError
 
-# Where checkpoints keep their weights, the first that there is: averages before what they average.
+# Keys under which checkpoints store their weights, in order of preference: averages first.
 WRAPPERS = ("model_ema", "model", "state_dict")
 
-# What numpy and zipfile raise on bytes that are not an npz file, or no longer one.
+# What numpy and zipfile raise on bytes that are not an npz file, or a damaged one.
 DAMAGE = (ValueError, EOFError, NotImplementedError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 Tensors = dict[str, np.ndarray]
-# Our parameters to {name of theirs: array in their layout}.
+# From our parameters to {their name: array in their layout}.
 Rename = Callable[[Any], dict[str, Any]]
 
 
 def read(path: epath.PathLike) -> Tensors:
-  """Reads a safetensors or PyTorch file; numbers with a fraction become float32.
+  """Reads a safetensors or PyTorch file; floats become float32.
 
   A PyTorch file may wrap its weights in a dictionary (see `WRAPPERS`). Only tensors, containers and the
-  arguments of the training command are unpickled; a file that asks for anything else is refused.
+  arguments of the training command are unpickled; a file with anything else is rejected.
 
   Raises:
-    UserError: if the file cannot be read, is neither, is damaged, or holds a pickle with code in it.
+    UserError: if the file cannot be read, has neither format, is damaged, or contains a pickle with code.
   """
   data = _bytes(path)
   if data[8:9] == b"{":
     try:
       found: Mapping[str, Any] = safetensors.numpy.load(data)
     except KeyError as error:  # a type that numpy lacks
-      raise UserError(f"{path} holds numbers of type {error}: save them as float32 or float16") from None
+      raise UserError(f"{path} has numbers of type {error}: save them as float32 or float16") from None
     except (safetensors.SafetensorError, ValueError, TypeError) as error:
-      raise UserError(f"{path} is no intact safetensors file ({error}): fetch it again") from None
+      raise UserError(f"{path} is not an intact safetensors file ({error}): download it again") from None
     return {name: _float32(value) for name, value in found.items()}
   return _read_torch(path, data)
 
@@ -60,22 +60,22 @@ def read_msgpack(path: epath.PathLike) -> Tensors:
   """Reads the parameters of a Flax msgpack file, under path names such as `encoder/Conv_0/kernel`.
 
   Raises:
-    UserError: if the file cannot be read, or holds no parameters.
+    UserError: if the file cannot be read, or contains no parameters.
   """
   data = _bytes(path)
   try:
     found = flax.serialization.msgpack_restore(data)
     flat = traverse_util.flatten_dict(found.get("params", found), sep="/")
     return {name: _float32(value) for name, value in flat.items() if isinstance(value, np.ndarray)}
-  except Exception as error:  # msgpack raises many kinds on bytes that are not its own.
-    raise UserError(f"{path} is no intact Flax msgpack file: give another, or fetch it again") from error
+  except Exception as error:  # msgpack raises many kinds of errors on other bytes.
+    raise UserError(f"{path} is not an intact Flax msgpack file: download it again") from error
 
 
 def read_npz(path: epath.PathLike) -> Tensors:
-  """Reads an npz file, its arrays as they are.
+  """Reads the arrays of an npz file, unchanged.
 
   Raises:
-    UserError: if the file cannot be read, or is none.
+    UserError: if the file cannot be read, or is not an npz file.
   """
   try:
     with epath.Path(path).open("rb") as file:
@@ -86,11 +86,11 @@ def read_npz(path: epath.PathLike) -> Tensors:
   except OSError as error:
     raise UserError(f"{path} cannot be read ({error}): give the path of an npz file") from error
   except DAMAGE as error:
-    raise UserError(f"{path} is not an intact npz file: fetch or convert it again") from error
+    raise UserError(f"{path} is not an intact npz file: download or convert it again") from error
 
 
 def need(path: epath.PathLike, tensors: Mapping[str, np.ndarray], name: str, ndim: int) -> np.ndarray:
-  """A tensor from which sizes are inferred, with its number of axes checked.
+  """Returns a tensor from which sizes are inferred, after checking its number of axes.
 
   Raises:
     UserError: if it is missing or has another number of axes.
@@ -98,21 +98,21 @@ def need(path: epath.PathLike, tensors: Mapping[str, np.ndarray], name: str, ndi
   if name not in tensors:
     raise UserError(f"{path} has no tensor '{name}': give a file of the format that --format names")
   if tensors[name].ndim != ndim:
-    raise UserError(f"{path}: tensor '{name}' has {tensors[name].ndim} axes, it should have {ndim}")
+    raise UserError(f"{path}: tensor '{name}' has {tensors[name].ndim} axes, but it should have {ndim}")
   return tensors[name]
 
 
 def count(tensors: Mapping[str, np.ndarray], pattern: str) -> int:
-  """How many numbers the group of a regular expression, matched at the beginning of names, takes."""
+  """The number of different values of a pattern's group, matched at the beginning of names."""
   return len({found[1] for name in tensors if (found := re.match(pattern, name))})
 
 
 def take(path: epath.PathLike, tensors: Mapping[str, np.ndarray], rename: Rename, shapes: Any) -> Any:
-  """Fills our parameters with their tensors.
+  """Converts their tensors to our parameters.
 
   Args:
     path: of the file, for messages.
-    tensors: what it holds.
+    tensors: its content.
     rename: the format.
     shapes: our parameters, a tree of shapes.
 
@@ -120,7 +120,7 @@ def take(path: epath.PathLike, tensors: Mapping[str, np.ndarray], rename: Rename
     A tree like `shapes`, with exactly the numbers of the file.
 
   Raises:
-    UserError: if a tensor is missing, has another shape or type, or holds values that are not finite.
+    UserError: if a tensor is missing, has another shape or type, or contains values that are not finite.
   """
   expected = jax.eval_shape(rename, shapes)
   if missing := sorted(expected.keys() - tensors.keys()):
@@ -130,12 +130,12 @@ def take(path: epath.PathLike, tensors: Mapping[str, np.ndarray], rename: Rename
     found = tensors[name]
     if found.shape != leaf.shape:
       raise UserError(
-        f"{path}: tensor '{name}' has shape {found.shape}, the other tensors' sizes ask for {leaf.shape}"
+        f"{path}: tensor '{name}' has shape {found.shape}, but other tensors' sizes require {leaf.shape}"
       )
     if found.dtype != np.float32:
-      raise UserError(f"{path}: tensor '{name}' holds {found.dtype}, weights are floats")
+      raise UserError(f"{path}: tensor '{name}' has type {found.dtype}, but weights must be floats")
     if not np.isfinite(found).all():
-      raise UserError(f"{path}: tensor '{name}' holds values that are not finite: the file is of no use")
+      raise UserError(f"{path}: tensor '{name}' contains values that are not finite: give another file")
   (params,) = jax.linear_transpose(rename, shapes)({name: tensors[name] for name in expected})
   tree.check_same(params, shapes, str(path))
   return params
@@ -150,7 +150,7 @@ def _bytes(path: epath.PathLike) -> bytes:
 
 
 def _float32(value: Any) -> np.ndarray:
-  """Floats as float32, by which float16 loses nothing; other types as they are."""
+  """Converts floats to float32, which is exact for float16; leaves other types unchanged."""
   value = np.asarray(value)
   return value.astype(np.float32) if np.issubdtype(value.dtype, np.floating) else value
 
@@ -160,31 +160,31 @@ def _read_torch(path: epath.PathLike, data: bytes) -> Tensors:
     import torch
   except ImportError:
     raise UserError(
-      f"{path} is no safetensors file, and PyTorch files need PyTorch: pip install -e '.[parity]'"
+      f"{path} is not a safetensors file, and PyTorch files need PyTorch: pip install -e '.[parity]'"
     ) from None
   if tuple(int(n) for n in torch.__version__.split(".")[:2]) < (2, 6):
-    raise UserError(f"PyTorch {torch.__version__} unpickles more than it should: install 2.6 or newer")
+    raise UserError(f"PyTorch {torch.__version__} does not unpickle safely: install 2.6 or newer")
   try:
     with torch.serialization.safe_globals([argparse.Namespace]):
       found = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-  except Exception as error:  # PyTorch raises many kinds on bytes that are not its own.
+  except Exception as error:  # PyTorch raises many kinds of errors on other bytes.
     code = re.search(r"GLOBAL ([\w.]+)|instantiate|[Uu]nsupported (?:global|class|operand)", str(error))
     if isinstance(error, pickle.UnpicklingError) and code:
       what = f" ({code[1]})" if code[1] else ""
       raise UserError(
-        f"{path} asks to run code{what} when it is read, which was refused: give a file of tensors alone"
+        f"{path} would run code{what} when read, so it was rejected: give a file of tensors"
       ) from None
     raise UserError(
-      f"{path} is no intact safetensors or PyTorch file: give another, or fetch it again"
+      f"{path} is not an intact safetensors or PyTorch file: give another, or download it again"
     ) from None
   for wrapper in WRAPPERS:
     if isinstance(found, Mapping) and isinstance(found.get(wrapper), Mapping):
       found = found[wrapper]
       break
   if not isinstance(found, Mapping):
-    raise UserError(f"{path} holds a {type(found).__name__}, not a dictionary of tensors")
+    raise UserError(f"{path} contains a {type(found).__name__}, not a dictionary of tensors")
   tensors = {str(name): value for name, value in found.items() if isinstance(value, torch.Tensor)}
-  if tensors and all(name.startswith("module.") for name in tensors):  # as data parallelism saves it
+  if tensors and all(name.startswith("module.") for name in tensors):  # saved by DataParallel
     tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
   return {
     name: value.detach().float().numpy() if value.is_floating_point() else value.numpy()

@@ -1,7 +1,7 @@
-"""Tensors of PyTorch modules in safetensors files, fitted to parameter trees of Linen modules.
+"""Converts tensors of PyTorch modules in safetensors files to parameter trees of Linen modules.
 
-The modules bear the names of their PyTorch counterparts, an index behind an underscore where those have it
-behind a dot: `blocks_0/conv1/kernel` is the tensor `blocks.0.conv1.weight`.
+The modules have the names of their PyTorch counterparts, with an underscore instead of a dot before an index:
+`blocks_0/conv1/kernel` is the tensor `blocks.0.conv1.weight`.
 """
 
 import functools
@@ -22,7 +22,7 @@ LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": 
 
 
 def torch_name(path: str) -> str:
-  """The tensor of a parameter: `linear_1` is a name, `blocks_1` and `net_2` are places in a list."""
+  """The tensor of a parameter: `linear_1` is a name, while `blocks_1` and `net_2` are indices of a list."""
   *modules, leaf = path.split("/")
   modules = [re.sub(r"(?<!linear)_(\d+)$", r".\1", module) for module in modules]
   return ".".join([*modules, LEAVES[leaf]])
@@ -36,20 +36,20 @@ def fit(
   rename: Callable[[str], str] = str,
   buffers: Collection[str] = (),
 ) -> dict[str, str]:
-  """Finds the tensor of each parameter by name and shape; reads no tensor.
+  """Finds the tensor of each parameter by name and shape, without reading tensors.
 
   Args:
-    found: the shapes of the tensors at hand.
+    found: the shapes of the available tensors.
     expected: the tree of parameter shapes.
     what: names the source in errors.
-    rename: older or longer names of tensors to those of the modules.
-    buffers: renamed tensors that are no parameters, and may be there.
+    rename: maps older or longer names of tensors to those of the modules.
+    buffers: renamed tensors that are not parameters and may be present.
 
   Returns:
-    The name of the tensor at hand for each parameter's path name.
+    The name of the available tensor for each parameter's path name.
 
   Raises:
-    UserError: if a tensor is missing, left over, there twice, or of another shape.
+    UserError: if a tensor is missing, unused, duplicate, or of another shape.
   """
   names: dict[str, str] = {}
   for name in sorted(found):
@@ -68,7 +68,7 @@ def fit(
   if unused := sorted(names.keys() - paths.keys()):
     others = f" and {len(unused) - 1} others" if len(unused) > 1 else ""
     raise UserError(
-      f"{what} has a tensor '{names[unused[0]]}'{others} that its config has no place for: "
+      f"{what} has a tensor '{names[unused[0]]}'{others} that its config does not use: "
       "give weights and config of the same model"
     )
   for name, path in paths.items():
@@ -93,10 +93,10 @@ def load(
   """Reads a tree of parameters, one tensor at a time.
 
   Args:
-    files: safetensors files that hold the tensors together.
+    files: safetensors files that together contain the tensors.
     expected: the tree of parameter shapes.
     what: names the source in errors.
-    dtype: of the arrays that are returned.
+    dtype: of the returned arrays.
     rename: see `fit`.
     buffers: see `fit`.
 
@@ -104,7 +104,7 @@ def load(
     A tree of numpy arrays.
 
   Raises:
-    UserError: if a file cannot be read, a tensor does not fit, or holds values that are not finite.
+    UserError: if a file cannot be read, or a tensor does not fit or contains values that are not finite.
   """
   opened = {file: _guard(file, functools.partial(safe_open, str(file), framework="numpy")) for file in files}
   home = {name: file for file, archive in opened.items() for name in archive.keys()}  # noqa: SIM118
@@ -116,15 +116,15 @@ def load(
     file = home[name]
     tensor = _guard(file, functools.partial(opened[file].get_tensor, name))
     if not np.isfinite(tensor.astype(np.float32)).all():
-      raise UserError(f"{file}: tensor '{name}' holds values that are not finite: fetch the file again")
+      raise UserError(f"{file}: tensor '{name}' contains values that are not finite: download the file again")
     params[tuple(path.split("/"))] = np.ascontiguousarray(to_linen(tensor, ranks[path], path), dtype)
   return traverse_util.unflatten_dict(params)
 
 
 def to_linen(tensor: np.ndarray, rank: int, path: str) -> np.ndarray:
-  """A tensor with the axes of a parameter: of kernels PyTorch has outputs first.
+  """Transposes a tensor to the layout of a parameter: PyTorch's kernels have outputs first.
 
-  1x1 convolutions fit dense layers, which is what they are.
+  1x1 convolutions fit dense layers, which are equivalent.
   """
   if not path.endswith("/kernel"):
     return tensor
@@ -134,10 +134,10 @@ def to_linen(tensor: np.ndarray, rank: int, path: str) -> np.ndarray:
 
 
 def find(folder: pathlib.Path, stem: str) -> list[pathlib.Path]:
-  """The safetensors files of a network: one, those of an index, or one of 16 bits.
+  """The safetensors files of a network: a single one, those of an index, or a 16-bit one.
 
   Raises:
-    UserError: if there are none, or one that the index names is missing.
+    UserError: if there are none, or a file that the index names is missing.
   """
   single, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
   half = folder / f"{stem}.fp16.safetensors"
@@ -148,7 +148,7 @@ def find(folder: pathlib.Path, stem: str) -> list[pathlib.Path]:
     files = [folder / name for name in sorted(set(named.values()))]
     for file in files:
       if not file.exists():
-        raise UserError(f"{file} is missing, which {index.name} names: fetch the folder again")
+        raise UserError(f"{file}, which {index.name} names, is missing: download the folder again")
     if files:
       return files
   if half.exists():
@@ -156,23 +156,23 @@ def find(folder: pathlib.Path, stem: str) -> list[pathlib.Path]:
   pickled = sorted(folder.glob("*.bin"))
   if pickled:
     raise UserError(f"{pickled[0]} is a pickle, which can run code: give the folder with {single.name}")
-  raise UserError(f"{folder} holds no {single.name}: fetch the weights, or give another folder")
+  raise UserError(f"{folder} does not contain {single.name}: download the weights, or give another folder")
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
   """Reads a JSON object.
 
   Raises:
-    UserError: if there is none.
+    UserError: if the file cannot be read or does not contain one.
   """
   try:
     content = json.loads(path.read_text(encoding="utf-8"))
   except OSError as error:
     raise UserError(f"{path} cannot be read ({error.strerror}): give a complete folder") from error
   except ValueError as error:
-    raise UserError(f"{path} is no intact JSON file: fetch it again") from error
+    raise UserError(f"{path} is not an intact JSON file: download it again") from error
   if not isinstance(content, dict):
-    raise UserError(f"{path} holds no JSON object: fetch it again")
+    raise UserError(f"{path} does not contain a JSON object: download it again")
   return content
 
 
@@ -186,4 +186,4 @@ def _guard(file: pathlib.Path, read: Callable[[], Any]) -> Any:
   except OSError as error:
     raise UserError(f"{file} cannot be read ({error}): check the path") from error
   except SafetensorError as error:
-    raise UserError(f"{file} is no intact safetensors file: fetch it again") from error
+    raise UserError(f"{file} is not an intact safetensors file: download it again") from error

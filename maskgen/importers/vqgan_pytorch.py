@@ -1,4 +1,4 @@
-"""The tokenizer of MAGE's PyTorch reference: MaskGIT's VQGAN under the names of taming-transformers."""
+"""The tokenizer of MAGE's PyTorch reference: MaskGIT's VQGAN with the names of taming-transformers."""
 
 import functools
 import re
@@ -16,7 +16,7 @@ from maskgen.models.vqgan import VQGAN
 
 NORM_GROUPS = 32
 LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
-# Ours in the order of theirs: [in, out] and [h, w, in, out] to [out, in] and [out, in, h, w].
+# Our axes in their order: [in, out] and [h, w, in, out] to [out, in] and [out, in, h, w].
 AXES = {1: (0,), 2: (1, 0), 4: (3, 2, 0, 1)}
 BLOCK = {
   "norm_0": "norm1",
@@ -28,10 +28,10 @@ BLOCK = {
 
 
 def convert(path: epath.PathLike, image_size: int = 256) -> Converted:
-  """Converts a file of the tokenizer alone.
+  """Converts a file that contains only the tokenizer.
 
   Raises:
-    UserError: if the file is not one, see `tensors.read` and `tensors.take`.
+    UserError: if the file is of another kind, see `tensors.read` and `tensors.take`.
   """
   found = tensors.read(path)
   section = infer(path, found)
@@ -44,7 +44,7 @@ def convert(path: epath.PathLike, image_size: int = 256) -> Converted:
 
 
 def infer(path: epath.PathLike, found: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-  """The sizes of a tokenizer, as the keys of `VQGAN`."""
+  """Infers the fields of `VQGAN` from a tokenizer's tensors."""
   need = functools.partial(tensors.need, path, found)
   first = need(f"{prefix}encoder.conv_in.weight", 4)
   channels = first.shape[0]
@@ -59,13 +59,13 @@ def infer(path: epath.PathLike, found: Mapping[str, Any], prefix: str = "") -> d
 def sections(
   path: epath.PathLike, channels: int, widths: list[int], blocks: int, codes: Any, image_channels: int
 ) -> dict[str, Any]:
-  """The keys of a reference's `VQGAN`, from sizes that were found.
+  """The fields of `VQGAN` for a reference tokenizer of these sizes.
 
   Raises:
-    UserError: if they are of no such network.
+    UserError: if no such network has these sizes.
   """
   if not widths or not blocks or any(width % channels for width in widths):
-    raise UserError(f"{path} is no tokenizer of this format: its levels have {widths} channels")
+    raise UserError(f"{path} is not a tokenizer of this format: its levels have {widths} channels")
   return dict(
     channels=channels,
     multipliers=tuple(width // channels for width in widths),
@@ -87,7 +87,7 @@ def shapes(network: VQGAN) -> Any:
 
 
 def to_reference(params: Any, network: VQGAN) -> dict[str, Any]:
-  """Our parameters under the reference's names and in its layout."""
+  """Renames our parameters to the reference's names and layout."""
   layers = {
     f"decoder/level_{i}_upsample": f"decoder.up.{i}.upsample.conv" for i in range(len(network.multipliers))
   }
@@ -105,26 +105,26 @@ def to_reference(params: Any, network: VQGAN) -> dict[str, Any]:
 
 
 def to_torch(flat: Mapping[str, Any], layers: Mapping[str, str]) -> dict[str, Any]:
-  """Parameters of layers under PyTorch's names and in its layout.
+  """Renames the parameters of layers to PyTorch's names and layout.
 
   Args:
     flat: our parameters by path name.
-    layers: the name of each layer of ours in theirs.
+    layers: their name for each of our layers.
 
   Raises:
-    UserError: for a layer that they do not have.
+    UserError: for a layer without a name.
   """
   found = {}
   for path, value in flat.items():
     layer, _, leaf = path.rpartition("/")
     if layer not in layers:
-      raise UserError(f"the reference has no place for the parameter '{path}'")
+      raise UserError(f"the reference has no parameter for '{path}'")
     found[f"{layers[layer]}.{LEAVES[leaf]}"] = value.transpose(AXES[value.ndim])
   return found
 
 
 def refuse_left_over(path: epath.PathLike, unused: tuple[str, ...], parts: tuple[str, ...]) -> None:
-  """Refuses a network that has more layers than ours.
+  """Rejects a network that has more layers than ours.
 
   Raises:
     UserError: if an unused tensor belongs to a part of the network that is used.
@@ -142,7 +142,7 @@ def tokenizer_export(
   """A converted tokenizer as a model of the tokenizer objective.
 
   Raises:
-    UserError: if images of that size do not fit the network.
+    UserError: if the network does not support images of this size.
   """
   network = VQGAN(**section)
   network.token_grid((image_size, image_size, network.image_channels))
