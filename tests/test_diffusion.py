@@ -196,7 +196,7 @@ def test_images_depend_on_their_own_key_and_caption(draw):
   [
     (dict(caption_dropout=1.0), "caption_dropout is 1.0"),
     (dict(patch=0), "patch is 0"),
-    (dict(image_size=(9, 8)), "must divide by 2"),
+    (dict(image_size=(9, 8)), "must be multiples of 2"),
     (dict(captions=dict(tokenizer="list:a", length=1)), "length is 1"),
     (dict(captions=dict(tokenizer="lsit:a", length=4)), "did you mean 'list'"),
     (dict(sampling=dict(sampler="dmp")), "did you mean 'dpm'"),
@@ -352,7 +352,7 @@ def test_numbers_of_pictures_as_asked_for_and_not():
 
 
 def test_other_captions_cannot_be_measured():
-  with pytest.raises(UserError, match="is no caption of the evaluation split of captioned_digits"):
+  with pytest.raises(UserError, match="is not a caption of the evaluation split of captioned_digits"):
     captions = objectives.build(plain()["objective"]).captions
     others = " ".join(reversed(scenes.WORDS))
     captions = dataclasses.replace(captions, tokenizer=f"list:{others}")

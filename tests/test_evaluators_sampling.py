@@ -47,7 +47,7 @@ def build(of, **section):
     (diffusion, "captioned_digits", dict(steps=10_000), "10000 steps of sampling"),
     (mage_text, "captioned_digits", dict(sampler="ddim"), "no option 'sampler'"),
     (mage_text, "captioned_digits", dict(schedul="cosine"), "did you mean 'schedule'"),
-    (mage, "generation", dict(guidance=2.0), "guidance is 2.0: a model without classes or captions"),
+    (mage, "generation", dict(guidance=2.0), "guidance is 2.0: guidance needs a model with classes"),
     (mage, "samples", dict(steps=4, reuse=3), "reuse is 3: it must divide the number of steps, 4"),
     (mage_text, "generation", dict(guidance=2.0), "set captions=True"),
     (mage_text, "generation", "steps", "give options by name"),
@@ -64,7 +64,7 @@ def test_options_of_the_own_objective_are_taken():
   assert build(diffusion(), type="captioned_digits", sampling=dict(sampler="ddim"))
   guided = dict(sampling=dict(guidance=2.0), captions=True)
   assert build(mage_text(), type="generation", **guided) and build(diffusion(), type="generation", **guided)
-  with pytest.raises(UserError, match="captions is True, and the objective reads none"):
+  with pytest.raises(UserError, match="captions is True, but the objective takes no captions"):
     build(mage(), type="generation", captions=True)
 
 

@@ -283,7 +283,7 @@ def test_classifiers_learn_from_the_first_images():
 @pytest.mark.parametrize(
   ("section", "changes", "message"),
   [
-    (dict(type="vilex"), dict(image_tokens=0), "makes no words of images"),
+    (dict(type="vilex"), dict(image_tokens=0), "does not turn images into words"),
     (dict(type="vilex", num_tokens=(5,)), {}, "num_tokens has 5: this model has 1 to 4"),
     (dict(type="vilex", num_images=1), {}, "give at least 2 and 1"),
     (dict(type="vilex", features="glyph"), {}, "did you mean 'glyphs'"),
@@ -303,13 +303,17 @@ def test_classifiers_learn_from_the_first_images():
     (dict(type="digit_edits"), dict(class_names=("cat",)), "remove this evaluation"),
     (dict(type="digit_edits", text_guidance=()), {}, "give at least 1 of each"),
     (dict(type="digit_edits", text_guidance=(-1.0,)), {}, "text_guidance is -1.0"),
-    (dict(type="digit_edits", sampling=dict(text_guidance=1.0)), {}, "give all its numbers as text_guidance"),
+    (dict(type="digit_edits", sampling=dict(text_guidance=1.0)), {}, "give all its values as text_guidance"),
     (dict(type="digit_edits", num_tokens=(0,)), {}, "num_tokens has 0"),
     (dict(type="digit_edits", prompts=("{} *",)), {}, "give a prompt for each kind"),
     (dict(type="digit_edits", prompts=dict(color="a * {}")), {}, "did you mean 'colour'"),
     (dict(type="digit_edits", prompts=dict(colour="a red {}")), {}, r"give a text with one \{\} and one \*"),
     (dict(type="digit_edits", prompts=dict(colour="{} dog *")), {}, "out-of-vocabulary word 'dog'"),
-    (dict(type="digit_edits", prompts=dict(place="a a a a a a a {} *")), {}, "beside 4 tokens 10 words fit"),
+    (
+      dict(type="digit_edits", prompts=dict(place="a a a a a a a {} *")),
+      {},
+      "4 tokens, 10 words fit",
+    ),
   ],
 )
 def test_wrong_options(section, changes, message):

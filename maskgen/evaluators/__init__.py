@@ -1,7 +1,7 @@
-"""Numbers and pictures from prediction functions: one module per evaluator.
+"""Metrics and pictures from prediction functions: one module per evaluator.
 
 Each module has a frozen dataclass `Evaluator` whose fields are its options in `config.evals`. The `type` of
-an evaluation names a module here, or one of yours (docs/extending.md).
+an evaluation is the name of a module in this package or of your own (docs/extending.md).
 """
 
 import logging
@@ -28,7 +28,7 @@ _SAMPLING = {
   "vilex": ("steps", "sampler", "image_guidance", "text_guidance"),
   "digit_edits": ("steps", "sampler", "image_guidance"),
 }
-# Keys of an evaluation's section that are read elsewhere: here, and by the training loop.
+# Keys of a section that are not fields of the evaluator: they are read here and by the training loop.
 _NOT_OPTIONS = ("type", "every_steps")
 
 
@@ -58,7 +58,7 @@ def build(name: str, config: Mapping[str, Any], context: Context) -> Evaluator:
   for function in cls.requires:
     if function not in context.predict:
       raise UserError(
-        f"{where} needs the prediction function '{function}', which the objective does not offer "
+        f"{where} needs the prediction function '{function}', which the objective does not have "
         f"(it has {', '.join(sorted(context.predict))}): remove this evaluation"
       )
   return config_lib.build_dataclass(cls, options, where, context=context)

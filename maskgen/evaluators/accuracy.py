@@ -1,4 +1,4 @@
-"""How often the right class is the likeliest, or among the five likeliest."""
+"""Top-1 and top-5 accuracy of a classifier."""
 
 import dataclasses
 from typing import Any, ClassVar
@@ -16,7 +16,7 @@ _TOP = 5
 class Evaluator:
   """Accuracy over the evaluation split.
 
-  Numbers (shares in [0, 1]): `top1`, and `top5` where there are more than 5 classes.
+  Metrics (fractions in [0, 1]): `top1`; `top5` if there are more than 5 classes.
   """
 
   requires: ClassVar[tuple[str, ...]] = ("classify",)
@@ -25,10 +25,10 @@ class Evaluator:
 
   def __post_init__(self):
     if self.context.class_names is None:
-      raise UserError("the data has no labels to compare with: remove this evaluation")
+      raise UserError("the data has no labels: remove this evaluation")
 
   def run(self, variables: Any, rng: jax.Array) -> Report:
-    """Evaluates; `rng` is a typed key, and not used."""
+    """Evaluates; `rng` is a typed key that is not used."""
     count = min(_TOP, len(self.context.class_names or ()))
 
     def evaluate(batch):

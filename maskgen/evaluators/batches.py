@@ -1,4 +1,4 @@
-"""Moving batches between the devices of all processes and this process's memory."""
+"""Transfers of batches between the devices of all processes and this process's memory."""
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
@@ -12,13 +12,13 @@ from threadpoolctl import threadpool_limits
 
 from maskgen.evaluators.context import Batch, Context
 
-# Wraps work of NumPy and scikit-learn beside a busy device program on the same cores: BLAS threads that
-# spin for a core they do not get make many small products up to 20 times slower than one thread.
+# Wraps NumPy and scikit-learn code that runs next to a busy device program on the same cores: BLAS threads
+# that spin while they wait for a core make many small products up to 20 times slower than one thread.
 one_blas_thread = threadpool_limits.wrap(limits=1, user_api="blas")
 
 
 def gather(array: jax.Array | np.ndarray) -> np.ndarray:
-  """The whole of a global array, in the memory of every process; what is there already stays."""
+  """Returns a whole global array in the memory of every process; no copy if it is already there."""
   if isinstance(array, np.ndarray) or array.is_fully_addressable:
     return np.asarray(array)
   return np.asarray(multihost_utils.process_allgather(array, tiled=True))
@@ -41,7 +41,7 @@ def stream(
 def collect(
   context: Context, split: str, fn: Callable[[Batch], Mapping[str, jax.Array]], limit: int | None = None
 ) -> dict[str, np.ndarray]:
-  """The results of `stream`, concatenated, or the first `limit` of them; they must fit in memory."""
+  """Concatenates the results of `stream`, or the first `limit` rows; they must fit in memory."""
   parts: list[dict[str, np.ndarray]] = []
   count = 0
   for part in stream(context, split, fn):
@@ -64,7 +64,7 @@ def key_shapes(batch: Mapping[str, jax.ShapeDtypeStruct]) -> jax.ShapeDtypeStruc
 
 
 def place(like: Batch, array: np.ndarray) -> jax.Array:
-  """Puts an array with leading axis b, the same in every process, on the devices like batch `like`."""
+  """Puts an array with leading axis b, the same in every process, on devices, sharded like batch `like`."""
   return jax.make_array_from_callback(array.shape, like["valid"].sharding, lambda at: array[at])
 
 
@@ -78,12 +78,12 @@ def _key_maker(size: int, sharding: jax.sharding.Sharding) -> Callable[[int, int
 
 
 def make_keys(like: Batch, seed: int, start: int = 0) -> jax.Array:
-  """Keys [b], sharded like batch `like`: key i depends on the seed and `start + i` alone."""
+  """Keys [b], sharded like batch `like`: key i depends only on the seed and `start + i`."""
   return _key_maker(like["valid"].shape[0], like["valid"].sharding)(seed, start)
 
 
 def make_labels(like: Batch, num_classes: int, start: int = 0) -> jax.Array:
-  """Labels [b] that take the classes in turn, like batch `like`: label i depends on `start + i` alone."""
+  """Labels [b] that cycle through the classes, sharded like `like`: label i depends only on `start + i`."""
   return place(like, (start + np.arange(like["valid"].shape[0], dtype=np.int32)) % num_classes)
 
 
@@ -101,11 +101,11 @@ def generate(
 ) -> Iterator[tuple[jax.Array, int]]:
   """Generates images in batches of the size and sharding of `like`.
 
-  With classes image i is of class i % num_classes, with captions int32 [m, length] of caption i % m.
+  With classes, image i is of class i % num_classes; with captions int32 [m, length], of caption i % m.
 
   Yields:
-    Images [b, h, w, c] on the devices, and how many of them count: the rest of the last batch is
-    surplus. Image i of the whole depends on the seed and i alone.
+    Images [b, h, w, c] on the devices, and the number of them to use: the last batch may have a surplus.
+    Image i overall depends only on the seed and i.
   """
   batch_size = like["valid"].shape[0]
   for start in range(0, num_images, batch_size):

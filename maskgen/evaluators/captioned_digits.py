@@ -1,4 +1,4 @@
-"""Whether generated digits are what their captions say, and whether each kind of word matters."""
+"""How well generated digits match their captions, and whether the model uses each kind of word."""
 
 import dataclasses
 import functools
@@ -17,24 +17,24 @@ from maskgen.evaluators.batches import gather, key_shapes, make_keys, one_blas_t
 from maskgen.evaluators.context import Batch, Call, Context, Report
 from maskgen.evaluators.digit_reader import Reader
 
-_SHOWN_SIDE = 128  # of pictures on the sheet
+_SHOWN_SIDE = 128  # pixels, of pictures on the contact sheet
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluator:
-  """Generates a picture for each caption of the evaluation split, and reads it; see `data.digit_scenes`.
+  """Generates a picture for each caption of the evaluation split and reads it; see `data.digit_scenes`.
 
-  Numbers, with K each of the kinds of words class, colour, background, size, place:
-    `K`: the share of generated pictures that show what the caption says; `all`: in all kinds.
-    `K_real`, `all_real`: the same of the real pictures of these captions, the best that can be had.
-    `K_matters`: how much the prediction function `loss` is higher with another word of this kind, noise being
-      the same; about 0 for a word that the model does not heed.
-  Picture `captions`: pictures over their captions, and over what was read where that is something else.
+  Metrics, where K is a kind of words (class, colour, background, size, place):
+    `K`: the share of generated pictures that match the caption in this kind; `all`: in all kinds.
+    `K_real`, `all_real`: the same for the real pictures of these captions, the upper bound.
+    `K_matters`: the increase of the prediction function `loss` with another word of this kind and the same
+      noise; about 0 if the model ignores the word.
+  Picture `captions`: pictures with their captions, and with the words that were read differently.
 
   Attributes:
-    num_images: captions to evaluate, of at most the whole split.
-    num_pictures: how many the sheet shows.
-    seed: image i depends on this and its caption alone, at every step of the training.
+    num_images: the number of captions to evaluate, at most the whole split.
+    num_pictures: the number of pictures on the contact sheet.
+    seed: image i depends only on this and its caption, at every training step.
     sampling: options of `generate`; see `Context.check_sampling`.
   """
 
@@ -48,7 +48,7 @@ class Evaluator:
 
   def __post_init__(self):
     if self.context.captions is None:
-      raise UserError("the objective reads no captions: remove this evaluation")
+      raise UserError("the objective takes no captions: remove this evaluation")
     if self.num_images < 1 or self.num_pictures < 1:
       raise UserError(
         f"num_images is {self.num_images} and num_pictures is {self.num_pictures}: give at least 1"
@@ -89,7 +89,7 @@ class Evaluator:
     return Report(numbers, {"captions": sheet.draw({"captions": cards})})
 
   def _measure(self, variables: Any, batch: Batch, rng: jax.Array, index: int) -> dict[str, Any]:
-    """What is said of a batch's pictures, and real and generated ones and costs of wrong words, [b] each."""
+    """Captions, real and generated pictures, and the added loss of each wrong word, for a batch, [b] each."""
     valid = gather(batch["valid"])
     said = [
       self._understand(ids) if ok else None for ids, ok in zip(gather(batch["caption"]), valid, strict=True)
@@ -116,7 +116,9 @@ class Evaluator:
     text = self._captions.opened.decode(ids)
     said = scenes.understand(text)
     if said is None or said.keys() != scenes.KINDS.keys():
-      raise UserError(f"'{text}' is no caption of the evaluation split of captioned_digits: evaluate on that")
+      raise UserError(
+        f"'{text}' is not a caption of the evaluation split of captioned_digits: evaluate on that split"
+      )
     return said
 
   @functools.cached_property

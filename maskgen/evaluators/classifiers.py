@@ -1,4 +1,4 @@
-"""Classifiers that learn from real images, and then say what generated ones show, by name."""
+"""Classifiers, by name, that are trained on real images and evaluate generated ones."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,15 +10,15 @@ from maskgen.evaluators.batches import collect
 from maskgen.evaluators.context import Context
 from maskgen.evaluators.feature_spaces import Space
 
-# Of features [n, d], for small data.
+# Classifiers of features [n, d], for small data.
 CLASSIFIERS: dict[str, Callable[[], Any]] = {"svc": lambda: svm.SVC(kernel="rbf", gamma="scale")}
 
 
 def check(name: str | None, context: Context) -> None:
-  """Checks that a classifier exists, and that there are labels to learn from; None is no classifier.
+  """Checks that a classifier exists and that the data has labels; None means no classifier.
 
   Raises:
-    UserError: otherwise.
+    UserError: if not.
   """
   if name is not None and name not in CLASSIFIERS:
     raise UserError(f"classifier '{name}' does not exist{nearest(name, CLASSIFIERS)}")
@@ -27,7 +27,7 @@ def check(name: str | None, context: Context) -> None:
 
 
 def train(name: str, context: Context, space: Space, num_images: int | None = None) -> Any:
-  """Trains a classifier on the features of the first real training images, by default of all."""
+  """Trains a classifier on the features of the first `num_images` training images, by default all."""
 
   def labelled(batch):
     return {"x": space(batch["image"]), "label": batch["label"]}

@@ -1,4 +1,4 @@
-"""What every evaluator is given, and what it gives back."""
+"""The context that every evaluator receives, and the report that it returns."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
@@ -16,17 +16,17 @@ Call = Callable[..., Any]
 
 @dataclasses.dataclass(frozen=True)
 class Context:
-  """A run, as evaluators see it.
+  """The parts of a run that evaluators use.
 
   Attributes:
-    objective: what is trained, to ask what its prediction functions take and give.
-    predict: prediction functions `fn(variables, batch, rng, **static)`, compiled, by name.
-    batches: gives one pass over split "train" or "eval" with the evaluation preprocessing, as global
-      arrays on the devices: "image" uint8 [b, h, w, c], "label" int32 [b] where the data has classes,
-      "caption" int32 [b, length] where it has captions and they are tokenized, "valid" bool [b], False for
-      padding. Every batch has the same size.
-    fresh_variables: (seed, frozen) -> untrained variables of the same shapes beside these frozen parts.
-    class_names: the classes, or None where the data has no labels.
+    objective: the objective, which describes the inputs and outputs of its prediction functions.
+    predict: compiled prediction functions `fn(variables, batch, rng, **static)` by name.
+    batches: returns one pass over the split "train" or "eval" with the evaluation preprocessing, as global
+      arrays on the devices: "image" uint8 [b, h, w, c]; "label" int32 [b] if the data has classes; "caption"
+      int32 [b, length] if it has captions and they are tokenized; "valid" bool [b], False for padding. All
+      batches have the same size.
+    fresh_variables: (seed, frozen) -> untrained variables of the same shapes, with these frozen parts.
+    class_names: the classes, or None if the data has no labels.
   """
 
   objective: Any
@@ -42,19 +42,19 @@ class Context:
 
   @property
   def num_classes(self) -> int:
-    """How many classes `generate` and `inpaint` take a `label` of; 0 where they take none."""
+    """The number of classes of `label` for `generate` and `inpaint`; 0 if they take no labels."""
     return self.objective.num_classes
 
   @property
   def captions(self) -> Captions | None:
-    """How the `caption` of `loss` and `generate` is read; None where they take none."""
+    """How the `caption` of `loss` and `generate` is tokenized; None if they take no captions."""
     return self.objective.captions
 
   def check_sampling(self, options: Mapping[str, Any]) -> None:
-    """Checks options of `generate` and the like: fields of the objective's `sampling`, its defaults.
+    """Checks options of sampling functions such as `generate`: fields of the objective's `sampling`.
 
     Raises:
-      UserError: for an unknown option, or a value that the objective refuses.
+      UserError: for an unknown option, or a value that the objective rejects.
     """
     objectives.check_sampling(self.objective, options)
 
@@ -73,10 +73,10 @@ class Report:
 
 
 class Evaluator(Protocol):
-  """A frozen dataclass with its options as fields; all processes call `run` together.
+  """A frozen dataclass whose fields are its options; all processes call `run` together.
 
   Attributes:
-    requires: prediction functions that `run` calls.
+    requires: the prediction functions that `run` calls.
   """
 
   requires: ClassVar[tuple[str, ...]]
@@ -85,7 +85,7 @@ class Evaluator(Protocol):
     """Evaluates `variables`; `rng` is a typed key."""
 
   def trace(self, call: Call, batch: Mapping[str, jax.ShapeDtypeStruct]) -> None:
-    """Calls what `run` calls, with shapes; by default each function of `requires` with an evaluation batch.
+    """Makes the calls of `run` with shapes; by default, each function in `requires` with an evaluation batch.
 
     Args:
       call: (name of a prediction function, batch of shapes, **options) -> shapes of what it returns.

@@ -1,4 +1,4 @@
-"""Whether pictures of an image and words follow both: the digit stays, and a word changes one thing."""
+"""How well pictures follow prompts of an image and words: the digit stays, and words change one attribute."""
 
 import dataclasses
 import functools
@@ -17,32 +17,32 @@ from maskgen.evaluators.context import Batch, Call, Context, Report
 from maskgen.evaluators.digit_reader import Reader
 from maskgen.evaluators.vilex import as_words, check_tokens
 
-# Where the image stands in a prompt, and where the new word does.
+# The places of the image and of the new word in a prompt.
 _IMAGE, _WORD = "{}", "*"
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluator:
-  """Edits evaluation images of captioned digits by words beside their tokens; see `data.digit_scenes`.
+  """Edits evaluation images of captioned digits with words next to their tokens; see `data.digit_scenes`.
 
-  A prompt changes one kind K of what can be said of an image, such as its background, to another value.
-  Numbers end in _k<tokens of the image>_s<text guidance>:
+  A prompt changes one kind K of words that describe an image, such as its background, to another value.
+  Metrics end in _k<tokens of the image>_s<text guidance>:
     `K_followed`: the share of pictures that show what the word says.
-    `K_class_kept`: in which the classifier sees the class of the source.
+    `K_class_kept`: the share of pictures in which the classifier predicts the source's class.
     `K_both`: both.
-    `K_rest_kept`: that show what the source does in all other kinds but the class.
-  `class_real`: in how many sources the classifier sees their class, the best that can be had.
+    `K_rest_kept`: the share of pictures that agree with the source in all other kinds except the class.
+  `class_real`: the share of sources for which the classifier predicts their class, the upper bound.
   Picture `edits`: images, and a row for each word, with the most tokens and the highest guidance.
 
   One image costs 3 * steps calls of the frozen network for each kind, number of tokens and guidance.
 
   Attributes:
-    prompts: for each kind that is changed the prompt: "{}" is the image, "*" the word or the words.
-    num_tokens: numbers of tokens of the image; none for powers of two, and all.
-    text_guidance: numbers, how much words count.
-    num_images: how many images are edited, of at most the whole split.
-    num_pictures: how many the picture shows.
-    seed: image i depends on this, i and its source, at every step of the training.
+    prompts: the prompt for each kind to change: "{}" is the image, "*" the word or words.
+    num_tokens: numbers of tokens of the image; if empty, powers of two and all.
+    text_guidance: values of the text guidance.
+    num_images: the number of images to edit, at most the whole split.
+    num_pictures: the number of images in the picture.
+    seed: image i depends on this, i and its source, at every training step.
     sampling: other options of `generate`; see `Context.check_sampling`.
   """
 
@@ -62,7 +62,7 @@ class Evaluator:
   def __post_init__(self):
     if self.context.class_names != scenes.KINDS["class"] or self.context.captions is None:
       raise UserError(
-        "it is for data.source='captioned_digits' and objectives that read captions: remove this evaluation"
+        "it needs data.source='captioned_digits' and an objective that takes captions: remove this evaluation"
       )
     if self.num_images < 1 or self.num_pictures < 1 or not self.text_guidance:
       raise UserError(
@@ -70,18 +70,18 @@ class Evaluator:
         f"{self.text_guidance}: give at least 1 of each"
       )
     if "text_guidance" in self.sampling:
-      raise UserError("sampling has text_guidance: give all its numbers as text_guidance instead")
+      raise UserError("sampling has text_guidance: give all its values as text_guidance instead")
     for guidance in self.text_guidance:
       self.context.check_sampling(self._options(guidance))
     if not isinstance(self.prompts, Mapping) or not self.prompts:
-      raise UserError(f"prompts is {self.prompts!r}: give a prompt for each kind that is to be changed")
+      raise UserError(f"prompts is {self.prompts!r}: give a prompt for each kind to change")
     for kind in self.prompts:
       self._check_prompt(kind)
 
   def _check_prompt(self, kind: str) -> None:
     prompt, kinds = self.prompts[kind], [kind for kind in scenes.KINDS if kind != "class"]
     if kind not in kinds:
-      raise UserError(f"prompts has '{kind}', which is nothing to change{nearest(kind, kinds)}")
+      raise UserError(f"prompts has '{kind}', which cannot be changed{nearest(kind, kinds)}")
     if not isinstance(prompt, str) or prompt.count(_IMAGE) != 1 or prompt.count(_WORD) != 1:
       raise UserError(f"prompts.{kind} is {prompt!r}: give a text with one {_IMAGE} and one {_WORD}")
     said = [self._words([prompt.replace(_WORD, word)])["num_words"].sum() for word in scenes.KINDS[kind]]
@@ -89,7 +89,7 @@ class Evaluator:
     room = self.context.captions.length - 2 - max(self._numbers)
     if max(said) > room:
       raise UserError(
-        f"prompts.{kind} is '{prompt}': beside {max(self._numbers)} tokens {room} words fit, shorten it"
+        f"prompts.{kind} is '{prompt}': next to {max(self._numbers)} tokens, {room} words fit, shorten it"
       )
 
   def _options(self, guidance: float) -> dict[str, Any]:
@@ -138,7 +138,7 @@ class Evaluator:
     return Report(numbers, {"edits": self._sheet(variables, rng, like, sources)})
 
   def _collect(self, variables: Any, rng: jax.Array) -> tuple[Batch, dict[str, np.ndarray]]:
-    """A batch to be like; of all sources image, label, tokens float32 [n, d] and the data of their key."""
+    """A batch that defines size and sharding; image, label, tokens float32 [n, d] and key data of sources."""
     parts: list[dict[str, np.ndarray]] = []
     like: dict[str, jax.Array] = {}
     for index, batch in enumerate(self.context.batches("eval")):
@@ -166,11 +166,11 @@ class Evaluator:
     k: int,
     guidance: float,
   ) -> np.ndarray:
-    """Pictures float32 [m, h, w, c] of m prompts for m sources, with k of their tokens."""
+    """Pictures float32 [m, h, w, c] for m prompts and sources, with k tokens of each source."""
     size, made = len(like["valid"]), []
     arrays = {"vectors": sources["tokens"][:, None], **self._words(texts)}
     for start in range(0, len(texts), size):
-      rows = np.arange(start, start + size) % len(texts)  # what is too many begins again
+      rows = np.arange(start, start + size) % len(texts)  # the surplus repeats the first rows
       batch = {name: place(like, value[rows]) for name, value in arrays.items()}
       batch["number"] = place(like, np.full((size, 1), k, np.int32))
       batch["key"] = jax.random.wrap_key_data(place(like, sources["key"][rows]))
@@ -179,7 +179,7 @@ class Evaluator:
     return np.concatenate(made)
 
   def _words(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
-    """What is before and behind the image in each prompt."""
+    """The words before and after the image in each prompt."""
     captions = self.context.captions
     assert captions is not None
     pieces = zip(*(text.split(_IMAGE) for text in texts), strict=True)

@@ -1,4 +1,4 @@
-"""What pictures of captioned digits show, of all that can be said of them."""
+"""Reads the attributes of captioned digits from pictures."""
 
 import dataclasses
 import functools
@@ -10,7 +10,7 @@ from maskgen.data import digit_scenes as scenes
 from maskgen.evaluators import classifiers, feature_spaces
 from maskgen.evaluators.context import Context
 
-# Real pictures that the classifier of glyphs learns from.
+# The number of real pictures that the classifier of glyphs is trained on.
 _TRAINING = 4096
 
 
@@ -19,17 +19,17 @@ class Reader:
   """Reads all kinds of `digit_scenes.KINDS` from pictures.
 
   Attributes:
-    context: of a run on captioned digits.
+    context: the context of a run on captioned digits.
   """
 
   context: Context
 
   def read(self, pictures: np.ndarray) -> dict[str, np.ndarray]:
-    """The values of all kinds that pictures float32 [b, h, w, c] in [0, 1] show, int [b]."""
+    """The values of all kinds in pictures float32 [b, h, w, c] in [0, 1]; int [b] each."""
     values, glyphs = scenes.read(pictures)
     return {**values, "class": self._classifier.predict(glyphs.reshape(len(glyphs), -1))}
 
   @functools.cached_property
   def _classifier(self) -> Any:
-    """Tells classes of glyphs; trained at the first evaluation, then kept."""
+    """Predicts the classes of glyphs; trained at the first evaluation, then kept."""
     return classifiers.train("svc", self.context, feature_spaces.glyphs, _TRAINING)

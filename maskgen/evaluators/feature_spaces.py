@@ -1,4 +1,4 @@
-"""Feature spaces in which images are compared, by name."""
+"""Feature spaces for comparing images, by name."""
 
 import functools
 from collections.abc import Callable
@@ -16,7 +16,7 @@ from maskgen.importers import mobilenet_v2
 from maskgen.models import perceptual
 from maskgen.models.mobilenet import MobileNetV2
 
-# Global images [b, h, w, c], uint8 or float32 in [0, 1], to float32 features [b, d].
+# Maps global images [b, h, w, c], uint8 or float32 in [0, 1], to float32 features [b, d].
 Space = Callable[[jax.Array], jax.Array | np.ndarray]
 
 _PIXELS_SIDE = 8
@@ -41,7 +41,7 @@ def pixels(images: jax.Array) -> jax.Array:
 
 
 def glyphs(images: jax.Array) -> np.ndarray:
-  """How digits of `data.digit_scenes` look, whatever their colours, size and place: float32 [b, 64]."""
+  """The shapes of the digits of `data.digit_scenes`, without colour, size and place: float32 [b, 64]."""
   _, ink = scenes.read(gather(images_lib.to_float(images)))
   return ink.reshape(len(ink), -1)
 
@@ -58,7 +58,7 @@ def _open_pixels(path: str, context: Context) -> Space:
 
 def _open_glyphs(path: str, context: Context) -> Space:
   if context.class_names != scenes.KINDS["class"]:
-    raise UserError("feature space 'glyphs' is for data.source='captioned_digits': take 'pixels'")
+    raise UserError("feature space 'glyphs' is for data.source='captioned_digits': use 'pixels'")
   return glyphs
 
 
@@ -86,10 +86,10 @@ def open_space(spec: str, context: Context) -> Space:
   Args:
     spec: "pixels"; "glyphs" for captioned digits; or "mobilenet_v2:/path/to.npz", the last hidden layer of a
       network for photographs, see `importers.mobilenet_v2`.
-    context: of the run whose images it is for.
+    context: the context of the run whose images are compared.
 
   Raises:
-    UserError: if there is no such space, its file is missing or malformed, or it is for other data.
+    UserError: if the space does not exist, its file is missing or malformed, or it is for other data.
   """
   name, _, path = spec.partition(":")
   if name not in SPACES:

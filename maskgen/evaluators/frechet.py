@@ -22,8 +22,8 @@ class Gaussian:
 def fit(batches: Iterable[np.ndarray]) -> Gaussian:
   """Fits a Gaussian to features [b, d] that arrive in batches, at least two rows in all.
 
-  Means and scatters of the batches are merged pairwise (Chan et al. 1979), which does not cancel as
-  sums of squares do.
+  Means and scatter matrices of the batches are merged pairwise (Chan et al. 1979), which avoids the
+  cancellation of sums of squares.
   """
   count, mean, scatter = 0, np.zeros(()), np.zeros(())
   for batch in batches:
@@ -42,8 +42,8 @@ def fit(batches: Iterable[np.ndarray]) -> Gaussian:
 def distance(a: Gaussian, b: Gaussian) -> float:
   """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)), at least 0.
 
-  The trace of the root is the sum of the singular values of R_a' R_b, where C = R R': that holds
-  for singular covariances too, and needs no root of an unsymmetric product.
+  The trace of the root is the sum of the singular values of R_a' R_b, where C = R R'. This also holds for
+  singular covariances and needs no root of an unsymmetric product.
   """
   overlap = np.linalg.svd(_root(a.covariance).T @ _root(b.covariance), compute_uv=False).sum()
   squared = np.sum((a.mean - b.mean) ** 2)

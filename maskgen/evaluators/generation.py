@@ -1,4 +1,4 @@
-"""How close generated images are to real ones, and whether they cover the classes."""
+"""The distance of generated images from real ones, and their coverage of the classes."""
 
 import dataclasses
 import functools
@@ -28,8 +28,8 @@ def class_balance(classes: np.ndarray, num_classes: int) -> dict[str, float]:
   """Describes the histogram of predicted classes, int [n].
 
   Returns:
-    "class_share_min": the rarest class's share, at best 1 / num_classes; "class_entropy" in nats, at
-    best log(num_classes).
+    "class_share_min": the share of the rarest class, at most 1 / num_classes; "class_entropy" in nats, at
+    most log(num_classes).
   """
   shares = np.bincount(classes, minlength=num_classes) / len(classes)
   seen = shares[shares > 0]
@@ -41,27 +41,27 @@ def class_balance(classes: np.ndarray, num_classes: int) -> dict[str, float]:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluator:
-  """Generates images and compares them with the training split's real images.
+  """Generates images and compares them with the real images of the training split.
 
-  Numbers, with S the name of the feature space:
-    `frechet_S`: Frechet distance of generated images; it falls with their number as well as with
-      their quality, so compare equal numbers only.
-    `frechet_S_floor`: the evaluation split's distance, for scale.
-    `frechet_S_uniform_codes`: the distance of as many images decoded from uniformly drawn codes, where
-      the objective has the prediction function `generate_uniform`.
-    With a classifier: `<classifier>_top1` on the evaluation split, and `class_share_min` and
-    `class_entropy` (nats) of the classes it sees in the generated images.
-    Where the objective generates by class, as many of each are asked for, and `<classifier>_agreement` is the
-      share of images in which the classifier sees the class that was asked for.
+  Metrics, where S is the name of the feature space:
+    `frechet_S`: the Frechet distance of the generated images. It falls with the number of images, so compare
+      equal numbers only.
+    `frechet_S_floor`: the distance of the evaluation split, for reference.
+    `frechet_S_uniform_codes`: the distance of the same number of images decoded from uniformly drawn codes,
+      if the objective has the prediction function `generate_uniform`.
+    With a classifier: its accuracy on the evaluation split, `<classifier>_top1`, and `class_share_min` and
+      `class_entropy` (nats) of its predictions for the generated images.
+    If the objective takes labels, all classes are generated equally often, and `<classifier>_agreement` is
+      the share of images for which the classifier predicts the label.
   Pictures: `generated`, the first samples; `generated_by_class`, a row for each class.
 
   Attributes:
-    num_images: how many images are generated.
+    num_images: the number of images to generate.
     features: see `feature_spaces.open_space`.
-    classifier: a name from `classifiers.CLASSIFIERS`, for small labelled data, or None.
-    num_pictures: how many samples the picture shows.
-    seed: image i depends on this and i alone, at every step of the training.
-    captions: whether images are generated from the captions of the evaluation split in turn, or from none.
+    classifier: a name in `classifiers.CLASSIFIERS`, for small labelled data, or None.
+    num_pictures: the number of samples in the picture.
+    seed: image i depends only on this and i, at every training step.
+    captions: whether images are generated from the captions of the evaluation split, in order.
     sampling: options of `generate`; see `Context.check_sampling`.
   """
 
@@ -77,14 +77,14 @@ class Evaluator:
   sampling: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
   def __post_init__(self):
-    _ = self._space  # which checks `features`
+    _ = self._space  # this checks `features`
     classifiers.check(self.classifier, self.context)
     self.context.check_sampling(self.sampling)
     if self.captions and self.context.captions is None:
-      raise UserError("captions is True, and the objective reads none: leave it out")
+      raise UserError("captions is True, but the objective takes no captions: leave it out")
     unconditional = not self.captions and not self.context.num_classes
     if unconditional and self.sampling.get("guidance", 1) != 1:
-      raise UserError("guidance needs captions to guide to: set captions=True, or leave guidance out")
+      raise UserError("guidance needs captions: set captions=True or leave guidance out")
     if self.num_images < 2 or self.num_pictures < 1:
       raise UserError(
         f"num_images is {self.num_images} and num_pictures is {self.num_pictures}: give at least 2 and 1"
@@ -116,7 +116,7 @@ class Evaluator:
 
   @one_blas_thread
   def measure(self, variables: Any, rng: jax.Array, **options: Any) -> Report:
-    """The part of `run` that depends on how images are sampled, with these options of `generate`."""
+    """The part of `run` that depends on sampling, with these options of `generate`."""
     name, num_classes = f"frechet_{name_of(self.features)}", self.context.num_classes
     shown: list[np.ndarray] = []
     classes: list[np.ndarray] = []
@@ -160,7 +160,7 @@ class Evaluator:
       **options,
     )
 
-  # What follows does not depend on the variables: computed at the first evaluation, then kept.
+  # The properties below do not depend on the variables: computed at the first evaluation, then kept.
 
   @functools.cached_property
   def _space(self) -> Space:
@@ -168,11 +168,11 @@ class Evaluator:
 
   @functools.cached_property
   def _like(self) -> Batch:
-    return {"valid": first_batch(self.context)["valid"]}  # does not hold on to the images
+    return {"valid": first_batch(self.context)["valid"]}  # without a reference to the images
 
   @functools.cached_property
   def _said(self) -> np.ndarray | None:
-    """The captions that images are generated from, int32 [m, length]."""
+    """The captions for generation, int32 [m, length]."""
     if not self.captions:
       return None
     return collect(self.context, "eval", lambda batch: {"caption": batch["caption"]}, limit=self.num_images)[
@@ -193,7 +193,7 @@ class Evaluator:
 
   @functools.cached_property
   def _real_classes(self) -> tuple[Any, float]:
-    """The classifier, trained, and its accuracy on the evaluation split."""
+    """The trained classifier and its accuracy on the evaluation split."""
     assert self.classifier is not None
     model = classifiers.train(self.classifier, self.context, lambda images: _flat(gather(images)))
     test = collect(self.context, "eval", lambda batch: {key: batch[key] for key in ("image", "label")})

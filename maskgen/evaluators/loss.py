@@ -1,4 +1,4 @@
-"""The objective's losses over the evaluation split."""
+"""Validation losses of the objective."""
 
 import dataclasses
 import itertools
@@ -12,9 +12,9 @@ from maskgen.evaluators.context import Context, Report
 
 @dataclasses.dataclass(frozen=True)
 class Evaluator:
-  """Means over the examples of the evaluation split.
+  """Averages the values of the prediction function `loss` over the evaluation split.
 
-  Numbers: one per loss of the prediction function `loss`, under its name.
+  Metrics: one per value, with its name.
   """
 
   requires: ClassVar[tuple[str, ...]] = ("loss",)

@@ -1,4 +1,4 @@
-"""Grids of images for people."""
+"""Grids of images to look at."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -13,10 +13,10 @@ from maskgen.evaluators.context import Context
 
 _COLUMNS = 16
 _CLASSES = 16
-_NAMED_SIDE, _NAME_WIDTH = 64, 128  # the former at least
+_NAMED_SIDE, _NAME_WIDTH = 64, 128  # pixels; images are at least this large
 _HOLE_COLOUR = (255, 0, 255)  # magenta: rare in images
 
-# What an inpainting mask hides, of an image of height h and width w: (rows, columns).
+# The (rows, columns) that an inpainting mask hides in an image of height h and width w.
 MASKS: dict[str, Callable[[int, int], tuple[slice, slice]]] = {
   "center": lambda h, w: (slice(h // 4, h - h // 4), slice(w // 4, w - w // 4)),
   "right": lambda h, w: (slice(None), slice(w // 2, None)),
@@ -26,11 +26,11 @@ MASKS: dict[str, Callable[[int, int], tuple[slice, slice]]] = {
 
 
 def stacked(rows: Sequence[np.ndarray], columns: int = _COLUMNS) -> np.ndarray:
-  """A picture in which image i of each row stands below image i of the row before it.
+  """Draws rows of images below each other.
 
   Args:
     rows: images [n, h, w, c] each, uint8 or float in [0, 1].
-    columns: the stack wraps after so many images.
+    columns: the number of images after which the rows wrap.
 
   Returns:
     uint8 [H, W, 3].
@@ -44,7 +44,7 @@ def stacked(rows: Sequence[np.ndarray], columns: int = _COLUMNS) -> np.ndarray:
 
 
 def named(rows: Mapping[str, np.ndarray]) -> np.ndarray:
-  """A picture of rows of as many images [n, h, w, c] each, behind their names; uint8 [H, W, 3]."""
+  """Draws rows of n images [n, h, w, c] after their names; uint8 [H, W, 3]."""
   lines = []
   for name, images in rows.items():
     large = np.stack([images_lib.enlarge(one, _NAMED_SIDE) for one in images_lib.to_uint8(images)])
@@ -54,7 +54,7 @@ def named(rows: Mapping[str, np.ndarray]) -> np.ndarray:
 
 
 def reconstructions(context: Context, variables: Any, rng: jax.Array, count: int) -> np.ndarray:
-  """The first `count` evaluation images (at most one batch) over their reconstructions."""
+  """Draws the first `count` evaluation images (at most one batch) above their reconstructions."""
   batch = first_batch(context)
   results = context.predict["reconstruct"](variables, batch, rng)
   return stacked([valid_rows(batch, images)[:count] for images in (batch["image"], results)])
@@ -63,7 +63,7 @@ def reconstructions(context: Context, variables: Any, rng: jax.Array, count: int
 def generated(
   context: Context, variables: Any, rng: jax.Array, count: int, seed: int, **options: Any
 ) -> np.ndarray:
-  """About `count` generated images; with classes a row for each, of the first 16 where there are more."""
+  """Draws about `count` generated images; with classes, a row for each of at most 16 classes."""
   classes = context.num_classes
   rows = min(classes, _CLASSES)
   columns = max(count // rows, 1) if classes else None
@@ -79,7 +79,7 @@ def generated(
   )
   images = np.concatenate([gather(x)[:n] for x, n in draws])
   if columns:
-    # They come class by class in turn.
+    # Image i is of class i % rows.
     images = images.reshape(columns, rows, *images.shape[1:]).swapaxes(0, 1).reshape(images.shape)
   return images_lib.grid(images, columns)
 
@@ -93,9 +93,9 @@ def inpainted(
   masks: Sequence[str],
   **options: Any,
 ) -> np.ndarray:
-  """For each of the named masks three rows: the image, the image with its hole, the filled image.
+  """Draws three rows for each mask: the images, the images with the hole, the filled images.
 
-  A model of classes is told those of the images.
+  Class-conditional models are given the labels of the images.
   """
   batch = first_batch(context)
   shape = batch["image"].shape[:3]

@@ -1,4 +1,4 @@
-"""How much the features of a frozen encoder say about the class, beside three baselines."""
+"""Linear, nearest-neighbour and few-shot probes of a frozen encoder's features, with three baselines."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -19,12 +19,12 @@ _NEIGHBOURS = 5
 
 
 def ridge(features: np.ndarray, targets: np.ndarray, penalty: float) -> tuple[np.ndarray, np.ndarray]:
-  """Least squares with an L2 penalty on the weights and none on the bias, in closed form.
+  """Least squares with an L2 penalty on the weights but not on the bias, in closed form.
 
   Args:
     features: [n, d].
     targets: [n, k].
-    penalty: the factor of the squared weights, > 0.
+    penalty: the coefficient of the squared weights, > 0.
 
   Returns:
     (weights float64 [d, k], bias float64 [k]), for `features @ weights + bias`.
@@ -69,14 +69,14 @@ class Split:
     return self.accuracy(model.predict(self.test))
 
   def neighbours(self) -> float:
-    """Accuracy of the 5 nearest neighbours by cosine."""
+    """Accuracy of a classifier of the 5 nearest neighbours by cosine."""
     model = KNeighborsClassifier(_NEIGHBOURS, metric="cosine").fit(self.train, self.train_labels)
     return self.accuracy(model.predict(self.test))
 
   def ridge(self, classes: int, subset: np.ndarray | slice = slice(None)) -> float:
-    """Accuracy of ridge regression to one-hot labels, on some of the training examples.
+    """Accuracy of ridge regression to one-hot labels, trained on `subset`.
 
-    Standardized features have a squared norm near d, so a penalty of d suits every width.
+    Standardized features have a squared norm near d, so a penalty of d suits any width.
     """
     features, labels = self.train[subset], self.train_labels[subset]
     weights, bias = ridge(features, np.eye(classes)[labels], penalty=features.shape[1])
@@ -85,24 +85,23 @@ class Split:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluator:
-  """Fits simple classifiers to frozen features of the training split, tests on the evaluation split.
+  """Fits simple classifiers to frozen features of the training split and tests them on the evaluation split.
 
-  Every representation is standardized with the training split's statistics first. All features must
-  fit in memory.
+  All representations are first standardized with the statistics of the training split. All features must fit
+  in memory.
 
-  Numbers (shares in [0, 1]): `top1` (logistic regression), `top1_ridge`, `top1_knn` (5 neighbours,
-  cosine), `top1_<k>shot` and `top1_<k>shot_std` (ridge on k labels per class, over several balanced
-  draws), and logistic regression on the baselines: `top1_random_encoder` (an untrained encoder, mean
-  over seeds), `top1_pixels` and, where the objective encodes to a codebook, `top1_token_onehot`. The
-  baselines are measured at the first evaluation and then kept: the tokenizer is taken to be frozen.
+  Metrics (fractions in [0, 1]): `top1` (logistic regression); `top1_ridge`; `top1_knn` (5 neighbours,
+  cosine); `top1_<k>shot` and `top1_<k>shot_std` (ridge regression on k labels per class, mean and standard
+  deviation over balanced draws); and logistic regression on baselines: `top1_random_encoder` (an untrained
+  encoder, mean over seeds), `top1_pixels` and, if the objective has a codebook, `top1_token_onehot`. The
+  baselines are measured at the first evaluation and then kept, which assumes a frozen tokenizer.
 
   Attributes:
-    num_images: how many training images the classifiers are fitted to; None for all.
-    shots: labels per class for the few-shot numbers, measured where every class has as many.
-    draws: how many draws each few-shot number averages.
-    random_encoders: how many untrained encoders the baseline averages.
-    baselines: False leaves the baselines out, which are too large for logistic regression on large
-      images.
+    num_images: the number of training images to fit; None for all.
+    shots: labels per class of the few-shot metrics; skipped if a class has fewer examples.
+    draws: the number of draws that each few-shot metric averages.
+    random_encoders: the number of untrained encoders that the baseline averages.
+    baselines: whether to measure the baselines, which are too large for logistic regression on large images.
     seed: of the draws and the untrained encoders.
   """
 
@@ -119,7 +118,7 @@ class Evaluator:
 
   def __post_init__(self):
     if self.context.class_names is None:
-      raise UserError("the data has no labels to probe for: remove this evaluation")
+      raise UserError("the data has no labels to probe: remove this evaluation")
     images = 1 if self.num_images is None else self.num_images
     if min(images, self.draws, self.random_encoders, *self.shots, 1) < 1:
       raise UserError("num_images, shots, draws and random_encoders must be at least 1")
@@ -153,7 +152,7 @@ class Evaluator:
     return Report(numbers | self._baselines)
 
   def _split(self, represent) -> Split:
-    """Collects `represent(batch)` [b, d] of both splits, standardized."""
+    """Collects `represent(batch)` [b, d] over both splits and standardizes it."""
 
     def labelled(batch):
       return {"x": represent(batch), "label": batch["label"]}

@@ -1,4 +1,4 @@
-"""How well a tokenizer reconstructs held-out images, and how much of its codebook it uses."""
+"""How well a tokenizer reconstructs held-out images, and its codebook usage."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -15,16 +15,16 @@ from maskgen.evaluators import pictures
 from maskgen.evaluators.batches import collect
 from maskgen.evaluators.context import Call, Context, Report
 
-_MAX_PSNR = 100.0  # of a perfect reconstruction, whose PSNR is infinite
+_MAX_PSNR = 100.0  # replaces the infinite PSNR of a perfect reconstruction
 
 
 @jax.jit
 def compare(originals: jax.Array, reconstructions: jax.Array) -> dict[str, jax.Array]:
-  """Compares images [b, h, w, c] (uint8, or float32 in [0, 1]) one by one.
+  """Compares pairs of images [b, h, w, c] (uint8, or float32 in [0, 1]).
 
   Returns:
-    "psnr" in dB (at most 100), "ssim" and "l1" (mean absolute error), float32 [b] each. SSIM has
-    the usual Gaussian window of 11 pixels (Wang et al. 2004), or the image's size if that is smaller.
+    "psnr" in dB (at most 100), "ssim" and "l1" (mean absolute error), float32 [b] each. SSIM uses a Gaussian
+    window of 11 pixels (Wang et al. 2004), or of the image's size if that is smaller.
   """
   a, b = images_lib.to_float(originals), images_lib.to_float(reconstructions)
   window = min(11, *a.shape[1:3])
@@ -39,8 +39,8 @@ def codebook_statistics(tokens: np.ndarray, codebook_size: int) -> dict[str, flo
   """Describes the histogram of codes, int32 of any shape.
 
   Returns:
-    "codebook_usage": the share of codes that occur, in [0, 1]; "perplexity": exp of the
-    histogram's entropy, from 1 to the codebook's size.
+    "codebook_usage": the fraction of codes that occur; "perplexity": exp of the histogram's entropy, from 1
+    to the codebook's size.
   """
   counts = np.bincount(tokens.ravel(), minlength=codebook_size)
   shares = counts[counts > 0] / counts.sum()
@@ -54,12 +54,12 @@ def codebook_statistics(tokens: np.ndarray, codebook_size: int) -> dict[str, flo
 class Evaluator:
   """Reconstructs the evaluation split.
 
-  Numbers: `psnr` (dB), `ssim`, `l1`: means over images. Where the objective encodes to a codebook:
-  `codebook_usage` (share of codes used at least once over the split) and `perplexity`.
-  Picture `reconstructions`: originals over their reconstructions.
+  Metrics: `psnr` (dB), `ssim` and `l1`, means over images. If the objective has a codebook: `codebook_usage`
+  (the fraction of codes used at least once over the split) and `perplexity`.
+  Picture `reconstructions`: originals above their reconstructions.
 
   Attributes:
-    num_pictures: how many images the picture shows, at most one batch.
+    num_pictures: the number of images in the picture, at most one batch.
   """
 
   requires: ClassVar[tuple[str, ...]] = ("reconstruct",)

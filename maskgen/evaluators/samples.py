@@ -1,4 +1,4 @@
-"""Pictures for people, of whatever the objective can do."""
+"""Pictures from all prediction functions of the objective that make images."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -14,17 +14,17 @@ from maskgen.evaluators.context import Call, Context, Report
 
 @dataclasses.dataclass(frozen=True)
 class Evaluator:
-  """Makes the pictures for which the objective has a prediction function.
+  """Draws each picture for which the objective has a prediction function.
 
-  Pictures: `generated`, with classes a row for each; `reconstructions`: evaluation images over their
-  reconstructions; `inpainted`: for each mask a row of images, a row with the hole in magenta, and the filled
-  images.
+  Pictures: `generated`, with classes a row for each; `reconstructions`, evaluation images above their
+  reconstructions; `inpainted`, for each mask a row of images, a row with the hole in magenta, and a row of
+  filled images.
 
   Attributes:
-    num_generated: images in the picture `generated`.
-    num_examples: evaluation images in the other pictures, at most one batch.
-    masks: what is inpainted: names from `pictures.MASKS`.
-    seed: of generation and inpainting, so that pictures of different steps are comparable.
+    num_generated: the number of images in the picture `generated`.
+    num_examples: the number of evaluation images in the other pictures, at most one batch.
+    masks: the parts of images to inpaint, names in `pictures.MASKS`.
+    seed: of generation and inpainting, the same at every step so that pictures are comparable.
     sampling: options of `generate` and `inpaint`; see `Context.check_sampling`.
   """
 
@@ -39,7 +39,7 @@ class Evaluator:
 
   def __post_init__(self):
     if not {"generate", "reconstruct", "inpaint"} & self.context.predict.keys():
-      raise UserError("the objective can make no pictures: remove this evaluation")
+      raise UserError("the objective has no prediction function that makes images: remove this evaluation")
     if min(self.num_generated, self.num_examples, len(self.masks)) < 1:
       raise UserError("num_generated, num_examples and the number of masks must be at least 1")
     for name in self.masks:
@@ -62,7 +62,7 @@ class Evaluator:
       call("inpaint", inputs | {"image": image, "mask": mask}, **self.sampling)
 
   def run(self, variables: Any, rng: jax.Array) -> Report:
-    """Makes the pictures; `rng` is a typed key."""
+    """Draws the pictures; `rng` is a typed key."""
     context, options, made = self.context, self.sampling, {}
     if "generate" in context.predict:
       made["generated"] = pictures.generated(

@@ -1,4 +1,4 @@
-"""How much of an image its tokens say, the more of them a prompt holds, and how much its caption says."""
+"""How well images are reconstructed from their ViLex tokens, by number of tokens, and from their captions."""
 
 import dataclasses
 import functools
@@ -18,30 +18,30 @@ from maskgen.evaluators.reconstruction import compare
 from maskgen.numerics.prompts import TailDrop
 from maskgen.numerics.text import Captions
 
-_TRAINING = 4096  # real images that the classifier learns from
+_TRAINING = 4096  # real images that the classifier is trained on
 
 
 def check_tokens(context: Context, numbers: tuple[int, ...]) -> tuple[int, ...]:
-  """How many tokens of an image are asked for in turn, by default powers of two and all, in rising order.
+  """Returns the numbers of tokens to evaluate in ascending order, by default powers of two and all.
 
   Raises:
-    UserError: for a number that the model does not have, or a model without tokens among words.
+    UserError: for a number that the model does not have, or an objective other than ViLex.
   """
   most = getattr(context.objective, "tokens", 0)
   if not most:
-    raise UserError("the objective makes no words of images: remove this evaluation")
+    raise UserError("the objective does not turn images into words: remove this evaluation")
   for number in numbers:
     if not isinstance(number, int) or not 1 <= number <= most:
-      raise UserError(f"num_tokens has {number!r}: this model has 1 to {most} for an image")
+      raise UserError(f"num_tokens has {number!r}: this model has 1 to {most} per image")
   return tuple(sorted(set(numbers))) or tuple(int(k) for k in TailDrop("powers").choices(most))
 
 
 def as_words(captions: Captions, ids: np.ndarray) -> dict[str, np.ndarray]:
-  """The words of a prompt, piece by piece, as `generate` of a lexicon takes them.
+  """The words of prompts in pieces, as the prediction function `generate` takes them.
 
   Args:
-    captions: how they were read.
-    ids: int32 [b, p, length], special ids included.
+    captions: how they were tokenized.
+    ids: int32 [b, p, length], including special ids.
   """
   number = (ids == captions.opened.end_id).argmax(axis=-1) - 1
   return {"words": ids[..., 1:-1], "num_words": number.astype(np.int32)}
@@ -49,28 +49,29 @@ def as_words(captions: Captions, ids: np.ndarray) -> dict[str, np.ndarray]:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluator:
-  """Draws evaluation images anew from the first k of their tokens, from their captions, and from nothing.
+  """Reconstructs evaluation images from the first k of their tokens, from their captions, and from nothing.
 
-  An image gets the same noise every time. Numbers end in _k1, _k2, ..., in _caption where the objective reads
-  captions, and in _nothing. Features are those of a space S, less their mean over the images:
-    `feature_cosine`: between features of what was drawn and of its source.
-    `retrieval_top1`: how often no other image evaluated is nearer to it by that cosine than its source; by
-      chance 1 / num_images.
-    `frechet_S`: the Frechet distance between what was drawn and the sources; it falls with their number, too.
-    `class_agreement`: with a classifier, how often it sees the class of the source. It is trained on features
-      of real training images, at most 4096; `class_agreement_real` is what it sees in the sources themselves.
-  `psnr` (dB), `ssim` and `l1` compare what was drawn from the most tokens with the sources.
-  Picture `reconstructions`: a row for each way of drawing.
+  The noise of an image is always the same. Metrics end in _k1, _k2, ...; in _caption if the objective takes
+  captions; and in _nothing, for the empty prompt. Features are those of a space S, centred by the mean of all
+  sources:
+    `feature_cosine`: the cosine between the features of a reconstruction and of its source.
+    `retrieval_top1`: how often the source is the nearest of all sources by that cosine; 1 / num_images by
+      chance.
+    `frechet_S`: the Frechet distance between reconstructions and sources; it falls with their number.
+    `class_agreement`: with a classifier, how often it predicts the class of the source. It is trained on the
+      features of at most 4096 real training images; `class_agreement_real` is the same for the sources.
+  `psnr` (dB), `ssim` and `l1` compare the reconstructions from the largest number of tokens with the sources.
+  Picture `reconstructions`: the sources, and a row for each kind of reconstruction.
 
-  One image costs steps * (2 K + 3) calls of the frozen network, with K numbers of tokens.
+  One image costs steps * (2 K + 3) calls of the frozen network, for K numbers of tokens.
 
   Attributes:
-    num_tokens: the numbers k; none for powers of two, and all.
+    num_tokens: the numbers k; if empty, powers of two and all.
     features: see `feature_spaces.open_space`.
-    classifier: a name from `classifiers.CLASSIFIERS`, for small labelled data, or None.
-    num_images: how many images are drawn anew, of at most the whole split.
-    num_pictures: how many the picture shows.
-    seed: image i depends on this, i and its source, at every step of the training.
+    classifier: a name in `classifiers.CLASSIFIERS`, for small labelled data, or None.
+    num_images: the number of images to reconstruct, at most the whole split.
+    num_pictures: the number of images in the picture.
+    seed: image i depends on this, i and its source, at every training step.
     sampling: options of `generate` and `reconstruct`; see `Context.check_sampling`.
   """
 
@@ -91,7 +92,7 @@ class Evaluator:
         f"num_images is {self.num_images} and num_pictures is {self.num_pictures}: give at least 2 and 1"
       )
     check_tokens(self.context, self.num_tokens)
-    _ = self._space  # which checks `features`
+    _ = self._space  # this checks `features`
     classifiers.check(self.classifier, self.context)
     self.context.check_sampling(self.sampling)
 
@@ -125,7 +126,7 @@ class Evaluator:
   def _measure(
     self, variables: Any, batch: Batch, rng: jax.Array, index: int, num_shown: int
   ) -> tuple[dict[str, np.ndarray], ...]:
-    """Features [b, d] and first pictures, of sources and of what is drawn; and what else is known, [b]."""
+    """Features [b, d] and the first pictures, by kind of image; and labels and comparisons, [b] each."""
     keys = make_keys(batch, self.seed, index * len(batch["valid"]))
     made = {"source": batch["image"], **self._draw(variables, batch, rng, keys)}
     features = {way: valid_rows(batch, self._space(images)) for way, images in made.items()}
@@ -136,7 +137,7 @@ class Evaluator:
     return features, shown, {name: valid_rows(batch, value) for name, value in known.items()}
 
   def _draw(self, variables: Any, batch: Batch, rng: jax.Array, keys: jax.Array) -> dict[str, jax.Array]:
-    """Images [b, h, w, c] by way of drawing."""
+    """Images [b, h, w, c] by kind of reconstruction."""
     predict, captions, options = self.context.predict, self.context.captions, self.sampling
     made = {"nothing": predict["generate"](variables, {"key": keys}, rng, **options)}
     if captions is not None:
@@ -169,7 +170,7 @@ class Evaluator:
   def _numbers(self) -> tuple[int, ...]:
     return check_tokens(self.context, self.num_tokens)
 
-  # What follows does not depend on the variables: computed at the first evaluation, then kept.
+  # The properties below do not depend on the variables: computed at the first evaluation, then kept.
 
   @functools.cached_property
   def _space(self) -> Space:
@@ -189,7 +190,7 @@ def _title(way: str) -> str:
   named = {
     "source": "images",
     "nothing": "from nothing",
-    "caption": "from captions alone",
+    "caption": "from captions only",
     "k1": "from 1 token",
   }
   return named.get(way, f"from {way[1:]} tokens")
