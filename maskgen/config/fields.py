@@ -16,7 +16,7 @@ marks: there are no lists of names.
 import dataclasses
 import logging
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from maskgen.errors import UserError
@@ -62,7 +62,7 @@ def static(default: Any = dataclasses.MISSING, *, was: str = "", **options: Any)
 
 
 def section(
-  find: Callable[[Mapping[str, Any]], type],
+  find: Callable[[Mapping[str, Any]], type] | None = None,
   *,
   was: str = "",
   took: tuple[str, ...] = (),
@@ -72,10 +72,10 @@ def section(
   """A field that holds a config section as it is.
 
   Args:
-    find: tells the section's dataclass, or raises `UserError`.
+    find: tells the section's dataclass, or raises `UserError`; None if the section has no dataclass.
     was: see `renamed`.
     took: keys that once stood beside the section; sections may still have them there, which logs one warning.
-    kind: the `name` of a section that has only those.
+    kind: the `name` of a section that has only those, if it has names.
     **options: of `dataclasses.field`.
   """
   return _field(dataclasses.MISSING, options, find=find, was=was, took=took, kind=kind)
@@ -117,7 +117,9 @@ def current_names(cls: type, options: Mapping[str, Any], where: str = "") -> dic
   for name, field in of(cls).items():
     moved = {key: found.pop(key) for key in field.metadata.get("took", ()) if key in found}
     if moved:
-      found[name] = {"name": field.metadata["kind"], **found.get(name, {}), **moved}
+      kind = {"name": field.metadata["kind"]} if field.metadata["kind"] else {}
+      given = {key: value for key, value in moved.items() if value is not None}
+      found[name] = kind | found.get(name, {}) | given
     if moved and where and (cls, name) not in _warned:
       _warned.add((cls, name))
       log.warning("%s: %s now belong in %s.%s: move them there", where, ", ".join(moved), where, name)
@@ -143,9 +145,21 @@ def other_name(cls: type, name: str, where: str) -> str | None:
   return None
 
 
+def other_place(cls: type, section: Mapping[str, Any], path: Sequence[str]) -> list[str]:
+  """The path of a key in a section, which may have it beside or within one that took it; see `section`."""
+  first, second = (*path, "")[:2]
+  for name, field in of(cls).items():
+    took = field.metadata.get("took", ())
+    if first in took and first not in section and name in section:
+      return [name, *path]
+    if first == name and second in took and second in section:
+      return list(path[1:])
+  return list(path)
+
+
 def section_type(cls: type, field: dataclasses.Field[Any], value: Any) -> type | None:
   """The dataclass of a field that holds a section; None if it holds a value, or names no known class."""
-  if "find" in field.metadata:
+  if field.metadata.get("find"):
     try:
       found: type = field.metadata["find"](value)
     except UserError:  # which building the section raises again
@@ -186,3 +200,41 @@ def replace(options: Mapping[str, Any], changes: Mapping[tuple[str, ...], Any]) 
   for (name, *rest), value in changes.items():
     changed[name] = replace(changed.get(name, {}), {tuple(rest): value}) if rest else value
   return changed
+
+
+def merge(section: Mapping[str, Any], changes: Mapping[str, Any], cls: type | None = None) -> dict[str, Any]:
+  """Returns a section with changes over it, those of nested sections key by key.
+
+  Args:
+    section: the section.
+    changes: as much of such a section as is to be different.
+    cls: the section's dataclass, if known: renamed keys then have their new names in the result.
+
+  Raises:
+    UserError: if a key is given under its old and its new name.
+  """
+  known = of(cls) if cls else {}
+  if cls:
+    section, changes = current_names(cls, section), current_names(cls, changes)
+  merged = dict(section)
+  for name, value in changes.items():
+    below = merged.get(name)
+    if isinstance(value, Mapping) and isinstance(below, Mapping):
+      inner = section_type(cls, known[name], below) if cls and name in known else None
+      value = merge(below, value, inner)
+    merged[name] = value
+  return merged
+
+
+def current_pretrained(cls: type, pretrained: Mapping[str, str], where: str = "") -> dict[str, str]:
+  """Returns `config.pretrained` of an objective's class with its current names.
+
+  Args:
+    cls: the class; its `pretrained_was`, if any, maps earlier names to these.
+    pretrained: paths by name.
+    where: the section's name; if given, each earlier name logs a warning.
+  """
+  was: Mapping[str, str] = getattr(cls, "pretrained_was", {})
+  for name in pretrained.keys() & was.keys() if where else ():
+    log.warning("%s.%s is now called '%s': rename the key", where, name, was[name])
+  return {was.get(name, name): path for name, path in pretrained.items()}

@@ -212,7 +212,7 @@ def _has(section: Any, path: Sequence[str]) -> bool:
 
 
 def _current_path(run: ml_collections.ConfigDict, path: list[str], find_type: fields.FindType) -> list[str]:
-  """Returns the path of a key with each renamed part under the name that the config uses."""
+  """Returns the path of a key with each renamed or moved part as the config has it."""
   if _has(run, path):  # finding classes takes seconds of imports
     return path
   if path[0] in run.get("stages", ()) and path[0] in run and path[1:]:
@@ -220,7 +220,10 @@ def _current_path(run: ml_collections.ConfigDict, path: list[str], find_type: fi
   found: list[str] = []
   node: Any = run
   cls: type | None = RunConfig
-  for part in path:
+  rest = list(path)
+  while rest:
+    rest = fields.other_place(cls, node, rest) if cls else rest
+    part = rest.pop(0)
     if cls and part not in node:
       other = fields.other_name(cls, part, ".".join(("config", *found)))
       part = other if other and other in node else part
@@ -229,17 +232,18 @@ def _current_path(run: ml_collections.ConfigDict, path: list[str], find_type: fi
     if not isinstance(node, ml_collections.ConfigDict):
       break
     cls = (fields.section_type(cls, field, node) if cls and field else None) or find_type(tuple(found), node)
-  return [*found, *path[len(found) :]]
+  return [*found, *rest]
 
 
 def to_dict(config: ml_collections.ConfigDict) -> dict[str, Any]:
   """Converts a config to plain JSON-able dictionaries and lists."""
-  return {key: _plain(value) for key, value in config.items()}
+  return {key: plain(value) for key, value in config.items()}
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+  """Converts a value of a config to dictionaries, lists and what they hold."""
   if isinstance(value, Mapping | ml_collections.ConfigDict):
-    return {key: _plain(item) for key, item in value.items()}
+    return {key: plain(item) for key, item in value.items()}
   if isinstance(value, tuple | list):
-    return [_plain(item) for item in value]
+    return [plain(item) for item in value]
   return value

@@ -21,15 +21,23 @@ log = logging.getLogger("maskgen")
 
 # Earlier names of evaluators.
 _RENAMED = {"lexicon": "vilex"}
-# Earlier keys of evaluators that are now keys of `sampling`.
-_SAMPLING = {
-  "generation": ("steps", "schedule", "temperature", "guidance", "guidance_schedule"),
-  "captioned_digits": ("steps", "sampler", "guidance"),
-  "vilex": ("steps", "sampler", "image_guidance", "text_guidance"),
-  "digit_edits": ("steps", "sampler", "image_guidance"),
-}
 # Keys of a section that are not fields of the evaluator: they are read here and by the training loop.
 _NOT_OPTIONS = ("type", "every_steps")
+
+
+def find(kind: str, where: str) -> type:
+  """Returns the class of the evaluator with a type.
+
+  Args:
+    kind: the type.
+    where: the section of an evaluation for error messages, such as `config.evals.samples`.
+
+  Raises:
+    UserError: if there is no such type.
+  """
+  module: Any = plugins.find_module(_RENAMED.get(kind, kind), __name__, f"{where}.type", "Evaluator")
+  found: type = module.Evaluator
+  return found
 
 
 def build(name: str, config: Mapping[str, Any], context: Context) -> Evaluator:
@@ -46,15 +54,8 @@ def build(name: str, config: Mapping[str, Any], context: Context) -> Evaluator:
   kind = str(config["type"])
   if kind in _RENAMED:
     log.warning("%s.type '%s' is now called '%s': rename it", where, kind, _RENAMED[kind])
-    kind = _RENAMED[kind]
-  module: Any = plugins.find_module(kind, __name__, f"{where}.type", "Evaluator")
-  cls = module.Evaluator
+  cls: Any = find(kind, where)
   options = {key: value for key, value in config.items() if key not in _NOT_OPTIONS}
-  moved = {key: options.pop(key) for key in _SAMPLING.get(kind, ()) if key in options}
-  if moved:
-    log.warning("%s: %s now belong in sampling=dict(...): move them there", where, ", ".join(moved))
-    given = {key: value for key, value in moved.items() if value is not None}
-    options["sampling"] = {**given, **options.get("sampling", {})}
   for function in cls.requires:
     if function not in context.predict:
       raise UserError(

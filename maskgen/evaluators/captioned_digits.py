@@ -11,6 +11,7 @@ import numpy as np
 
 from maskgen import images as images_lib
 from maskgen import sheet
+from maskgen.config import fields
 from maskgen.data import digit_scenes as scenes
 from maskgen.errors import UserError
 from maskgen.evaluators.batches import gather, key_shapes, make_keys, one_blas_thread, place
@@ -44,7 +45,7 @@ class Evaluator:
   num_images: int = 500
   num_pictures: int = 32
   seed: int = 0
-  sampling: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  sampling: Mapping[str, Any] = fields.section(took=("steps", "sampler", "guidance"), default_factory=dict)
 
   def __post_init__(self):
     if self.context.captions is None:

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import jax
 import numpy as np
 
+from maskgen.config import fields
 from maskgen.data import digit_scenes as scenes
 from maskgen.errors import UserError, nearest
 from maskgen.evaluators import pictures
@@ -57,7 +58,9 @@ class Evaluator:
   num_images: int = 128
   num_pictures: int = 12
   seed: int = 0
-  sampling: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  sampling: Mapping[str, Any] = fields.section(
+    took=("steps", "sampler", "image_guidance"), default_factory=dict
+  )
 
   def __post_init__(self):
     if self.context.class_names != scenes.KINDS["class"] or self.context.captions is None:

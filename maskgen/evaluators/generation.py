@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from maskgen import images as images_lib
+from maskgen.config import fields
 from maskgen.errors import UserError
 from maskgen.evaluators import classifiers, frechet, pictures
 from maskgen.evaluators.batches import (
@@ -74,7 +75,9 @@ class Evaluator:
   num_pictures: int = 64
   seed: int = 0
   captions: bool = False
-  sampling: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  sampling: Mapping[str, Any] = fields.section(
+    took=("steps", "schedule", "temperature", "guidance", "guidance_schedule"), default_factory=dict
+  )
 
   def __post_init__(self):
     _ = self._space  # this checks `features`

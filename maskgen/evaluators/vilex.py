@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from maskgen import images as images_lib
+from maskgen.config import fields
 from maskgen.errors import UserError
 from maskgen.evaluators import classifiers, frechet, pictures
 from maskgen.evaluators.batches import gather, key_shapes, make_keys, one_blas_thread, place, valid_rows
@@ -84,7 +85,9 @@ class Evaluator:
   num_images: int = 256
   num_pictures: int = 16
   seed: int = 0
-  sampling: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  sampling: Mapping[str, Any] = fields.section(
+    took=("steps", "sampler", "image_guidance", "text_guidance"), default_factory=dict
+  )
 
   def __post_init__(self):
     if self.num_images < 2 or self.num_pictures < 1:

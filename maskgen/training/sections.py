@@ -1,6 +1,6 @@
 """Which dataclass each section of a config becomes, where `config.RunConfig` leaves it open."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from maskgen.errors import UserError
@@ -13,10 +13,7 @@ def find_type(path: tuple[str, ...], section: Mapping[str, Any]) -> type | None:
     case ("objective",):
       from maskgen import objectives
 
-      try:
-        return objectives.find(section)
-      except UserError:  # an unknown name, which building the section reports
-        return None
+      return _if_known(lambda: objectives.find(section))
     case ("optimizer", _):
       from maskgen.training.optim import Optimizer
 
@@ -25,4 +22,15 @@ def find_type(path: tuple[str, ...], section: Mapping[str, Any]) -> type | None:
       from maskgen.data.pipeline import Data
 
       return Data
+    case ("evals", _):
+      from maskgen import evaluators
+
+      return _if_known(lambda: evaluators.find(str(section.get("type")), ".".join(path)))
   return None
+
+
+def _if_known(find: Callable[[], type]) -> type | None:
+  try:
+    return find()
+  except UserError:  # an unknown name, which building the section reports
+    return None
