@@ -12,6 +12,7 @@ from maskgen import main
 from maskgen.config import fields
 from maskgen.errors import UserError, nearest
 from maskgen.models.vqgan import VQGAN
+from maskgen.training import optim
 from maskgen.training.sections import find_type
 
 CONFIGS = sorted(p.name for p in (pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
@@ -446,6 +447,45 @@ def test_a_renamed_key_makes_no_difference():
   assert not config_lib.difference(old, new, find)
   new["objective"]["width"] = 4
   assert config_lib.difference(old, new, find) == ["objective.width: 3 -> 4"]
+
+
+def test_an_absent_key_has_its_default():
+  old, new = ({"objective": {"name": "mage", **section}} for section in ({}, {"width": 768, "dropout": 0.0}))
+  assert config_lib.difference(old, new, find_type) == ["objective.dropout: 0.1 -> 0.0"]
+
+
+def test_a_classifier_is_compared_however_its_config_says_it():
+  """Restated fields are the encoder's, of a MAGE only its encoder counts, layer decay is multipliers."""
+  encoder = {"image_size": [16, 16], "width": 16}
+  old = {"name": "classify", "classes": 10, **encoder, "remat": "full"}
+  new = {"name": "classify", "classes": 10, "encoder": {"name": "mage", **encoder, "decoder_width": 8}}
+  rules = [list(rule) for rule in reversed(optim.layer_decay(0.7, 3))]
+  optimizers = {"learning_rate": 1e-3, "multipliers": rules}, {"learning_rate": 1e-3, "layer_decay": 0.7}
+  before, after = (
+    {"objective": objective, "optimizer": {"main": optimizer}, "pretrained": {name: "runs/mage"}}
+    for objective, optimizer, name in zip((old, new), optimizers, ("mage", "encoder"), strict=True)
+  )
+  assert not config_lib.difference(before, after, find_type)
+  new["encoder"]["width"], rules[0][1] = 32, 0.8
+  assert config_lib.difference(before, after, find_type) == [
+    "objective.encoder.width: 16 -> 32",
+    "optimizer.main.layer_decay: None -> 0.7",
+    f"optimizer.main.multipliers: {rules} -> []",
+  ]
+
+
+@pytest.mark.parametrize("written", [{"steps": 3}, {"sampling": {"steps": 3}}], ids=["beside", "within"])
+@pytest.mark.parametrize("given", ["steps", "sampling.steps"])
+def test_an_override_finds_a_moved_key(written, given, tmp_path):
+  section = {"type": "generation", "every_steps": 1} | written
+  run = {"objective": {"name": "mage"}, "data": {}, "optimizer": {}, "evals": {"made": section}}
+  file = tmp_path / "moved.py"
+  file.write_text(
+    f"import ml_collections\ndef get_config(arg=None):\n  return ml_collections.ConfigDict({run})\n"
+  )
+  found = config_lib.load(str(file), {f"evals.made.{given}": "4"}, find_type).evals.made.to_dict()
+  evaluator = find_type(("evals", "made"), found)
+  assert fields.current_names(evaluator, found)["sampling"] == {"steps": 4}
 
 
 def test_values_of_a_wrong_type_in_a_section_are_named():

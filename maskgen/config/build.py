@@ -86,6 +86,8 @@ def build_dataclass(cls: type, options: Mapping[str, Any], where: str, **given: 
   try:
     return cls(**values)
   except UserError as error:
+    if str(error).startswith(f"{where}."):  # a section within it
+      raise
     raise UserError(f"{where}: {error}") from error
 
 

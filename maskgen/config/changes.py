@@ -1,9 +1,11 @@
 """What differs between two configs, and whether it matters to a run that continues."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 from maskgen.config import fields
+from maskgen.config.loading import plain
 from maskgen.config.schema import RunConfig
 
 
@@ -12,7 +14,9 @@ def difference(
 ) -> list[str]:
   """Lists `key: old -> new` for what differs between two `to_dict` results and changes a run's numbers.
 
-  Operational fields do not count, and a key that was renamed is compared under its new name.
+  Operational fields do not count, an absent key has its default, and a key that was renamed is compared
+  under its new name. A dataclass that has a static method `comparable` says by it in one way what sections
+  say in several.
 
   Args:
     old: a config of one model, or of several stages.
@@ -36,7 +40,7 @@ def _flatten(config: Mapping[str, Any], find_type: fields.FindType) -> dict[str,
 
   def visit(section: Mapping[str, Any], cls: type | None, prefix: str, path: tuple[str, ...] = ()) -> None:
     known = fields.of(cls) if cls else {}
-    for key, value in (fields.current_names(cls, section) if cls else section).items():
+    for key, value in (_current(cls, section) if cls else section).items():
       field = known.get(key)
       if field and field.metadata.get("operational"):
         continue
@@ -49,9 +53,31 @@ def _flatten(config: Mapping[str, Any], find_type: fields.FindType) -> dict[str,
       else:
         flat[prefix + key] = value
 
+  def visit_run(run: Mapping[str, Any], prefix: str) -> None:
+    cls = find_type(("objective",), run.get("objective", {}))
+    if cls and "pretrained" in run:
+      run = {**run, "pretrained": fields.current_pretrained(cls, run["pretrained"])}
+    visit(run, RunConfig, prefix)
+
   stages = [stage for stage in config.get("stages", ()) if isinstance(config.get(stage), Mapping)]
   for stage in stages:
-    visit(config[stage], RunConfig, f"{stage}.")
-  rest = {key: value for key, value in config.items() if key not in stages}
-  visit(rest, RunConfig, "")
+    visit_run(config[stage], f"{stage}.")
+  visit_run({key: value for key, value in config.items() if key not in stages}, "")
   return flat
+
+
+def _current(cls: type, section: Mapping[str, Any]) -> dict[str, Any]:
+  """A section as its dataclass has it now, with what it leaves out."""
+  found = fields.current_names(cls, section)
+  found = getattr(cls, "comparable", dict)(found)
+  for name, field in fields.of(cls).items():
+    if name not in found and field.default is not dataclasses.MISSING:
+      found[name] = _section(field.default)
+  return found
+
+
+def _section(value: Any) -> Any:
+  """A field's value as a config section says it."""
+  if dataclasses.is_dataclass(value) and not isinstance(value, type):
+    return {name: _section(getattr(value, name)) for name in fields.of(type(value))}
+  return plain(value)

@@ -24,7 +24,10 @@ from maskgen.objectives import Batch, BatchSpec, Metrics, PredictFn, Tree, token
 TRAINED = ("all", "head")
 NORMS = ("layer", "batch")
 # Keys of earlier configs, in which the encoder had no section and was always MAGE's.
-TOOK = ("image_size", "tokenizer", "class_ids", "null_class", "width", "depth", "heads")
+TOOK = (
+  *("image_size", "tokenizer", "class_ids", "null_class", "width", "depth", "heads"),
+  *("dtype", "attention", "remat", "scan"),
+)
 
 
 class Head(nn.Module):
@@ -83,9 +86,7 @@ class Objective:
   serving: ClassVar[str] = "maskgen.serving.Classifier"
   pretrained_was: ClassVar[Mapping[str, str]] = {"mage": "encoder"}
 
-  encoder: Mapping[str, Any] = fields.section(
-    objectives.find_encoder, took=(*TOOK, "dtype", "attention", "remat", "scan"), kind="mage"
-  )
+  encoder: Mapping[str, Any] = fields.section(objectives.find_encoder, took=TOOK, kind="mage")
   classes: int
   trained: str = "all"
   norm: str = "layer"
@@ -106,6 +107,14 @@ class Objective:
     if self.trained == "head" and (self.dropout or self.drop_path):
       raise UserError("a frozen encoder runs without dropout and drop_path: set both to 0")
     _ = self.image_encoder  # which checks its fields
+
+  @staticmethod
+  def comparable(section: Mapping[str, Any]) -> dict[str, Any]:
+    """The section without what it says of the decoder and the training of a MAGE model."""
+    encoder = section.get("encoder", {})
+    if encoder.get("name") != "mage":
+      return dict(section)
+    return {**section, "encoder": {key: encoder[key] for key in ("name", *TOOK) if key in encoder}}
 
   @property
   def num_classes(self) -> int:
@@ -157,7 +166,7 @@ class Objective:
     return {"encoder": self._source.shapes()}
 
   def check_pretrained(self, name: str, config: Mapping[str, Any]) -> None:
-    found = objectives.encoder_part(storage.model_section(config), "its config")
+    found = objectives.encoder_part(storage.model_section(config), "its config.objective")
     objectives.check_same(dataclasses.replace(found, pooled=True), self._source)
 
   def init(self, rng: jax.Array, pretrained: Mapping[str, Tree]) -> dict[str, Tree]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -90,6 +90,15 @@ class Optimizer:
       raise UserError(f"name '{self.name}' does not exist{nearest(self.name, OPTIMIZERS)}")
     if self.schedule not in SCHEDULES:
       raise UserError(f"schedule '{self.schedule}' does not exist{nearest(self.schedule, SCHEDULES)}")
+
+  @staticmethod
+  def comparable(section: Mapping[str, Any]) -> dict[str, Any]:
+    """The section with `layer_decay` in place of `multipliers` that spell it out for a MAGE encoder."""
+    rules = sorted(tuple(rule) for rule in section.get("multipliers") or ())
+    decay = max((factor for _, factor in rules), default=1.0)
+    if len(rules) < 2 or rules != sorted(layer_decay(decay, len(rules) - 1)):
+      return dict(section)
+    return {**section, "multipliers": [], "layer_decay": decay}
 
   def make_schedule(self, total_steps: int, batch_size: int, num_examples: int) -> optax.Schedule:
     """The learning rate as a function of the step."""
