@@ -37,7 +37,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   args.size = args.size or ("large" if storage.find_section(args.model).get("width") == 1024 else "base")
   learning_rate = config_lib.choose("size", args.size, LEARNING_RATES)
   if args.model:
-    encoder = dict(name="pretrained")
+    encoder = dict(name="pretrained", tokenizer=dict(dtype="bfloat16"))
   else:
     encoder = config_lib.load_beside(__file__, "mage_base.py", size=args.size).objective.to_dict()
   lars = dict(name="lars", base_learning_rate=learning_rate, warmup_epochs=10.0, b1=0.9, weight_decay=0.0)
@@ -87,7 +87,9 @@ def shrink(config: ml_collections.ConfigDict, small: ml_collections.ConfigDict) 
   for key in ("batch_size", "total_steps", "checkpoint", "data", "log_every_steps"):
     config[key] = small[key]
   config.objective.classes = 10
-  config.objective.encoder = dict(name="pretrained", dtype="float32", scan=True)
+  config.objective.encoder = dict(
+    name="pretrained", tokenizer=dict(dtype="float32"), dtype="float32", scan=True
+  )
   config.total_steps = min(small.total_steps, 500)
   config.optimizer.main.warmup_steps = min(small.optimizer.main.warmup_steps, 50)
   # A run this short needs larger steps.

@@ -44,7 +44,7 @@ def vilex(args, path: str, decoder: dict) -> dict:
   alignment_steps, steps = (1, 2) if args.debug else (300, 500) if args.tiny else (3000, 3600)
   small, mage = args.debug, args.encoder.removeprefix("mage:")
   few = dict(num_images=8, num_pictures=2) if small else {}
-  encoder = dict(
+  vit = dict(
     name="vit",
     image_size=(16, 16),
     patch=4,
@@ -52,8 +52,6 @@ def vilex(args, path: str, decoder: dict) -> dict:
     depth=1 if small else 4,
     heads=4,
   )
-  if mage:
-    encoder = storage.load_config(mage).get("objective", {})
   return dict(
     seed=args.seed,
     batch_size=8 if small else 64,
@@ -65,7 +63,7 @@ def vilex(args, path: str, decoder: dict) -> dict:
     objective=dict(
       name="vilex",
       decoder=decoder["objective"],
-      encoder=encoder,
+      encoder=dict(name="pretrained") if mage else vit,
       tokens=8,
       pool_width=16 if small else 96,
       pool_depth=1 if small else 2,

@@ -33,7 +33,6 @@ Arguments:
 import ml_collections
 
 from maskgen import config as config_lib
-from maskgen import storage
 from maskgen.importers import diffusers
 from maskgen.importers.diffusers_layouts import LAYOUTS
 from maskgen.importers.published import PUBLISHED
@@ -62,8 +61,9 @@ def full(args) -> ml_collections.ConfigDict:
   decoder, size = args.decoder or layout.published, args.size
   folder = diffusers.folder_of(decoder, args.family)
   mage, path = args.encoder.startswith("mage:"), args.encoder.removeprefix("mage:")
-  found = {} if path in PUBLISHED else storage.load_config(path)
-  vit = dict(name="vit", **found.get("vit", SO400M), dtype="bfloat16", scan=True, remat="dots")
+  encoder: dict = dict(name="vit", **SO400M) if path in PUBLISHED else dict(name="pretrained")
+  if not mage:
+    encoder.update(dtype="bfloat16", scan=True, remat="dots")
   # Captions may say what is left and right.
   words = f"|tokenize('bpe:{folder or args.family}/tokenizer', 77)" if args.caption_share else ""
   augment = words or "|flip_lr"
@@ -93,7 +93,7 @@ def full(args) -> ml_collections.ConfigDict:
           dtype="bfloat16",
           remat="full",
         ),
-        encoder=found.get("objective", {}) if mage else vit,
+        encoder=encoder,
         pretrained_encoder=not mage,
         tokens=75,
         pool_width=1024,

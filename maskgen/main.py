@@ -16,12 +16,10 @@ from maskgen import cli, files
 from maskgen import config as config_lib
 from maskgen.errors import UserError, of_storage
 from maskgen.training import cpu
+from maskgen.training.pretrained import complete, stored_first
 from maskgen.training.sections import find_type
 
 log = logging.getLogger("maskgen")
-
-# The `name` of a section that is to be what a pretrained model is.
-PRETRAINED = "pretrained"
 
 
 def main(argv: Sequence[str]) -> None:
@@ -49,10 +47,12 @@ def main(argv: Sequence[str]) -> None:
   others.add_argument("--process_count", type=int, help="how many processes there are")
   others.add_argument("--process_index", type=int, help="which one this is, from 0")
   args, rest = parser.parse_known_args(argv)
-  config = config_lib.to_dict(config_lib.load(args.config, parse_overrides(rest), find_type))
+  overrides = parse_overrides(rest)
   if not args.workdir:
     raise UserError("--workdir is empty: give the folder of the run")
   root = epath.Path(args.workdir)
+  with stored_first(root):
+    config = config_lib.to_dict(config_lib.load(args.config, overrides, find_type))
   config = complete(config, root)
   check_workdir(root, config, create=args.mode == "train")
   stages = split_stages(config, root)
@@ -121,60 +121,6 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, str]:
       raise UserError(f"argument '{argument}' is not understood; to set a config key: --config.KEY=VALUE")
     overrides[key.removeprefix("--config.")] = value
   return overrides
-
-
-def complete(config: Mapping[str, Any], root: epath.Path | None = None) -> dict[str, Any]:
-  """Fills in the sections of objectives that are to be what a pretrained model is.
-
-  A section with name="pretrained" stands for the model that `config.pretrained` names under the section's
-  key. It becomes that model's own section, with the other keys on top, so that a workdir's config.json
-  describes its model whole. A run that continues takes it from there: the pretrained model may be gone.
-
-  Args:
-    config: a plain config.
-    root: the workdir, or None for a config that is not run.
-
-  Raises:
-    UserError: if a pretrained model is missing.
-  """
-  if "stages" not in config:
-    return _complete_stage(config, root, {})
-  done = dict(config)
-  for stage in config["stages"]:
-    if stage in done:
-      done[stage] = _complete_stage(done[stage], root / stage if root else None, done)
-  return done
-
-
-def _complete_stage(
-  config: Mapping[str, Any], workdir: epath.Path | None, stages: Mapping[str, Any]
-) -> dict[str, Any]:
-  objective, pretrained = dict(config.get("objective", {})), config.get("pretrained", {})
-  for key, section in objective.items():
-    if not (isinstance(section, Mapping) and section.get("name") == PRETRAINED):
-      continue
-    if key not in pretrained:
-      raise UserError(f"config.pretrained.{key} is missing: give the path of a trained model")
-    described = _describe(pretrained[key], key, workdir, stages)
-    objective[key] = described | {name: value for name, value in section.items() if name != "name"}
-  return {**config, "objective": objective} if objective else dict(config)
-
-
-def _describe(given: str, key: str, workdir: epath.Path | None, stages: Mapping[str, Any]) -> dict[str, Any]:
-  """The section of the pretrained model at `given`, which fills `config.objective.KEY`."""
-  from maskgen import storage  # takes seconds
-
-  kind, _, name = given.partition(":")
-  try:
-    if workdir and (workdir / storage.CONFIG).exists():
-      stored = storage.load_config(workdir)
-      if stored.get("pretrained", {}).get(key) == given and key in stored["objective"]:
-        return dict(stored["objective"][key])
-    if kind == "stage" and name in stages:
-      return storage.model_section(stages[name])
-    return storage.model_section(storage.load_config(storage.resolve(given, workdir or epath.Path("."))))
-  except UserError as error:
-    raise UserError(f"config.pretrained.{key}={given}: {error}") from None
 
 
 def split_stages(config: Mapping[str, Any], root: epath.Path) -> dict[epath.Path, dict[str, Any]]:

@@ -21,6 +21,8 @@ from maskgen.models.transformer import Transformer
 from maskgen.numerics import losses
 from maskgen.training import optim
 from maskgen.training.experiment import Experiment
+from maskgen.training.pretrained import complete, stored_first
+from maskgen.training.sections import find_type
 from maskgen.training.state import TrainState
 from maskgen.training.step import make_update
 
@@ -360,20 +362,61 @@ def test_a_section_is_taken_from_the_pretrained_model_once(trained, tmp_path):
   path = str(trained / "mage")
   encoder = dict(name="pretrained", remat="full")
   config = section(objective=dict(name="classify", encoder=encoder, classes=10), pretrained={"encoder": path})
-  whole = main.complete(config, epath.Path(tmp_path))
+  whole = complete(config, epath.Path(tmp_path))
   described = json.loads((trained / "mage" / "config.json").read_text())["objective"]
   assert whole["objective"]["encoder"] == described | dict(remat="full")
+  encoder["tokenizer"] = dict(dtype="bfloat16")
+  merged = complete(config, epath.Path(tmp_path))["objective"]["encoder"]
+  assert merged == described | dict(remat="full", tokenizer=described["tokenizer"] | dict(dtype="bfloat16"))
+  encoder["tokenizer"] = dict(dtpe="bfloat16")
+  with pytest.raises(UserError, match=r"encoder\.tokenizer has no key 'dtpe'; did you mean 'dtype'\?$"):
+    objectives.build(complete(config, epath.Path(tmp_path))["objective"])
+  del encoder["tokenizer"]
   stages = dict(stages=("mage", "probe"), mage=dict(objective=described), probe=config)
   stages["probe"]["pretrained"] = {"encoder": "stage:mage"}
-  assert main.complete(stages)["probe"]["objective"] == whole["objective"]
+  assert complete(stages)["probe"]["objective"] == whole["objective"]
   # A run that continues needs the pretrained model no longer.
   config["pretrained"] = {"encoder": "gone"}
   with pytest.raises(UserError, match=r"config\.pretrained\.encoder=gone: model gone does not exist"):
-    main.complete(config, epath.Path(tmp_path))
+    complete(config, epath.Path(tmp_path))
   (tmp_path / "config.json").write_text(json.dumps(whole | {"pretrained": {"encoder": "gone"}}))
-  assert main.complete(config, epath.Path(tmp_path))["objective"] == whole["objective"]
+  assert complete(config, epath.Path(tmp_path))["objective"] == whole["objective"]
   with pytest.raises(UserError, match=r"config\.pretrained\.encoder is missing"):
-    main.complete(config | {"pretrained": {}}, epath.Path(tmp_path))
+    complete(config | {"pretrained": {}}, epath.Path(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["probe_mage", "finetune_mage", "fewshot_mage"])
+def test_a_large_model_is_known_after_it_is_gone(tmp_path, name):
+  model, root = tmp_path / "model", tmp_path / "run"
+  for folder in (model, root):
+    folder.mkdir()
+  (model / "config.json").write_text(json.dumps({"objective": ENCODER | dict(width=1024, heads=16)}))
+
+  def load() -> dict:
+    with stored_first(epath.Path(root)):
+      config = config_lib.to_dict(config_lib.load(f"configs/{name}.py:model={model}"))
+    return complete(config, epath.Path(root))
+
+  first = load()
+  assert [first["objective"]["encoder"]["tokenizer"]["dtype"], first["objective"]["encoder"]["dtype"]] == [
+    "bfloat16", "bfloat16",
+  ]  # fmt: skip
+  large = dict(base_learning_rate=0.05) if name == "probe_mage" else dict(layer_decay=0.75)
+  assert large.items() <= first["optimizer"]["main"].items()
+  (root / "config.json").write_text(json.dumps(first))
+  (model / "config.json").unlink()
+  assert load() == first
+
+
+def test_an_old_run_describes_its_encoder(tmp_path):
+  """Its config restates the fields of an encoder that is gone."""
+  stored = dict(objective=dict(name="classify", classes=10, **RESTATED), pretrained=dict(mage="gone"))
+  (tmp_path / "config.json").write_text(json.dumps(stored))
+  encoder = dict(name="pretrained", tokenizer=dict(dtype="float32"))
+  config = dict(objective=dict(name="classify", classes=10, encoder=encoder), pretrained=dict(encoder="gone"))
+  completed = complete(config, epath.Path(tmp_path))
+  assert objectives.build(completed["objective"]).image_encoder == build().image_encoder
+  assert not config_lib.difference(stored, completed, find_type)
 
 
 def test_random_batches_have_labels():

@@ -21,7 +21,7 @@ from safetensors.numpy import load_file, save_file
 
 import maskgen
 from maskgen import config as config_lib
-from maskgen import main, objectives, storage, tree
+from maskgen import objectives, storage, tree
 from maskgen.benchmarks import dataless
 from maskgen.errors import UserError
 from maskgen.importers import mage, tensors
@@ -29,6 +29,7 @@ from maskgen.importers.published import PUBLISHED
 from maskgen.models.vqgan import VQGAN
 from maskgen.numerics import losses
 from maskgen.tools import convert, export
+from maskgen.training.pretrained import complete
 
 GOLDEN = pathlib.Path(__file__).parents[2] / "shared" / "golden" / "mage"
 
@@ -164,7 +165,7 @@ def test_classifiers_take_a_converted_model_at_once(tiny_mage, tmp_path, name):
   """Class ids, the null class and the tokenizer's shortcut come from its config."""
   path = tiny_mage / "converted"
   config = config_lib.to_dict(config_lib.load(f"configs/{name}.py:debug,model={path}"))
-  experiment = dataless.build(main.complete(config))
+  experiment = dataless.build(complete(config))
   experiment.check_pretrained(epath.Path(tmp_path))
   state, frozen = experiment.init(epath.Path(tmp_path))
   model = maskgen.load(path)

@@ -19,8 +19,9 @@ from maskgen.config import fields
 from maskgen.costs import flops
 from maskgen.data.pipeline import Data
 from maskgen.errors import UserError
-from maskgen.main import complete, split_stages
+from maskgen.main import split_stages
 from maskgen.tools.bench import main
+from maskgen.training.pretrained import complete
 
 TINY = f"--config={tiny.FILE}"
 CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))

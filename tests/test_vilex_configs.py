@@ -20,6 +20,7 @@ from maskgen.importers import diffusers
 from maskgen.importers.diffusers_layouts import LAYOUTS
 from maskgen.importers.published import PUBLISHED
 from maskgen.tools import convert
+from maskgen.training.pretrained import complete
 
 folders, trained = test_text_to_image.folders, tiny.trained
 CONFIGS = {f"configs/vilex_{family}.py": family for family in LAYOUTS}
@@ -65,7 +66,7 @@ def test_layouts_are_of_their_family_and_published(family):
 def test_the_encoder_may_be_that_of_a_mage(config, stage, trained):
   """Before it is trained along, its features are those of the MAGE model."""
   path = str(trained / "mage")
-  plain = load(f"configs/{config},encoder=mage:{path}")
+  plain = complete(load(f"configs/{config},encoder=mage:{path}"))
   plain = plain[stage] if stage else plain
   assert plain["pretrained"]["encoder"] == path
   objective = objectives.build(plain["objective"])

@@ -7,7 +7,6 @@ import shutil
 import jax
 import numpy as np
 import pytest
-import test_classify
 import test_diffusion
 import test_importers
 import test_vilex
@@ -178,8 +177,8 @@ def take(path, objective, fresh=""):
   return warm_start.take(), {row[0]: row[2] for row in rows if row[0] != "its"}
 
 
-CLASSIFY = dict(name="classify", image_size=(16, 16), tokenizer=test_classify.NETWORK, width=16, depth=1)
-CLASSIFY |= dict(heads=2, classes=10)
+MAGE = tiny.stage("mage")["objective"]
+CLASSIFY = dict(name="classify", encoder=MAGE, classes=10)
 
 
 def test_a_classifier_of_other_classes(tmp_path):
@@ -197,7 +196,7 @@ def test_a_classifier_of_other_classes(tmp_path):
 def test_a_classifier_from_a_mage_leaves_the_decoder(tmp_path):
   section = tiny.stage("mage")["objective"]
   write(tmp_path / "source", objectives.build(section), section)
-  objective = objectives.build(CLASSIFY | dict(image_size=(24, 16)))
+  objective = objectives.build(CLASSIFY | dict(encoder=MAGE | dict(image_size=(24, 16))))
   taken, rows = take(tmp_path / "source", objective, "^main/head/")
   assert rows["main/decoder"] == rows["main/encoder_norm"] == "not used"
   assert rows["main/position"] == "interpolated from 4x4 to 6x4" and taken["main/position"].shape == (25, 16)

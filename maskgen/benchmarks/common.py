@@ -13,6 +13,7 @@ from etils import epath
 from maskgen import cli, main
 from maskgen import config as config_lib
 from maskgen.errors import UserError, nearest
+from maskgen.training.pretrained import complete
 from maskgen.training.sections import find_type
 
 # Calls that take longer are logged.
@@ -37,7 +38,7 @@ def parse(parser: cli.Parser, argv: Sequence[str]) -> tuple[argparse.Namespace, 
   """
   args, rest = parser.parse_known_args(argv)
   config = config_lib.to_dict(config_lib.load(args.config, main.parse_overrides(rest), find_type))
-  config = main.complete(config)
+  config = complete(config)
   if args.stage is not None and "stages" not in config:
     raise UserError(f"--stage={args.stage}: {args.config} has no stages, remove the flag")
   stages = {path.name: stage for path, stage in main.split_stages(config, epath.Path("run")).items()}

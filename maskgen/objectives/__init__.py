@@ -139,11 +139,12 @@ class Objective(Protocol):
     """
 
 
-def find(section: Mapping[str, Any], **others: type) -> type:
+def find(section: Mapping[str, Any], where: str = "config.objective", **others: type) -> type:
   """Returns the class of the objective that a config section names.
 
   Args:
     section: a section with the key `name`.
+    where: the section's name for error messages.
     **others: classes for additional names.
 
   Raises:
@@ -152,24 +153,29 @@ def find(section: Mapping[str, Any], **others: type) -> type:
   name = str(section.get("name"))
   if name in others:
     return others[name]
-  module: Any = plugins.find_module(name, __name__, "config.objective.name", "Objective")
+  module: Any = plugins.find_module(name, __name__, f"{where}.name", "Objective")
   return module.Objective
 
 
-def build(section: Mapping[str, Any]) -> Objective:
+def build(section: Mapping[str, Any], where: str = "config.objective") -> Objective:
   """Builds the objective that a config section names.
+
+  Args:
+    section: a section with the key `name`.
+    where: the section's name for error messages.
 
   Raises:
     UserError: for an unknown name or key, or a value that the objective rejects.
   """
   options = {key: value for key, value in section.items() if key != "name"}
-  found: Objective = config_lib.build_dataclass(find(section), options, "config.objective")
+  found: Objective = config_lib.build_dataclass(find(section, where), options, where)
   return found
 
 
 def find_encoder(section: Mapping[str, Any]) -> type:
   """Like `find`, for a section that `encoder_part` takes."""
-  return find(section, **{name: encoder.section_type for name, encoder in NETWORKS.items()})
+  networks: dict[str, Any] = {name: encoder.section_type for name, encoder in NETWORKS.items()}
+  return find(section, **networks)
 
 
 def encoder_part(section: Mapping[str, Any], where: str) -> EncoderPart:
@@ -185,10 +191,7 @@ def encoder_part(section: Mapping[str, Any], where: str) -> EncoderPart:
   name, options = section.get("name"), {key: value for key, value in section.items() if key != "name"}
   if name in NETWORKS:
     return EncoderPart(NETWORKS[name].from_section(options, where), "params/main")
-  try:
-    found = getattr(build(section), "image_encoder", None)
-  except UserError as error:
-    raise UserError(f"{where} describes no model: {error}") from None
+  found = getattr(build(section, where), "image_encoder", None)
   if not isinstance(found, EncoderPart):
     raise UserError(
       f"{where}.name is '{name}', which has no image encoder: give a model that has one, such as MAGE"

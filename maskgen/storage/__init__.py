@@ -11,6 +11,7 @@ from maskgen.storage.frozen import read_frozen, read_frozen_arrays, write_frozen
 from maskgen.storage.models import (
   CONFIG,
   find_section,
+  found_first,
   load_config,
   load_variables,
   model_section,
@@ -26,6 +27,7 @@ __all__ = [
   "WEIGHTS",
   "Checkpoints",
   "find_section",
+  "found_first",
   "load_config",
   "load_variables",
   "model_section",

@@ -1,8 +1,10 @@
 """Trained models, from the workdir of a run or an export: their configs and variables."""
 
+import contextlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
+from contextvars import ContextVar
 from typing import Any
 
 import jax
@@ -27,6 +29,7 @@ from maskgen.storage.tensors import (
 CONFIG = "config.json"
 # From the shapes of stored arrays by path name, to targets for those to read.
 Choose = Callable[[dict[str, Any]], Mapping[str, Any]]
+_found_first: ContextVar[Callable[[str], dict[str, Any]]] = ContextVar("found_first", default=lambda path: {})
 
 
 def resolve(path: str, workdir: epath.Path) -> epath.Path:
@@ -70,12 +73,25 @@ def model_section(config: Mapping[str, Any]) -> dict[str, Any]:
   return {"name": name, **config[name]}
 
 
-def find_section(path: epath.PathLike) -> dict[str, Any]:
-  """As `model_section`, of a model's folder; empty where there is no model."""
+def find_section(path: str) -> dict[str, Any]:
+  """As `model_section`, of a model's folder; empty where there is no model.
+
+  While a run's config is loaded again, what its workdir says of the model comes first: the model may be gone.
+  """
   try:
-    return model_section(load_config(path)) if path else {}
+    return _found_first.get()(path) or model_section(load_config(path)) if path else {}
   except UserError:
     return {}
+
+
+@contextlib.contextmanager
+def found_first(find: Callable[[str], dict[str, Any]]) -> Generator[None]:
+  """Makes `find_section` ask `find` first, whose result for a path that it does not know is empty."""
+  token = _found_first.set(find)
+  try:
+    yield
+  finally:
+    _found_first.reset(token)
 
 
 def load_variables(path: epath.PathLike, target: Any) -> Any:

@@ -14,7 +14,8 @@ from tqdm import tqdm
 from maskgen import cli
 from maskgen import config as config_lib
 from maskgen.errors import UserError, nearest
-from maskgen.main import complete, parse_overrides, split_stages
+from maskgen.main import parse_overrides, split_stages
+from maskgen.training.pretrained import complete
 from maskgen.training.sections import find_type
 
 if TYPE_CHECKING:

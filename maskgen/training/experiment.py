@@ -14,6 +14,7 @@ from etils import epath
 from maskgen import batch as batch_lib
 from maskgen import config as config_lib
 from maskgen import evaluators, files, objectives, processes, sharding, storage, tree
+from maskgen.config import fields
 from maskgen.errors import UserError, nearest
 from maskgen.importers.published import PUBLISHED
 from maskgen.training import optim
@@ -65,7 +66,7 @@ class Experiment:
     self.mesh = sharding.make_mesh(cfg.mesh, devices)
     sharding.check_batch(cfg.batch_size, cfg.accumulation, self.mesh)
     self.objective = objectives.build(cfg.objective)
-    pretrained = _current_names(cfg.pretrained, getattr(self.objective, "pretrained_was", {}))
+    pretrained = fields.current_pretrained(type(self.objective), cfg.pretrained, "config.pretrained")
     self.config = cfg = dataclasses.replace(cfg, pretrained=pretrained)
     self.data = data or _open_data(cfg)
     self._check_data()
@@ -341,13 +342,6 @@ def _check_fetched(key: str, given: str, path: epath.Path) -> None:
       f"{key}={given} is not on this machine: fetch {found.address} ({found.license}), convert it by "
       f"maskgen.tools.convert --format={found.format}, and give the folder that this writes"
     )
-
-
-def _current_names(pretrained: Mapping[str, str], was: Mapping[str, str]) -> dict[str, str]:
-  """Pretrained models by the names that the objective has for them now."""
-  for name in pretrained.keys() & was.keys():
-    log.warning("config.pretrained.%s is now called '%s': rename the key", name, was[name])
-  return {was.get(name, name): path for name, path in pretrained.items()}
 
 
 def _open_data(cfg: config_lib.RunConfig) -> Any:
