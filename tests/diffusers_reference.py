@@ -1,6 +1,6 @@
-"""What PyTorch's diffusers and transformers compute, written to files for tests/test_parity_diffusers.py.
+"""Writes what PyTorch's diffusers and transformers compute to files for tests/test_parity_diffusers.py.
 
-A program of its own: TensorFlow and transformers cannot share a process. Usage: FOLDER [MERGES], with CLIP's
+A separate program: TensorFlow and transformers cannot share a process. Usage: FOLDER [MERGES], with CLIP's
 `bpe_simple_vocab_16e6.txt.gz`; then FOLDER inversions, with an `inversion.safetensors` beside each model.
 """
 
@@ -130,7 +130,7 @@ TINY_VAE = dict(
 
 
 def build(family, small):
-  """Text encoders, U-Net and autoencoder, as wide as published or tiny."""
+  """Builds text encoders, U-Net and autoencoder, full-size or tiny."""
   texts = []
   for i, options in enumerate((TINY_TEXT if small else TEXT)[family]):
     config = transformers.CLIPTextConfig(**options, **(SMALL_TEXT if small else {}))
@@ -142,14 +142,14 @@ def build(family, small):
 
 
 def saved(module):
-  """The config of a network, as in its file."""
+  """The config of a network, as it is saved."""
   if isinstance(module, transformers.PreTrainedModel):
     return module.config.to_diff_dict() | dict(architectures=[type(module).__name__])
   return dict(module.config)
 
 
 def shapes(family):
-  """Names and shapes of all tensors of the full-size models, which take no memory."""
+  """Names and shapes of all tensors of the full-size models, without allocating them."""
   with torch.device("meta"):
     texts, unet, vae = build(family, small=False)
   named = [*zip(("text_encoder", "text_encoder_2"), texts, strict=False), ("unet", unet), ("vae", vae)]
@@ -162,7 +162,7 @@ def shapes(family):
 
 
 def randomize(module):
-  """Away from the ones and zeros of initialisers, which hide exchanged parameters."""
+  """Randomises all parameters: ones and zeros of initialisers would hide swapped parameters."""
   with torch.no_grad():
     for parameter in module.parameters():
       fan_in = parameter[0].numel() if parameter.ndim > 1 else 10
@@ -173,7 +173,7 @@ def randomize(module):
 
 
 def tokenizer(folder, merges, padding, length):
-  """A tokenizer in the files of the published ones."""
+  """Writes a tokenizer with the files of the published ones."""
   printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
   characters = [chr(i) for i in printable] + [chr(256 + i) for i in range(256 - len(printable))]
   tokens = [*characters, *(c + "</w>" for c in characters), *("".join(pair.split()) for pair in merges)]
@@ -241,7 +241,7 @@ def parts(family, texts, unet, vae):
 
 
 def reference(folder, family):
-  """Saves a tiny model as published ones are, and what its parts and its pipeline give."""
+  """Saves a tiny model in the published layout, with the outputs of its parts and its pipeline."""
   torch.manual_seed(0)
   texts, unet, vae = build(family, small=True)
   for module in (*texts, unet, vae):
@@ -291,7 +291,7 @@ def reference(folder, family):
 
 @torch.no_grad()
 def inversion(folder, prompt, word="<cat>"):
-  """Saves what a prompt means in which a word is a textual inversion."""
+  """Saves the encoded prompt in which a word is a textual inversion."""
   pipeline = diffusers.DiffusionPipeline.from_pretrained(folder / "model")
   file = folder / "inversion.safetensors"
   if hasattr(pipeline, "text_encoder_2"):
@@ -309,7 +309,7 @@ def inversion(folder, prompt, word="<cat>"):
 
 
 def schedules():
-  """The steps that samplers visit, and what levels of noise they are."""
+  """The timesteps that samplers visit, and their noise levels."""
   found = []
   for spacing in ("leading", "linspace", "trailing"):
     for betas in ("linear", "scaled_linear", "squaredcos_cap_v2"):

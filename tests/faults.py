@@ -1,11 +1,11 @@
-"""Kills runs at random moments, half of them while they save, and compares their ends with runs in peace.
+"""Kills runs at random moments, half of them during a save, and compares the results with undisturbed runs.
 
 python tests/faults.py --kills=50 --workdir=/tmp/faults --config=configs/quickstart.py --stage=mage \
   --config.mage.checkpoint.save_steps=100
 
-Half of the kills go to runs of one process, half to one of the two processes of a run. `launch/local.sh`
-starts them again, and nobody does anything else. A run that ends before all kills are spent begins anew. The
-stages before are trained once and copied. The last line is a report in JSON; the status is 0 if all is well.
+Half of the kills hit runs of one process, half one of the two processes of a run. Only `launch/local.sh`
+restarts them. A run that finishes before all kills are used starts over. Earlier stages are trained once and
+copied. The last line is a report in JSON; the exit status is 0 on success.
 """
 
 import argparse
@@ -52,7 +52,7 @@ SETTINGS = {
 
 
 class Run:
-  """A run under `launch/local.sh`, which alone starts its processes again."""
+  """A run under `launch/local.sh`, which restarts its processes without help."""
 
   def __init__(self, workdir: pathlib.Path, stage: str, count: int, arguments: list[str]):
     self.stage, self.count = workdir / stage, count
@@ -64,13 +64,13 @@ class Run:
       )
 
   def ended(self) -> bool:
-    """Whether the launcher has ended. If it did so without success, a manual step would be needed."""
+    """Whether the launcher has exited. It must not fail, since a manual step would then be needed."""
     status = self.launcher.poll()
     assert not status, f"the launcher ended with status {status}, see {self.log}"
     return status is not None
 
   def until(self, condition: Callable[[], bool]) -> bool:
-    """Waits for a condition; False if the stage comes to its end before."""
+    """Waits for a condition; returns False if the stage finishes before."""
     while not condition():
       if self.ended() or (self.stage / RESULTS).exists():
         return False
@@ -78,7 +78,7 @@ class Run:
     return True
 
   def said(self, words: str, since: int) -> bool:
-    """Whether the log has these words after a position."""
+    """Whether the log contains these words after a position."""
     with open(self.log, "rb") as log:
       log.seek(since)
       return words.encode() in log.read()
@@ -98,7 +98,7 @@ class Run:
     return os.listdir(folder) if folder.exists() else []
 
   def saving(self) -> bool:
-    """Whether a checkpoint has been begun and not been completed."""
+    """Whether an incomplete checkpoint exists."""
     return any("orbax-checkpoint-tmp" in name for name in self.checkpoints())
 
   def newest(self) -> int | None:
@@ -106,7 +106,7 @@ class Run:
     return max((int(name) for name in self.checkpoints() if name.isdigit()), default=None)
 
   def end(self) -> None:
-    """Ends what a failed check has left."""
+    """Stops processes that a failed check left running."""
     if self.launcher.poll() is None:
       self.launcher.send_signal(signal.SIGTERM)
       self.launcher.send_signal(signal.SIGTERM)  # does not wait
@@ -114,7 +114,7 @@ class Run:
 
 
 def kill_once(run: Run, since: int, chance: random.Random, *, while_saving: bool) -> bool:
-  """Waits for a random moment and kills one process; False if the stage came to its end before."""
+  """Waits for a random moment and kills one process; returns False if the stage finished before."""
   if not run.until(lambda: len(run.processes()) == run.count):
     return False
   if while_saving:
@@ -136,7 +136,7 @@ def kill_once(run: Run, since: int, chance: random.Random, *, while_saving: bool
 
 
 def disturb(run: Run, kills: int, chance: random.Random) -> dict[str, int]:
-  """Kills a run so many times, or fewer if it ends before, and lets it end; what happened, in numbers."""
+  """Kills a run up to `kills` times and lets it finish; returns statistics."""
   met, saved = 0, [(0, run.newest())]
   try:
     while len(saved) <= kills and kill_once(run, saved[-1][0], chance, while_saving=2 * met < len(saved)):
@@ -171,7 +171,7 @@ def arrays(stage: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def lines(stage: pathlib.Path) -> list[dict[str, float]]:
-  """The lines of `metrics.jsonl` without what depends on the clock."""
+  """The lines of `metrics.jsonl` without timings."""
   return [
     {name: value for name, value in line.items() if not WALL_CLOCK.match(name)}
     for line in metrics.read(epath.Path(stage))
@@ -179,7 +179,7 @@ def lines(stage: pathlib.Path) -> list[dict[str, float]]:
 
 
 def same_end(a: pathlib.Path, b: pathlib.Path) -> bool:
-  """Whether two stages have ended with the same bits."""
+  """Whether two stages ended with the same bits."""
   left, right = arrays(a), arrays(b)
   same = left.keys() == right.keys() and lines(a) == lines(b)
   same &= (a / RESULTS).read_text() == (b / RESULTS).read_text()
@@ -187,7 +187,7 @@ def same_end(a: pathlib.Path, b: pathlib.Path) -> bool:
 
 
 def differences(a: pathlib.Path, b: pathlib.Path) -> dict[str, float]:
-  """The greatest differences between the ends of two stages; those of losses and results are relative."""
+  """The largest differences between the results of two stages, relative for losses and metrics."""
   left, right = arrays(a), arrays(b)
   params = [np.abs(left[name] - right[name]).max() for name in left if name.startswith("params/")]
   losses = [

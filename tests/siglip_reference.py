@@ -1,6 +1,6 @@
-"""What transformers' SigLIP computes, written to files for tests/test_siglip.py.
+"""Writes what transformers' SigLIP computes to files for tests/test_siglip.py.
 
-A program of its own: TensorFlow and transformers cannot share a process. Usage: FOLDER.
+It is a separate program, since TensorFlow and transformers cannot share a process. Usage: FOLDER.
 """
 
 import pathlib

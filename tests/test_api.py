@@ -1,4 +1,4 @@
-"""The front door: shapes, dtypes, ranges, and what must not change."""
+"""The public API: shapes, dtypes, ranges, and what must not change."""
 
 import jax
 import jax.numpy as jnp
@@ -60,7 +60,7 @@ def test_reconstruct_is_decode_after_encode(model):
   np.testing.assert_allclose(reconstructed, model.decode(model.encode(images)), atol=1e-5)
 
 
-def test_mage_speaks_the_codes_of_its_tokenizer(mage, tokenizer):
+def test_mage_uses_the_codes_of_its_tokenizer(mage, tokenizer):
   images = pictures(4)
   np.testing.assert_array_equal(mage.encode(images), tokenizer.encode(images))
 
@@ -174,7 +174,7 @@ def test_a_loaded_model_keeps_config_and_objective(mage):
 
 
 def test_loading_and_generating_needs_no_tensorflow(trained):
-  """A user of a trained model should not wait for what only training needs."""
+  """Users of a trained model should not wait for imports that only training needs."""
   program = (
     "import sys, maskgen; assert 'jax' not in sys.modules;"
     f"model = maskgen.load({str(trained / 'mage')!r});"

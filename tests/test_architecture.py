@@ -200,7 +200,7 @@ def test_configs_are_small(repository):
 
 
 def said_lines(path: pathlib.Path) -> list[str]:
-  """The lines that say something: no docstrings, comments, imports, signatures or lone brackets."""
+  """Lines of code, without docstrings, comments, imports, signatures and lone brackets."""
   text, left_out = path.read_text(), set()
   for node in ast.walk(ast.parse(text)):
     if isinstance(node, ast.Import | ast.ImportFrom):
@@ -215,7 +215,7 @@ def said_lines(path: pathlib.Path) -> list[str]:
 
 
 def test_configs_do_not_repeat_each_other(repository):
-  """Of any two, less than 40% of the lines of the shorter one also stand in the other."""
+  """Any two configs share less than 40% of the lines of the shorter one."""
   said = {path.name: said_lines(path) for path in (repository / "configs").glob("*.py")}
   assert said and all(said.values())
   for pair in itertools.combinations(said, 2):

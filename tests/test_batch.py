@@ -1,4 +1,4 @@
-"""What objectives read from a batch, and data that does not give it."""
+"""What objectives read from a batch, and data that does not provide it."""
 
 from types import SimpleNamespace
 
@@ -23,7 +23,7 @@ FULL = BatchSpec(
 
 
 def data(wanted: BatchSpec, **changes):
-  """A stand-in that gives what an objective reads, but for the changes."""
+  """A fake that provides what an objective reads, except for the changes."""
   given = dict(
     spec=wanted.shapes(1),
     image_shape=wanted.image_shape,

@@ -1,4 +1,4 @@
-"""Captioned digits: pictures are what their captions say, and captions and pictures can be read back."""
+"""Captioned digits: pictures match their captions, and both can be read back."""
 
 import itertools
 
@@ -52,7 +52,7 @@ def test_splits_share_no_picture(train, test):
   assert not {image.tobytes() for image in train["image"]} & {image.tobytes() for image in test["image"]}
 
 
-def test_captions_for_testing_say_all_that_is_there(test):
+def test_captions_for_testing_mention_everything(test):
   said = [scenes.understand(caption) for caption in captions(test)]
   assert all(one is not None and one.keys() == scenes.KINDS.keys() for one in said)
   np.testing.assert_array_equal([one["class"] for one in said], test["label"])
@@ -86,7 +86,7 @@ def test_shifted_hues_are_other_values_of_colours(test, shift):
   assert np.abs(same - glyphs).mean() < 0.05
 
 
-def test_glyphs_tell_the_class(train, test):
+def test_glyphs_determine_the_class(train, test):
   (_, known), (_, seen) = read(train), read(test)
   classifier = svm.SVC().fit(known.reshape(len(known), -1), train["label"])
   assert classifier.score(seen.reshape(len(seen), -1), test["label"]) > 0.93

@@ -1,4 +1,4 @@
-"""Checkpoints and exports: bit for bit, onto any mesh, or a message that says what does not fit."""
+"""Checkpoints and exports: restored bit for bit on any mesh, or an error that says what does not fit."""
 
 import json
 import shutil
@@ -25,7 +25,7 @@ trained = tiny.trained
 
 
 def make_state(seed: int, step: int = 3) -> TrainState:
-  """A state with the bits that are easily lost: NaN, -0, subnormals, bfloat16, integers, scalars."""
+  """A state with values that are easily lost: NaN, -0, subnormals, bfloat16, integers, scalars."""
   rng = np.random.default_rng(seed)
   params = {
     "main": {
@@ -62,7 +62,7 @@ def open_checkpoints(workdir):
 
 
 def write_model(workdir, state, frozen=None):
-  """Makes a workdir that `load_variables` takes."""
+  """Writes a workdir that `load_variables` accepts."""
   workdir.mkdir(exist_ok=True)
   (workdir / "config.json").write_text("{}")
   if frozen is not None:
@@ -93,7 +93,7 @@ def test_a_saved_state_may_be_overwritten_at_once(tmp_path):
   assert_same_bits(open_checkpoints(tmp_path).restore(targets(make_state(0))), expected)
 
 
-def test_the_newest_checkpoint_counts_and_old_ones_go(tmp_path):
+def test_the_newest_checkpoint_counts_and_old_ones_are_deleted(tmp_path):
   states = [make_state(step, step) for step in (1, 2, 10)]
   save(tmp_path, *states, keep=2)
   checkpoints = open_checkpoints(tmp_path)
@@ -133,7 +133,7 @@ def wanted(state, *, frozen=None):
   return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), variables)
 
 
-def test_averages_stand_in_for_parameters(tmp_path):
+def test_averages_replace_parameters(tmp_path):
   state = make_state(0)
   write_model(tmp_path / "run", state)
   loaded = storage.load_variables(tmp_path / "run", wanted(state))
@@ -224,7 +224,7 @@ def test_frozen_parts_are_those_of_the_tokenizer_that_was_trained(trained):
 
 @pytest.fixture
 def places(tmp_path):
-  """`start` with an own workdir, another one and fresh parameters that all hold something else."""
+  """`start` with its own workdir, another one and fresh parameters, all with different values."""
   own, other, fresh = (make_state(seed, step) for seed, step in ((1, 5), (2, 8), (3, 0)))
   save(tmp_path / "own", own)
   save(tmp_path / "other", other)
@@ -296,7 +296,7 @@ def test_resume_needs_checkpoints(places):
 # Folders that are no model
 
 
-def test_folders_that_are_no_model_say_so(trained, tmp_path):
+def test_folders_that_are_not_models_are_rejected(trained, tmp_path):
   (tmp_path / "file").write_text("x")
   (tmp_path / "empty").mkdir()
   (tmp_path / "damaged").mkdir()
@@ -318,7 +318,7 @@ def test_folders_that_are_no_model_say_so(trained, tmp_path):
       maskgen.load(path)
 
 
-def test_a_checkpoint_that_was_never_completed_is_none(trained, tmp_path):
+def test_an_incomplete_checkpoint_does_not_count(trained, tmp_path):
   shutil.copy(trained / "tokenizer" / "config.json", tmp_path)
   (tmp_path / "checkpoints").mkdir()
   with pytest.raises(UserError, match="no checkpoint yet"):

@@ -42,7 +42,7 @@ PROBE = dict(trained="head", norm="batch")
 
 
 def make_parts(objective, seed: int = 0):
-  """What `init` makes of a random encoder."""
+  """The result of `init` with a random encoder."""
   rng = np.random.default_rng(seed)
   pretrained = jax.tree.map(
     lambda leaf: jnp.asarray(0.3 * rng.normal(size=leaf.shape), leaf.dtype), objective.pretrained_shapes()
@@ -68,7 +68,7 @@ def compute(objective, parts, batch, *, train: bool, extra=None):
 # What is trained
 
 
-def test_a_probe_trains_the_head_alone():
+def test_a_probe_trains_only_the_head():
   parts = make_parts(build(**PROBE))
   assert set(tree.flatten(parts["params"])) == {"main/head/logits/kernel", "main/head/logits/bias"}
   assert set(parts["frozen"]) == {"tokenizer", "encoder"}
@@ -119,7 +119,7 @@ def test_mixed_targets_are_probabilities(alphas):
   assert objective.batch_spec().inputs.keys() == {"image"}  # codes cannot be mixed
 
 
-def test_codes_do_instead_of_images():
+def test_codes_replace_images():
   objective = build(**PROBE)
   parts, batch = make_parts(objective), make_batch()
   tokens = objective.predict_fns()["encode"](parts, batch, None)

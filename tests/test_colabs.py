@@ -1,4 +1,4 @@
-"""The notebooks run from top to bottom, and are stored as they were written."""
+"""The notebooks run from top to bottom, and are stored without outputs."""
 
 import ast
 import base64
@@ -59,7 +59,7 @@ def tagged(name: str, tag: str) -> str:
 
 
 def parameters(name: str) -> dict[str, str]:
-  """What the cell of parameters sets."""
+  """The values that the cell of parameters sets."""
   values: dict[str, str] = {}
   exec(tagged(name, "parameters"), {}, values)
   return values
@@ -72,7 +72,7 @@ def syntax(name: str) -> ast.Module:
 
 
 def commands(name: str) -> list[str]:
-  """The commands that a notebook runs or shows, with its parameters in place."""
+  """The commands that a notebook runs or shows, with its parameters filled in."""
   text = "\n".join(cell.source for cell in read(name).cells)
   found = re.findall(r"^!?(python -m maskgen\..*)$", text, flags=re.MULTILINE)
   values = {"CONFIG": "configs/folder_256.py:tiny,path=pictures", "LOOK": "look.png"} | parameters(name)
@@ -201,7 +201,7 @@ SHORT = " ".join(
 
 
 def execute(name: str, given: dict[str, str], home: pathlib.Path) -> list[nbformat.NotebookNode]:
-  """Runs a notebook in a fresh kernel in the repository, and returns its cells of code but the install."""
+  """Runs a notebook in a fresh kernel in the repository, and returns its code cells except the install."""
   assert given.keys() == parameters(name).keys()
   notebook = read(name)
   notebook.cells = [cell for cell in notebook.cells if "install" not in tags(cell)]

@@ -110,7 +110,7 @@ def test_a_missing_file_offers_the_nearest():
     ("a.txt", "x = 1", "is not a Python file"),
   ],
 )
-def test_files_that_are_no_config(name, text, message, tmp_path):
+def test_files_that_are_not_configs(name, text, message, tmp_path):
   (tmp_path / name).write_text(text)
   with pytest.raises(UserError, match=message):
     config_lib.load(str(tmp_path / name))
@@ -131,7 +131,7 @@ def test_a_config_builds_on_the_file_beside_it(tmp_path):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_copy_elsewhere_is_the_same_config(name, repository, tmp_path):
-  """Though the files it builds on stay where they are."""
+  """The files that it builds on stay in place."""
   copy = tmp_path / name
   copy.write_text((repository / "configs" / name).read_text())
   for arg in ("", ":debug"):
@@ -139,7 +139,7 @@ def test_a_copy_elsewhere_is_the_same_config(name, repository, tmp_path):
 
 
 def test_stages_share_no_section():
-  """A config may give two stages one section; what is then changed in a stage is changed there alone."""
+  """Two stages of a config may share a section; a change in one stage does not affect the other."""
   config = config_lib.load("configs/mage_class_cond.py:tiny", {"mage.checkpoint.save_steps": "7"})
   assert config.mage.checkpoint.save_steps == 7
   assert config.mage_class_cond.checkpoint.save_steps != 7

@@ -46,7 +46,7 @@ def mlp(weights, x):
   return (x**2).sum()
 
 
-def test_a_backward_pass_is_two_forward_passes_but_for_the_gradient_of_the_input():
+def test_a_backward_pass_is_two_forward_passes_except_for_the_gradient_of_the_input():
   weights, x = [shape(8, 16), shape(16, 32), shape(32, 4)], shape(5, 8)
   forward = flops.count(mlp, weights, x)
   assert forward == 2 * 5 * (8 * 16 + 16 * 32 + 32 * 4)
@@ -143,7 +143,7 @@ def test_calls_are_entered(wrap):
   assert flops.count(wrap(lambda x, w: jnp.tanh(x @ w)), *args) == 2 * 16 * 8 * 4
 
 
-def test_a_checkpoint_computes_again():
+def test_a_checkpoint_recomputes():
   w, x = shape(8, 8), shape(4, 8)
   layer = lambda w, x: jnp.sin(jnp.sin(x @ w) @ w).sum()  # noqa: E731
   plain, again = (flops.count(jax.value_and_grad(fn), w, x) for fn in (layer, jax.checkpoint(layer)))
@@ -151,7 +151,7 @@ def test_a_checkpoint_computes_again():
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])
-def test_what_is_not_used_does_not_count(accumulation):
+def test_unused_computation_does_not_count(accumulation):
   params = {"generator": shape(8, 16), "critic": shape(16, 4)}
   x = shape(6, 8)
 
@@ -291,7 +291,7 @@ def test_a_loop_of_unknown_length_needs_a_guess():
   assert once < twice <= 2 * once
 
 
-def test_a_text_that_is_none_is_refused():
+def test_a_text_that_is_not_hlo_is_rejected():
   with pytest.raises(ValueError, match="not the text of an HLO module"):
     hlo.analyse("nothing")
 
@@ -336,7 +336,7 @@ def test_groups_of_devices(written, groups):
   assert use == hlo.Use(groups, 8 * 4 * 4 * len(groups[0]), 1)
 
 
-def test_groups_in_an_unknown_form_are_refused():
+def test_groups_in_an_unknown_notation_are_rejected():
   with pytest.raises(ValueError, match="unknown notation"):
     hlo.analyse(
       entry("%p = f32[8]{0} parameter(0)", "%r = f32[8]{0} all-reduce(%p), replica_groups=[8]<=odd")
@@ -459,7 +459,7 @@ def test_between_slices_a_collective_is_a_message():
 
 
 def loop(start, step, limit, direction="LT", operation="add"):
-  """A loop in a loop of 3, whose limit is carried through both; it slices and reduces in every iteration."""
+  """A loop in a loop of 3, whose limit is carried through both; each iteration slices and reduces."""
   state = "(s32[], f32[6,4], s32[])"
   return (
     f"%condition (s: {state}) -> pred[] {{\n"
@@ -529,7 +529,7 @@ def test_iterations_of_nested_loops_that_count(counting, trips):
   assert abs(program.traffic - 3 * trips * (16 + 16 + 2 * 16)) <= 2 * scalars
 
 
-def test_a_counter_that_does_not_move_is_no_counter():
+def test_a_constant_is_not_a_counter():
   with pytest.raises(ValueError, match="the loop inner has an unknown trip count"):
     hlo.analyse(loop(0, 0, 6))
 
@@ -608,7 +608,7 @@ def test_bounds_between_slices():
   assert "network" not in chips.bounds(chips.Chip("", 1, 1, 1, 1), 8, 0, program, slices=4)
 
 
-def test_a_cpu_is_no_chip():
+def test_a_cpu_is_not_a_known_chip():
   assert chips.chip_of(jax.devices()[0]) is None
 
 

@@ -1,4 +1,4 @@
-"""What is set up on a machine without accelerators."""
+"""The setup on machines without accelerators."""
 
 import sys
 
@@ -56,7 +56,7 @@ print(os.getpid(), sys.argv[1:], os.environ.get("GLIBC_TUNABLES"))
     ({}, "glob.glob = lambda pattern: [pattern]", None),
   ],
 )
-def test_large_pages_start_the_same_program_anew(env, before, tunables, monkeypatch):
+def test_large_pages_restart_the_same_program(env, before, tunables, monkeypatch):
   monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
   process = tiny.python("-c", PAGES.format(before=before), "--a=b c", "", env=env)
   out, err = process.communicate()

@@ -1,4 +1,4 @@
-"""Every kind of file, damaged in every way: the same result, or one sentence with its name and a remedy."""
+"""Every kind of file, damaged in every way: the same result, or a sentence with its name and a remedy."""
 
 import json
 import os
@@ -49,7 +49,7 @@ DAMAGES = {
 
 
 def files_of(folder):
-  """The contents of the files of a folder that somebody reads, by their names."""
+  """The contents of those files of a folder that are read, by name."""
   return {
     str(path.relative_to(folder)): path.read_bytes()
     for path in sorted(folder.rglob("*"))
@@ -60,7 +60,7 @@ def files_of(folder):
 
 
 def damage_all(folder, kind, names=None):
-  """For each file of a folder: its name, its neighbour's, and a copy of the folder in which it is damaged."""
+  """For each file of a folder: its name, its neighbour's, and a copy of the folder with this file damaged."""
   known = list(names or files_of(folder))
   for name, neighbour in zip(known, [*known[1:], known[0]], strict=True):
     with tempfile.TemporaryDirectory() as scratch:
@@ -106,7 +106,7 @@ STEPS = 6
 
 @pytest.fixture(scope="module")
 def run(trained, tmp_path_factory):
-  """A finished run of one stage, and the experiment that continues it without compiling anew."""
+  """A finished run of one stage, and the experiment that continues it without recompiling."""
   workdir = tmp_path_factory.mktemp("damage") / "run"
   pretrained = f"--config.pretrained.tokenizer={trained / 'tokenizer'}"
   arguments = [f"--config={tiny.FILE}:only=mage,steps={STEPS}", pretrained]

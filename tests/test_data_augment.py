@@ -39,7 +39,7 @@ def pillow(image: np.ndarray) -> Image.Image:
 
 
 def difference(ours: tf.Tensor, theirs) -> np.ndarray:
-  """By how many grey levels two images differ, [h, w, c]."""
+  """The difference of two images in grey levels, [h, w, c]."""
   ours, theirs = np.asarray(ours), np.asarray(theirs)
   assert ours.dtype == np.uint8
   return np.abs(ours.astype(int) - theirs.reshape(ours.shape).astype(int))

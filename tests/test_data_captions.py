@@ -30,7 +30,7 @@ def test_shape_is_known_inside_tf_data(words):
   assert next(iter(dataset)).numpy().tolist() == [[1, 4, 6, 2, 0, 0]] * 4
 
 
-def test_text_that_is_no_utf8_is_read_as_well_as_can_be(words):
+def test_text_that_is_not_utf8_is_read_as_well_as_possible(words):
   ids = tokenize(tf.constant([b"a \xff cat"]), words, 5, draw=tf.constant(0, tf.int64))
   assert ids.numpy().tolist() == [1, 4, 3, 5, 2]
 

@@ -1,4 +1,4 @@
-"""Killed at random moments and continued by other numbers of processes, data goes on at the next record."""
+"""A run that is killed at random and continued by another number of processes resumes at the next record."""
 
 import itertools
 import random

@@ -17,7 +17,7 @@ SIZE = (37, 52)
 
 
 def scene() -> np.ndarray:
-  """A smooth picture, uint8 [37, 52, 3], of which no two corners are alike."""
+  """A smooth picture, uint8 [37, 52, 3], with four different corners."""
   y, x = np.meshgrid(np.linspace(0, 1, SIZE[0]), np.linspace(0, 1, SIZE[1]), indexing="ij")
   return (255 * np.stack([y, x, (1 - y) * (1 - x)], axis=-1)).astype(np.uint8)
 

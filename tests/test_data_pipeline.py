@@ -20,7 +20,7 @@ PLAIN = "decode(3)|resize(16)"
 
 @pytest.fixture(autouse=True)
 def numbered():
-  """A source `numbered:n` whose labels are the indices, to see which records come."""
+  """A source `numbered:n` whose labels are the indices, to identify records."""
 
   @sources.source("numbered:size")
   def _(argument, split):

@@ -1,4 +1,4 @@
-"""Damaged records: who takes their places, when that is too many, and what is written."""
+"""Damaged records: their substitutes, the limit on their number, and what is logged."""
 
 import itertools
 import json

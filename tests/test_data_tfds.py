@@ -18,7 +18,7 @@ FORMATS = ("array_record", "tfrecord")
 
 
 class Photos(tfds.core.GeneratorBasedBuilder):
-  """Data sets as others keep them: features that are not needed, names of their own, several captions."""
+  """Typical data sets of others: unneeded features, other names, several captions."""
 
   VERSION = tfds.core.Version("1.2.0")
   BUILDER_CONFIGS = [  # noqa: RUF012
@@ -175,7 +175,7 @@ def test_lists_of_captions_and_a_label_of_another_name(folder):
   )
 
 
-def test_nested_captions_and_numbers_that_are_no_labels(array_records):
+def test_nested_captions_and_numbers_that_are_not_labels(array_records):
   source = open_source("tfds:photos/nested", "train")
   assert source.class_names is None
   for record in records(source):
@@ -226,7 +226,7 @@ def test_what_cannot_be_opened(array_records, name, split, message):
     ("digist", "did you mean 'digits'"),
   ],
 )
-def test_what_is_not_prepared_is_told_at_once(tmp_path, monkeypatch, name, message):
+def test_data_that_is_not_prepared_is_named_at_once(tmp_path, monkeypatch, name, message):
   def refuse(*args, **kwargs):
     raise AssertionError("a connection")
 

@@ -1,4 +1,4 @@
-"""Token caches: what training sees of them is what it sees live, however they were made."""
+"""Token caches: training sees the same as live, however the cache was made."""
 
 import itertools
 import json
@@ -254,7 +254,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_shard_is_made_again_as_the_error_says(damage, cache, trained, tmp_path):
+def test_a_damaged_shard_is_regenerated_as_the_error_says(damage, cache, trained, tmp_path):
   shutil.copytree(cache, out := tmp_path / "cache")
   name, make = DAMAGES[damage]
   make(out)

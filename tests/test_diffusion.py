@@ -1,4 +1,4 @@
-"""Text-to-image models from scratch: what is trained, prompts from outside, how captions are measured."""
+"""Text-to-image models from scratch: what is trained, users' prompts, how captions are measured."""
 
 import dataclasses
 import functools
@@ -54,7 +54,7 @@ def objective():
 
 @pytest.fixture(scope="module")
 def params(objective):
-  """Every parameter random, so that none is hidden by a zero."""
+  """Random values for every parameter, so that no zero hides another."""
   shapes = jax.eval_shape(objective.init, jax.random.key(0), {})["params"]["main"]
   rng = np.random.default_rng(0)
 
@@ -305,7 +305,7 @@ def test_it_can_be_swept_and_timed(run, tmp_path, capsys):
 
 
 def make_context(generated, loss, captions=None):
-  """A context of real data whose model generates what a function of a batch of real data says."""
+  """A context of real data whose model generates the output of a function of a real batch."""
   section = plain()
   captions = captions or objectives.build(section["objective"]).captions
   data = Data(**section["data"], batch_size=64)

@@ -1,4 +1,4 @@
-"""Editing: windows, what must not change, and the tool as a user meets it."""
+"""Editing: windows, what must not change, and the command-line tool."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Everything from outside that is wrong ends with one sentence that names it and the remedy."""
+"""Any wrong input ends with one sentence that names it and the remedy."""
 
 import concurrent.futures
 import json
@@ -18,7 +18,7 @@ trained = tiny.trained
 
 
 def assert_clear(error: pytest.ExceptionInfo) -> str:
-  """One sentence, or a sentence and a table; no inside of the program shows."""
+  """Asserts that it is one sentence, or a sentence and a table, without internals of the program."""
   text = str(error.value)
   sentence, *table = text.split("\n")
   assert 10 < len(sentence) < 500
@@ -461,7 +461,7 @@ def test_wrong_arguments_of_generate(arguments, message, trained, tmp_path, monk
 
 
 @pytest.mark.parametrize("tool", [generate, export])
-def test_tools_with_a_folder_that_is_no_model(tool, trained, tmp_path):
+def test_tools_with_a_folder_that_is_not_a_model(tool, trained, tmp_path):
   out = f"--out={tmp_path / 'out.png'}"
   for model, message in (
     (tmp_path / "missing", "does not exist"),
@@ -516,7 +516,7 @@ def test_processes_end_with_code_2_and_one_line(trained, tmp_path):
 
 
 def test_a_failing_start_leaves_one_line(trained, tmp_path):
-  """Also where threads that read or write checkpoints are already at work."""
+  """Even if threads that read or write checkpoints are already running."""
   shutil.copytree(trained / "tokenizer", tmp_path / "run")
   (tmp_path / "run" / "results.json").unlink()
   config = json.loads((tmp_path / "run" / "config.json").read_text())

@@ -1,4 +1,4 @@
-"""Evaluators on small prediction functions whose right answers are known."""
+"""Evaluators on small prediction functions with known answers."""
 
 import dataclasses
 
@@ -246,7 +246,7 @@ def test_keys_depend_on_the_seed_and_the_image_alone(noise):
 
 
 def scale(factor):
-  """Variables whose parameters are one number."""
+  """Variables with a single number as parameters."""
   return {"params": jnp.float32(factor), "frozen": {}, "extra": {}}
 
 

@@ -1,4 +1,4 @@
-"""The Frechet distance against closed forms, and the pixel space it is measured in."""
+"""The Fréchet distance against closed forms, and its pixel space."""
 
 import jax.numpy as jnp
 import numpy as np

@@ -1,4 +1,4 @@
-"""Options of sampling in evaluations: checked when a run begins, and all calls are traced before it."""
+"""Sampling options in evaluations: checked when a run starts, with all calls traced beforehand."""
 
 import functools
 import logging

@@ -1,4 +1,4 @@
-"""What tokens of images say, and words beside them, measured on models whose right answers are known."""
+"""Evaluations of image tokens and of words beside them, on models with known answers."""
 
 import functools
 import logging
@@ -27,7 +27,7 @@ SHAPE = (scenes.SIDE, scenes.SIDE, 3)
 
 @functools.cache
 def records(split):
-  """The first records of a split; 40 for evaluation, which is no multiple of the batch."""
+  """The first records of a split; 40 for evaluation, which is not a multiple of the batch."""
   opened = open_source("captioned_digits", split)
   fetched = tf.data.Dataset.range(1437 if split == "train" else IMAGES).map(opened.fetch)
   found = next(fetched.batch(opened.size).as_numpy_iterator())
@@ -53,13 +53,13 @@ def serve(split):
 
 
 def encode(variables, batch, rng):
-  """Tokens that hold all of the image, each of them."""
+  """Tokens, each of which encodes the whole image."""
   flat = to_float(batch["image"]).reshape(len(batch["image"]), 1, -1)
   return jnp.repeat(flat, TOKENS, axis=1)
 
 
 def paint(variables, batch, rng, **options):
-  """What a prompt asks for, if its words count: the image with a colour of the words; without one, grey."""
+  """What a prompt asks for, if its words count: the image in the words' colour, or else in grey."""
   if "vectors" not in batch:
     return jnp.full((len(batch["key"]), *SHAPE), 0.5)
   images = np.asarray(batch["vectors"])[:, 0, 0].reshape(-1, *SHAPE)
@@ -83,7 +83,7 @@ def paint(variables, batch, rng, **options):
 
 
 def remember(variables, batch, rng, **options):
-  """The image, from two tokens on."""
+  """The image, if the prompt has at least two tokens."""
   knows = (batch["number"] >= 2)[..., None, None]
   return jnp.where(knows, to_float(batch["image"]), 0.5)
 
@@ -160,7 +160,7 @@ def test_the_earlier_name_is_read_with_a_warning(caplog):
 
 
 def test_every_way_has_the_same_noise_and_options():
-  """Images depend on the seed and their number, not on the way of drawing."""
+  """Images depend on the seed and their index, not on the kind of reconstruction."""
   seen = []
 
   def draw(variables, batch, rng, **options):

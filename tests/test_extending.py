@@ -21,7 +21,7 @@ MODULES = {path.stem for path in EXAMPLE.glob("*.py")}
 
 
 def forget() -> None:
-  """Makes this process one that has not imported the example, and has no code folders."""
+  """Resets this process to one without the example's modules and without code folders."""
   for name in MODULES & set(sys.modules):
     del sys.modules[name]
   plugins._code_folders.folders.clear()

@@ -1,4 +1,4 @@
-"""Runs of one and two processes, killed and told to stop, through the launcher and without a manual step."""
+"""Runs of one and two processes under the launcher, killed or stopped by a signal."""
 
 import json
 import pathlib
@@ -10,7 +10,7 @@ import tiny
 
 
 @pytest.mark.slow
-def test_killed_runs_end_like_runs_in_peace(tmp_path):
+def test_killed_runs_end_like_undisturbed_runs(tmp_path):
   arguments = [
     f"--config={tiny.FILE}:steps=120,save_steps=10,log_every_steps=5",
     "--config.tokenizer.total_steps=4",
@@ -48,7 +48,7 @@ def wait_for(run: faults.Run, *words: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("told, status", [("the launcher", 143), ("one process", 0)])
-def test_all_processes_save_at_one_step_when_one_is_told_to_stop(start, told, status):
+def test_all_processes_save_at_one_step_when_one_is_signalled(start, told, status):
   run = start()
   wait_for(run, "step 5/")
   if told == "the launcher":

@@ -1,4 +1,4 @@
-"""One contract for image encoders: what classifiers, ViLex and optimizers may ask of any of them."""
+"""The contract of image encoders that classifiers, ViLex and optimizers rely on."""
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +47,7 @@ def test_a_subclass_of_mage_is_taken_wherever_mage_is(subclass):
   conditional.check_pretrained("mage", {"objective": subclass})
 
 
-def test_a_frozen_encoder_is_taken_from_where_it_lies():
+def test_a_frozen_encoder_is_found_where_it_is():
   conditional = MAGE | dict(name="mage_conditional", classes=10)
   shapes = classify(conditional).pretrained_shapes()["encoder"]
   names = {"/".join(name.split("/")[:2]) for name in tree.flatten(shapes)}
@@ -113,6 +113,6 @@ def test_converted_networks_describe_themselves():
     (VIT | dict(attention="flash"), "config.objective.encoder: "),
   ],
 )
-def test_what_is_no_image_encoder(encoder, message):
+def test_what_is_not_an_image_encoder(encoder, message):
   with pytest.raises(UserError, match=message):
     classify(encoder)

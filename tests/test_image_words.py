@@ -1,4 +1,4 @@
-"""Sentences with images in them, as users give them to a model."""
+"""Users' prompts that contain images."""
 
 import numpy as np
 import pytest
@@ -82,7 +82,7 @@ def test_layouts():
 
 
 def test_shares_of_a_prompt():
-  """Numbers that are asked for are kept to; the other images share the rest."""
+  """Requested numbers are exact; the other images share the rest."""
   model = without_weights()
   tokens = np.ones((TOKENS, 8), np.float32)
   for wanted, expected in (
@@ -122,7 +122,7 @@ def test_another_image_in_each_row(model):
 
 
 def test_negative_prompts(model):
-  """Guidance leads away from them, in the place of nothing."""
+  """Guidance moves away from them instead of the empty prompt."""
   image = batch()["image"][0]
   given = dict(prompt="{} on blue", images=[image], batch=1)
   usual = model.generate(**given, image_guidance=2.0)
@@ -180,7 +180,7 @@ def test_functions_of_the_first_version(tmp_path):
 
 @pytest.mark.parametrize(("name", "widths"), [("sd", (8,)), ("xl", (4, 8))])
 def test_textual_inversions(folders, tmp_path, name, widths):
-  """Written for models of one and of two text encoders, and read again."""
+  """Written for models with one and two text encoders, and read back."""
   decoder = dict(name="diffusers", folder=str(folders / name), image_size=(8, 8))
   model = without_weights(SECTION | dict(decoder=decoder, tokens=3))
   tokens = np.random.default_rng(0).normal(size=(2, sum(widths))).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Hues that are turned."""
+"""Hue shifts."""
 
 import colorsys
 
@@ -10,7 +10,7 @@ from maskgen import images
 PICTURES = np.random.default_rng(0).random((7, 4, 5, 3)).astype(np.float32)
 
 
-def test_hues_are_turned_and_nothing_else():
+def test_only_hues_are_shifted():
   shift = np.arange(7, dtype=np.int32)
   turned = np.asarray(jax.jit(images.shift_hues)(PICTURES, shift))
   for before, after, by in zip(PICTURES, turned, shift, strict=True):
@@ -25,7 +25,7 @@ def test_a_full_turn_changes_nothing():
     np.testing.assert_array_equal(images.shift_hues(PICTURES, np.full(7, shift, np.int32)), PICTURES)
 
 
-def test_hues_can_be_turned_back():
+def test_hue_shifts_are_invertible():
   shift = np.arange(7, dtype=np.int32)
   back = images.shift_hues(images.shift_hues(PICTURES, shift), 6 - shift)
   np.testing.assert_allclose(back, PICTURES, atol=1e-6)

@@ -1,4 +1,4 @@
-"""Weights of other projects: they come in whole, compute what they did there, and go out as they came."""
+"""Weights of other projects: imports are complete, compute the same, and export unchanged."""
 
 import importlib.util
 import json
@@ -114,7 +114,7 @@ def draw_mage():
 
 @pytest.fixture(scope="module")
 def tiny_mage(tmp_path_factory):
-  """A weights file of the reference and what it was converted to."""
+  """A weights file of the reference, and the converted model."""
   folder = tmp_path_factory.mktemp("mage")
   position_ids = {"token_emb.position_ids": np.arange(257)[None]}
   save_file(draw_mage() | draw(DEAD) | position_ids, folder / "reference.safetensors")
@@ -195,7 +195,7 @@ def test_a_converted_tokenizer_can_be_trained_on(tiny_mage, tmp_path):
 
 
 def native(tmp_path, **changes):
-  """An export of a model as it is trained here: one class id, and a tokenizer with changes."""
+  """An export of a model trained here: one class id, and a tokenizer with other options."""
   network = dict(
     channels=32,
     multipliers=(1, 2),
@@ -306,7 +306,7 @@ def test_a_foreign_or_truncated_file_is_refused_in_one_sentence(tiny_mage, tmp_p
   assert str(path) in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 400
 
 
-def test_published_names_say_where_to_fetch(tmp_path):
+def test_published_names_say_where_to_download(tmp_path):
   for name, found in PUBLISHED.items():
     with pytest.raises(UserError, match=rf"{name} is not .*{found.address}.*--format={found.format}"):
       run_convert(found.format, name, tmp_path / "out")
@@ -316,7 +316,7 @@ def test_published_names_say_where_to_fetch(tmp_path):
 
 
 class Code:
-  """What a pickle with code looks like: reading it would make a folder."""
+  """A pickle with code: reading it would create a folder."""
 
   def __init__(self, path):
     self.path = str(path)
@@ -451,7 +451,7 @@ class Quantizer(nn.Module):
 
 
 class MaskGitTokenizer(nn.Module):
-  """MaskGIT's tokenizer as its paper and its names describe it, with Linen's automatic names."""
+  """MaskGIT's tokenizer according to its paper and parameter names, with Linen's automatic names."""
 
   widths: tuple[int, ...]
   blocks: int = 2
@@ -523,7 +523,7 @@ def test_a_wrong_maskgit_is_refused(tmp_path, change, options, message):
 
 @pytest.fixture(scope="module")
 def golden(tmp_path_factory):
-  """The reference's weights as a model of ours, and its inputs and outputs."""
+  """The reference's weights as one of our models, with the reference's inputs and outputs."""
   if not GOLDEN.is_dir():
     pytest.skip(f"NO PARITY CHECK: the reference's numbers are not at {GOLDEN}")
   out = tmp_path_factory.mktemp("golden") / "converted"

@@ -90,11 +90,11 @@ class Place:
     path.chmod(0o755)
 
   def answer(self, answers: dict[str, list]) -> None:
-    """What stand-ins say (str) or exit with (int), by a part of the call."""
+    """Sets what stand-ins print (str) or exit with (int), by a part of the call."""
     (self.folder / "answers.json").write_text(json.dumps(answers))
 
   def plan(self, **plans: list[str]) -> None:
-    """What each python process does in each attempt, as `p0=["sleep"]`."""
+    """Sets what each python process does in each attempt, as in `p0=["sleep"]`."""
     (self.folder / "plan.json").write_text(
       json.dumps({"0": ["exit 0"], **{name[1:]: plan for name, plan in plans.items()}})
     )
@@ -139,7 +139,7 @@ class Place:
       time.sleep(0.05)
 
   def clean(self) -> None:
-    """Ends what a failed test has left."""
+    """Stops processes that a failed test left running."""
     for process in self.processes:
       process.kill()
     for call in self.calls():
@@ -172,7 +172,7 @@ def tpu(tmp_path):
 
 
 def on_tpu(call: list[str]) -> str:
-  """What a call to gcloud is about, in a word or two."""
+  """A short name of a call to gcloud."""
   words = [word for word in call if not word.startswith("-") and word not in ("compute", "tpus", "tpu-vm")]
   command = next((word for word in call if word.startswith("--command=")), "")
   if command:
@@ -242,7 +242,7 @@ def test_what_is_missing_is_one_clear_error(tpu, command, missing, named):
   assert not out and not tpu.calls()
 
 
-def test_names_that_cannot_be_are_refused(tpu):
+def test_invalid_names_are_rejected(tpu):
   _, err = tpu.run("tpu_vm.sh delete", status=2, RUN_NAME="Run_1")
   assert "RUN_NAME" in err
   _, err = tpu.run("gke.sh apply", "--", BUCKET, status=2, IMAGE="x", TOPOLOGY="2x3", CHIPS_PER_HOST="4")
@@ -316,7 +316,7 @@ def test_a_wheel_is_copied_and_a_branch_is_not(tpu):
 
 @pytest.mark.skipif(not shutil.which("flock"), reason="flock is not installed")
 def test_a_run_on_a_worker(tpu):
-  """The text that goes to the workers is run here, on a worker that is a folder."""
+  """Runs the commands for the workers here, with a folder as the worker."""
   (tpu.folder / "worker/maskgen-run/venv/bin").mkdir(parents=True)
   (tpu.folder / "worker/maskgen-run/venv/bin/activate").touch()
   log = tpu.folder / "worker/maskgen-run/run.log"
@@ -403,7 +403,7 @@ def test_watch_begins_with_nothing_and_can_end_with_nothing(tpu):
   ]
 
 
-def test_watch_starts_a_crashed_run_again_but_not_for_ever(tpu):
+def test_watch_restarts_a_crashed_run_but_not_forever(tpu):
   answers = {"results.json": [1], "tpu-vm list": ["READY"], "else echo absent": ["ended 1"]}
   tpu.answer(answers)
   _, err = tpu.run("tpu_vm.sh watch", "--", BUCKET, status=2, MAX_RESTARTS="2")
@@ -438,7 +438,7 @@ def test_watch_does_nothing_while_it_cannot_see(tpu):
   assert {on_tpu(call) for call in tpu.calls()} == {"storage ls", "list", "ask"}
 
 
-def test_watch_tries_again_what_failed(tpu):
+def test_watch_retries_what_failed(tpu):
   tpu.answer({"results.json": [1, 1, 0], "tpu-vm list": [""], "tpu-vm create": [1, 0]})
   _, err = tpu.run("tpu_vm.sh watch", "--", BUCKET)
   assert "create failed with status 1" in err
@@ -560,7 +560,7 @@ def test_a_submission_has_one_task_per_gpu_and_a_signal_to_save(place):
 
 
 def job(place, status: int = 0, **environment: str) -> subprocess.Popen:
-  """The job as Slurm runs it: a copy of the script elsewhere, in the repository's folder."""
+  """The job as Slurm runs it: a copy of the script, in the repository's folder."""
   copy = place.folder / "slurm_script"
   shutil.copy(LAUNCH / "slurm.sh", copy)
   process = subprocess.Popen(
@@ -586,7 +586,7 @@ def job(place, status: int = 0, **environment: str) -> subprocess.Popen:
     (2, False, 0, 2, False),
   ],
 )
-def test_a_job_is_queued_again_until_the_run_has_finished(place, ends, finished, restarts, status, queued):
+def test_a_job_is_requeued_until_the_run_has_finished(place, ends, finished, restarts, status, queued):
   place.answer({"srun": [ends]})
   if finished:
     (place.folder / "results.json").touch()
@@ -643,7 +643,7 @@ def test_local_prints_its_processes_in_a_dry_run(place):
   assert lines[0][:5] == [*MAIN[:-1], "--workdir=runs/x"]
 
 
-def test_local_ends_the_others_when_one_dies_and_starts_all_again(place):
+def test_local_stops_the_others_when_one_dies_and_restarts_all(place):
   place.plan(p0=["child sleep", "exit 0"], p1=["after exit 9", "exit 0"])
   began = time.monotonic()
   out, err = place.run("local.sh 2")
@@ -656,7 +656,7 @@ def test_local_ends_the_others_when_one_dies_and_starts_all_again(place):
   place.assert_nothing_is_left()
 
 
-def test_local_kills_who_does_not_listen(place):
+def test_local_kills_processes_that_ignore_signals(place):
   place.plan(p0=["deaf child sleep"], p1=["after exit 9"])
   began = time.monotonic()
   _, err = place.run("local.sh 2", status=9, GRACE_SECONDS="1", MAX_RESTARTS="0")
@@ -665,14 +665,14 @@ def test_local_kills_who_does_not_listen(place):
   place.assert_nothing_is_left()
 
 
-def test_local_tries_again_what_time_may_mend(place):
+def test_local_restarts_after_a_transient_error(place):
   place.plan(p0=["sleep", "exit 0"], p1=["after exit 75", "exit 0"])
   _, err = place.run("local.sh 2")
   assert "process 1 exited with 75" in err and "restart 1 of 10" in err
   assert len(place.calls()) == 4
 
 
-def test_local_gives_up_after_many_crashes_in_a_row(place):
+def test_local_gives_up_after_many_consecutive_crashes(place):
   place.plan(p0=["exit 9"])
   _, err = place.run("local.sh 1", status=9, MAX_RESTARTS="1")
   assert len(place.calls()) == 2
@@ -683,7 +683,7 @@ def test_local_gives_up_after_many_crashes_in_a_row(place):
   assert len(place.calls()) == 6
 
 
-def test_local_does_not_try_a_users_error_again(place):
+def test_local_does_not_restart_after_a_user_error(place):
   place.plan(p0=["sleep"], p1=["after exit 2"])
   _, err = place.run("local.sh 2", status=2)
   assert "a restart cannot fix" in err

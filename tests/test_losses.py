@@ -52,7 +52,7 @@ def test_mean_per_example():
   np.testing.assert_allclose(found, values.mean(axis=(1, 2, 3)), rtol=1e-5, atol=1e-6)
 
 
-def test_mage_learns_from_masked_tokens_alone(monkeypatch):
+def test_mage_learns_only_from_masked_tokens(monkeypatch):
   tokenizer = VQGAN(
     channels=4, multipliers=(1, 1), strides=(2,), blocks=1, norm_groups=2, codebook_size=6, code_width=4
   )

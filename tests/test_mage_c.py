@@ -1,4 +1,4 @@
-"""MAGE-C: the contrastive loss, and that its batch is the global one wherever the rows are."""
+"""MAGE-C: the contrastive loss, over the global batch for any placement of its rows."""
 
 import os
 import pathlib
@@ -87,7 +87,7 @@ def test_nt_xent_at_its_extremes():
 
 
 def loss_and_gradients(built):
-  """Of the first batch, from parameters that are the same for all: the metrics and the gradients."""
+  """The metrics and gradients of the first batch, from the same parameters on every mesh."""
   state, frozen = dataless.random_state(built)
   batches = built.train_batches(0)
   batch = next(batches)
@@ -159,7 +159,7 @@ def test_two_processes_give_the_same_loss_and_gradients(alone, tmp_path):
 
 
 def test_embeddings_cross_devices_and_pictures_do_not():
-  """Beside the sum of gradients: both views' embeddings forwards, and their gradient backwards."""
+  """Apart from the sum of gradients: both views' embeddings forwards, and their gradient backwards."""
   built = experiment((8, 1, 1))
   batch = dataless.batch_spec(built, "config")
   collectives = hlo.analyse(built.compile(batch).as_text()).collectives

@@ -1,4 +1,4 @@
-"""Class-conditional MAGE: the slot of the decoder, what is trained, guidance, labels from outside."""
+"""Class-conditional MAGE: the decoder's condition, what is trained, guidance, users' labels."""
 
 import dataclasses
 
@@ -26,7 +26,7 @@ OPTIONS = dict(steps=2, temperature=1.0)
 
 
 def section(**changes) -> dict:
-  """The plain config of a conditional stage beside those of `tiny`."""
+  """The plain config of a conditional stage to go with those of `tiny`."""
   config = tiny.stage("mage")
   objective = {"name": "mage_conditional", "classes": CLASSES, "condition_width": WIDTH, **changes}
   config["objective"] = {**config["objective"], **objective}
@@ -42,7 +42,7 @@ def build(**changes):
 
 
 def random_variables(objective, seed=0):
-  """Variables with every parameter random, so that none is hidden by a zero."""
+  """Variables with random values for every parameter, so that no zero hides another."""
   shapes = jax.eval_shape(objective.init, jax.random.key(0), objective.pretrained_shapes())
   leaves, structure = jax.tree.flatten(shapes)
   keys = jax.random.split(jax.random.key(seed), len(leaves))
@@ -78,7 +78,7 @@ def example(objective, batch=4, seed=0):
 
 @pytest.fixture(scope="module")
 def networks():
-  """A network without a slot, one with, and parameters of the latter."""
+  """A network without a condition, one with it, and parameters of the latter."""
   sizes = dict(width=16, depth=1, heads=2, decoder_width=16, decoder_depth=2, decoder_heads=2)
   plain = Mage(Vocab(32), 16, **sizes)
   slotted = plain.clone(condition_width=WIDTH)
@@ -157,7 +157,7 @@ def test_the_share_of_examples_without_a_class():
 
 
 def test_without_its_class_an_example_is_the_last_row(variables):
-  """With nearly all classes dropped the loss of training is that of no class; the classes do not matter."""
+  """With nearly all classes dropped, the training loss is that without a class and ignores classes."""
   objective = build(dropout=0.0, condition_dropout=0.999999)
 
   def loss(label, train):
@@ -206,7 +206,7 @@ def test_guide_weighs_the_two_answers():
 
 @pytest.fixture(scope="module")
 def guided(objective, variables):
-  """Logits at a scale of guidance; `label` None for a batch without."""
+  """Logits at a guidance scale; `label` is None for a batch without labels."""
 
   def run(scale, label="of the batch"):
     batch = example(objective)

@@ -1,4 +1,4 @@
-"""Text-conditional MAGE: what is trained, what a caption changes, guidance; the rest is that of classes."""
+"""Text-conditional MAGE: what is trained, captions, guidance; the rest is tested with classes."""
 
 import dataclasses
 
@@ -20,7 +20,7 @@ def objective():
 
 @pytest.fixture(scope="module")
 def variables(objective):
-  """Every parameter random, so that none is hidden by a zero."""
+  """Random values for every parameter, so that no zero hides another."""
   shapes = jax.eval_shape(objective.init, jax.random.key(0), objective.pretrained_shapes())
   rng = np.random.default_rng(0)
   return jax.tree.map(lambda leaf: jnp.float32(0.5 * rng.normal(size=leaf.shape)), shapes)

@@ -1,4 +1,4 @@
-"""The same numbers on every mesh, over several processes, and however the network is run."""
+"""The same numbers on every mesh, over several processes, and with all ways to run the network."""
 
 import json
 import pathlib
@@ -43,7 +43,7 @@ def experiment(stage, mesh=(-1, 1, 1), rules=True, **overrides):
 
 
 def losses(built):
-  """The first losses of every group, from the same parameters and data for all."""
+  """The first losses of every group, always from the same parameters and data."""
   state, frozen = random_state(built)
   found = []
   batches = built.train_batches(0)
@@ -56,7 +56,7 @@ def losses(built):
 
 @pytest.fixture(scope="module")
 def alone():
-  """What one device computes."""
+  """The losses on one device."""
   return {stage: losses(experiment(stage, (1, 1, 1))) for stage in tiny.STAGES}
 
 
@@ -102,7 +102,7 @@ def test_remat_of_a_tokenizer_changes_no_number(alone):
 
 
 def test_accumulation_changes_no_number():
-  """Without dropout: its masks are drawn for each micro-batch."""
+  """Without dropout, whose masks are drawn per micro-batch."""
   plain = losses(experiment("mage", (1, 1, 1), objective__dropout="0.0"))[0]
   found, _ = losses(experiment("mage", (2, 2, 1), objective__dropout="0.0", accumulation="2"))
   np.testing.assert_allclose(found, plain, rtol=1e-5)
@@ -121,7 +121,7 @@ def test_bfloat16_stays_close_and_keeps_parameters_and_losses_in_float32(stage, 
 
 
 def test_memory_of_the_state_falls_as_one_over_fsdp():
-  """By what the compiled program takes as arguments."""
+  """Measured by the size of the compiled program's arguments."""
   size = dict(objective__width="256", objective__decoder_width="256", objective__depth="4")
   sizes = {}
   for fsdp in (1, 2, 4, 8):

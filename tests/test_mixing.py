@@ -24,9 +24,9 @@ def keys_of(count: int, seed: int = 0) -> jax.Array:
 
 
 def weights_of(mix, keys: jax.Array, shape: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-  """What each example keeps of itself: pixels [b, h, w] and the share in its label [b].
+  """The weight of each example in its own mixture: pixels [b, h, w] and its share of the label [b].
 
-  The first half of the batch is 1 and the second 0, so that partners are told apart.
+  The first half of the batch is 1 and the second 0, to distinguish partners.
   """
   own = (np.arange(len(keys)) < len(keys) // 2).astype(np.float32)
   images = np.broadcast_to(own[:, None, None, None], (len(keys), *shape, 1))
@@ -74,7 +74,7 @@ def test_mixup_draws_from_the_beta_distribution(alpha):
 
 
 def paper_box(generator, height: int, width: int, alpha: float) -> tuple[int, int]:
-  """Height and width of a box of cutmix, inside of the image."""
+  """Height and width of a cutmix box within the image."""
   side = np.sqrt(1 - generator.beta(alpha, alpha))
   extents = []
   for size in (height, width):

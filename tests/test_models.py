@@ -23,7 +23,7 @@ def tiny_vqgan(**changes) -> VQGAN:
 
 
 def random_variables(model, *args, seed=0):
-  """Random values for every parameter: no compilation, and no zero of an initialiser hides anything."""
+  """Random values for every parameter, without compilation and without zeros that hide others."""
   rng = np.random.default_rng(seed)
 
   def draw(path, leaf):
@@ -144,7 +144,7 @@ def test_wrong_images_are_refused(shape, message):
     jax.eval_shape(tiny_vqgan().init, jax.random.key(0), jax.ShapeDtypeStruct((1, *shape), jnp.float32))
 
 
-def test_uint8_images_do_not_pass_the_door():
+def test_uint8_images_are_rejected():
   with pytest.raises(TypeError, match="float32"):
     jax.eval_shape(tiny_vqgan().init, jax.random.key(0), jax.ShapeDtypeStruct((1, 8, 8, 3), jnp.uint8))
 
@@ -293,7 +293,7 @@ def test_the_pooled_vector_sees_every_token(mage):
     assert (np.abs(apply(changed, method="pool") - pooled).max(axis=-1) > 1e-4).all()
 
 
-def test_dropout_is_random_while_training_alone():
+def test_dropout_is_random_only_during_training():
   model = Mage(VOCAB, TOKENS, 8, 1, 2, decoder_width=8, decoder_depth=1, decoder_heads=2, dropout=0.5)
   tokens = np.zeros((2, TOKENS), np.int32)
   mask = tokens > 0

@@ -1,6 +1,6 @@
 """The same numbers as PyTorch's diffusers and transformers: tiny models of each family with random weights.
 
-PyTorch computes them in a process of its own (diffusers_reference.py), which needs the extra `parity`.
+PyTorch computes them in a separate process (diffusers_reference.py), which needs the extra `parity`.
 """
 
 import functools
@@ -51,7 +51,7 @@ def load(folder, family):
 
 
 def check(found, expected, tolerance=1e-4):
-  """Within a share of the largest value."""
+  """Compares relative to the largest value."""
   found, expected = np.asarray(found), np.asarray(expected)
   assert found.shape == expected.shape
   assert np.abs(found - expected).max() <= tolerance * np.abs(expected).max()
@@ -109,7 +109,7 @@ def test_prompts_to_images(folder, family, sampler):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_published_tokenizers_pad_alike(folder, family):
-  """Folders are published with vocab.json and merges.txt, and saved today with tokenizer.json."""
+  """Published folders have vocab.json and merges.txt, newer ones tokenizer.json."""
   texts = ["the cat on the mat", "", "cat " * 20]
   old, new = (diffusers.load(folder / family / name).tokenize(texts) for name in ("published", "model"))
   jax.tree.map(np.testing.assert_array_equal, old, new)
@@ -120,7 +120,7 @@ def test_published_tokenizers_pad_alike(folder, family):
 
 @pytest.fixture(scope="module")
 def inverted(folder):
-  """The tokens of an image, which stand as a word in a prompt of diffusers."""
+  """The tokens of an image, used as a word in a prompt of diffusers."""
   tokens = {}
   for family in FAMILIES:
     decoder = dict(name="diffusers", folder=str(folder / family / "model"), image_size=(32, 64))
@@ -174,7 +174,7 @@ def test_steps_of_samplers(folder):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_full_size_models_fit(folder, family):
-  """By name and shape alone: no memory, no download."""
+  """Compares only names and shapes: no memory, no download."""
   parts = json.loads((folder / "shapes.json").read_text())[family]
   texts = [part for part in parts if part.startswith("text_encoder")]
   model = TextToImage(

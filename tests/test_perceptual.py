@@ -117,7 +117,7 @@ def test_gradient_reaches_every_pixel_and_is_finite(tiny_params):
 
 
 def reference_logits(tensors, x):
-  """TINY written as a straight line over the numbered convolutions of a file."""
+  """TINY as a straight-line program over the numbered convolutions of a file."""
 
   def conv(x, i, stride=1):
     kernel = (tensors[f"{i:02}.q"].astype(np.float32) - tensors[f"{i:02}.zero"]) * tensors[f"{i:02}.scale"]

@@ -1,4 +1,4 @@
-"""Modules from outside the package: how they are found, and what is said where they are not."""
+"""Modules from outside the package: how they are found, and errors if they are not."""
 
 import importlib
 import sys
@@ -61,7 +61,7 @@ def unchanged(monkeypatch):
 
 @pytest.fixture(params=["beside the config", "on Python's path"])
 def prefix(request, tmp_path, monkeypatch) -> str:
-  """What stands before a module's name: modules beside a config, or those of a package on Python's path."""
+  """The prefix of a module's name: none beside a config, or a package on Python's path."""
   beside = request.param == "beside the config"
   folder = tmp_path if beside else tmp_path / "theirs"
   folder.mkdir(exist_ok=True)

@@ -1,4 +1,4 @@
-"""What the preflight says of a step must be what the compiled step is."""
+"""The preflight's report must match the compiled step."""
 
 import importlib.util
 import json
@@ -52,8 +52,8 @@ def test_cached_tokens_take_less_arithmetic(report):
   assert tokens["flops_per_step"] < report["flops_per_step"]
 
 
-def test_how_a_step_is_carried_out_is_no_work_of_the_model(report):
-  """XLA counts the body of accumulation's loop once, and what remat computes again."""
+def test_how_a_step_is_run_changes_no_model_flops(report):
+  """XLA counts the body of accumulation's loop once, and also counts recomputation."""
   parts = estimate(stage(batch_size="16", accumulation="2", objective__remat="full"), jax.devices())
   assert parts["flops_per_image"] == report["flops_per_image"]
   assert parts["traffic_bytes_per_device"] > 1.5 * report["traffic_bytes_per_device"]
@@ -141,7 +141,7 @@ def test_the_first_remedy_that_fits_is_found_by_compiling(monkeypatch, tmp_path,
 
 
 def test_virtual_cpus(tmp_path):
-  """In a process of its own: devices are chosen once."""
+  """In a separate process, since devices are chosen once."""
   arguments = (f"--config={tiny.FILE}", "--stage=tokenizer", "--topology=cpu:4")
   file = tmp_path / "report.json"
   process = tiny.python(
@@ -155,7 +155,7 @@ def test_virtual_cpus(tmp_path):
 
 
 @pytest.mark.parametrize("slices", [1, 2])
-def test_tpus_that_are_elsewhere(tmp_path, slices):
+def test_tpus_that_are_not_attached(tmp_path, slices):
   pytest.importorskip("libtpu", reason="needs maskgen[tpu]")
   arguments = (f"--config={tiny.FILE}", "--stage=mage", "--topology=v5e:2x2", f"--slices={slices}")
   file = tmp_path / "report.json"

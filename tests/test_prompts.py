@@ -1,4 +1,4 @@
-"""Prompts of words and images: as a loop would write them, and what dropping the tail leaves."""
+"""Prompts of words and images, compared with a plain loop, and TailDrop."""
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +52,7 @@ def test_prompts_are_what_a_loop_writes(sizes):
   assert len(traces) == 1  # other numbers compile nothing anew
 
 
-def test_dropped_vectors_are_as_if_they_never_were():
+def test_dropped_vectors_leave_no_trace():
   rng = np.random.default_rng(1)
   image, words = draw(rng, 6), draw(rng, 4)
   for k in range(7):
@@ -76,7 +76,7 @@ def test_words_stay():
 
 
 def say(words, number=6, subjects=(), examples=4000):
-  """How many of a caption's words, 1, 2, ..., are before and behind images, and how far hues are turned."""
+  """The numbers of a caption's words before and behind images, and the hue shifts."""
   keys = jax.random.split(jax.random.key(0), examples)
   vectors = np.tile(np.arange(1.0, 8.0, dtype=np.float32)[None, :, None], (examples, 1, WIDTH))
   caption = Segment(vectors, np.full(examples, number, np.int32))
@@ -100,15 +100,15 @@ def test_a_share_of_images_has_words_beside_it():
   assert all(abs(np.mean(shift == n) - 0.04) < 0.015 for n in range(1, 6))
 
 
-def test_an_image_stands_in_place_of_words():
+def test_an_image_replaces_words():
   before, behind, _ = say(Words(1.0, "within"), number=4)
   for i in range(5):  # two of five places, in their order
     assert abs(np.mean(before == i) - (9 - 2 * i) / 25) < 0.03
     assert abs(np.mean(behind == i) - (9 - 2 * i) / 25) < 0.03
 
 
-def test_an_image_stands_in_place_of_its_subject():
-  """The third of five words, the first of two that are subjects."""
+def test_an_image_replaces_its_subject():
+  """The image replaces the third of five words, the first of two subjects."""
   words = Words(1.0, "within", ("cat", "dog"), 0.5)
   before, behind, shift = say(words, 5, (3, 4))
   plain, turned = shift == 0, shift > 0
@@ -132,7 +132,7 @@ def test_an_image_stands_in_place_of_its_subject():
     (TailDrop("all"), {6: 1.0}),
   ],
 )
-def test_how_many_tokens_are_kept(drop, expected):
+def test_the_number_of_kept_tokens(drop, expected):
   drawn = np.asarray(drop.draw(jax.random.split(jax.random.key(0), 4000), 6))
   shares = {k: (drawn == k).mean() for k in range(8)}
   for k, share in shares.items():

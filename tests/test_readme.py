@@ -1,4 +1,4 @@
-"""What the README tells people to type works."""
+"""The README's commands work."""
 
 import contextlib
 import importlib
@@ -95,7 +95,7 @@ def test_python_runs(code, trained, tmp_path, monkeypatch):
 
 
 def test_the_main_command_trains_and_its_tools_work(tmp_path):
-  """As typed, but for `:debug` and the folder; in a process of its own, as a user would."""
+  """As typed, except for `:debug` and the folder, in a separate process."""
   command = MAIN.replace("quickstart.py", "quickstart.py:debug").replace("runs", str(tmp_path / "runs"))
   process = tiny.python(*shlex.split(command)[1:])
   _, errors = process.communicate(timeout=600)

@@ -1,4 +1,4 @@
-"""What may happen to a run: it is preempted, checkpoints rot, disk or memory is full, it meets its double."""
+"""Faults of a run: preemption, damaged checkpoints, full disk, exhausted memory, a second run beside it."""
 
 import errno
 import functools
@@ -78,7 +78,7 @@ def test_a_preempted_run_saves_stops_and_continues(at, experiment, finished, tmp
   assert evaluated == [4, 8, 9]
 
 
-def test_a_run_continues_on_another_mesh_and_is_carried_out_otherwise(
+def test_a_run_continues_on_another_mesh_with_other_operational_keys(
   experiment, finished, trained, tmp_path, monkeypatch
 ):
   workdir, compiled = new_workdir(tmp_path, experiment), experiment.update
@@ -124,7 +124,7 @@ def test_a_preempted_command_ends_well(tmp_path):
 
 
 def data_files(workdir, step):
-  """Of these some hold arrays and indices, and some nothing that is still read: which ones, Orbax decides."""
+  """Some contain arrays and indices, some nothing that is still read; which ones is up to Orbax."""
   return [file for file in pathlib.Path(workdir / "checkpoints" / str(step)).rglob("d/*") if file.is_file()]
 
 
@@ -229,7 +229,7 @@ def test_a_checkpoint_in_the_folder_of_another_step_is_not_used(change, experime
   assert put_aside == ({"8", "9"} if change == "swapped" else {"9"})
 
 
-def test_a_run_that_lost_its_checkpoints_does_not_begin_anew_unasked(experiment, finished, tmp_path):
+def test_a_run_that_lost_its_checkpoints_does_not_silently_start_over(experiment, finished, tmp_path):
   workdir = copy_of(finished, tmp_path)
   (workdir / "checkpoints").rmtree()
   (workdir / "damaged" / "9").mkdir(parents=True)
@@ -272,7 +272,7 @@ cli.run(main)
 
 
 def two_processes(workdir, action):
-  """Saves or reads an array that is sharded over two processes: statuses, what they print, their errors."""
+  """Saves or reads an array sharded over two processes; returns statuses, output and errors."""
   address = f"127.0.0.1:{tiny.free_port()}"
   both = [
     tiny.python("-c", TWO, str(workdir), address, str(index), action, env={"XLA_FLAGS": ""})
@@ -331,7 +331,7 @@ def test_checksums_see_every_bit_and_no_sharding():
 
 
 def test_checksums_of_many_sharded_arrays_do_not_wait_for_each_other():
-  """XLA ends the process if they do."""
+  """XLA would abort the process if they did."""
   mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"))
   axes = (jax.P("fsdp", "tensor"), jax.P(None, "data"), jax.P("tensor"))
   plain = {str(i): np.full((64, 32), i, np.float32) for i in range(150)}
@@ -463,7 +463,7 @@ def test_a_save_in_the_background_that_fails_ends_the_run_with_one_error(tmp_pat
   process.communicate()
 
 
-def test_memory_that_does_not_suffice_has_remedies(experiment, tmp_path, monkeypatch):
+def test_exhausted_memory_has_remedies(experiment, tmp_path, monkeypatch):
   def update(state, frozen, batch):
     raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 123 bytes.")
 

@@ -24,7 +24,7 @@ SHARES = {
 
 
 def hiding(tokens, unknown, t):
-  """Logits that look at known tokens alone, as those of a model do: of all positions, and the own one."""
+  """Logits that only depend on known tokens, like a model's: on those of all positions, and on their own."""
   visible = jnp.where(unknown, CODES, tokens)
   context = jax.nn.one_hot(visible, CODES + 1)
   table = jnp.sin(jnp.arange((CODES + 1) * CODES, dtype=jnp.float32).reshape(CODES + 1, CODES) * 1.7)
@@ -85,7 +85,7 @@ def run(
 
 
 def oracle(schedule: str, steps: int, count: int) -> list[int]:
-  """The number of masked tokens that each of the steps starts with."""
+  """The number of masked tokens at the start of each step."""
   masked = [count]
   for step in range(1, steps):
     share = SHARES[schedule](Fraction(step, steps)) * count
@@ -183,13 +183,13 @@ PLACES = np.random.default_rng(0).permutation(NUM_TOKENS)
 
 
 def sure_by_place(tokens, *_):
-  """The position that stands k-th in PLACES, from 1, draws evenly from k codes: log p is -log k for sure."""
+  """The k-th position in PLACES, from 1, samples uniformly from k codes: log p is always -log k."""
   possible = np.arange(NUM_TOKENS) <= np.argsort(PLACES)[:, None]
   return jnp.tile(np.where(possible, 0.0, -1e9).astype(np.float32), (len(tokens), 1, 1))
 
 
 def one_by_one(temperature, examples=200):
-  """Of each example the masks [b, steps, n] while all tokens are unmasked, one at each step."""
+  """The masks [b, steps, n] of each example while tokens are unmasked one by one."""
   keys, tokens, unknown = problem([NUM_TOKENS] * examples)
   options = dict(steps=NUM_TOKENS, schedule="linear", temperature=temperature)
   return run(keys, tokens, unknown, sure_by_place, **options)[2].swapaxes(0, 1)

@@ -1,4 +1,4 @@
-"""Features that are reused, trajectories and sweeps, with networks and trained models."""
+"""Feature reuse, trajectories and sweeps, with networks and trained models."""
 
 import csv
 import functools
@@ -30,7 +30,7 @@ def apply(variables, *arguments, scan, options):
 
 @functools.cache
 def network(scan: bool):
-  """A network with parameters that matter, tokens, a mask, and the logits of all with their cache."""
+  """A network with random parameters, tokens, a mask, and the logits of all positions with their cache."""
   model = Mage(Vocab(CODES), TOKENS, **OPTIONS, scan=scan)
   rng = np.random.default_rng(0)
   tokens = jnp.asarray(rng.integers(0, CODES, (BATCH, TOKENS)), jnp.int32)
@@ -48,7 +48,7 @@ def partial(scan, tokens, mask, where):
 
 
 def places(count):
-  """Different positions of each example, in no order."""
+  """Distinct positions for each example, in random order."""
   rng = np.random.default_rng(1)
   return np.stack([rng.permutation(TOKENS)[:count] for _ in range(BATCH)])
 

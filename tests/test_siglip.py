@@ -1,6 +1,6 @@
 """SigLIP's image encoder: the same numbers as transformers', from files of two projects.
 
-PyTorch computes them in a process of its own (siglip_reference.py), which needs the extra `parity`.
+PyTorch computes them in a separate process (siglip_reference.py), which needs the extra `parity`.
 """
 
 import functools
@@ -34,7 +34,7 @@ def params():
 
 
 def write(path, *, stacked=False, prefix="", bfloat16=False):
-  """The file that big_vision or, for another suffix, transformers would have of the parameters."""
+  """Writes the parameters as big_vision would or, for another suffix, as transformers would."""
   if path.suffix != ".npz":
     found = siglip.to_transformers(params(), MODEL)
     found = {f"{prefix}{name}": np.ascontiguousarray(value) for name, value in found.items()}

@@ -1,6 +1,6 @@
 """The update, for every objective of the package: a new one needs an entry in TINY.
 
-It needs another in PER_EXAMPLE if its losses are not means over examples, in RULES if it has other blocks.
+It also needs one in PER_EXAMPLE if its losses are not means over examples, in RULES if its blocks differ.
 """
 
 import dataclasses
@@ -201,7 +201,7 @@ def test_metrics_of_the_update(name):
 
 
 def test_each_group_follows_the_gradient_of_its_own_loss():
-  """R1 included, whose own gradient is a second derivative."""
+  """Including R1, whose gradient is a second derivative."""
   objective = build("tokenizer")
   state, frozen, after, _ = one_step("tokenizer")
   batch = make_batch()
@@ -307,7 +307,7 @@ def test_accumulation_equals_the_large_batch(name):
 
 
 class Counting:
-  """Two groups, losses that are known, a running count of the examples, and noise."""
+  """Two groups, known losses, a running count of the examples, and noise."""
 
   def losses(self, params, frozen, extra, batch, rng, step, *, train):
     x = batch["x"]

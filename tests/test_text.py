@@ -1,4 +1,4 @@
-"""Tokenizers: ids known from CLIP, round trips, and what files may be wrong with."""
+"""Text tokenizers: known ids of CLIP, round trips, and wrong files."""
 
 import gzip
 import json
@@ -57,7 +57,7 @@ def test_byte_pairs_decode_what_they_encode(text):
   assert decoded.replace(" ", "") == text.replace(" ", "")
 
 
-def test_decode_stops_at_the_end_and_bears_cut_characters():
+def test_decode_stops_at_the_end_and_tolerates_cut_characters():
   tokenizer = BytePairTokenizer(MERGES)
   assert tokenizer.decode(tokenizer.pad("the cat", 9)) == "the cat"  # padding would be exclamation marks
   assert tokenizer.decode(tokenizer.encode("é")[:1]) == "\N{REPLACEMENT CHARACTER}"

@@ -1,4 +1,4 @@
-"""Text-to-image models: published sizes, properties of their parts, samplers, and what a folder may lack.
+"""Text-to-image models: published sizes, properties of their parts, samplers, and wrong folders.
 
 Parity with PyTorch is in test_parity_diffusers.py.
 """
@@ -223,7 +223,7 @@ def test_steps_go_from_noise_to_data(sampler, spacing):
 @pytest.mark.parametrize("prediction", diffusion.PREDICTIONS)
 @pytest.mark.parametrize("sampler", diffusion.SAMPLERS)
 def test_samplers_solve_a_known_flow(sampler, prediction):
-  """Data of variance s^2: the flow scales noise by s, and the best prediction is known."""
+  """For data of variance s^2 the flow scales noise by s, and the best prediction is known."""
   schedule = diffusion.Schedule(prediction=prediction, clean_end=True, spacing="trailing")
   deviation = 0.5
 
@@ -427,7 +427,7 @@ def test_pictures_are_drawn(folders):
 
 
 def test_older_names_and_other_files(folder):
-  """`text_model.`, position_ids, old attentions, 1x1 convolutions, several files, 16 bits."""
+  """`text_model.`, position_ids, old attentions, 1x1 convolutions, several files, 16-bit weights."""
   expected = params(TINY)
 
   def older(tensors):
@@ -543,7 +543,7 @@ def test_wrong_folders(folder, spoil, message):
   ],
 )
 def test_wrong_folders_are_not_converted(folder, tmp_path, spoil, message):
-  """On the command line, too: one sentence, and nothing is written."""
+  """The command line also prints one sentence and writes nothing."""
   spoil(folder)
   with pytest.raises(UserError, match=message) as error:
     convert.main(["--format=diffusers", f"--weights={folder}", f"--out={tmp_path / 'out'}"])

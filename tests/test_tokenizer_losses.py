@@ -1,4 +1,4 @@
-"""The adversarial losses of the tokenizer, and LeCAM's regularisation with the state it keeps."""
+"""The adversarial losses of the tokenizer, and LeCAM's regularisation with its state."""
 
 import jax
 import jax.numpy as jnp
@@ -89,7 +89,7 @@ def test_anchors_follow_the_logits(regularised):
 
 
 def test_lecam_adds_to_the_discriminator_alone(plain, regularised):
-  """At the first step, where parameters are the same; anchors are 0 there."""
+  """At the first step, where parameters are the same and anchors are 0."""
   hinge = run(experiment(adversarial_loss="hinge"), steps=1)[0][0]
   found = regularised[0][0]
   assert found["lecam"] > 0

@@ -1,4 +1,4 @@
-"""The benchmarks: what they report, and that they measure the same work. Never how fast it was."""
+"""The benchmarks: what they report, and that they measure the same work, but never speed."""
 
 import json
 import pathlib
@@ -39,14 +39,14 @@ def photos(tmp_path):
 
 @pytest.fixture(autouse=True)
 def small_matrices(monkeypatch):
-  """A peak of small matrices, which is quick to measure."""
+  """Measures the peak with small matrices, which is fast."""
   monkeypatch.setattr(devices, "_SIZES", (64, 128))
   monkeypatch.setattr(devices, "_SECONDS_PER_REPEAT", 1e-4)
 
 
 @pytest.fixture
 def clock(monkeypatch):
-  """A clock that is a second later each time."""
+  """A clock that advances by a second on each call."""
   seconds = iter(range(10_000))
   monkeypatch.setattr("time.perf_counter", lambda: float(next(seconds)))
 
@@ -164,14 +164,14 @@ def test_tokens(capsys):
 
 
 def _check_spread(numbers, name):
-  """Takes a measurement's median, least and greatest out, and returns the median."""
+  """Removes a measurement's median, minimum and maximum, and returns the median."""
   median, low, high = (numbers.pop(key) for key in (name, f"{name}_min", f"{name}_max"))
   assert 0 < low <= median <= high
   return median
 
 
 def _check_step(numbers):
-  """Takes out of a line of `bench step` what depends on the machine, and checks that it fits together."""
+  """Removes what depends on the machine from a line of `bench step`, and checks its consistency."""
   seconds = _check_spread(numbers, "step_seconds")
   assert numbers.pop("images_per_second") == pytest.approx(numbers["batch_size"] / seconds)
   achieved, peak = (numbers.pop(f"{name}_flops_per_second") for name in ("achieved", "peak"))
@@ -220,7 +220,7 @@ def test_step_of_other_stages_and_sources(capsys, stage, source):
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
-def test_every_objective_tells_its_dtype(file):
+def test_every_objective_has_a_compute_dtype(file):
   config = complete(config_lib.to_dict(config_lib.load(f"{file}:debug")))
   for stage in split_stages(config, pathlib.Path("run")).values():
     assert common.compute_dtype(objectives.build(stage["objective"])) in ("float32", "bfloat16")
@@ -359,7 +359,7 @@ def test_the_peak_stops_at_slow_products(clock):
   assert devices.matmul_peak("bfloat16") == 2 * 8 * 64**3
 
 
-def test_work_in_a_row_is_timed_from_end_to_end(clock):
+def test_queued_steps_are_timed_from_end_to_end(clock):
   started = []
 
   def start():

@@ -43,7 +43,7 @@ def test_prepares_once(tmp_path, monkeypatch, capsys, file_format):
   assert "export" not in out  # it is where a run looks for it
 
 
-def test_interrupted_preparation_is_begun_again(tmp_path, monkeypatch, capsys):
+def test_interrupted_preparation_is_restarted(tmp_path, monkeypatch, capsys):
   (tmp_path / "digits" / "incomplete.AB12CD_1.0.0").mkdir(parents=True)
   generate = Digits._generate_examples
 

@@ -1,4 +1,4 @@
-"""The tool that shows what a config makes of its data: its numbers, its picture, its errors."""
+"""The tool that shows the preprocessed data of a config: its numbers, its picture, its errors."""
 
 import functools
 import io
@@ -71,7 +71,7 @@ def write_config(folder, data: dict, **keys) -> str:
 
 
 def find(picture: np.ndarray, part: np.ndarray) -> tuple[int, int] | None:
-  """Where a picture shows a part of itself, pixel for pixel."""
+  """The places where a picture contains a given part, pixel for pixel."""
   height, width = part.shape[:2]
   part = np.broadcast_to(part, (height, width, 3))
   first = part[0].tobytes()
@@ -136,7 +136,7 @@ def test_masks_are_those_of_the_first_step():
   shown = show_data._draw_masks(objective, seed=3, batch_size=8, count=5)
 
   class Spy:
-    """Tells the keys of a batch as its metrics."""
+    """Returns the keys of a batch as metrics."""
 
     def losses(self, params, frozen, extra, batch, rng, step, *, train):
       return {"main": params["main"]}, {"keys": jax.random.key_data(batch["key"])}, extra

@@ -1,4 +1,4 @@
-"""The tool that shows images to a text-to-image model as words."""
+"""The command-line tool of ViLex models."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ COMMANDS = tuple(vilex.COMMANDS)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-  """A model with random weights, two pictures of its size, and files that are of no use."""
+  """A model with random weights, two pictures of its size, and unusable files."""
   folder = tmp_path_factory.mktemp("vilex")
   _, variables, _ = setup()
   storage.write_export(folder / "model", {"objective": SECTION}, variables)
@@ -101,7 +101,7 @@ def test_interpolations(folder, model, tmp_path):
     np.testing.assert_array_equal(read(tmp_path / f"x_{i}.png"), expected)
 
 
-def test_tokens_stand_for_images(folder, model, tmp_path, capsys):
+def test_tokens_replace_images(folder, model, tmp_path, capsys):
   out = f"{tmp_path}/ab.safetensors"
   run(folder, "encode", "--image=@a.png", "--image=@b.png", "--num_tokens=3", f"--out={out}")
   assert "wrote 3 tokens of 8 numbers for each of 2 images" in capsys.readouterr().out
@@ -128,7 +128,7 @@ def test_embeddings(folder, model, tmp_path):
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "CMYK", "LA"])
 def test_pictures_of_any_kind(mode, folder, model, tmp_path):
-  """Their middle is seen, upright and on white."""
+  """The model sees their centre, upright and on white."""
   wide = Image.fromarray(picture(SIZE, 3 * SIZE)).convert(mode)
   exif = Image.Exif()
   exif[0x0112] = 3  # upside down

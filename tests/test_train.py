@@ -1,4 +1,4 @@
-"""The loop: a run that is killed anywhere ends as one that is not, and what a workdir holds."""
+"""The loop: a run that is killed anywhere ends like an uninterrupted one; the content of workdirs."""
 
 import dataclasses
 import functools
@@ -37,7 +37,7 @@ STEPS = 9
 
 
 class Killed(BaseException):
-  """What no one catches."""
+  """An exception that nothing catches."""
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +111,7 @@ def run(experiment, workdir, place=None, at=0):
 
 
 def story(workdir):
-  """`metrics.jsonl` without what depends on the clock."""
+  """`metrics.jsonl` without timings."""
   return [
     {key: value for key, value in line.items() if not key.startswith("timing/") and key != "input_wait"}
     for line in metrics.read(epath.Path(workdir))
@@ -210,7 +210,7 @@ def test_a_run_of_several_stages_continues_in_its_second(trained, tmp_path, monk
 
 @pytest.mark.slow
 def test_kill_9_at_any_moment(tmp_path):
-  """The real thing: whole processes of the quickstart, killed at random moments in both stages."""
+  """Whole processes of the quickstart, killed at random moments in both stages."""
   arguments = ["-m", "maskgen.main", "--config=configs/quickstart.py:tiny"]
   for name, steps, log_every, every in (("tokenizer", 40, 5, 15), ("mage", 40, 5, 15)):
     arguments += [
@@ -268,7 +268,7 @@ def everything(workdir):
 
 
 def test_resume_takes_over_another_runs_state(experiments, uninterrupted, tmp_path, monkeypatch):
-  """The end of a run that another workdir began is that of one whole run."""
+  """A run continued from another workdir ends like a single run."""
   experiment = experiments("mage")
   first, second = new_workdir(tmp_path, experiment), epath.Path(tmp_path / "second")
   second.mkdir()
@@ -547,7 +547,7 @@ def test_progress_shows_losses_first_and_no_more_than_a_line():
   assert 60 < len(metrics.summary(logged | many)) < 90
 
 
-def test_progress_tells_no_speed_before_it_has_one(caplog):
+def test_progress_shows_no_speed_before_it_has_one(caplog):
   progress = metrics.Progress("mine", first_step=0, total_steps=3, batch_size=8)
   with caplog.at_level(logging.INFO, "maskgen"):
     for step in (1, 2):

@@ -120,7 +120,7 @@ def test_only_encoder_and_pool_are_trained():
 
 
 def test_fewer_tokens_are_a_shorter_prompt():
-  """What TailDrop trains with k of n tokens is what a prompt of the first k tokens shows."""
+  """Training with k of n tokens uses the same prompt as the first k tokens alone."""
   objective, variables, predict = setup()
   vectors = predict["encode"](variables, batch(), None)
   assert vectors.shape == (4, TOKENS, 8)
@@ -133,7 +133,7 @@ def test_fewer_tokens_are_a_shorter_prompt():
     np.testing.assert_array_equal(end, k + 1)
 
 
-def test_other_numbers_of_tokens_compile_nothing_anew():
+def test_other_numbers_of_tokens_do_not_recompile():
   _, variables, predict = setup()
   vectors = predict["encode"](variables, batch(), None)
   drawn = []
@@ -170,7 +170,7 @@ def drawn(text, **guidance):
 
 
 def test_text_free_guidance():
-  """Section 3.3: 0 is the image alone, 1 the mixed prompt as it is, and more is more of the words."""
+  """Section 3.3: 0 ignores the words, 1 is the unchanged mixed prompt, and more strengthens the words."""
   alone = drawn(None, image_guidance=1.0)
   np.testing.assert_allclose(drawn("on blue", image_guidance=1.0, text_guidance=0.0), alone, atol=1e-5)
   mixed = drawn("on blue", image_guidance=1.0, text_guidance=1.0)
@@ -226,8 +226,8 @@ def test_configs_with_earlier_names_are_read(caplog):
   }
 
 
-def test_steps_with_little_noise_are_left_out():
-  """To predict nothing costs the square of v = alpha e - sigma x, at the last step that of x: alpha is 0."""
+def test_timesteps_with_little_noise_are_skipped():
+  """Predicting 0 costs the square of v = alpha e - sigma x, at the last timestep that of x: alpha is 0."""
   objective, variables, _ = setup(min_timestep=999)
   decoder = variables["frozen"]["decoder"]
   blind = {**decoder, "unet": jax.tree.map(jnp.zeros_like, decoder["unet"])}
@@ -238,7 +238,7 @@ def test_steps_with_little_noise_are_left_out():
 
 
 def test_recoloured_images_have_captions_and_no_alignment():
-  """What is drawn stays as it is, what is seen has other hues, where words stand beside it."""
+  """With words, the target is unchanged and the encoder sees other hues."""
   plain, parts = gradient(words=FrozenDict(share=1.0), alignment_steps=4)
   turned, _ = gradient(words=FrozenDict(share=1.0, recoloured=1.0), alignment_steps=4)
   (loss, metrics), _ = plain(parts["params"], parts["frozen"], 0)
@@ -256,8 +256,8 @@ def test_recoloured_images_have_captions_and_no_alignment():
   np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
-def test_images_stand_in_place_of_their_subject():
-  """Of other captions than those with the subject nothing changes."""
+def test_images_replace_their_subject():
+  """Captions without the subject do not change anything."""
   losses = []
   for subject in (("cat",), ("dog",)):
     decoder = DECODER | dict(captions=dict(tokenizer="list:a red blue cat on background dog", length=LENGTH))
@@ -341,7 +341,7 @@ def test_a_pretrained_vit():
 
 @pytest.mark.parametrize(("name", "widths"), [("sd", (8,)), ("xl", (4, 8))])
 def test_published_decoders(folders, tmp_path, name, widths):
-  """Of one and of two text encoders."""
+  """With one and two text encoders."""
   convert.main(["--format=diffusers", f"--weights={folders / name}", f"--out={tmp_path / 'out'}"])
   config = storage.load_config(tmp_path / "out")
   assert config["decoder"]["image_size"] == [16, 16]

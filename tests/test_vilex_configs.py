@@ -64,7 +64,7 @@ def test_layouts_are_of_their_family_and_published(family):
 
 @pytest.mark.parametrize(("config", "stage"), [("vilex_digits.py:debug", "vilex"), ("vilex_sd15.py:", None)])
 def test_the_encoder_may_be_that_of_a_mage(config, stage, trained):
-  """Before it is trained along, its features are those of the MAGE model."""
+  """Before training, its features are those of the MAGE model."""
   path = str(trained / "mage")
   plain = complete(load(f"configs/{config},encoder=mage:{path}"))
   plain = plain[stage] if stage else plain
@@ -92,7 +92,7 @@ def test_a_step_can_be_traced_without_data_or_weights(config):
 
 
 @pytest.mark.slow
-def test_training_without_weights_says_what_to_fetch(tmp_path):
+def test_training_without_weights_says_what_to_download(tmp_path):
   with pytest.raises(UserError) as error:
     main.main(["--config=configs/vilex_sd15.py:source=synthetic", "--mode=check", f"--workdir={tmp_path}"])
   message = str(error.value)
@@ -115,7 +115,7 @@ def test_a_folder_of_another_family(folders, converted, converts):
     config_lib.load(f"configs/vilex_sd15.py:decoder={path}")
 
 
-def test_folders_that_are_no_decoder(folders, tmp_path):
+def test_folders_that_are_not_decoders(folders, tmp_path):
   with pytest.raises(
     UserError, match=r"is a folder of diffusers: convert it with .*--format=diffusers .*give DIR"
   ):
@@ -154,7 +154,7 @@ def test_wrong_sections(changes, message):
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-  """An archive of pictures with captions, in one form and the other."""
+  """An archive of pictures with captions in either form."""
   path = tmp_path_factory.mktemp("pictures") / "some.tar"
   rng = np.random.default_rng(0)
   with tarfile.open(path, "w") as archive:
@@ -183,7 +183,7 @@ SMALL = dict(
   ids=["sd", "xl"],
 )
 def test_pictures_and_captions_to_a_vilex_model(converted, pictures, tmp_path, name, config, share):
-  """With the config itself but for its sizes: two steps, then a prompt of images."""
+  """With the config itself except for its sizes: two steps, then a prompt of images."""
   given = f"decoder={converted / name},source=tar:{pictures},caption_share={share}"
   plain = load(f"configs/{config}.py:{given},batch_size=8,accumulation=1")
   data = plain["data"]

@@ -1,4 +1,4 @@
-"""Warm starts: what is taken, interpolated, left fresh or refused; the source is needed only once."""
+"""Warm starts: what is taken, interpolated, left fresh or rejected; the source is needed only once."""
 
 import json
 import logging
@@ -101,7 +101,7 @@ def test_another_tokenizer_is_legal_and_said(trained, tmp_path, caplog):
 
 @pytest.fixture(scope="module")
 def converted(tiny_mage, tmp_path_factory):
-  """A run of 2 steps, at twice the image size, from the parameters of a converted model of the reference."""
+  """A run of 2 steps, at twice the image size, from the parameters of a converted reference model."""
   root = tmp_path_factory.mktemp("converted")
   shutil.copytree(tiny_mage / "converted", root / "weights")
   tokenizer = test_importers.draw(test_importers.tokenizer_shapes())
@@ -171,7 +171,7 @@ def write(path, objective, section):
 
 
 def take(path, objective, fresh=""):
-  """What is taken, and the outcome by the rows of the report."""
+  """The taken parameters, and the outcomes of the rows of the report."""
   warm_start = WarmStart(epath.Path(path), objective, shapes(objective), fresh)
   rows = [line.strip().split(maxsplit=2) for line in warm_start.report().splitlines()[1:]]
   return warm_start.take(), {row[0]: row[2] for row in rows if row[0] != "its"}

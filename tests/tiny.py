@@ -1,6 +1,6 @@
-"""A config of two stages that trains in seconds, and one such run that many tests share.
+"""A config of two stages that trains in seconds, and a run of it that many tests share.
 
-This is a config file as well: `--config=tests/tiny.py:steps=8`, or one stage: `:only=tokenizer`.
+This is also a config file: `--config=tests/tiny.py:steps=8`, or one stage: `:only=tokenizer`.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from maskgen.numerics.text import Captions
 
 @dataclasses.dataclass(frozen=True)
 class FakeObjective:
-  """What evaluators ask an objective; `tokens` are those of an image among words."""
+  """What evaluators ask an objective for; `tokens` are those of an image among words."""
 
   codebook_size: int = 0
   num_classes: int = 0
@@ -35,7 +35,7 @@ class FakeObjective:
 
 
 def record_calls(predict: dict[str, Any]) -> set[Any]:
-  """Makes prediction functions note what they are called with: (name, shapes, options), in the result."""
+  """Wraps prediction functions so that they record their calls as (name, shapes, options) in the result."""
   calls: set[Any] = set()
 
   def recording(name, fn):
@@ -144,7 +144,7 @@ def assert_same_bits(a, b) -> None:
 
 
 def free_port() -> int:
-  """A port of this machine that nobody uses now."""
+  """An unused port of this machine."""
   with socket.socket() as probe:
     probe.bind(("127.0.0.1", 0))
     return probe.getsockname()[1]
