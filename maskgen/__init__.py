@@ -9,7 +9,7 @@ if TYPE_CHECKING:
   from maskgen.serving import Model as Model
   from maskgen.serving import load as load
 
-# Modules that users import from where they stood in version 0.1, as in `from maskgen import optim`.
+# Modules that version 0.1 had in other places: `from maskgen import optim` still works.
 _MOVED = {
   "checkpoint": "maskgen.storage",
   "editing": "maskgen.numerics.editing",

@@ -1,4 +1,4 @@
-"""What an objective reads from a batch: data is checked against it, and shapes are made from it."""
+"""The arrays that an objective reads from a batch, to check data and to build shapes."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -16,8 +16,8 @@ class ArraySpec(NamedTuple):
   """One array of a batch.
 
   Attributes:
-    shape: without the leading axis.
-    dtype: the name of its type.
+    shape: the shape without the leading axis.
+    dtype: the name of the dtype.
     below: values are at least 0 and less than this.
   """
 
@@ -34,12 +34,12 @@ class BatchSpec:
 
   Attributes:
     image_shape: (h, w, c) of "image", and of the pictures behind cached tokens.
-    num_tokens: how many codes [n] in "tokens" can replace an image; 0 where only pixels will do.
+    num_tokens: the number of codes [n] in "tokens" that can replace an image; 0 if pixels are required.
     codebook_size: the number of different codes; 0 without tokens.
-    views: how many views of each record; with 2, a batch also has "image2" or "tokens2".
-    num_classes: how many classes the integer "label" [b] counts; 0 where labels are not read.
-    captions: how the text in "caption" int32 [b, length] is tokenized; None where captions are not read.
-    others: further arrays by their key.
+    views: the number of views of each record; with 2, a batch also has "image2" or "tokens2".
+    num_classes: the number of classes of the integer "label" [b]; 0 if labels are not read.
+    captions: how "caption" int32 [b, length] is tokenized; None if captions are not read.
+    others: further arrays by key.
     whole_batch: whether examples are compared with all others of the batch, which rules out accumulation.
   """
 
@@ -54,7 +54,7 @@ class BatchSpec:
 
   @property
   def inputs(self) -> dict[str, ArraySpec]:
-    """The alternatives, of which a batch has one."""
+    """The alternative inputs, of which a batch has one."""
     found = {"image": ArraySpec(self.image_shape, "uint8", 256)}
     if self.num_tokens:
       code = np.min_scalar_type(self.codebook_size - 1).name
@@ -62,7 +62,7 @@ class BatchSpec:
     return found
 
   def arrays(self, source: str = "image") -> dict[str, ArraySpec]:
-    """Every array of a batch of images, or of cached tokens with `source="tokens"`."""
+    """All arrays of a batch of images, or of cached tokens with `source="tokens"`."""
     given = self.inputs[source]
     found = {source: given} | {f"{source}{view}": given for view in range(2, self.views + 1)}
     if self.num_classes:
@@ -73,7 +73,7 @@ class BatchSpec:
     return found | dict(self.others)
 
   def shapes(self, size: int, source: str = "image") -> dict[str, jax.ShapeDtypeStruct]:
-    """A batch of so many examples, to trace functions of it."""
+    """The shapes of a batch of `size` examples, to trace functions of it."""
     return {
       name: jax.ShapeDtypeStruct((size, *array.shape), jnp.dtype(array.dtype))
       for name, array in self.arrays(source).items()
@@ -81,13 +81,13 @@ class BatchSpec:
 
 
 def check_data(wanted: BatchSpec, data: Any, name: str, source: str) -> None:
-  """Checks that a data set gives what an objective reads.
+  """Checks that a data set provides what an objective reads.
 
   Args:
-    wanted: of the objective.
-    data: a `data.pipeline.Data`, or a stand-in with its `spec`, `image_shape`, `class_names` and `captions`.
-    name: of the objective, for errors.
-    source: of the data, likewise.
+    wanted: what the objective reads.
+    data: a `data.pipeline.Data`, or a substitute with its `spec`, `image_shape`, `class_names`, `captions`.
+    name: the objective's name, for errors.
+    source: the data's source, for errors.
 
   Raises:
     UserError: if it does not.

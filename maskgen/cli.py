@@ -1,4 +1,4 @@
-"""What all entry points share: arguments, logging, and errors that a user can act on."""
+"""Shared by all entry points: command-line arguments, logging and error reporting."""
 
 import argparse
 import logging
@@ -14,11 +14,11 @@ from etils import epath
 from maskgen import plugins
 from maskgen.errors import UserError, of_storage
 
-PATIENCE = 10.0
+EXIT_TIMEOUT = 10.0
 
 
 class Parser(argparse.ArgumentParser):
-  """An argument parser that shows its example as written and takes no abbreviations."""
+  """An argument parser that prints its example verbatim and accepts no abbreviations."""
 
   def __init__(self, description: str, example: str):
     super().__init__(
@@ -29,11 +29,9 @@ class Parser(argparse.ArgumentParser):
     )
 
   def add_model(self, help: str) -> None:  # noqa: A002  (argparse's name)
-    """Adds `--model`, the folder of a trained model, and whether code in it may run."""
+    """Adds `--model`, the folder of a trained model, and `--trust_code`, which lets code in it run."""
     self.add_argument("--model", required=True, help=help)
-    self.add_argument(
-      "--trust_code", action="store_true", help="run the code that lies in the model's folder"
-    )
+    self.add_argument("--trust_code", action="store_true", help="run the code in the model's folder")
 
   def parse_known_args(self, *args: Any, **options: Any) -> Any:
     parsed, rest = super().parse_known_args(*args, **options)
@@ -46,7 +44,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def check_out(path: str, flag: str = "out", kind: str = ".png") -> None:
-  """Checks that a file can be written, before long work.
+  """Checks before long work that a file can be written.
 
   Raises:
     UserError: if not.
@@ -55,13 +53,13 @@ def check_out(path: str, flag: str = "out", kind: str = ".png") -> None:
   if not path.endswith(kind):
     raise UserError(f"--{flag}={path}: give the name of a {kind} file")
   if not folder.is_dir():
-    raise UserError(f"--{flag}={path}: the folder {folder} does not exist, make it first")
+    raise UserError(f"--{flag}={path}: the folder {folder} does not exist, create it first")
   if not writable(folder):
     raise UserError(f"--{flag}={path}: the folder {folder} is not writable, give another")
 
 
 def writable(folder: epath.Path) -> bool:
-  """Whether a local folder can be made or written; a store is taken at its word."""
+  """Whether a local folder can be created or written; stores are not checked."""
   if "://" in str(folder):
     return True
   folder = nearest_existing(folder)
@@ -69,7 +67,7 @@ def writable(folder: epath.Path) -> bool:
 
 
 def nearest_existing(folder: epath.Path) -> epath.Path:
-  """A local folder or the nearest one above it that exists; a store has no folders, and all exist."""
+  """Returns the nearest existing ancestor of a local folder, or itself; in stores all folders exist."""
   while "://" not in str(folder) and not folder.exists():
     folder = folder.parent
   return folder
@@ -78,17 +76,17 @@ def nearest_existing(folder: epath.Path) -> epath.Path:
 def run(main: Callable[[Sequence[str]], None]) -> None:
   """Runs an entry point: a `UserError` becomes one line on stderr and its exit status.
 
-  A process that fails ends within `PATIENCE` seconds: JAX would let it meet the other processes of the run
-  before, and they may wait for it elsewhere.
+  A process that fails exits within `EXIT_TIMEOUT` seconds: JAX would make it wait for the other processes of
+  the run at exit, while they may wait for it elsewhere.
   """
-  # Quiet libraries that are not ours, before they are imported.
+  # Silence other libraries before they are imported.
   os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
   os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
   logging.basicConfig(
     level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr
   )
   logging.getLogger("maskgen").setLevel(logging.INFO)
-  # Orbax warns of what it was told to do, such as to read only, and asyncio repeats an error of each array.
+  # Orbax warns about requested behaviour such as read-only access; asyncio repeats the errors of each array.
   logging.getLogger("asyncio").setLevel(logging.CRITICAL)
   for handler in logging.getLogger().handlers:
     handler.addFilter(lambda record: record.name != "absl" or record.levelno >= logging.ERROR)
@@ -106,8 +104,8 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
 
 
 def _end(status: int) -> NoReturn:
-  sys.unraisablehook = lambda _: None  # what libraries leave behind says nothing new
-  timer = threading.Timer(PATIENCE, os._exit, [status])
+  sys.unraisablehook = lambda _: None  # errors of libraries at exit add no information
+  timer = threading.Timer(EXIT_TIMEOUT, os._exit, [status])
   timer.daemon = True
   timer.start()
   sys.exit(status)

@@ -7,22 +7,22 @@ from collections.abc import Generator, Iterable
 
 
 class UserError(ValueError):
-  """Something from outside (a config, flag, path, image or checkpoint) is wrong.
+  """An invalid input: a config, flag, path, image or checkpoint.
 
-  The message is one sentence that names the thing and the remedy. Entry points print it without a
-  traceback and exit with `status`, which tells launchers whether to start again.
+  The message is one sentence that names the input and the remedy. Entry points print it without a traceback
+  and exit with `status`, which tells launchers whether to restart.
   """
 
   status = 2
 
 
 class TransientError(UserError):
-  """Something from outside that time may mend, such as a store that cannot be reached."""
+  """A temporary failure, such as a store that cannot be reached; retrying may succeed."""
 
   status = 75  # EX_TEMPFAIL
 
 
-# What file systems and stores say when waiting does not help; the latter by TensorFlow's classes.
+# Errors of file systems, and of stores by TensorFlow's classes, that retrying does not fix.
 _PERMANENT = {
   *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EACCES, errno.EPERM, errno.EROFS),
   *(errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL),
@@ -33,14 +33,14 @@ _PERMANENT = {
 
 @contextlib.contextmanager
 def of_storage(place: object = "a file or store") -> Generator[None]:
-  """Turns what file systems and stores raise within the context into errors that a user can act on.
+  """Converts exceptions of file systems and stores within the context to errors that a user can act on.
 
   Args:
-    place: named where the error itself names none.
+    place: the path to report if the exception has none.
 
   Raises:
-    TransientError: if time may mend it, such as a full disk or a store that cannot be reached.
-    UserError: if not, such as a permission that is missing.
+    TransientError: if the failure may be temporary, such as a full disk or an unreachable store.
+    UserError: if it is permanent, such as a missing permission.
   """
   try:
     yield
@@ -55,20 +55,20 @@ def of_storage(place: object = "a file or store") -> Generator[None]:
     if _PERMANENT & {getattr(error, "errno", None), type(error).__name__}:
       raise UserError(
         f"{place} cannot be read or written ({reason}): check the path, its permissions, and that this "
-        "machine knows such paths"
+        "machine supports such paths"
       ) from error
     raise TransientError(
-      f"{place} cannot be read or written ({reason}): make room or reach it again, and start the same command"
+      f"{place} cannot be read or written ({reason}): free space or restore access, and start it again"
     ) from error
 
 
 def shortage(error: Exception) -> str | None:
-  """Returns what a runtime says of devices whose memory does not suffice; None for any other error."""
+  """Returns the first line of an error if it says that device memory is exhausted, else None."""
   return str(error).splitlines()[0] if "RESOURCE_EXHAUSTED" in str(error) else None
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:
-  """Returns the end of an error message that points from a wrong name to the right one."""
+  """Returns the end of an error message, which suggests the right name for a wrong one."""
   choices = sorted(choices)
   close = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
   if close:

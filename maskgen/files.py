@@ -1,4 +1,4 @@
-"""Files that are complete or absent, whenever a process is killed, and that say when they are damaged."""
+"""Files that are written atomically, and checked for damage when they are read."""
 
 import contextlib
 import hashlib
@@ -16,9 +16,9 @@ MANIFEST = "manifest.json"
 
 
 def replace(path: epath.Path, content: str | bytes) -> None:
-  """Writes a file under another name and then gives it its own, over an older one if there is one.
+  """Writes a file atomically, replacing an existing one: writes under another name, then renames.
 
-  On a local disk it is there after a power failure, too.
+  On a local disk the file also survives a power failure.
   """
   data = content.encode() if isinstance(content, str) else content
   temporary = path.parent / f"{path.name}.{uuid.uuid4().hex}.tmp"
@@ -44,7 +44,7 @@ def replace(path: epath.Path, content: str | bytes) -> None:
 
 
 def damaged(path: epath.PathLike, reason: Any, remedy: str) -> UserError:
-  """The error for a file that does not hold what it should."""
+  """Returns the error for a file with unexpected contents."""
   return UserError(f"{path} is damaged ({reason}): {remedy}")
 
 
@@ -52,21 +52,21 @@ def read_json(path: epath.Path, remedy: str) -> dict[str, Any]:
   """Reads a JSON object.
 
   Raises:
-    UserError: if the file holds something else.
+    UserError: if the file contains anything else.
   """
   return _object(path, path.read_bytes(), "", remedy)
 
 
 def read_json_lines(path: epath.Path, keys: Mapping[str, type], remedy: str) -> list[dict[str, Any]]:
-  """Reads a JSON object from each line; a last line that was cut off is left out.
+  """Reads a JSON object from each line; ignores a truncated last line.
 
   Args:
-    path: of the file.
-    keys: that each object has, with the types of their values.
-    remedy: for a file that holds something else.
+    path: the file.
+    keys: the keys of each object, with the types of their values.
+    remedy: what to do if the file contains anything else, for the error message.
 
   Raises:
-    UserError: if it does.
+    UserError: if the file contains anything else.
   """
   objects = []
   for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
@@ -84,21 +84,21 @@ def _object(path: epath.Path, data: bytes, where: str, remedy: str) -> dict[str,
   except (ValueError, RecursionError) as error:
     raise damaged(path, f"{where}{error}", remedy) from None
   if not isinstance(value, dict):
-    raise damaged(path, f"{where}no JSON object", remedy)
+    raise damaged(path, f"{where}not a JSON object", remedy)
   return value
 
 
 def make_manifest(contents: Mapping[str, bytes]) -> str:
-  """The content of a file that holds the checksums of others, by their names."""
+  """Returns the text of a manifest: the checksums of files by name."""
   digests = {name: {"sha256": hashlib.sha256(data).hexdigest()} for name, data in contents.items()}
   return json.dumps(digests, indent=2)
 
 
 def check_manifest(manifest: epath.Path, name: str, data: Any, remedy: str) -> bool:
-  """Compares the content of a file with its checksum in a manifest; False if there is no manifest.
+  """Compares the contents of a file with its checksum in a manifest; returns False if there is no manifest.
 
   Raises:
-    UserError: if it is another one, or the manifest is damaged.
+    UserError: if the checksums differ, or the manifest is damaged.
   """
   try:
     digests = read_json(manifest, remedy)

@@ -1,4 +1,4 @@
-"""The entry point: trains, evaluates or checks what a config describes.
+"""The main entry point: trains, evaluates or checks a config.
 
 python -m maskgen.main --config=configs/quickstart.py --workdir=runs/quickstart
 """
@@ -26,12 +26,12 @@ def main(argv: Sequence[str]) -> None:
   """Parses the command line and runs it.
 
   Raises:
-    UserError: for anything from outside that is wrong.
+    UserError: if any input is invalid.
   """
   began = time.monotonic()
   parser = cli.Parser(
-    "Trains, evaluates or checks what a config describes. Any key of the config can be set with "
-    "--config.KEY=VALUE. A run that was killed continues with the same command.",
+    "Trains, evaluates or checks a config. Any key of the config can be set with --config.KEY=VALUE. A run "
+    "that was killed continues with the same command.",
     "python -m maskgen.main --config=configs/quickstart.py --workdir=runs/quickstart",
   )
   parser.add_argument("--config", required=True, help="config file, FILE[:key=value,...]")
@@ -40,12 +40,12 @@ def main(argv: Sequence[str]) -> None:
     "--mode",
     default="train",
     choices=("train", "eval", "check"),
-    help="eval: evaluate the newest checkpoint; check: build all, compile the step, train nothing",
+    help="eval: evaluate the newest checkpoint; check: build all and compile the step, without training",
   )
-  others = parser.add_argument_group("several processes, where Cloud TPU, GKE, Slurm or Open MPI do not say")
+  others = parser.add_argument_group("multi-process runs outside Cloud TPU, GKE, Slurm and Open MPI")
   others.add_argument("--coordinator", help="host:port of process 0")
-  others.add_argument("--process_count", type=int, help="how many processes there are")
-  others.add_argument("--process_index", type=int, help="which one this is, from 0")
+  others.add_argument("--process_count", type=int, help="number of processes")
+  others.add_argument("--process_index", type=int, help="index of this process, from 0")
   args, rest = parser.parse_known_args(argv)
   overrides = parse_overrides(rest)
   if not args.workdir:
@@ -57,7 +57,7 @@ def main(argv: Sequence[str]) -> None:
   check_workdir(root, config, create=args.mode == "train")
   stages = split_stages(config, root)
 
-  # Importing these takes seconds: wrong flags, configs and workdirs are reported before.
+  # Importing these takes seconds: errors in flags, configs and workdirs are reported first.
   from maskgen import processes
 
   processes.start(args.coordinator, args.process_count, args.process_index)
@@ -71,7 +71,7 @@ def main(argv: Sequence[str]) -> None:
   for workdir, stage in stages.items():
     log.info("checking %s", workdir.name)
     experiment = Experiment(stage)
-    if not (workdir / "checkpoints").exists():  # else all it needs is in the workdir
+    if not (workdir / "checkpoints").exists():  # else everything needed is in the workdir
       experiment.check_pretrained(workdir, pending=experiments)
     if args.mode == "train" and train.read_results(workdir) is None:
       experiment.check_data(workdir)
@@ -85,7 +85,7 @@ def main(argv: Sequence[str]) -> None:
     for workdir, experiment in experiments.items():
       train.evaluate_newest(experiment, workdir)
     return
-  # Only now: a config that was wrong must not claim the workdir.
+  # Only now: an invalid config must not claim the workdir.
   with only_run_in(root):
     write_config(root, config)
     results: dict[str, Any] = {}
@@ -98,7 +98,10 @@ def main(argv: Sequence[str]) -> None:
         try:
           results[workdir.name] = train.train(experiment, workdir)
         except train.PreemptedError:
-          log.info("%s: preempted; all is saved, and the same command continues", workdir.name)
+          log.info(
+            "%s: stopped because it was preempted; the state is saved, run the same command to continue",
+            workdir.name,
+          )
           return
         train.write_results(workdir, results[workdir.name])
       log.info("%s: finished, results in %s", workdir.name, workdir / train.RESULTS)
@@ -124,7 +127,7 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, str]:
 
 
 def split_stages(config: Mapping[str, Any], root: epath.Path) -> dict[epath.Path, dict[str, Any]]:
-  """The stages' workdirs and configs in order; a config without stages is one stage in the root."""
+  """Returns the workdir and config of each stage; a config without stages is a single stage in the root."""
   if "stages" not in config:
     return {root: dict(config)}
   for stage in config["stages"]:
@@ -132,22 +135,22 @@ def split_stages(config: Mapping[str, Any], root: epath.Path) -> dict[epath.Path
       raise UserError(f"config.stages names '{stage}', which has no section in the config")
   for key in config:
     if key != "stages" and key not in config["stages"]:
-      raise UserError(f"config has no key '{key}': with stages, each stage has a section of its own")
+      raise UserError(f"config has no key '{key}': with stages, each stage has its own section")
   return {root / stage: dict(config[stage]) for stage in config["stages"]}
 
 
 def check_workdir(root: epath.Path, config: Mapping[str, Any], *, create: bool) -> None:
-  """Checks that the workdir can be made or written, by writing where it may, and holds no other config's run.
+  """Checks that the workdir can be created or written, and contains no run of another config.
 
   Raises:
     UserError: if not.
-    TransientError: if time may mend it.
+    TransientError: if the failure may be temporary.
   """
   with of_storage(root):
     check_same_run(root, config)
     try:
       if create:
-        # A new workdir is not made yet: the config may still turn out to be wrong.
+        # A new workdir is not created yet: the config may still turn out to be invalid.
         probe = cli.nearest_existing(root) / f".writable-{uuid.uuid4().hex}"
         probe.write_text("")
         probe.unlink()
@@ -183,7 +186,7 @@ def check_same_run(root: epath.Path, config: Mapping[str, Any]) -> None:
 
 
 def write_config(workdir: epath.Path, config: Mapping[str, Any]) -> None:
-  """Writes `config.json`, complete or not at all, and the modules beside the config that the run imported."""
+  """Writes `config.json` atomically, and copies the modules beside the config that the run imported."""
   import jax
 
   from maskgen import __version__, plugins
@@ -195,7 +198,7 @@ def write_config(workdir: epath.Path, config: Mapping[str, Any]) -> None:
 
 
 def check(experiment: Any, workdir: epath.Path) -> None:
-  """Tries what can fail early: one batch, the compilation of the step, the prediction functions."""
+  """Fails fast: loads one batch, compiles the step, and traces the prediction functions."""
   from maskgen.training import train
 
   log.info("%s: %s", workdir.name, train.describe(experiment))
@@ -219,7 +222,7 @@ def check(experiment: Any, workdir: epath.Path) -> None:
 
 
 def describe_run(stages: Mapping[epath.Path, Any], elapsed: float) -> dict[str, Any]:
-  """The `run` entry of the top-level `results.json`; `elapsed` is this process's age in seconds."""
+  """Returns the `run` entry of the top-level `results.json`; `elapsed` is this process's age in seconds."""
   import jax
 
   from maskgen import __version__
@@ -230,7 +233,7 @@ def describe_run(stages: Mapping[epath.Path, Any], elapsed: float) -> dict[str, 
     for workdir in stages
   ]
   return {
-    "wall_seconds": max(elapsed, sum(ages)),  # the ages count what earlier processes did
+    "wall_seconds": max(elapsed, sum(ages)),  # the ages include earlier processes
     "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
     "version": __version__,
   }

@@ -1,11 +1,11 @@
-"""Modules that a config names: maskgen's own by short names, anybody else's by the names Python imports.
+"""Modules that a config names: maskgen's own by short names, all others by their import names.
 
 Objectives, evaluators, data sources and preprocessing ops are all found here. A name such as `mage` is a
-module of maskgen; any other, such as `my_package.my_objective`, is a module on Python's path or, failing
-that, in a *code folder*. Code folders are the folders of the config files that this process has loaded, so
-that a module may lie beside its config, and `code/` in models that were loaded with `trust_code`. A run
-copies what it has imported from code folders to `code/` in its workdir; modules on Python's path belong to
-the environment and are not copied.
+module of maskgen; any other, such as `my_package.my_objective`, is a module on Python's path or else in a
+*code folder*. Code folders are the folders of the config files that this process has loaded, so that a module
+can be next to its config, and `code/` in models that were loaded with `trust_code`. A run copies the modules
+that it has imported from code folders to `code/` in its workdir; modules on Python's path belong to the
+environment and are not copied.
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ CODE = "code"
 
 
 class UnknownModuleError(UserError):
-  """A name that is neither one of maskgen's nor a module that can be imported.
+  """A name that is neither a module of maskgen nor an importable one.
 
   Attributes:
     name: the name.
@@ -39,11 +39,11 @@ class UnknownModuleError(UserError):
 
 
 class _CodeFolders:
-  """The last finder on `sys.meta_path`: looks for top-level modules in code folders, the newest first.
+  """The last finder on `sys.meta_path`: finds top-level modules in code folders, the newest first.
 
   Attributes:
     folders: the code folders.
-    found: for each module that was found, its folder.
+    found: the folder of each module that was found.
   """
 
   def __init__(self):
@@ -68,7 +68,7 @@ def add_code_folder(folder: os.PathLike | str) -> None:
   """Makes the modules in a local folder importable, after those on Python's path.
 
   Raises:
-    UserError: if it holds another version of a module that this process has imported from a code folder.
+    UserError: if it contains another version of a module that this process imported from a code folder.
   """
   root = pathlib.Path(folder).resolve()
   for name, file in _imported_files().items():
@@ -84,7 +84,7 @@ def add_code_folder(folder: os.PathLike | str) -> None:
 
 
 def trust(model: epath.PathLike) -> None:
-  """Makes the code that lies in a model's folder importable, if there is any."""
+  """Makes the code in a model's folder importable, if there is any."""
   code = epath.Path(model) / CODE
   if not code.exists():
     return
@@ -96,7 +96,7 @@ def trust(model: epath.PathLike) -> None:
 
 
 def write_code(model: epath.Path) -> None:
-  """Copies what this process has imported from code folders to `code/` in a model's folder."""
+  """Copies the modules that this process imported from code folders to `code/` in a model's folder."""
   _copy({name: epath.Path(file) for name, file in _imported_files().items()}, model / CODE)
 
 
@@ -110,8 +110,8 @@ def find_module(name: str, package: str | None, where: str, attribute: str = "")
 
   Args:
     name: the short name of a module of `package`, or the full name of another module.
-    package: the package of maskgen in which short names are looked up, such as `maskgen.objectives`, if any.
-    where: what the name is, for error messages, such as `config.objective.name`.
+    package: the maskgen package in which short names are looked up, such as `maskgen.objectives`, if any.
+    where: the origin of the name for error messages, such as `config.objective.name`.
     attribute: the dataclass that the module must define, such as `Objective`, if any.
 
   Raises:
@@ -136,7 +136,7 @@ def find_module(name: str, package: str | None, where: str, attribute: str = "")
 
 
 def short_names(package: str, attribute: str = "") -> list[str]:
-  """The modules of one of maskgen's packages, or those that define a dataclass `attribute`."""
+  """Lists the modules of a maskgen package, optionally only those that define a dataclass `attribute`."""
   return [
     name
     for name in _names(package)
@@ -153,20 +153,20 @@ def _defines(module: ModuleType, attribute: str) -> bool:
 
 
 def _import(name: str) -> ModuleType | None:
-  """Imports a module by its full name; None if there is none."""
+  """Imports a module by its full name; returns None if it does not exist."""
   if not all(part.isidentifier() for part in name.split(".")):
     return None
   try:
     return importlib.import_module(name)
   except ModuleNotFoundError as error:
-    # If an import within the module fails, the module is at fault.
+    # Errors of imports within the module are raised.
     if error.name is None or not f"{name}.".startswith(f"{error.name}."):
       raise
     return None
 
 
 def _imported_files() -> dict[str, pathlib.Path]:
-  """The files that were imported from code folders, by their paths in these."""
+  """The files that were imported from code folders, by path relative to the folder."""
   files = {}
   for name, module in tuple(sys.modules.items()):
     folder = _code_folders.found.get(name.partition(".")[0])

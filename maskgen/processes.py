@@ -1,4 +1,4 @@
-"""The processes of a run: how they find each other, and what they must agree on."""
+"""Multi-process runs: connecting the processes, and agreement between them."""
 
 import glob
 import hashlib
@@ -12,23 +12,23 @@ from maskgen.errors import TransientError, UserError
 
 
 def start(coordinator: str | None, process_count: int | None, process_index: int | None) -> None:
-  """Connects this process with the others of its run; before anything else asks JAX for devices.
+  """Connects this process to the others of its run; call this before JAX initialises its devices.
 
-  Without arguments the surroundings are asked: Cloud TPU, GKE, Slurm and Open MPI tell their processes of
-  each other, and JAX understands them. A process that is alone stays so.
+  Without arguments JAX detects Cloud TPU, GKE, Slurm and Open MPI from the environment. A single process
+  needs no connection.
 
   Args:
     coordinator: `host:port` of process 0.
-    process_count: how many processes there are.
-    process_index: which one this is.
+    process_count: the number of processes.
+    process_index: the index of this process.
 
   Raises:
-    UserError: if the arguments are incomplete or wrong.
-    TransientError: if the others cannot be reached.
+    UserError: if the arguments are incomplete or invalid.
+    TransientError: if the other processes cannot be reached.
   """
   given = (coordinator, process_count, process_index)
   if given == (None, None, None):
-    if jax.distributed.is_initialized() or not _has_company():
+    if jax.distributed.is_initialized() or not _is_multi_process():
       return
   elif None in given:
     raise UserError(
@@ -40,17 +40,18 @@ def start(coordinator: str | None, process_count: int | None, process_index: int
     jax.distributed.initialize(*given)
   except ValueError as error:
     raise UserError(
-      f"this process does not know the others ({error}): give --coordinator and its companions"
+      f"this process cannot find the others ({error}): give --coordinator, --process_count and "
+      "--process_index"
     ) from None
   except RuntimeError as error:
     raise TransientError(
       f"the processes of this run did not find each other ({error}): check that all were started, and that "
-      "process 0 can be reached"
+      "process 0 is reachable"
     ) from None
 
 
-def _has_company() -> bool:
-  """Whether the surroundings say that this is one process of several, or a TPU host, which knows itself."""
+def _is_multi_process() -> bool:
+  """Whether this is one of several processes according to the environment, or a TPU host."""
   if {"TPU_WORKER_HOSTNAMES", "TPU_PROCESS_ADDRESSES"} & os.environ.keys():  # GKE
     return True
   if "TPU_SKIP_MDS_QUERY" not in os.environ and (glob.glob("/dev/accel*") or glob.glob("/dev/vfio/[0-9]*")):
@@ -60,20 +61,20 @@ def _has_company() -> bool:
 
 
 def wait(name: str) -> None:
-  """Waits until all processes have come to the place of this name."""
+  """Waits until all processes have reached the barrier with this name."""
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices(f"maskgen: {name}")
 
 
 def any_of(flag: bool) -> bool:
-  """Whether a flag is set in any process; all call this together."""
+  """Whether a flag is set in any process. A collective call."""
   if jax.process_count() == 1:
     return flag
   return bool(multihost_utils.process_allgather(np.asarray(flag)).any())
 
 
 def all_equal(text: str) -> bool:
-  """Whether a text is the same in all processes; all call this together."""
+  """Whether a text is the same in all processes. A collective call."""
   if jax.process_count() == 1:
     return True
   digest = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)

@@ -1,4 +1,4 @@
-"""Trees of arrays by path: names, regular expressions, two-column differences."""
+"""Trees of arrays by path: names, regular expressions, differences."""
 
 import hashlib
 import re
@@ -28,15 +28,15 @@ def flatten(tree: Any) -> dict[str, Any]:
 
 
 def replace(tree: Any, leaves: Mapping[str, Any]) -> Any:
-  """Puts leaves by path name in the place of those of a tree."""
+  """Replaces leaves of a tree, given by path name."""
   return jax.tree_util.tree_map_with_path(lambda path, leaf: leaves.get(path_name(path), leaf), tree)
 
 
 def first_match(tree: Any, rules: Sequence[tuple[str, Any]], default: Any) -> dict[str, Any]:
-  """For each leaf's path name, the value of the first (regex, value) rule whose regex is found in it.
+  """Returns for each leaf's path name the value of the first (regex, value) rule that matches it.
 
   Raises:
-    UserError: for a rule that is the first match of no leaf; such a rule is a typo or is shadowed.
+    UserError: if a rule is the first match of no leaf: it has a typo or is shadowed.
   """
   chosen = {}
   used = set()
@@ -57,7 +57,7 @@ def check_same(found: Any, expected: Any, what: str, remedy: str = "") -> None:
   """Checks that two trees have the same names, shapes and dtypes.
 
   Raises:
-    UserError: with one line per difference: name, what was found, what is expected.
+    UserError: with one line per difference: name, found, expected.
   """
   left = {name: _describe(leaf) for name, leaf in flatten(found).items()}
   right = {name: _describe(leaf) for name, leaf in flatten(expected).items()}
@@ -75,13 +75,13 @@ def check_same(found: Any, expected: Any, what: str, remedy: str = "") -> None:
 
 
 def table(rows: Sequence[tuple[str, str, str]]) -> str:
-  """Rows of three texts as aligned lines."""
+  """Formats rows of three strings as aligned lines."""
   widths = [max(len(row[i]) for row in rows) for i in range(2)]
   return "\n".join(f"  {a:<{widths[0]}}  {b:<{widths[1]}}  {c}" for a, b, c in rows)
 
 
 def fingerprint(tree: Any) -> str:
-  """A hexadecimal digest of a tree's names, dtypes, shapes and values."""
+  """Returns a hexadecimal digest of a tree's names, dtypes, shapes and values."""
   digest = hashlib.sha256()
   for name, leaf in sorted(flatten(tree).items()):
     digest.update(f"{name} {_describe(leaf)}\n".encode())
@@ -90,8 +90,8 @@ def fingerprint(tree: Any) -> str:
 
 
 def checksums(arrays: Mapping[str, jax.Array]) -> dict[str, int]:
-  """A checksum of 32 bits for each array's bits, whatever its sharding; any change of one element shows."""
-  # One after another: devices of a CPU take up programs under way in any order, and then wait for each other.
+  """Returns a 32-bit checksum of each array, for any sharding; it detects any change of a single element."""
+  # Sequentially: CPU devices start concurrent programs in any order, and would then wait for each other.
   return {name: int(_checksum(array)) for name, array in arrays.items()}
 
 
@@ -103,7 +103,7 @@ def _checksum(array: jax.Array) -> jax.Array:
   place = jnp.zeros(array.shape, jnp.uint32)
   for axis, size in enumerate(array.shape):
     place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis)
-  # Odd weights can be inverted modulo 2^32, so that no change of an element is lost.
+  # Odd weights are invertible modulo 2^32, so that every change of an element has an effect.
   weight = (2 * place + 1) * jnp.uint32(0x9E3779B1)
   return ((bits + 1) * weight).sum(dtype=jnp.uint32)
 
@@ -113,5 +113,5 @@ def _describe(leaf: Any) -> str:
 
 
 def count(tree: Any) -> int:
-  """The number of scalars in a tree of arrays or shapes."""
+  """Returns the number of scalars in a tree of arrays or shapes."""
   return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))

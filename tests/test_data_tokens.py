@@ -124,7 +124,7 @@ def test_processes_share_the_shards(cache, trained, tmp_path, capsys):
     if index:
       assert "3 shards" in capsys.readouterr().out
       with pytest.raises(
-        UserError, match=r"incomplete \(it lacks 3 of 5 shards\): run maskgen.tools.tokenize again"
+        UserError, match=r"incomplete \(3 of 5 shards are missing\): run maskgen.tools.tokenize again"
       ):
         sources.open_source(f"tokens:{tmp_path}/out", "train")
   same_files(tmp_path / "out", cache)
@@ -168,7 +168,10 @@ def test_a_cache_of_another_tokenizer_is_refused(cache, trained, tmp_path):
     (dict(eval_source=None), "holds split 'train', not 'test'.*data.eval_source"),
     (dict(preprocess=PLAIN), "decode in preprocessing .* needs 'image', but the data has only label, tokens"),
     (dict(eval_preprocess="decode|resize(8)"), r"images of shape \(16, 16, 3\), but eval_preprocess"),
-    (dict(source="tokens:/nowhere"), "/nowhere is no token cache .* make one with maskgen.tools.tokenize"),
+    (
+      dict(source="tokens:/nowhere"),
+      "/nowhere is not a token cache .* create one with maskgen.tools.tokenize",
+    ),
     (
       dict(source="synthetic"),
       "take_crop in preprocessing 'take_crop' needs 'tokens', but the data has only image",
@@ -199,7 +202,7 @@ def test_a_tokenizer_does_not_learn_from_codes(cache):
     (dict(source="synthetc"), "did you mean 'synthetic'"),
     (dict(split="tain"), "split 'tain' of synthetic is unknown"),
     (dict(process_index=2, process_count=2), "--process_index=2: give a number from 0 to 1"),
-    (dict(crops=5), "holds a cache with crops=3, not 5: give another folder, or delete it"),
+    (dict(crops=5), "has a cache with crops=3, not 5: give another folder, or delete it"),
   ],
 )
 def test_wrong_flags(cache, trained, options, message):

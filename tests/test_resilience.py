@@ -427,7 +427,7 @@ def test_a_disk_that_is_full_at_a_metric_line_is_named_and_the_run_continues(
 
   with (
     monkeypatch.context() as patch,
-    pytest.raises(TransientError, match=r"mage cannot be read or written \(No space left .*: make room"),
+    pytest.raises(TransientError, match=r"mage cannot be read or written \(No space left .*: free space"),
   ):
     patch.setattr(metrics.Writer, "numbers", no_space)
     train.train(experiment, workdir)

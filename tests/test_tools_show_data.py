@@ -293,7 +293,7 @@ def test_nothing_is_written_beside_a_card():
   "arguments, message",
   [
     (["--out=a.jpg"], "--out=a.jpg: give the name of a .png file"),
-    (["--out=/does/not/exist/a.png"], "the folder /does/not/exist does not exist, make it first"),
+    (["--out=/does/not/exist/a.png"], "the folder /does/not/exist does not exist, create it first"),
     (["--stage=magee"], "--stage=magee does not exist; did you mean 'mage'?"),
     (["--count=0"], "--count=0: give at least 1"),
     (["--scan=-1"], "--scan=-1: give at least 0"),

@@ -249,7 +249,7 @@ def test_a_text_to_image_model(tmp_path):
     ("stages", "", "holds several stages"),
     ("tokenizer", "", "none of the parameters of this objective"),
     ("mage", "decodr", r"init_fresh='decodr' is found in no parameter"),
-    ("mage", "(", r"init_fresh is '\(', no regular expression"),
+    ("mage", "(", r"init_fresh is '\(', which is not a regular expression"),
     (None, "decoder", r"init_fresh='decoder' is given without config\.init_from"),
   ],
 )

@@ -1,4 +1,4 @@
-"""Configs: files that return a `ConfigDict`, and the dataclasses that its sections become."""
+"""Configs: files that return a `ConfigDict`, and the dataclasses built from its sections."""
 
 from maskgen.config.build import DTYPES, build_dataclass, check_at_least, check_dtype, check_share, duration
 from maskgen.config.changes import difference

@@ -1,6 +1,6 @@
-"""Dataclasses from config sections, strictly: types, ranges, durations.
+"""Builds dataclasses from config sections with strict checks: keys, types, ranges, durations.
 
-Wrong names never pass silently: each one is a `UserError` that offers the nearest right name.
+An unknown key is a `UserError` that suggests the nearest known one.
 """
 
 import dataclasses
@@ -19,17 +19,17 @@ def check_at_least(section: Any, least: float, *names: str) -> None:
   """Checks fields that are numbers, or tuples of numbers.
 
   Raises:
-    UserError: naming the field that is no number or less than `least`.
+    UserError: naming the field that is not a number or is less than `least`.
   """
   for name in names:
     value = getattr(section, name)
     for number in value if isinstance(value, tuple) else (value,):
       if isinstance(number, bool) or not isinstance(number, int | float) or not number >= least:
-        raise UserError(f"{name} is {value!r}: it takes numbers of at least {least}")
+        raise UserError(f"{name} is {value!r}: it must be a number of at least {least}")
 
 
 def check_share(section: Any, *names: str) -> None:
-  """Checks fields that are shares of a whole.
+  """Checks fields that are fractions.
 
   Raises:
     UserError: naming the field that is less than 0 or not less than 1.
@@ -37,32 +37,32 @@ def check_share(section: Any, *names: str) -> None:
   for name in names:
     value = getattr(section, name)
     if not 0.0 <= value < 1.0:
-      raise UserError(f"{name} is {value}: it is at least 0 and less than 1")
+      raise UserError(f"{name} is {value}: it must be at least 0 and less than 1")
 
 
 def check_dtype(dtype: str) -> None:
-  """Checks the type of a computation.
+  """Checks the name of a dtype for computations.
 
   Raises:
-    UserError: for another name.
+    UserError: if it is unknown.
   """
   if dtype not in DTYPES:
     raise UserError(f"dtype '{dtype}' does not exist{nearest(dtype, DTYPES)}")
 
 
 def build_dataclass(cls: type, options: Mapping[str, Any], where: str, **given: Any) -> Any:
-  """Constructs dataclass `cls` from a config section, strictly.
+  """Builds dataclass `cls` from a config section, with strict checks.
 
-  Nested sections become nested dataclasses where the field's type is one, and lists become tuples.
+  Nested sections become nested dataclasses if the field's type is a dataclass, and lists become tuples.
 
   Args:
     cls: a dataclass.
-    options: the section; every key must be a field of `cls`, or what a field was once called.
+    options: the section; every key must be a field of `cls` or a field's earlier name.
     where: the section's name for error messages, such as `config.objective`.
     **given: further fields, which the section must not set.
 
   Raises:
-    UserError: on a key that is no field, a missing field, or a value the dataclass refuses.
+    UserError: if a key is unknown, a field is missing, or the dataclass rejects a value.
   """
   fields = {f.name: f for f in dataclasses.fields(cls) if f.init and f.name not in given}
   hints = typing.get_type_hints(cls)
@@ -92,10 +92,10 @@ def build_dataclass(cls: type, options: Mapping[str, Any], where: str, **given: 
 
 
 def duration(section: Any, name: str, batch_size: int, num_examples: int, default: int | None = None) -> int:
-  """Converts the field `{name}_steps` or `{name}_epochs` of a dataclass to whole steps.
+  """Converts the field `{name}_steps` or `{name}_epochs` of a dataclass to a number of steps.
 
   Raises:
-    UserError: if both are given, or neither and there is no default.
+    UserError: if both are given, or neither is and there is no default.
   """
   steps, epochs = getattr(section, f"{name}_steps"), getattr(section, f"{name}_epochs")
   if steps is not None and epochs is not None:
@@ -109,7 +109,7 @@ def duration(section: Any, name: str, batch_size: int, num_examples: int, defaul
 
 
 def _fits(value: Any, annotation: Any) -> bool:
-  """Whether a value has the type of a scalar or tuple field; other fields check themselves."""
+  """Whether a value has the type of a scalar or tuple field; other types are not checked here."""
   if typing.get_origin(annotation) is tuple:
     return isinstance(value, list | tuple)
   kinds = _kinds(annotation)
@@ -119,7 +119,7 @@ def _fits(value: Any, annotation: Any) -> bool:
 
 
 def _kinds(annotation: Any) -> tuple[Any, ...]:
-  """The members of a union such as `int | None`, or the annotation alone."""
+  """The members of a union such as `int | None`, or the annotation itself."""
   return typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
 
 

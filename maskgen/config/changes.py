@@ -1,4 +1,4 @@
-"""What differs between two configs, and whether it matters to a run that continues."""
+"""Differences between two configs that matter when a run resumes."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -12,19 +12,19 @@ from maskgen.config.schema import RunConfig
 def difference(
   old: Mapping[str, Any], new: Mapping[str, Any], find_type: fields.FindType = lambda path, section: None
 ) -> list[str]:
-  """Lists `key: old -> new` for what differs between two `to_dict` results and changes a run's numbers.
+  """Lists as `key: old -> new` the differences between two `to_dict` results that change a run's numbers.
 
-  Operational fields do not count, an absent key has its default, and a key that was renamed is compared
-  under its new name. A dataclass that has a static method `comparable` says by it in one way what sections
-  say in several.
+  Operational fields are ignored, absent keys have their defaults, and a renamed key is compared under its new
+  name. A dataclass with a static method `comparable` uses it to normalize sections that can be written in
+  several ways.
 
   Args:
-    old: a config of one model, or of several stages.
-    new: another one.
-    find_type: tells the dataclass of sections such as `("objective",)` or `("optimizer", "main")`.
+    old: a config of one model or of several stages.
+    new: the config to compare with.
+    find_type: returns the dataclass of sections such as `("objective",)` or `("optimizer", "main")`.
 
   Raises:
-    UserError: if a config gives a key under its old and its new name.
+    UserError: if a config has a key under both its old and its new name.
   """
   old_flat, new_flat = _flatten(old, find_type), _flatten(new, find_type)
   return [
@@ -35,7 +35,7 @@ def difference(
 
 
 def _flatten(config: Mapping[str, Any], find_type: fields.FindType) -> dict[str, Any]:
-  """The keys that matter, by their path joined with dots."""
+  """Returns the values that matter by dotted path."""
   flat: dict[str, Any] = {}
 
   def visit(section: Mapping[str, Any], cls: type | None, prefix: str, path: tuple[str, ...] = ()) -> None:

@@ -1,16 +1,16 @@
-"""What a field of a config section is, said once, where the field is declared.
+"""Marks for fields of config sections, set where a field is declared.
 
 ```
 @dataclasses.dataclass(frozen=True)
 class Network:
-  width: int = fields.renamed(64, was="channels")  # configs that say `channels` are still read
+  width: int = fields.renamed(64, was="channels")  # configs with `channels` still load
   dtype: str = fields.precision("float32")
   remat: str = fields.operational("none", less_memory=("dots", "full"))
 ```
 
-The helpers work in plain dataclasses and in Linen modules. Code that needs to know which keys may change when
-a run resumes, what saves memory, or which options are static under `jax.jit` walks the fields and reads their
-marks: there are no lists of names.
+The helpers work in dataclasses and in Linen modules. Code that needs to know which keys may change when a run
+resumes, which save memory, or which options are static under `jax.jit` walks the fields and reads their marks
+instead of keeping lists of names.
 """
 
 import dataclasses
@@ -38,12 +38,12 @@ def operational(
   was: str = "",
   **options: Any,
 ) -> Any:
-  """A field that says how something is run, not what it computes: it may change when a run is resumed.
+  """A field that sets how something runs, not what it computes: it may change when a run resumes.
 
   Args:
     default: the default.
-    plain: the value that computes what the mathematics says and nothing else; the default if not given.
-    less_memory: values that use less memory than the default, by falling use.
+    plain: the value without extra computation such as rematerialization; by default the default.
+    less_memory: values that use less memory than the default, in decreasing order of use.
     was: see `renamed`.
     **options: of `dataclasses.field`.
   """
@@ -52,7 +52,7 @@ def operational(
 
 
 def precision(default: Any = dataclasses.MISSING, *, was: str = "", **options: Any) -> Any:
-  """A field that says in which type something is computed: a pretrained model may have had another one."""
+  """A field that sets a dtype of computation, which may differ from that of a pretrained model."""
   return _field(default, options, precision=True, was=was)
 
 
@@ -69,20 +69,20 @@ def section(
   kind: str = "",
   **options: Any,
 ) -> Any:
-  """A field that holds a config section as it is.
+  """A field that holds an unparsed config section.
 
   Args:
-    find: tells the section's dataclass, or raises `UserError`; None if the section has no dataclass.
+    find: returns the section's dataclass, or raises `UserError`; None if the section has no dataclass.
     was: see `renamed`.
-    took: keys that once stood beside the section; sections may still have them there, which logs one warning.
-    kind: the `name` of a section that has only those, if it has names.
+    took: keys that were once next to the section; they are still accepted there, with one warning.
+    kind: the `name` of a section that consists only of these, if it has names.
     **options: of `dataclasses.field`.
   """
   return _field(dataclasses.MISSING, options, find=find, was=was, took=took, kind=kind)
 
 
 def renamed(default: Any = dataclasses.MISSING, *, was: str, **options: Any) -> Any:
-  """A field that had another name: sections may still use it, which logs one warning."""
+  """A field that was renamed: sections may still use the old name, which logs one warning."""
   return _field(default, options, was=was)
 
 
@@ -91,21 +91,21 @@ def _field(default: Any, options: Mapping[str, Any], **marks: Any) -> Any:
 
 
 def of(cls: type) -> dict[str, dataclasses.Field[Any]]:
-  """The fields of a dataclass that a config section may set, by name."""
+  """Returns by name the fields of a dataclass that a config section may set."""
   found = {field.name: field for field in dataclasses.fields(cls) if field.init}
   return {name: field for name, field in found.items() if not (name in _LINEN and found.keys() >= _LINEN)}
 
 
 def current_names(cls: type, options: Mapping[str, Any], where: str = "") -> dict[str, Any]:
-  """Returns a section whose renamed keys have their new names.
+  """Returns a copy of a section in which renamed keys have their new names.
 
   Args:
     cls: the section's dataclass.
-    options: the section; keys that are no fields stay.
+    options: the section; unknown keys are kept.
     where: the section's name; if given, each old name logs a warning, once per process.
 
   Raises:
-    UserError: if a field is given under both names.
+    UserError: if a field is set under both names.
   """
   old = {field.metadata["was"]: name for name, field in of(cls).items() if field.metadata.get("was")}
   for key in options.keys() & old.keys():
@@ -133,7 +133,7 @@ def _warn(cls: type, old: str, new: str, where: str) -> None:
 
 
 def other_name(cls: type, name: str, where: str) -> str | None:
-  """The new name of a key that is given under its old one, or the reverse; None if it has only one name."""
+  """Returns the new name of a key given by its old one, or the reverse; None if it was not renamed."""
   for field in of(cls).values():
     was = field.metadata.get("was")
     if was and name == field.name:
@@ -158,11 +158,11 @@ def other_place(cls: type, section: Mapping[str, Any], path: Sequence[str]) -> l
 
 
 def section_type(cls: type, field: dataclasses.Field[Any], value: Any) -> type | None:
-  """The dataclass of a field that holds a section; None if it holds a value, or names no known class."""
+  """Returns the dataclass of a field that holds a section; None for values and unknown classes."""
   if field.metadata.get("find"):
     try:
       found: type = field.metadata["find"](value)
-    except UserError:  # which building the section raises again
+    except UserError:  # raised again when the section is built
       return None
     return found
   hint = typing.get_type_hints(cls)[field.name]
@@ -172,15 +172,15 @@ def section_type(cls: type, field: dataclasses.Field[Any], value: Any) -> type |
 def walk(
   cls: type, options: Any, path: tuple[str, ...] = ()
 ) -> Iterator[tuple[tuple[str, ...], dataclasses.Field[Any], Any]]:
-  """Yields path, field and value of each field at any depth, also of those that the section leaves out.
+  """Yields path, field and value of each field at any depth, including fields that the section omits.
 
   Args:
     cls: the section's dataclass.
-    options: the section, or what was built from it.
-    path: of the section.
+    options: the section, or the object built from it.
+    path: the path of the section.
 
   Raises:
-    UserError: if a key is given under its old and its new name.
+    UserError: if a key is set under both its old and its new name.
   """
   given = current_names(cls, options) if isinstance(options, Mapping) else vars(options)
   for name, field in of(cls).items():
@@ -195,7 +195,7 @@ def walk(
 
 
 def replace(options: Mapping[str, Any], changes: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
-  """Returns a copy of a section with other values at some paths, as `walk` yields them."""
+  """Returns a copy of a section with changed values, given by path as `walk` yields them."""
   changed = dict(options)
   for (name, *rest), value in changes.items():
     changed[name] = replace(changed.get(name, {}), {tuple(rest): value}) if rest else value

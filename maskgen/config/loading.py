@@ -1,7 +1,7 @@
-"""Config files: loading `FILE[:key=value,...]`, and overriding keys from the command line.
+"""Loads config files `FILE[:key=value,...]`, with overrides from the command line.
 
-A config is a Python file with `get_config(arg)` that returns an `ml_collections.ConfigDict`. It may import
-and name modules that lie beside it, see `maskgen.plugins`.
+A config is a Python file whose function `get_config(arg)` returns an `ml_collections.ConfigDict`. It may
+import and name modules next to it, see `maskgen.plugins`.
 """
 
 import ast
@@ -20,9 +20,9 @@ from maskgen.config import fields
 from maskgen.config.schema import RunConfig
 from maskgen.errors import UserError, nearest
 
-# Sections of a config whose keys belong to what the config names, not to `RunConfig`.
+# Sections whose keys are defined by the classes that they name, not by `RunConfig`.
 OPEN = ("objective", "data", "optimizer", "evals")
-# An evaluation of a run, or of one of its stages.
+# The type of an evaluation of a run or of one of its stages.
 _EVALUATION_TYPE = re.compile(r"(?:(\w+)\.)?evals\.(\w+)\.type")
 
 _CONFIG_FOLDERS = (
@@ -32,11 +32,11 @@ _CONFIG_FOLDERS = (
 
 
 def parse_arg(arg: str | None, **defaults: Any) -> SimpleNamespace:
-  """Parses the part of `--config=FILE:tiny,batch_size=64` after the colon.
+  """Parses a config's arguments: the part of `--config=FILE:tiny,batch_size=64` after the colon.
 
   Args:
     arg: comma-separated `key=value` items; a bare `key` means `key=True`.
-    **defaults: every key the config takes, with its default, whose type the value must have.
+    **defaults: the keys that the config accepts with their defaults, whose types values must have.
 
   Raises:
     UserError: for a key that is not among the defaults, or a value of another type.
@@ -51,7 +51,7 @@ def parse_arg(arg: str | None, **defaults: Any) -> SimpleNamespace:
 
 
 def choose(name: str, value: str, choices: Mapping[str, Any]) -> Any:
-  """Returns what a config's argument `name` stands for.
+  """Looks up the value of a config's argument `name` among named choices.
 
   Raises:
     UserError: if `value` is not among the choices.
@@ -62,7 +62,7 @@ def choose(name: str, value: str, choices: Mapping[str, Any]) -> Any:
 
 
 def _parse(name: str, text: str, like: Any) -> Any:
-  """Reads `text` as a value of the type of `like`."""
+  """Parses `text` as a value with the type of `like`."""
   if isinstance(like, str):
     return text
   try:
@@ -79,7 +79,7 @@ def _parse(name: str, text: str, like: Any) -> Any:
 
 
 def find_file(path: str) -> pathlib.Path:
-  """Finds a config file: as given, or among the configs that maskgen ships."""
+  """Finds a config file by path, or by name among the configs that maskgen ships."""
   given = pathlib.Path(path)
   candidates = [given, *(folder / given.name for folder in _CONFIG_FOLDERS)]
   if given.parent not in (pathlib.Path("."), pathlib.Path("configs")):
@@ -98,8 +98,8 @@ def load(
 
   Args:
     path_and_args: the file, and its arguments after a colon.
-    overrides: values by key; with `find_type` a key that was renamed may have either name.
-    find_type: tells the dataclass of sections that `RunConfig` leaves open.
+    overrides: values by key; with `find_type`, renamed keys may have either name.
+    find_type: returns the dataclass of sections that `RunConfig` leaves open.
 
   Raises:
     UserError: if the file does not exist or has no `get_config`, or a key or value is wrong.
@@ -118,7 +118,7 @@ def load(
   if not hasattr(module, "get_config"):
     raise UserError(f"config file {path} has no function get_config(arg)")
   config = _copy(module.get_config(arg or None))
-  plugins.add_code_folder(file.parent)  # in front of those of configs that it builds on
+  plugins.add_code_folder(file.parent)  # before those of configs that it builds on
   for run in (
     [config[stage] for stage in config.stages if stage in config] if "stages" in config else [config]
   ):
@@ -132,13 +132,13 @@ def load(
 
 
 def load_beside(file: str, name: str, arg: str | None = None, **arguments: Any) -> ml_collections.ConfigDict:
-  """Loads the config that another config builds on, and leaves it unlocked.
+  """Loads a config for another one to build on; returns it unlocked.
 
   Args:
     file: `__file__` of the config that builds on it.
-    name: the file to load: from the same folder, or else as maskgen ships it.
-    arg: arguments that the user gave, as `get_config` has them; they come last and so decide.
-    **arguments: arguments for it.
+    name: the file to load, from the same folder or else as shipped with maskgen.
+    arg: the user's arguments, as passed to `get_config`; they take precedence.
+    **arguments: arguments for the config.
   """
   beside = pathlib.Path(file).with_name(name)
   given = [*(f"{key}={value}" for key, value in arguments.items()), *([arg] if arg else [])]
@@ -146,7 +146,7 @@ def load_beside(file: str, name: str, arg: str | None = None, **arguments: Any) 
 
 
 def _copy(section: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-  """Copies a config such that a section that two stages share becomes one of each."""
+  """Copies a config, so that each stage has its own copy of a shared section."""
   return ml_collections.ConfigDict(
     {
       key: _copy(value) if isinstance(value, ml_collections.ConfigDict) else value
@@ -156,7 +156,7 @@ def _copy(section: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
 
 
 def _fill_in(section: ml_collections.ConfigDict, cls: type) -> None:
-  """Adds the defaults of a dataclass, so that every key can be seen and overridden."""
+  """Adds the defaults of a dataclass, so that every key is visible and can be overridden."""
   for field in dataclasses.fields(cls):
     if field.metadata.get("was", "") in section:
       continue
@@ -169,7 +169,7 @@ def _fill_in(section: ml_collections.ConfigDict, cls: type) -> None:
 
 
 def _add_evaluations(config: ml_collections.ConfigDict, overrides: Mapping[str, str]) -> None:
-  """Adds a section for each evaluation whose type is set though the config does not have it."""
+  """Adds a section for each evaluation whose type is overridden although the config lacks it."""
   for key in overrides:
     if match := _EVALUATION_TYPE.fullmatch(key):
       stage, name = match.groups()
@@ -186,7 +186,7 @@ def _override(
   *parents, leaf = _current_path(config, key.split("."), find_type) if find_type else key.split(".")
   for i, part in enumerate((*parents, leaf)):
     is_section = isinstance(node, ml_collections.ConfigDict)
-    # Whether what a config leaves out exists is known when the section is used; some sections nest.
+    # Keys that a config omits are checked when the section is used; some sections nest.
     addable = OPEN if i == len(parents) else ("objective", "evals")
     if is_section and part not in node and set(parents[: min(i, 2)]) & set(addable):
       with config.unlocked():
@@ -212,7 +212,7 @@ def _has(section: Any, path: Sequence[str]) -> bool:
 
 
 def _current_path(run: ml_collections.ConfigDict, path: list[str], find_type: fields.FindType) -> list[str]:
-  """Returns the path of a key with each renamed or moved part as the config has it."""
+  """Returns the path of a key, with renamed or moved parts as in the config."""
   if _has(run, path):  # finding classes takes seconds of imports
     return path
   if path[0] in run.get("stages", ()) and path[0] in run and path[1:]:
@@ -236,7 +236,7 @@ def _current_path(run: ml_collections.ConfigDict, path: list[str], find_type: fi
 
 
 def to_dict(config: ml_collections.ConfigDict) -> dict[str, Any]:
-  """Converts a config to plain JSON-able dictionaries and lists."""
+  """Converts a config to plain, JSON-serializable dictionaries and lists."""
   return {key: plain(value) for key, value in config.items()}
 
 

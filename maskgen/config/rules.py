@@ -1,7 +1,7 @@
-"""The sharding rules that configs share."""
+"""Sharding rules shared by configs."""
 
-# Where the parameters of a transformer live on a mesh: (regex over paths, the mesh axis of each dimension).
-# An axis of size 1 does nothing; what no rule of a config names is split over fsdp where it is large.
+# The sharding of a transformer's parameters: (regex over paths, the mesh axis of each dimension). Axes of
+# size 1 have no effect; large parameters that no rule matches are split over fsdp.
 TRANSFORMER_RULES = (
   ("/(query|key|value|up)/kernel$", ("fsdp", "tensor")),
   ("/(query|key|value|up)/bias$", ("tensor",)),

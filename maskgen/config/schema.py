@@ -1,4 +1,4 @@
-"""The schema of a run: every key that a config of one model may have, with its meaning."""
+"""The schema of configs: every key of a config that trains one model, with its meaning."""
 
 import dataclasses
 import re
@@ -12,12 +12,12 @@ from maskgen.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Mesh:
-  """The shape of the device mesh; one axis may be -1, for all devices that are left.
+  """The shape of the device mesh; one axis may be -1, for all remaining devices.
 
   Attributes:
     data: data parallelism; parameters are replicated along it.
     fsdp: data parallelism with parameters and optimizer state sharded along it.
-    tensor: tensor parallelism, by rules in `sharding`.
+    tensor: tensor parallelism, according to the rules in `sharding`.
   """
 
   data: int = -1
@@ -27,12 +27,12 @@ class Mesh:
 
 @dataclasses.dataclass(frozen=True)
 class Checkpointing:
-  """When to save, and what to keep.
+  """When to save checkpoints, and how many to keep.
 
   Attributes:
-    save_steps: save every so many steps.
-    save_minutes: save also when so many minutes have passed since the last save.
-    keep: how many of the newest checkpoints to keep.
+    save_steps: the number of steps between saves.
+    save_minutes: the number of minutes after which to save in between.
+    keep: the number of newest checkpoints to keep.
   """
 
   save_steps: int = 1000
@@ -46,11 +46,11 @@ class Checkpointing:
 
 @dataclasses.dataclass(frozen=True)
 class Profile:
-  """A window of steps to record with the JAX profiler, into the workdir for TensorBoard.
+  """A window of steps to record with the JAX profiler, written to the workdir for TensorBoard.
 
   Attributes:
     start_step: the first step of the window.
-    steps: how many steps; 0 records nothing.
+    steps: the number of steps; 0 disables profiling.
   """
 
   start_step: int = 10
@@ -62,31 +62,31 @@ class Profile:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunConfig:
-  """Every key of a config that trains one model; sections without a type of their own are strict, too.
+  """The keys of a config that trains one model.
 
   Attributes:
-    objective: what is trained: `name` is a module of `maskgen.objectives`, the rest are its fields.
+    objective: the objective: `name` is a module of `maskgen.objectives`, the other keys are its fields.
     data: the fields of `maskgen.data.pipeline.Data`.
-    optimizer: for each parameter group the fields of `maskgen.training.optim.Optimizer`.
+    optimizer: for each parameter group, the fields of `maskgen.training.optim.Optimizer`.
     batch_size: examples per step, over all devices and accumulated micro-batches.
-    total_steps, total_epochs: the length of the run; give one.
-    seed: of initialisation, data order, masks and dropout.
+    total_steps, total_epochs: the length of the run; set one of them.
+    seed: the seed of initialisation, data order, masks and dropout.
     accumulation: number of micro-batches whose gradients are averaged for one update.
-    ema: for a parameter group the decay of its exponential moving average, used for all predictions.
-    pretrained: paths of trained models that the objective asks for by name. A section of the objective under
-      the same name with name="pretrained" is filled in from that model's own config.
-    resume: a workdir whose checkpoint this run starts from, optimizer state included.
-    init_from: a workdir, an export or converted weights whose parameters alone this run starts from, see
-      `maskgen.training.warm_start`; not needed any more once the run has saved.
-    init_fresh: what `init_from` leaves fresh: a regular expression, searched in the names of parameters, such
-      as `main/head/logits/kernel`.
+    ema: by parameter group, the decay of an exponential moving average, used by predictions.
+    pretrained: paths of the trained models that the objective needs, by name. A section of the objective with
+      the same name that has name="pretrained" is filled in from that model's config.
+    resume: a workdir whose checkpoint this run starts from, including optimizer state.
+    init_from: a workdir, an export or converted weights that provide only the initial parameters, see
+      `maskgen.training.warm_start`; not needed after the run's first save.
+    init_fresh: the parameters that `init_from` does not set: a regular expression, searched in their names,
+      such as `main/head/logits/kernel`.
     evals: for each evaluation its `type`, a module of `maskgen.evaluators`, `every_steps` and the type's
       fields.
     mesh: the device mesh.
     sharding: ordered (regex, axes) rules over parameter paths, see `maskgen.sharding`.
     log_every_steps: how often averaged training metrics are written.
-    checkpoint: when to save.
-    profile: a window of steps to profile.
+    checkpoint: when to save checkpoints.
+    profile: the window of steps to profile.
   """
 
   objective: Mapping[str, Any]
@@ -117,8 +117,10 @@ class RunConfig:
         check_at_least(self, 1, length)
     for group, decay in self.ema.items():
       if not 0.0 <= decay < 1.0:
-        raise UserError(f"ema.{group} is {decay}: a decay is at least 0 and less than 1")
+        raise UserError(f"ema.{group} is {decay}: it must be at least 0 and less than 1")
     try:
       re.compile(self.init_fresh)
     except re.error as error:
-      raise UserError(f"init_fresh is '{self.init_fresh}', no regular expression: {error}") from None
+      raise UserError(
+        f"init_fresh is '{self.init_fresh}', which is not a regular expression: {error}"
+      ) from None

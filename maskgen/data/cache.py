@@ -1,7 +1,7 @@
-"""Token caches: codes of several crops of every record of a data set, on disk.
+"""Token caches on disk: codes of several crops of each record of a data set.
 
 A cache is a folder with `manifest.json` and, for each shard of records, `labels_NNNNN.npy` (int32 [records],
-where there are labels), `manifest_NNNNN.json` (their checksums) and `codes_NNNNN.npy`
+if there are labels), `manifest_NNNNN.json` (their checksums) and `codes_NNNNN.npy`
 ([records, crops, tokens], in the smallest unsigned type), which is written last.
 """
 
@@ -18,7 +18,7 @@ from etils import epath
 from maskgen import files
 from maskgen.errors import UserError
 
-_ANEW = "make the cache anew"
+_REGENERATE = "regenerate the cache"
 _THREADS = 16
 
 log = logging.getLogger("maskgen")
@@ -26,19 +26,19 @@ log = logging.getLogger("maskgen")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Manifest:
-  """What a cache holds, and what it was made of.
+  """The contents of a cache and their origin.
 
   Attributes:
     tokenizer: the fingerprint of the tokenizer's parameters.
     image_shape: (h, w, c) of the crops.
     codebook_size: codes are smaller than this.
-    tokens: codes per crop.
-    crops: crops per record.
-    source, split, fingerprint: the records.
-    preprocess, seed: crop k of a record is what training makes of it when it is drawn for the k-th time.
-    records: how many there are.
+    tokens: the number of codes per crop.
+    crops: the number of crops per record.
+    source, split, fingerprint: identify the records.
+    preprocess, seed: crop k of a record equals what training reads at its k-th draw.
+    records: the number of records.
     class_names: the name of each label, or None.
-    shard_records: records per shard; the last one may have fewer.
+    shard_records: the number of records per shard; the last shard may have fewer.
   """
 
   tokenizer: str
@@ -57,7 +57,7 @@ class Manifest:
 
   @property
   def dtype(self) -> np.dtype:
-    """Of the codes."""
+    """The dtype of the codes."""
     return np.min_scalar_type(self.codebook_size - 1)
 
   @property
@@ -79,10 +79,10 @@ class Cache:
 
   @classmethod
   def create(cls, folder: epath.Path, manifest: Manifest) -> "Cache":
-    """Begins a cache, or continues one that was begun with the same manifest.
+    """Creates a cache, or opens one that was created with the same manifest.
 
     Raises:
-      UserError: if the folder holds something else.
+      UserError: if the folder contains anything else.
     """
     if (folder / files.MANIFEST).exists():
       cache = cls.open(folder)
@@ -90,7 +90,7 @@ class Cache:
         before, now = getattr(cache.manifest, field.name), getattr(manifest, field.name)
         if before != now:
           raise UserError(
-            f"{folder} holds a cache with {field.name}={before}, not {now}: give another folder, or delete it"
+            f"{folder} has a cache with {field.name}={before}, not {now}: give another folder, or delete it"
           )
       return cache
     if folder.exists() and any(file.suffix != ".tmp" for file in folder.iterdir()):
@@ -107,16 +107,16 @@ class Cache:
       UserError: if there is none.
     """
     try:
-      values = files.read_json(folder / files.MANIFEST, _ANEW)
+      values = files.read_json(folder / files.MANIFEST, _REGENERATE)
       names = values["class_names"]
       values |= {"image_shape": tuple(values["image_shape"]), "class_names": names and tuple(names)}
       return cls(folder, Manifest(**values))
     except FileNotFoundError:
       raise UserError(
-        f"{folder} is no token cache (it has no {files.MANIFEST}): make one with maskgen.tools.tokenize"
+        f"{folder} is not a token cache (it has no {files.MANIFEST}): create one with maskgen.tools.tokenize"
       ) from None
     except (KeyError, TypeError) as error:
-      raise files.damaged(folder / files.MANIFEST, error, _ANEW) from None
+      raise files.damaged(folder / files.MANIFEST, error, _REGENERATE) from None
 
   def missing(self) -> list[int]:
     """The shards that are not complete."""
@@ -139,7 +139,7 @@ class Cache:
       files.replace(file, data)
 
   def read(self, kind: str) -> list[np.ndarray]:
-    """The arrays "codes" or "labels" of all shards; those on a local disk are mapped, not read.
+    """Returns the arrays "codes" or "labels" of all shards; files on a local disk are memory-mapped.
 
     Raises:
       UserError: if the cache is incomplete or damaged.
@@ -147,21 +147,21 @@ class Cache:
     missing = self.missing()
     if missing:
       raise UserError(
-        f"the token cache {self.folder} is incomplete (it lacks {len(missing)} of {self.manifest.num_shards} "
-        "shards): run maskgen.tools.tokenize again with the same flags, it continues"
+        f"the token cache {self.folder} is incomplete ({len(missing)} of {self.manifest.num_shards} shards "
+        "are missing): run maskgen.tools.tokenize again with the same flags to continue"
       )
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as executor:
       read = list(executor.map(lambda number: self._read(kind, number), range(self.manifest.num_shards)))
     unchecked = sum(not checked for _, checked in read)
     if kind == "codes" and unchecked:
       log.warning(
-        "%d of the %d shards of the token cache %s have no checksums, as older versions made them",
+        "%d of the %d shards of the token cache %s have no checksums, as an older version wrote them",
         *(unchecked, len(read), self.folder),
       )
     return [array for array, _ in read]
 
   def _read(self, kind: str, number: int) -> tuple[np.ndarray, bool]:
-    """The array of a shard, and whether there was a checksum to compare its file with."""
+    """Reads the array of a shard; also returns whether there was a checksum to verify it."""
     file, records = self._file(kind, number), len(self.manifest.shard(number))
     remedy = (
       f"delete {self._file('codes', number).name} and run maskgen.tools.tokenize again with the same flags"

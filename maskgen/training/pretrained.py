@@ -11,12 +11,12 @@ from maskgen.config import fields
 from maskgen.errors import UserError, of_storage
 from maskgen.training.sections import find_type
 
-# The `name` of a section that is to be what a pretrained model is.
+# The `name` of a section that is filled in from a pretrained model's config.
 PRETRAINED = "pretrained"
 
 
 def complete(config: Mapping[str, Any], root: epath.Path | None = None) -> dict[str, Any]:
-  """Fills in the sections of objectives that are to be what a pretrained model is.
+  """Fills in sections of objectives from the configs of pretrained models.
 
   A section with name="pretrained" stands for the model that `config.pretrained` names under the section's
   key. It becomes that model's own section, with its other keys merged over it at any depth, so that a
