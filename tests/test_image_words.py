@@ -50,7 +50,7 @@ def test_prompts_with_images(model):
   arrays = model.generate(3, prompt="a {} on {} background", images=tokens, num_tokens=np.full(2, 2))
   np.testing.assert_allclose(arrays[0], made[0], atol=1e-5)
   for given, message in (
-    (first, "images is a single one: give a list"),
+    (first, "images is a single image: give a list"),
     ([np.zeros((TOKENS + 1, 8))], f"num_tokens is {TOKENS + 1}: this model has 1 to"),
   ):
     with pytest.raises(UserError, match=message):
@@ -103,7 +103,7 @@ def test_shares_of_a_prompt():
   ):
     with pytest.raises(UserError, match=message):
       model.lay_out("{}" * images, [tokens] * images, wanted)
-  with pytest.raises(UserError, match="num_tokens is 3 for an image of which only 2 are given"):
+  with pytest.raises(UserError, match="num_tokens is 3, but only 2 tokens of the image are given"):
     model.lay_out("{}", [tokens[:2]], 3)
 
 
@@ -204,7 +204,7 @@ def test_textual_inversions(folders, tmp_path, name, widths):
     ({"tokens": np.zeros((1, 0, 8))}, r"holds tokens of shape \[0, 8\]"),
     ({"tokens": np.zeros(8)}, r"holds tokens of shape \[\]"),
     ({"tokens": np.full((1, 1, 8), np.nan)}, "holds tokens that are not finite"),
-    ({"a": np.zeros((1, 8)), "b": np.zeros((1, 8))}, "holds no tokens of images: give a file of"),
+    ({"a": np.zeros((1, 8)), "b": np.zeros((1, 8))}, "holds no tokens of images: give a file written by"),
     ({"word": np.zeros(())}, r"holds tokens of shape"),
     ({"clip_l": np.zeros((1, 8)), "clip_g": np.zeros((1, 8))}, "holds no tokens of images"),
   ],

@@ -1,6 +1,6 @@
-"""What a user calls: `maskgen.load(...)` and the models that it returns, a class per kind.
+"""The user-facing API: `maskgen.load(...)` and the classes of the models that it returns.
 
-An objective names its class by its `serving` attribute.
+An objective names its class in its attribute `serving`.
 """
 
 from maskgen.serving.classifier import Classifier

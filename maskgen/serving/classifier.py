@@ -6,7 +6,7 @@ from maskgen.serving.tokenizer import Tokenizer
 
 
 class Classifier(Tokenizer):
-  """A classifier on the encoder of a masked generative model, and that model's tokenizer.
+  """A classifier on an image encoder; with the tokenizer, if the encoder has one.
 
   model = maskgen.load("runs/finetune")
   probabilities = model.classify(images)  # float32 [b, classes]
@@ -14,5 +14,5 @@ class Classifier(Tokenizer):
   """
 
   def classify(self, images: np.ndarray) -> np.ndarray:
-    """The probability of each class, float32 [b, classes], in the order of the training data's classes."""
+    """Returns class probabilities, float32 [b, classes], in the order of the training data's classes."""
     return self.call("classify", {"image": self.check_images(images)})

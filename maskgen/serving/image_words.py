@@ -1,6 +1,6 @@
-"""Images as words of a frozen text-to-image model (ViLex): "a {} on a red background", and a picture.
+"""Images as words for a frozen text-to-image model (ViLex), as in "a {} on a red background".
 
-Letters: s images of a prompt, n tokens of an image, k of them that are used, d their width, m words, p pieces
+Letters: s images in a prompt, n tokens of an image, k of them that are used, d their width, m words, p pieces
 of a prompt between its images.
 """
 
@@ -17,12 +17,12 @@ from maskgen.serving import requests, token_files
 from maskgen.serving.model import Model
 
 PLACE = "{}"
-# How many tokens: of every image, or of each; None for as many as fit.
+# The number of tokens of every image, or a list with one for each; None for as many as fit.
 Numbers = int | Sequence[int | None] | None
 
 
 class ImageWords(Model):
-  """A visual lexicon: it turns images into vectors that stand among words, and draws what such prompts say.
+  """A ViLex model: encodes images as vectors among words, and generates images from such prompts.
 
   model = maskgen.load("runs/vilex_digits/vilex")
   tokens = model.encode(images)  # float32 [b, n, d]
@@ -32,9 +32,9 @@ class ImageWords(Model):
   objective: Any  # such as `maskgen.objectives.vilex.Objective`
 
   def encode(self, images: np.ndarray, num_tokens: int | None = None) -> np.ndarray:
-    """The first `num_tokens` tokens of images, by default all, float32 [b, k, d].
+    """Returns the first `num_tokens` tokens of images, by default all, float32 [b, k, d].
 
-    They are vectors that can stand among words; the first ones say what matters most.
+    They take the place of word embeddings in prompts; the first ones carry the most important information.
     """
     number = self._check_number(num_tokens)
     return self.call("encode", {"image": self.check_images(images)})[:, :number]
@@ -42,9 +42,9 @@ class ImageWords(Model):
   def reconstruct(
     self, images: np.ndarray, num_tokens: int | None = None, seed: int = 0, **options: Any
   ) -> np.ndarray:
-    """Draws images anew from their first `num_tokens` tokens, by default all, in the dtype they came in.
+    """Reconstructs images from their first `num_tokens` tokens, by default all; keeps their dtype.
 
-    Another seed makes variations. Options are those of `generate`.
+    Different seeds give variations. Options are those of `generate`.
     """
     checked = self.check_images(images)
     number = np.full((len(checked), 1), self._check_number(num_tokens), np.int32)
@@ -61,23 +61,23 @@ class ImageWords(Model):
     negative_prompt: str | None = None,
     **options: Any,
   ) -> np.ndarray:
-    """New images, float32 [batch, h, w, c] in [0, 1]; image i depends on the seed, i and the prompt.
+    """Generates images, float32 [batch, h, w, c] in [0, 1]; image i depends on the seed, i and the prompt.
 
     Args:
-      seed: of the randomness.
-      batch: how many; by default one, or one per row of the images.
-      prompt: one text, with "{}" where an image stands; without any, images stand before the words, or behind
-        them if the model was trained so.
-      images: those of the prompt: each [h, w, c], or its tokens [k, d] from `encode`; or with a leading axis
-        b, one for each image that is made.
-      num_tokens: of all of them, or a list of one for each; by default as many as there are, or as fit.
-      negative_prompt: a text that guidance leads away from.
+      seed: random seed.
+      batch: the number of images; by default 1, or the leading axis of `images`.
+      prompt: one text, with "{}" in place of each image. Without "{}", images come before the words, or after
+        them if the model was trained that way.
+      images: the images of the prompt: each [h, w, c], or its tokens [k, d] from `encode`; or with a leading
+        axis b, one for each generated image.
+      num_tokens: the number of tokens of every image, or a list with one for each; by default all that fit.
+      negative_prompt: a text that guidance steers away from.
       **options: the fields of `maskgen.models.vilex.ImageWordsSampling`; by default as in the config.
     """
     options = self._options(options)
     vectors = [self._vectors(image) for image in self._in_turn(images)]
     if prompt is not None and not isinstance(prompt, str):
-      raise UserError(f"prompt is {prompt!r}: give one text for all images that are made")
+      raise UserError(f"prompt is {prompt!r}: give one text for all generated images")
     rows = max([len(tokens) for tokens in vectors], default=1)
     batch = requests.count(rows if batch is None else batch)
     request = {"key": requests.keys(seed, batch), **self._lay_out(prompt or "", vectors, num_tokens, batch)}
@@ -88,14 +88,14 @@ class ImageWords(Model):
   def interpolate(
     self, first: np.ndarray, second: np.ndarray, count: int = 5, seed: int = 0, **options: Any
   ) -> np.ndarray:
-    """Draws images between two, float32 [count, h, w, c], all from the same noise.
+    """Interpolates between two images, float32 [count, h, w, c], all from the same noise.
 
     Args:
       first: an image [h, w, c], or its tokens [k, d].
-      second: likewise; of two numbers of tokens the smaller one counts.
-      count: how many, with the two ends.
+      second: likewise; the smaller number of tokens is used for both.
+      count: the number of images, including both ends.
       seed: of the noise.
-      **options: as for `generate`, `prompt` and `negative_prompt` among them.
+      **options: as for `generate`, including `prompt` and `negative_prompt`.
     """
     start, end = (self._vectors(image)[0] for image in (first, second))
     made = [self.generate(seed, 1, images=[tokens], **options) for tokens in between(start, end, count)]
@@ -104,20 +104,21 @@ class ImageWords(Model):
   def lay_out(
     self, prompt: str, images: Sequence[np.ndarray], num_tokens: Numbers = None
   ) -> dict[str, np.ndarray]:
-    """What the prediction function `generate` takes for one image that is made of a prompt.
+    """Assembles the inputs of the prediction function `generate` for one prompt.
 
     Args:
       prompt: as for `generate`.
-      images: their tokens, float [k, d] with k up to n.
-      num_tokens: of every image, or of each; by default, and for None, as many as there are, or an equal
-        share of what fits beside the words and the other images.
+      images: the tokens of its images, float [k, d] with k <= n.
+      num_tokens: the number of tokens of every image, or a list with one for each; None means all that are
+        given, or an equal share of what fits next to the words and the other images.
 
     Returns:
-      For images `vectors` [s, n, d] and `number` int32 [s], for words `words` int32 [p, m] and `num_words`
-      int32 [p]; p is s + 1.
+      For images, `vectors` [s, n, d] and `number` int32 [s]; for words, `words` int32 [p, m] and `num_words`
+      int32 [p], where p is s + 1.
 
     Raises:
-      UserError: if places and images do not go together, a word is unknown, or the prompt is too long.
+      UserError: if the numbers of "{}" and of images differ, a word is out-of-vocabulary, or the prompt is
+        too long.
     """
     pieces = prompt.split(PLACE)
     if len(pieces) == 1:
@@ -146,36 +147,36 @@ class ImageWords(Model):
     return laid
 
   def write_tokens(self, path: epath.PathLike, tokens: np.ndarray) -> None:
-    """Writes tokens of images, float [b, k, d], see `token_files.write_tokens`."""
+    """Writes tokens of images, float [b, k, d]; see `token_files.write_tokens`."""
     token_files.write_tokens(path, tokens)
 
   def write_embedding(self, path: epath.PathLike, tokens: np.ndarray) -> None:
-    """Writes an image's tokens, float [k, d], as a textual inversion, see `token_files.write_embedding`."""
+    """Writes an image's tokens, float [k, d], as a textual inversion; see `token_files.write_embedding`."""
     token_files.write_embedding(path, tokens, self.objective.text_to_image.model.text_widths)
 
   def read_tokens(self, path: epath.PathLike) -> np.ndarray:
-    """Reads a file of tokens or a textual inversion, float32 [b, k, d], see `token_files.read_tokens`."""
+    """Reads a token file or a textual inversion, float32 [b, k, d]; see `token_files.read_tokens`."""
     return token_files.read_tokens(
       path, self.objective.text_to_image.model.text_widths, self.objective.tokens
     )
 
   def _check_number(self, num_tokens: int | None) -> int:
-    """How many tokens of an image are wanted, by default all."""
+    """Returns the number of tokens of an image, by default all; checks that the model has as many."""
     most = self.objective.tokens
     if num_tokens is None:
       return most
     if not isinstance(num_tokens, int | np.integer) or not 1 <= num_tokens <= most:
-      raise UserError(f"num_tokens is {num_tokens!r}: this model has 1 to {most} for an image")
+      raise UserError(f"num_tokens is {num_tokens!r}: this model has 1 to {most} per image")
     return int(num_tokens)
 
   def _in_turn(self, images: Iterable[np.ndarray] | None) -> Iterable[np.ndarray]:
-    """The images of a prompt one by one; the rows of a single image would be taken for images."""
+    """Returns the images of a prompt; rejects a single image, whose rows would be mistaken for images."""
     if isinstance(images, Image.Image) or getattr(images, "shape", None) == self.objective.image_shape:
-      raise UserError("images is a single one: give a list, images=[image]")
+      raise UserError("images is a single image: give a list, images=[image]")
     return () if images is None else images
 
   def _vectors(self, image: np.ndarray) -> np.ndarray:
-    """The tokens [b, k, d] of an image of a prompt, see `generate`; b is 1 for an image without that axis."""
+    """The tokens [b, k, d] of an image of a prompt, see `generate`; b is 1 without a leading axis."""
     given = images_lib.as_array(image)
     is_tokens = given.ndim > 1 and given.shape[-1] == sum(self.objective.text_to_image.model.text_widths)
     if is_tokens and given.ndim < 4:
@@ -186,12 +187,12 @@ class ImageWords(Model):
   def _lay_out(
     self, prompt: str, images: Sequence[np.ndarray], num_tokens: Numbers, batch: int
   ) -> dict[str, np.ndarray]:
-    """`lay_out` for a batch; row i holds row i of images [b, k, d], and images [1, k, d] are in all rows."""
+    """`lay_out` for a batch: row i uses row i of images [b, k, d]; images [1, k, d] are used in all rows."""
     for tokens in images:
       if len(tokens) not in (1, batch):
         raise UserError(
-          f"an image of the prompt has {len(tokens)} rows, {batch} images are to be made: give one, or one "
-          "each"
+          f"an image of the prompt has {len(tokens)} rows for a batch of {batch}: give one image, or one per "
+          "generated image"
         )
     rows = [
       self.lay_out(prompt, [tokens[i % len(tokens)] for tokens in images], num_tokens) for i in range(batch)
@@ -201,17 +202,17 @@ class ImageWords(Model):
   def _share_tokens(
     self, prompt: str, images: Sequence[np.ndarray], num_tokens: Numbers, limit: int
   ) -> list[int]:
-    """How many tokens of each image stand in a prompt that holds `limit` of them; words are never cut."""
+    """The number of tokens of each image in a prompt with space for `limit` of them; words are never cut."""
     if num_tokens is None or isinstance(num_tokens, int | np.integer):
       wanted: list[int | None] = [num_tokens] * len(images)
     else:
       wanted = list(num_tokens)
     if len(wanted) != len(images):
       raise UserError(
-        f"num_tokens has {len(wanted)} numbers for {len(images)} images: give one for each, or a single one"
+        f"num_tokens has {len(wanted)} numbers for {len(images)} images: give one for each, or one for all"
       )
     if limit < len(images):
-      what = f"leaves no room for {len(images)} images" if images else f"has {-limit} tokens too many"
+      what = f"leaves no room for {len(images)} images" if images else f"is {-limit} tokens too long"
       raise UserError(f"the prompt '{prompt}' {what}: shorten it")
     left, sharing = limit, 0
     for number, tokens in zip(wanted, images, strict=True):
@@ -219,14 +220,14 @@ class ImageWords(Model):
         sharing += 1
       elif self._check_number(number) > len(tokens):
         raise UserError(
-          f"num_tokens is {number} for an image of which only {len(tokens)} are given: give fewer"
+          f"num_tokens is {number}, but only {len(tokens)} tokens of the image are given: give a lower number"
         )
       else:
         left -= number
     if left < sharing:
       raise UserError(
-        f"num_tokens asks for {limit - left} tokens, and {sharing} images share the rest: beside the words "
-        f"of '{prompt}' at most {limit} fit"
+        f"num_tokens asks for {limit - left} tokens, and {sharing} images share the rest: next to the words "
+        f"of '{prompt}', at most {limit} fit"
       )
     share = left // max(sharing, 1)
     return [
@@ -236,15 +237,15 @@ class ImageWords(Model):
 
 
 def between(first: np.ndarray, second: np.ndarray, count: int) -> np.ndarray:
-  """Tokens on the arcs from one image to another, both ends included, float32 [count, k, d].
+  """Interpolates tokens spherically between two images, float32 [count, k, d], including both ends.
 
   Args:
     first: float [k, d].
-    second: likewise; the smaller k counts.
-    count: how many.
+    second: likewise; the smaller k is used for both.
+    count: the number of steps, at least 1.
 
   Raises:
-    UserError: for less than one.
+    UserError: if `count` is less than 1.
   """
   count = requests.whole("count", count, least=1)
   first, second = first[: len(second)], second[: len(first)]
@@ -252,7 +253,7 @@ def between(first: np.ndarray, second: np.ndarray, count: int) -> np.ndarray:
 
 
 def _on_arc(first: np.ndarray, second: np.ndarray, share: float) -> np.ndarray:
-  """Each vector of [k, d] turned towards the other one by a share of the angle between them."""
+  """Rotates each vector of [k, d] towards its counterpart by a share of the angle between them."""
 
   def norm(x: np.ndarray) -> np.ndarray:
     return np.linalg.norm(x, axis=-1, keepdims=True)
@@ -260,7 +261,7 @@ def _on_arc(first: np.ndarray, second: np.ndarray, share: float) -> np.ndarray:
   cosine = (first * second).sum(-1, keepdims=True) / np.maximum(norm(first) * norm(second), 1e-12)
   angle = np.arccos(np.clip(cosine, -1.0, 1.0))
   sine = np.sin(angle)
-  # Where the two point the same way the arc is a line.
+  # The arc between parallel vectors is a line.
   flat = sine < 1e-4
   safe = np.where(flat, 1.0, sine)
   of_first = np.where(flat, 1.0 - share, np.sin((1.0 - share) * angle) / safe)

@@ -1,4 +1,4 @@
-"""`maskgen.lexicon` of version 0.1: files of tokens, which `ImageWords` now reads and writes itself."""
+"""`maskgen.lexicon` of version 0.1, kept for compatibility: `ImageWords` reads and writes token files now."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""`maskgen.load(path)` returns a model that a user can call."""
+"""`maskgen.load(path)`, which returns a callable model."""
 
 import importlib
 
@@ -11,19 +11,19 @@ from maskgen.serving.model import Model
 
 
 def load(path: epath.PathLike, *, trust_code: bool = False) -> Model:
-  """Loads a trained model, from the workdir of a run or an export.
+  """Loads a trained model from the workdir of a run or from an export.
 
   Args:
-    path: a folder, local or on any store that `etils.epath` reaches.
-    trust_code: whether code that lies in the folder may run. A model whose objective is a module of your own
-      needs it where Python does not find this module.
+    path: a folder, local or on any store that `etils.epath` supports.
+    trust_code: whether code in the folder may run. A model whose objective is a module of your own needs it
+      unless Python finds that module elsewhere.
 
   Returns:
     A model of the class that its objective names, such as `maskgen.serving.TokenModel`.
 
   Raises:
-    UserError: if the folder is no model, its weights are damaged or do not fit its config, or Python does not
-      find the module of its objective.
+    UserError: if the folder is not a model, its weights are damaged or do not fit its config, or Python does
+      not find the module of its objective.
   """
   config = storage.load_config(path)
   if "objective" not in config:
@@ -44,6 +44,6 @@ def load(path: epath.PathLike, *, trust_code: bool = False) -> Model:
 
 
 def find_class(objective: objectives.Objective | type[objectives.Objective]) -> type[Model]:
-  """The class that an objective names, by default `Model`."""
+  """Returns the class that an objective names, by default `Model`."""
   module, _, name = getattr(objective, "serving", "maskgen.serving.Model").rpartition(".")
   return getattr(importlib.import_module(module), name)

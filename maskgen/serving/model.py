@@ -1,4 +1,4 @@
-"""What all models that users load have in common."""
+"""The base class of all models that `maskgen.load` returns."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -17,20 +17,20 @@ class CannotError(UserError, AttributeError):
 
 
 class Model:
-  """A trained model: the base of the classes that `maskgen.load` returns, one for each kind.
+  """A trained model: the base of the classes that `maskgen.load` returns, one for each kind of model.
 
     model = maskgen.load("runs/mine")
     features = model.features(images)  # float32 [b, d]
     losses = model.call("loss", {"image": images})
 
-  Images are uint8 in 0..255 or floats in [0, 1], [b, h, w, c], or a list of images, Pillow's among them. A
-  method that the model lacks, because of how it was trained, raises a `UserError` that lists what it can do.
+  Images are uint8 in 0..255 or floats in [0, 1], [b, h, w, c], or a list of images, including Pillow images.
+  A method that the model does not have raises a `UserError` that lists those that it has.
 
   Attributes:
-    config: the plain config the model was trained with; `config["objective"]` builds its objective.
-    objective: the objective built from it.
+    config: the plain config that the model was trained with.
+    objective: the objective built from `config["objective"]`.
     variables: `{"params": {group: tree}, "frozen": tree, "extra": tree}`; moving averages replace parameters
-      where the config has any.
+      if the config has any.
   """
 
   def __init__(self, config: Mapping[str, Any], objective: objectives.Objective, variables: Any):
@@ -40,24 +40,24 @@ class Model:
     self._fns = objectives.compile_predict_fns(objective)
 
   def __getattr__(self, name: str) -> Any:
-    if name.startswith("_"):  # as Python and notebooks ask of any object
+    if name.startswith("_"):  # Python and notebooks probe such names on any object
       raise AttributeError(name)
     raise CannotError(self._cannot(name))
 
   def call(self, name: str, batch: Mapping[str, Any], *, seed: int = 0, **options: Any) -> Any:
-    """Calls a prediction function of the objective, one of your own included.
+    """Calls a prediction function of the objective, including functions of your own.
 
     Args:
-      name: one of those that `objective.predict_fns` returns.
-      batch: its arrays, with leading axis b; they are not checked.
-      seed: of its `rng`.
-      **options: those of the function.
+      name: a key of `objective.predict_fns()`.
+      batch: the arrays of the batch, with leading axis b; they are not checked.
+      seed: random seed of the function.
+      **options: options of the function.
 
     Returns:
-      What the function returns, as NumPy arrays.
+      The results of the function, as NumPy arrays.
 
     Raises:
-      UserError: if the objective has no such function, or the seed is no whole number.
+      UserError: if the objective has no such function, or the seed is not a whole number.
     """
     if name not in self._fns:
       raise UserError(self._cannot(name))
@@ -65,14 +65,14 @@ class Model:
     return jax.tree.map(np.asarray, self._fns[name](self.variables, batch, rng, **options))
 
   def features(self, images: np.ndarray) -> np.ndarray:
-    """Representations, float32 [b, d]: the mean of the encoder's last tokens, normalised."""
+    """Returns features of images, float32 [b, d]: the normalised mean of the encoder's output tokens."""
     return self.call("features", {"image": self.check_images(images)})
 
   def check_images(self, images: np.ndarray, *, any_size: bool = False) -> np.ndarray:
-    """Checks images from a user and returns them as uint8 or float32 [b, h, w, c].
+    """Checks images given by a user and returns them as uint8 or float32 [b, h, w, c].
 
     Raises:
-      UserError: unless the model takes them; with `any_size`, h and w may differ from the model's.
+      UserError: if the model does not take them; with `any_size`, h and w may differ from the model's.
     """
     height, width, channels = self.objective.image_shape
     checked = images_lib.check_images(images, channels=channels)

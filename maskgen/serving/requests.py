@@ -1,4 +1,4 @@
-"""What users ask a model to draw: how many images, with which seed, texts, classes and options."""
+"""Checks of user arguments for generation: number of images, seed, prompts, labels and options."""
 
 import contextlib
 import operator
@@ -16,10 +16,10 @@ _BATCH = 16
 
 
 def whole(name: str, value: Any, least: int | None = None) -> int:
-  """A whole number that a user gives, as Python, NumPy or JAX have it.
+  """Checks an integer given by a user, of Python, NumPy or JAX, and returns it as int.
 
   Raises:
-    UserError: for anything else, or less than `least`.
+    UserError: for any other value, or one less than `least`.
   """
   number = None
   with contextlib.suppress(TypeError):
@@ -32,10 +32,10 @@ def whole(name: str, value: Any, least: int | None = None) -> int:
 
 
 def count(batch: int | None, *conditions: Any) -> int:
-  """How many images: `batch`, by default one for each entry of the first condition that is a list, or 16.
+  """Returns the number of images: `batch`; by default one per entry of the first list in `conditions`, or 16.
 
   Raises:
-    UserError: for less than one.
+    UserError: if it is less than 1.
   """
   if batch is None:
     several = [given for given in conditions if given is not None and np.ndim(given)]
@@ -44,20 +44,20 @@ def count(batch: int | None, *conditions: Any) -> int:
 
 
 def keys(seed: int, batch: int) -> jax.Array:
-  """One key per image, whatever the batch.
+  """Returns one key per image; key i does not depend on `batch`.
 
   Raises:
-    UserError: if the seed is no whole number.
+    UserError: if the seed is not a whole number.
   """
   seed = whole("seed", seed)
   return jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.arange(batch))
 
 
 def captions(prompt: Any, batch: int, reader: Captions | None) -> np.ndarray:
-  """The ids of a text, or of one per image, int32 [batch, length].
+  """Returns the token ids of one prompt for all images, or of one per image, int32 [batch, length].
 
   Raises:
-    UserError: if the prompts are no texts or too many, or the model reads none.
+    UserError: if the prompts are not texts, their number is wrong, or the model takes none.
   """
   if reader is None:
     raise UserError("prompt is given: this model was trained without captions, leave it out")
@@ -66,16 +66,16 @@ def captions(prompt: Any, batch: int, reader: Captions | None) -> np.ndarray:
     raise UserError(f"prompt is {prompt!r}: give a text, or one per image")
   if len(prompts) not in (1, batch):
     raise UserError(
-      f"prompt has {len(prompts)} entries for {batch} images: give one per image, or a single one"
+      f"prompt has {len(prompts)} entries for {batch} images: give one per image, or a single text"
     )
   return np.broadcast_to(reader.read(prompts), (batch, reader.length))
 
 
 def labels(label: int | Sequence[int] | np.ndarray, batch: int, classes: int) -> np.ndarray:
-  """The class of each image, int32 [batch].
+  """Returns the class of each image, int32 [batch].
 
   Raises:
-    UserError: if they are no classes of the model or too many, or the model has none.
+    UserError: if they are not classes of the model, their number is wrong, or the model takes none.
   """
   given = np.asarray(label)
   if not classes:
@@ -83,14 +83,14 @@ def labels(label: int | Sequence[int] | np.ndarray, batch: int, classes: int) ->
   if not np.issubdtype(given.dtype, np.integer) or given.ndim > 1:
     raise UserError(f"label is {given.dtype}{list(given.shape)}: give an integer, or one per image")
   if given.ndim and len(given) != batch:
-    raise UserError(f"label has {len(given)} entries for {batch} images: give one per image, or a single one")
+    raise UserError(f"label has {len(given)} entries for {batch} images: give one per image, or an integer")
   if given.min() < 0 or given.max() >= classes:
     raise UserError(f"label ranges over {given.min()}..{given.max()}: classes are 0..{classes - 1}")
   return np.broadcast_to(given, (batch,)).astype(np.int32)
 
 
 def options(given: dict[str, Any]) -> dict[str, Any]:
-  """Options with scalars of NumPy and JAX as Python's: those that are static must be hashable."""
+  """Converts NumPy and JAX scalars to Python scalars, because static options must be hashable."""
   return {
     name: value.item() if hasattr(value, "item") and not np.shape(value) else value
     for name, value in given.items()

@@ -1,4 +1,4 @@
-"""Models that draw what a text says."""
+"""Text-to-image models."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +10,7 @@ from maskgen.serving.model import Model
 
 
 class TextToImageModel(Model):
-  """A diffusion model that draws what a text says.
+  """A diffusion model that generates images from text.
 
   model = maskgen.load("runs/diffusion_digits")
   images = model.generate(prompt="a red three on a blue background", batch=8, guidance=2.0)
@@ -20,11 +20,11 @@ class TextToImageModel(Model):
   def generate(
     self, seed: int = 0, batch: int | None = None, prompt: str | Sequence[str] | None = None, **options: Any
   ) -> np.ndarray:
-    """New images, float32 [batch, h, w, c] in [0, 1]; image i depends on the seed, i and its prompt.
+    """Generates images, float32 [batch, h, w, c] in [0, 1]; image i depends on the seed, i and its prompt.
 
     Args:
-      seed: of the randomness.
-      batch: how many; by default one per prompt, or 16.
+      seed: random seed.
+      batch: the number of images; by default one per prompt, or 16.
       prompt: a text, or one per image; None for no text.
       **options: the fields of `maskgen.numerics.diffusion.DiffusionSampling`; by default as in the config.
     """

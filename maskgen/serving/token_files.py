@@ -1,6 +1,6 @@
-"""Files of tokens of images, which stand for the images: safetensors, float32.
+"""Token files of images, which can be used in place of the images: safetensors, float32.
 
-Letters: b images, k tokens of an image, d their width, that of all text encoders together.
+Letters: b images, k tokens of an image, d their width, the sum over all text encoders.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from etils import epath
 from maskgen.errors import UserError
 from maskgen.importers import tensors as tensors_lib
 
-# The tensor of a file of tokens.
+# The name of the tensor in a token file.
 _TOKENS = "tokens"
 
 
@@ -30,13 +30,13 @@ def write_tokens(path: epath.PathLike, tokens: np.ndarray) -> None:
 def write_embedding(path: epath.PathLike, tokens: np.ndarray, widths: Sequence[int]) -> None:
   """Writes an image's tokens, float [k, d], as a textual inversion (Gal et al. 2023).
 
-  Programs that load such files show the image for a word of their own. Those for Stable Diffusion 1 and 2
-  look for "emb_params", those for XL for "clip_l" and "clip_g".
+  Other programs load such a file as a new word for the image. Those for Stable Diffusion 1 and 2 read the
+  tensor "emb_params", those for XL "clip_l" and "clip_g".
 
   Args:
-    path: of the file.
-    tokens: of one image.
-    widths: of each text encoder.
+    path: the file to write.
+    tokens: the tokens of one image.
+    widths: the width of each text encoder.
 
   Raises:
     UserError: for other shapes, and if the path cannot be written.
@@ -48,21 +48,21 @@ def write_embedding(path: epath.PathLike, tokens: np.ndarray, widths: Sequence[i
 
 
 def read_tokens(path: epath.PathLike, widths: Sequence[int], most: int) -> np.ndarray:
-  """Reads what the functions above wrote, or a textual inversion of other programs.
+  """Reads a token file or a textual inversion, also one written by another program.
 
   Args:
     path: a safetensors file.
-    widths: of each text encoder of the model that is to see the tokens.
-    most: how many tokens of an image it takes.
+    widths: the width of each text encoder of the model.
+    most: the largest number of tokens of an image.
 
   Returns:
     float32 [b, k, d]; b is 1 for a textual inversion.
 
   Raises:
-    UserError: if the file is none of these, or not for this model.
+    UserError: if the file is neither, or does not fit the model.
   """
   found = tensors_lib.read(path)
-  # A single tensor may have the name of the word that stands for it.
+  # A single tensor may have the name of its word.
   names = list(found) if len(found) == len(widths) == 1 else _names(widths)
   parts = [np.atleast_2d(found[name]) for name in names if name in found]
   if _TOKENS in found:
@@ -71,7 +71,7 @@ def read_tokens(path: epath.PathLike, widths: Sequence[int], most: int) -> np.nd
     tokens = np.concatenate(parts, axis=-1)[None]
   else:
     raise UserError(
-      f"{path} holds no tokens of images: give a file of maskgen.tools.vilex encode, or a picture"
+      f"{path} holds no tokens of images: give a file written by maskgen.tools.vilex encode, or a picture"
     )
   if tokens.ndim != 3 or tokens.shape[-1] != sum(widths) or not 1 <= tokens.shape[1] <= most:
     raise UserError(

@@ -1,4 +1,4 @@
-"""Masked generative models: they draw, edit and represent images."""
+"""Masked generative models."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,15 +14,15 @@ from maskgen.serving.tokenizer import Tokenizer
 
 
 class TokenModel(Tokenizer):
-  """A masked generative model, such as MAGE: it draws, edits and represents images by their tokens.
+  """A masked generative model such as MAGE: it generates, edits and encodes images as tokens.
 
   model = maskgen.load("runs/quickstart/mage")
   images = model.generate(seed=0, batch=16)
-  edited = model.inpaint(images, hole)  # hole: bool [h, w], True where pixels are to be made anew
+  edited = model.inpaint(images, hole)  # hole: bool [h, w], True for pixels to regenerate
   """
 
   def logits(self, tokens: np.ndarray, token_mask: np.ndarray) -> np.ndarray:
-    """What the model predicts at every position.
+    """Returns the model's logits at every position.
 
     Args:
       tokens: int [b, n].
@@ -43,13 +43,15 @@ class TokenModel(Tokenizer):
     prompt: str | Sequence[str] | None = None,
     **options: Any,
   ) -> np.ndarray:
-    """New images, float32 [batch, h, w, c] in [0, 1]; image i depends on the seed, i and its label or prompt.
+    """Generates images, float32 [batch, h, w, c] in [0, 1].
+
+    Image i depends only on the seed, i and its label or prompt.
 
     Args:
-      seed: of the randomness.
-      batch: how many; by default one per label or prompt, or 16.
-      label: a class, or one per image, for a model that was trained with classes; None for no class.
-      prompt: a text, or one per image, for a model that was trained with captions; None for no text.
+      seed: random seed.
+      batch: the number of images; by default one per label or prompt, or 16.
+      label: a class, or one per image, for class-conditional models; None for no class.
+      prompt: a text, or one per image, for models trained with captions; None for no text.
       **options: the fields of `maskgen.numerics.sampling.MaskedSampling`; by default as in the config.
     """
     return self.call("generate", self._request(seed, batch, label, prompt), **self._options(options))
@@ -62,11 +64,11 @@ class TokenModel(Tokenizer):
     prompt: str | Sequence[str] | None = None,
     **options: Any,
   ) -> tuple[np.ndarray, np.ndarray]:
-    """What `generate`, with the same arguments, goes through.
+    """Returns the intermediate results of `generate`, with the same arguments.
 
     Returns:
-      Images float32 [batch, steps, h, w, c] in [0, 1] after each step, in which unknown tokens are as drawn
-      last; and which tokens are unknown, bool [batch, steps, h', w'].
+      Images float32 [batch, steps, h, w, c] in [0, 1] after each step, in which unknown tokens have their
+      most recent samples; and which tokens are unknown, bool [batch, steps, h', w'].
     """
     return self.call("trajectory", self._request(seed, batch, label, prompt), **self._options(options))
 
@@ -81,21 +83,21 @@ class TokenModel(Tokenizer):
     feather: int = 0,
     **options: Any,
   ) -> np.ndarray:
-    """Makes the masked pixels anew; all others keep their values.
+    """Regenerates the masked pixels; all others keep their values.
 
     Images may have any size: the model fills a window around the hole, scaled to its own size and back.
 
     Args:
       images: [b, h, w, c], or one image [h, w, c].
-      pixel_mask: [b, h, w] or [h, w], True, 1 or 255 where pixels are to be made anew.
-      seed: of the randomness; image i depends on the seed and i alone.
+      pixel_mask: [b, h, w] or [h, w]; True, 1 or 255 for pixels to regenerate.
+      seed: random seed; image i depends only on the seed and i.
       label: as for `generate`.
       prompt: likewise.
-      feather: width in pixels of a band around the hole that is made anew, too, and fades into the image.
+      feather: width in pixels of a band around the hole that is also regenerated and blended into the image.
       **options: as for `generate`.
 
     Returns:
-      Images of the shape and dtype that came in.
+      Images of the same shape and dtype.
     """
     checked, single = self._batch(images)
     shape, mask = checked.shape[:3], np.asarray(pixel_mask)
@@ -120,19 +122,19 @@ class TokenModel(Tokenizer):
     seed: int = 0,
     **options: Any,
   ) -> np.ndarray:
-    """Continues images beyond their sides.
+    """Extends images beyond their sides.
 
     Args:
       images: [b, h, w, c], or one image [h, w, c].
-      top: what is added there: an int in pixels, or a float as a share of h or w, as for the others.
+      top: the size of the extension: an int in pixels, or a float as a fraction of h (or w).
       right: see `top`.
       bottom: see `top`.
       left: see `top`.
-      seed: of the randomness.
-      **options: as for `inpaint`, `label` and `feather` among them.
+      seed: random seed.
+      **options: as for `inpaint`, including `label` and `feather`.
 
     Returns:
-      Larger images, of the dtype that came in.
+      Larger images of the same dtype.
     """
     checked, single = self._batch(images)
     canvas, added = editing.extend(checked, (top, right, bottom, left))
@@ -140,7 +142,7 @@ class TokenModel(Tokenizer):
     return filled[0] if single else filled
 
   def _batch(self, images: np.ndarray) -> tuple[np.ndarray, bool]:
-    """Images of any size as a batch, and whether they are a single one."""
+    """Images of any size as a batch, and whether a single image was given."""
     given = images_lib.as_array(images, channels=self.objective.image_shape[-1])
     return self.check_images(given[None] if given.ndim == 3 else given, any_size=True), given.ndim == 3
 
@@ -152,7 +154,7 @@ class TokenModel(Tokenizer):
     feather: int,
     options: dict[str, Any],
   ) -> np.ndarray:
-    """Fills holes bool [b, h, w] of float32 images [b, h, w, c] of any size, each in a window of its own."""
+    """Fills holes bool [b, h, w] of float32 images [b, h, w, c] of any size, each in its own window."""
     size = self.objective.image_shape[:2]
     factor = math.isqrt(math.prod(size) // self.num_tokens)
     grown = [editing.grow(hole, feather) for hole in holes]
@@ -164,7 +166,7 @@ class TokenModel(Tokenizer):
     return np.stack([w.paste(image, new, editing.opacity(hole, feather)) for w, image, new, hole in parts])
 
   def _request(self, seed: int, batch: int | None, label: Any, prompt: Any) -> dict[str, Any]:
-    """A batch of images to be made, see `generate`."""
+    """The batch for the prediction function, see `generate`."""
     batch = requests.count(batch, label, prompt)
     request: dict[str, Any] = {"key": requests.keys(seed, batch)}
     if label is not None:

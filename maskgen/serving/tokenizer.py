@@ -1,4 +1,4 @@
-"""Models that turn images into codes and back."""
+"""Tokenizers, and the base of all models with one."""
 
 import functools
 
@@ -12,7 +12,7 @@ from maskgen.serving.model import Model
 
 
 class Tokenizer(Model):
-  """A tokenizer: images to codes and back.
+  """A tokenizer, which converts images to codes and back.
 
   model = maskgen.load("runs/vqgan")
   tokens = model.encode(images)  # int32 [b, n]
@@ -20,30 +20,30 @@ class Tokenizer(Model):
   """
 
   def encode(self, images: np.ndarray) -> np.ndarray:
-    """The codes of images, int32 [b, n], row by row of the token grid."""
+    """Returns the codes of images, int32 [b, n], in row-major order of the token grid."""
     return self.call("encode", {"image": self.check_images(images)})
 
   def decode(self, tokens: np.ndarray) -> np.ndarray:
-    """The images of codes int32 [b, n]; float32 [b, h, w, c] in [0, 1]."""
+    """Returns the images of codes int32 [b, n], float32 [b, h, w, c] in [0, 1]."""
     return self.call("decode", {"tokens": self.check_tokens(tokens)})
 
   def reconstruct(self, images: np.ndarray) -> np.ndarray:
-    """Images through the tokenizer and back, in the dtype they came in."""
+    """Encodes and decodes images; keeps their dtype."""
     checked = self.check_images(images)
     return images_lib.like(checked, self.call("reconstruct", {"image": checked}))
 
   @functools.cached_property
   def num_tokens(self) -> int:
-    """The number of codes of an image, n."""
+    """The number of codes per image, n."""
     images = jax.ShapeDtypeStruct((1, *self.objective.image_shape), jnp.uint8)
     encode = self.objective.predict_fns()["encode"]
     return jax.eval_shape(encode, self.variables, {"image": images}, None).shape[1]
 
   def check_tokens(self, tokens: np.ndarray) -> np.ndarray:
-    """Checks codes from a user and returns them as int32 [b, n].
+    """Checks codes given by a user and returns them as int32 [b, n].
 
     Raises:
-      UserError: unless they are codes of this model.
+      UserError: if they are not codes of this model.
     """
     tokens = np.asarray(tokens)
     count, codes = self.num_tokens, self.objective.codebook_size
