@@ -1,21 +1,21 @@
-"""A text-to-image model of handwritten digits, by diffusion, from scratch; no download.
+"""A text-to-image diffusion model of handwritten digits, trained from scratch; no download.
 
   python -m maskgen.main --config=configs/diffusion_digits.py --workdir=runs/diffusion_digits
   python -m maskgen.tools.generate --model=runs/diffusion_digits --out=digits.png --count=8 \
     --prompt="a large red three on a blue background" --prompt="a small pink seven at the top left"
 
-Captions say class, colour, background, size and place, as in "a large red seven at the top left on a blue
-background", with 32 words. How a digit is written they do not say. The evaluation `captions` reads from the
-pixels whether pictures are as asked for.
+Captions state class, colour, background, size and place, as in "a large red seven at the top left on a blue
+background", in 32 words, but not how the digit is written. The evaluation `captions` checks in the pixels
+whether pictures match their captions.
 
-Hardware: two CPU cores and 3 GB of memory; 15 to 25 minutes, machines differ. Of 500 captions colours,
-backgrounds, sizes and places are heeded in all but one picture after 1,250 steps, classes in 93.4% then and
-in 98.0% at the end, where the classifier sees those of 98.6% of real pictures: one run. `:debug` and
-`:tiny` were run as well.
+Hardware: two CPU cores and 3 GB of memory; 15 to 25 minutes, depending on the machine. In one run, after
+1,250 steps, all but one of 500 pictures had the colour, background, size and place of their caption, and
+93.4% the class; at the end 98.0% had the class, where the classifier recognizes 98.6% of real pictures.
+`:debug` and `:tiny` were run as well.
 
 Arguments:
-  :seed   of everything
-  :tiny   a minute or two of training, to see everything at work
+  :seed   the seed of everything
+  :tiny   a minute or two of training, to try everything
   :debug  2 steps of a tiny network
 """
 
@@ -60,12 +60,12 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
           depths=(0,) if args.debug else (1, 1),
           heads=(2,) if args.debug else (4, 4),
           groups=8,
-          # Without it words of place are ignored.
+          # Without it the model ignores words for places.
           layout=8,
-          # Products of words, as of class and place, are learned sooner.
+          # Combinations of words, such as class and place, are learned earlier.
           scale_shift=True,
         ),
-        # What is clean has few dimensions, the noise of 2 x 2 pixels has twelve: predicting it takes less.
+        # Clean patches of 2 x 2 pixels have few dimensions, their noise twelve: they are easier to predict.
         schedule=dict(steps=1000, betas="cosine", prediction="clean", spacing="trailing", clean_end=True),
         caption_dropout=0.1,
         sampling=dict(steps=20, sampler="dpm", guidance=2.0),
@@ -77,7 +77,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
           b2=0.99,
           weight_decay=0.01,
           clip_norm=1.0,
-          # Words are heeded earlier if what they mean to the U-Net changes slowly.
+          # The model follows captions earlier if the text features change slowly.
           multipliers=(("^text_encoder/", 0.3),),
         )
       ),

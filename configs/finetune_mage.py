@@ -3,22 +3,22 @@
   python -m maskgen.main --config=configs/finetune_mage.py:path=/data/imagenet,model=runs/mage_base \
     --workdir=runs/finetune
 
-`path` is a folder with `train` and `val`, each with one sub-folder per class; `model` the workdir or export
-of a trained MAGE, or a converted one. Another data set than the one `model` was trained on makes it a
-transfer: set `classes`, too.
+`path` is a folder with `train` and `val`, each with one sub-folder per class; `model` is the workdir or
+export of a trained MAGE, or a converted one. For transfer to another data set than that of `model`, also set
+`classes`.
 
-Hardware: 8 accelerators of 40 GB, or `accumulation`; 100 epochs (50 for the large model). Expect, from the
-paper, a top-1 accuracy of 82.5% (83.9%). The full recipe has not been run by the authors of this file;
-`:tiny` has. Unlike the reference, it has no dropout on the embedding.
+Hardware: 8 accelerators of 40 GB, or `accumulation`; 100 epochs (50 for the large model). The paper reports a
+top-1 accuracy of 82.5% (83.9%). The authors of this file have only run `:tiny`, not the full recipe. Unlike
+the reference implementation, it has no dropout on the embedding.
 
 Arguments:
-  :size          whose recipe of the paper's, base or large; by default that of `model`
-  :source        a data source with classes in place of `path`, such as tfds:imagenet2012
-  :eval_split    the split to measure on, by default val
-  :classes       how many classes the data has
-  :batch_size, :accumulation   examples, and micro-batches, per step; the learning rate follows the former
+  :size          the paper's recipe to use, base or large; by default that of `model`
+  :source        a data source with classes instead of `path`, such as tfds:imagenet2012
+  :eval_split    the split to evaluate on, by default val
+  :classes       the number of classes in the data
+  :batch_size, :accumulation   examples and micro-batches per step; the learning rate scales with the former
   :tiny          a tokenizer, MAGE and this recipe on the embedded digits, 10 minutes on 2 cores: expect 96%;
-                 with `model`, such as runs/quickstart/mage, this recipe alone, in 2 minutes
+                 with `model`, such as runs/quickstart/mage, only this recipe, in 2 minutes
   :debug         2 steps of each on synthetic pictures
 """
 
@@ -27,7 +27,7 @@ import ml_collections
 from maskgen import config as config_lib
 from maskgen import storage
 
-# Of the paper's two models.
+# For the paper's two models.
 SIZES = {
   "base": dict(epochs=100.0, drop_path=0.1, decay=0.65),
   "large": dict(epochs=50.0, drop_path=0.2, decay=0.75),
@@ -35,7 +35,7 @@ SIZES = {
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
-  """`probe_mage.py` with everything trained, and what keeps that from overfitting."""
+  """`probe_mage.py` with everything trained, and with regularization."""
   given = dict(path="imagenet", source="", eval_split="val", classes=1000, batch_size=1024, accumulation=1)
   args = config_lib.parse_arg(arg, model="", size="", debug=False, tiny=False, **given)
   args.size = args.size or ("large" if storage.find_section(args.model).get("width") == 1024 else "base")
@@ -52,7 +52,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   )
   recipe = dict(end_learning_rate=1e-6, weight_decay=0.05)
   if args.tiny or args.debug:
-    # A run this short needs larger steps, and blocks so few a decay that reaches less deep.
+    # A short run needs a larger learning rate, and so few blocks need less layer decay.
     recipe.update(learning_rate=1e-3, warmup_steps=classify.optimizer.main.warmup_steps)
     recipe["layer_decay"] = 0.75
   else:

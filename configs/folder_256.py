@@ -2,22 +2,22 @@
 
   python -m maskgen.main --config=configs/folder_256.py:path=/my/pictures --workdir=runs/mine
 
-`path` is a folder of pictures, flat or with one sub-folder per class; a tenth is held out for evaluation, or
-make sub-folders `train` and `test`. docs/your_pictures.md says what else is understood.
+`path` is a folder of pictures, flat or with one sub-folder per class; a tenth is held out for evaluation,
+unless there are sub-folders `train` and `test`. docs/your_pictures.md describes all supported data.
 
-Hardware: one GPU of 16 to 24 GB, about a day for each stage. That size has not been run by the authors of
-this file, `:tiny` has: 600 photos took 11 minutes on 2 shared CPU cores; expect 20 dB, 95% of 256 codes in
-use, blurred patches of the right colours, and a probe well above the random encoder's (27% and 16%).
+Hardware: one GPU of 16 to 24 GB, about a day for each stage. The authors of this file have only run `:tiny`:
+600 photos took 11 minutes on 2 shared CPU cores; expect 20 dB, 95% of 256 codes in use, blurred patches of
+the right colours, and a probe well above the random encoder's (27% and 16%).
 
 Arguments:
   :path        the folder
   :tiny        the same at 64 pixels with small networks, in CPU minutes: blurred, but learning
   :debug       2 steps of each stage, tiny networks, synthetic pictures
-  :scale       the least share of a picture that a crop for MAGE has; raise it where cut-off things are wrong
-  :flip        whether mirrored pictures are as good as the originals
-  :labels      whether there are classes; adds a probe of what the features say about them
+  :scale       the minimum fraction of a picture that MAGE's crops cover; raise it if objects must stay whole
+  :flip        whether mirrored pictures are as valid as the originals
+  :labels      whether there are classes; adds a linear probe of the features
   :perceptual  export of a feature network for a perceptual loss, which makes reconstructions sharper
-  :tokens      a token cache of the pictures; with `tokenizer`, which made it, MAGE alone is trained on it
+  :tokens      a token cache of the pictures; trains only MAGE, with the `tokenizer` that made the cache
 """
 
 import ml_collections
@@ -65,7 +65,7 @@ def pictures(args, scale: float) -> dict:
   )
 
 
-# Makes 16 x 16 tokens of 256 x 256 pixels.
+# Encodes 256 x 256 pixels as 16 x 16 tokens.
 NETWORK = dict(channels=96, multipliers=(1, 1, 2, 2, 4), strides=(2, 2, 2, 2), blocks=2)
 NETWORK |= dict(codebook_size=1024, code_width=32, normalize_codes=True, dtype="bfloat16")
 TRANSFORMER = dict(width=512, depth=12, heads=8, decoder_width=512, decoder_depth=6, decoder_heads=8)
@@ -128,7 +128,7 @@ def mage(args) -> dict:
 
 
 def shrink(config: ml_collections.ConfigDict) -> None:
-  """Small networks and lengths; 8 x 8 tokens of 64 pixels, and no adversarial loss, which takes longer."""
+  """Small networks and lengths; 8 x 8 tokens for 64 pixels; no adversarial loss, which needs longer runs."""
   small = dict(channels=16, multipliers=(1, 2, 2, 4), strides=(2, 2, 2), blocks=1, norm_groups=8)
   for run in (config.tokenizer, config.mage):
     run.objective.tokenizer.update(small, codebook_size=256, code_width=16, dtype="float32")

@@ -3,23 +3,23 @@
   python -m maskgen.main --config=configs/mage_base.py:path=/data/imagenet,tokenizer=runs/vqgan \
     --workdir=runs/mage_base
 
-`path` is a folder with `train` and `val`, each with one sub-folder per class; `tokenizer` the workdir or
-export of a tokenizer trained by `vqgan_imagenet.py`.
+`path` is a folder with `train` and `val`, each with one sub-folder per class; `tokenizer` is the workdir or
+export of a tokenizer trained with `vqgan_imagenet.py`.
 
 Hardware: a TPU slice or several 8-GPU machines for the published batch of 4,096; 1,600 epochs, 500,000
-steps. Expect, from the paper, FID 11.1 and 74.7% linear-probe accuracy, and a training loss that ends near
-5.76. This full recipe has not been run by the authors of this file; `:tiny` has.
+steps. The paper reports an FID of 11.1 and a linear-probe accuracy of 74.7%, with a final training loss of
+about 5.76. The authors of this file have only run `:tiny`, not the full recipe.
 
 Arguments:
   :tiny          a tokenizer, then this recipe on the embedded digits, 10 minutes on 2 cores: expect a
-                 probe of 91% and a Frechet distance of 0.44 of that of random codes
+                 probe of 91% and a Frechet distance of 0.44 times that of random codes
   :debug         2 steps of each on synthetic pictures
   :accumulation  micro-batches per step, for fewer devices
-  :batch_size    examples per step; the learning rate follows it
+  :batch_size    examples per step; the learning rate scales with it
   :size          base or large, see mage_large.py
 
-The paper's scores come from 50,000 samples and a linear probe trained for 90 epochs; the evaluations here, a
-validation loss and pictures, say whether a run is healthy, not how it compares.
+The paper's scores are from 50,000 samples and a linear probe trained for 90 epochs; the evaluations here, a
+validation loss and pictures, show whether a run is healthy, not how it compares.
 """
 
 import ml_collections
@@ -29,7 +29,7 @@ from maskgen import config as config_lib
 # The paper's ViT-B and ViT-L.
 SIZES = {
   "base": dict(width=768, depth=12, heads=12, decoder_width=768),
-  # Recomputes what is cheap: 16 images fit a chip of 16 GB.
+  # Recomputes cheap operations: 16 images fit on a chip of 16 GB.
   "large": dict(width=1024, depth=24, heads=16, decoder_width=1024, remat="dots"),
 }
 
@@ -48,7 +48,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config = full(args)
   if not (args.tiny or args.debug):
     return config
-  # The small versions bring a tokenizer stage of their own.
+  # The small versions have their own tokenizer stage.
   quickstart = config_lib.load_beside(__file__, "quickstart.py", debug=args.debug)
   shrink(config, quickstart.mage)
   return ml_collections.ConfigDict(
@@ -91,7 +91,7 @@ def full(args) -> ml_collections.ConfigDict:
         decoder_heads=16,
         dropout=0.1,
         dtype="bfloat16",
-        # One block is compiled for all.
+        # Compiles one block for all.
         scan=True,
         mask_ratio=dict(mean=0.55, std=0.25, low=0.5, high=1.0),
         label_smoothing=0.1,
@@ -121,5 +121,5 @@ def shrink(config: ml_collections.ConfigDict, small: ml_collections.ConfigDict) 
   config.objective.update(tokenizer=small.objective.tokenizer, sampling=small.objective.sampling)
   config.objective.dtype = config.objective.tokenizer.dtype = "float32"
   config.optimizer.main.warmup_steps = small.optimizer.main.warmup_steps
-  # A run this short needs larger steps than the linear-scaling rule gives.
+  # A short run needs a larger learning rate than the linear scaling rule gives.
   config.optimizer.main.base_learning_rate = small.optimizer.main.learning_rate * 256 / small.batch_size

@@ -1,17 +1,17 @@
-"""Tokenizer (f = 4), then MAGE, on CIFAR-10 or pictures like it: 32 pixels, 8 x 8 tokens.
+"""Tokenizer (f = 4), then MAGE, on CIFAR-10 or similar pictures: 32 pixels, 8 x 8 tokens.
 
   python -m maskgen.tools.prepare_data --name=cifar10
   python -m maskgen.main --config=configs/mage_cifar.py --workdir=runs/cifar
 
-Hardware: one GPU of 8 GB or more; a few hours for each stage. The full length has not been run by the authors
-of this file, `:tiny` has, on a folder of 3,600 CIFAR images, in 20 minutes on 2 busy CPU cores: 21.4 dB with
-all codes in use, and a probe of 40.5% (pixels 28%, random encoders 29%, one-hot tokens 35%).
+Hardware: one GPU of 8 GB or more; a few hours for each stage. The authors of this file have only run `:tiny`,
+on a folder of 3,600 CIFAR images, in 20 minutes on 2 busy CPU cores: 21.4 dB with all codes in use, and a
+probe of 40.5% (pixels 28%, random encoders 29%, one-hot tokens 35%).
 
 Arguments:
   :source  a data source with classes, by default tfds:cifar10
   :path    a folder with one sub-folder per class, instead of `source`
-  :objective  mage, or mage_c for MAGE-C: two views of each picture, and twice the time
-  :tiny    smaller networks and CPU minutes; on the embedded digits, unless `source` or `path` is given
+  :objective  mage, or mage_c for MAGE-C, which takes two views of each picture and twice the time
+  :tiny    smaller networks, CPU minutes; on the embedded digits unless `source` or `path` is given
   :debug   2 steps of each stage, tiny networks, synthetic pictures
 """
 
@@ -19,7 +19,7 @@ import ml_collections
 
 from maskgen import config as config_lib
 
-# Makes 8 x 8 tokens of 32 x 32 pixels.
+# Encodes 32 x 32 pixels as 8 x 8 tokens.
 NETWORK = dict(channels=96, multipliers=(1, 2, 2), strides=(2, 2), blocks=2, norm_groups=32)
 NETWORK |= dict(codebook_size=1024, code_width=16, normalize_codes=True, dtype="bfloat16")
 TRANSFORMER = dict(width=384, depth=12, heads=6, decoder_width=384, decoder_depth=6, decoder_heads=6)
@@ -48,7 +48,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
 
 
 def pictures(args, augment: str = "", views: str = "") -> dict:
-  # Digits must not be mirrored, and other sources have pictures of several sizes.
+  # Digits must not be mirrored, and other sources have pictures of various sizes.
   flip = "" if args.source == "digits" else "|flip_lr"
   plain = "decode(3)|resize(32)"
   return dict(source=args.source, preprocess=views + plain + augment + flip, eval_preprocess=plain)
@@ -119,7 +119,7 @@ def mage(args) -> dict:
 
 
 def shrink(config: ml_collections.ConfigDict) -> None:
-  """Small networks and lengths, and no adversarial loss, which takes longer."""
+  """Small networks and lengths; no adversarial loss, which needs longer runs."""
   for run, every in ((config.tokenizer, 300), (config.mage, 500)):
     run.batch_size = 64
     run.objective.tokenizer.update(channels=16, multipliers=(1, 2, 4), blocks=1, norm_groups=8)

@@ -3,24 +3,23 @@
   python -m maskgen.main --config=configs/mage_class_cond.py:path=/data/imagenet,mage=runs/mage_base \
     --workdir=runs/mage_class_cond
 
-`path` is a folder with `train` and `val`, each with one sub-folder per class; `mage` the workdir or export
-of a model trained by `mage_base.py`. Its encoder is frozen, and its features stay what they are; its decoder
-is trained on, and told the class of each image.
+`path` is a folder with `train` and `val`, each with one sub-folder per class; `mage` is the workdir or export
+of a model trained with `mage_base.py`. Its encoder is frozen, so that its features do not change; its decoder
+is trained further, conditioned on the class of each image.
 
   python -m maskgen.tools.generate --model=runs/mage_class_cond --label=207,250 --guidance=3 --out=dogs.png
 
-Hardware: as for `mage_base.py`; no gradient goes through the encoder, so steps are cheaper than there.
-Expect: the paper's authors did not publish the length and learning rate of this stage; here they are a tenth
-of the pre-training's epochs, at its rate. This full recipe has not been run by the authors of this file;
-`:tiny` has.
+Hardware: as for `mage_base.py`, with cheaper steps, as there is no backward pass through the encoder. The
+paper does not give the length and learning rate of this stage; here they are a tenth of the pre-training's
+epochs at the same rate. The authors of this file have only run `:tiny`, not the full recipe.
 
 Arguments:
   :tiny          the stages of the quickstart, then 1,500 steps of this recipe on the same digits: expect a
-                 classifier of real digits to see the class that was asked for in 98% of the images, and a
+                 classifier of real digits to recognize the requested class in 98% of the images, and a
                  Frechet distance of 0.61 (without classes 0.85)
   :debug         2 steps of each on synthetic pictures
   :accumulation  micro-batches per step, for fewer devices
-  :batch_size    examples per step; the learning rate follows it
+  :batch_size    examples per step; the learning rate scales with it
 """
 
 import ml_collections
@@ -35,7 +34,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config = full(args)
   if not (args.tiny or args.debug):
     return config
-  # The small versions bring the stages before this one.
+  # The small versions include the stages before this one.
   stages = config_lib.load_beside(__file__, "quickstart.py", debug=args.debug)
   shrink(config, stages.mage)
   config.total_steps = 2 if args.debug else 1500
@@ -54,7 +53,7 @@ def full(args) -> ml_collections.ConfigDict:
   config.objective.sampling.update(guidance=3.0, guidance_schedule="linear")
   config.optimizer.main.warmup_epochs = 4.0
   config.ema = dict(main=0.999)
-  # The frozen encoder is split like what is trained.
+  # The frozen encoder is sharded like the trained decoder.
   config.sharding = (("^frozen/tokenizer/", ()), *config_lib.TRANSFORMER_RULES)
   return config
 

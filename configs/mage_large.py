@@ -3,22 +3,22 @@
   python -m maskgen.main --config=configs/mage_large.py:path=/data/imagenet,tokenizer=runs/vqgan \
     --workdir=runs/mage_large
 
-`path` is a folder with `train` and `val`, each with one sub-folder per class; `tokenizer` the workdir or
-export of a tokenizer trained by `vqgan_imagenet.py`. The recipe stands in `mage_base.py`.
+`path` is a folder with `train` and `val`, each with one sub-folder per class; `tokenizer` is the workdir or
+export of a tokenizer trained with `vqgan_imagenet.py`. The recipe is in `mage_base.py`.
 
 Hardware: a TPU slice or several 8-GPU machines for the published batch of 4,096; 1,600 epochs, 500,000
-steps. Expect, from the paper, FID 9.1 and 78.9% linear-probe accuracy. This full recipe has not been run by
-the authors of this file; `docs/scaling.md` has what a compiler says of it.
+steps. The paper reports an FID of 9.1 and a linear-probe accuracy of 78.9%. The authors of this file have not
+run the full recipe; `docs/scaling.md` has estimates from compiling it.
 
 Arguments:
   :tiny          a tokenizer, then this recipe on the embedded digits with the small networks of
                  `mage_base.py:tiny`, 10 minutes on 2 cores
   :debug         2 steps of each on synthetic pictures
   :accumulation  micro-batches per step, for fewer devices
-  :batch_size    examples per step; the learning rate follows it
+  :batch_size    examples per step; the learning rate scales with it
 
-The paper's scores come from 50,000 samples and a linear probe trained for 90 epochs; the evaluations here, a
-validation loss and pictures, say whether a run is healthy, not how it compares.
+The paper's scores are from 50,000 samples and a linear probe trained for 90 epochs; the evaluations here, a
+validation loss and pictures, show whether a run is healthy, not how it compares.
 """
 
 import ml_collections

@@ -1,4 +1,4 @@
-"""MAGE that draws what a caption says, on scikit-learn's digits in colour; no download.
+"""Text-conditional MAGE on scikit-learn's digits in colour; no download.
 
   python -m maskgen.main --config=configs/mage_text_cond.py --workdir=runs/mage_text_cond
   python -m maskgen.tools.generate --model=runs/mage_text_cond/mage_text --out=digits.png --count=8 \
@@ -6,16 +6,16 @@
     --prompt="a small pink seven at the top left on a green background"
 
 Three stages: tokenizer and MAGE, much as in `quickstart.py`, on the captioned digits of `diffusion_digits.py`
-without captions; then the encoder is frozen, and the decoder learns to read captions with a text encoder of
-its own.
+without captions; then the encoder is frozen, and the decoder is conditioned on captions, with its own text
+encoder.
 
-Hardware: two CPU cores and 2 GB of memory; about 25 minutes. Expect 23 dB from the tokenizer, and pictures
-of the last stage to be all that their caption says in 91% of cases, the class being the hardest to draw.
-Prompts that leave size or place unsaid are drawn worse: tokens decide on them separately.
+Hardware: two CPU cores and 2 GB of memory; about 25 minutes. Expect 23 dB from the tokenizer, and 91% of the
+last stage's pictures to match their whole caption; most errors are in the class. Prompts without size or
+place work less well, as tokens are sampled independently.
 
 Arguments:
-  :seed   of everything
-  :tiny   a minute of training for each stage, to see everything at work
+  :seed   the seed of everything
+  :tiny   a minute of training for each stage, to try everything
   :debug  2 steps of each stage, tiny networks
 """
 
@@ -29,9 +29,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   small = config_lib.load_beside(__file__, "quickstart.py", arg).to_dict()
   captioned = config_lib.load_beside(__file__, "diffusion_digits.py", arg).to_dict()
   tokenizer, mage = small["tokenizer"], small["mage"]
-  # Digits without captions, for the first two stages; shifts are in the data already.
+  # Digits without captions for the first two stages; the data already contains shifts.
   plain = {**captioned["data"], "preprocess": "decode(3)", "eval_preprocess": "decode(3)"}
-  # Two colours and a stroke are too much for one of 4 x 4 tokens. 8 x 8 are sharp without a discriminator.
+  # One of 4 x 4 tokens cannot encode two colours and a stroke; 8 x 8 are sharp without a discriminator.
   finer = dict(multipliers=(1, 2), strides=(2,), codebook_size=256)
   for stage in (tokenizer, mage):
     stage["data"] = plain
@@ -52,7 +52,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
       "name": "mage_text",
       "captions": reader["captions"],
       "condition_width": reader["text_encoder"]["width"],
-      # One visible token tells the background: only where all are masked, its word is worth reading.
+      # One visible token reveals the background: its word only matters if all tokens are masked.
       "mask_ratio": dict(mean=1.0, std=0.2, low=0.5, high=1.0),
       "text_encoder": reader["text_encoder"],
       "sampling": {**mage["objective"]["sampling"], "guidance": 2.0},

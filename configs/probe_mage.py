@@ -3,22 +3,22 @@
   python -m maskgen.main --config=configs/probe_mage.py:path=/data/imagenet,model=runs/mage_base \
     --workdir=runs/probe
 
-`path` is a folder with `train` and `val`, each with one sub-folder per class; `model` the workdir or export
-of a trained MAGE, or a converted one. Another data set than the one `model` was trained on makes it a
-transfer: set `classes`, too.
+`path` is a folder with `train` and `val`, each with one sub-folder per class; `model` is the workdir or
+export of a trained MAGE, or a converted one. For transfer to another data set than that of `model`, also set
+`classes`.
 
-Hardware: 8 accelerators; there is no backward pass through the encoder. 90 epochs. Expect, from the paper, a
-top-1 accuracy of 74.7% (78.9% for the large model). The full recipe has not been run by the authors of this
-file; `:tiny` has.
+Hardware: 8 accelerators; there is no backward pass through the encoder. 90 epochs. The paper reports a top-1
+accuracy of 74.7% (78.9% for the large model). The authors of this file have only run `:tiny`, not the full
+recipe.
 
 Arguments:
-  :size          whose recipe of the paper's, base or large; by default that of `model`
-  :source        a data source with classes in place of `path`, such as tfds:imagenet2012, or a token cache
-  :eval_split    the split to measure on, by default val
-  :classes       how many classes the data has
-  :batch_size, :accumulation   examples, and micro-batches, per step; the learning rate follows the former
+  :size          the paper's recipe to use, base or large; by default that of `model`
+  :source        a data source with classes instead of `path`, such as tfds:imagenet2012, or a token cache
+  :eval_split    the split to evaluate on, by default val
+  :classes       the number of classes in the data
+  :batch_size, :accumulation   examples and micro-batches per step; the learning rate scales with the former
   :tiny          a tokenizer, MAGE and this recipe on the embedded digits, 10 minutes on 2 cores: expect 94%;
-                 with `model`, such as runs/quickstart/mage, this recipe alone, in a minute
+                 with `model`, such as runs/quickstart/mage, only this recipe, in a minute
   :debug         2 steps of each on synthetic pictures
 """
 
@@ -27,7 +27,7 @@ import ml_collections
 from maskgen import config as config_lib
 from maskgen import storage
 
-# Of the paper's two models.
+# For the paper's two models.
 LEARNING_RATES = {"base": 0.1, "large": 0.05}
 
 
@@ -71,7 +71,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
 
 
 def small_version(config: ml_collections.ConfigDict, args) -> ml_collections.ConfigDict:
-  """The recipe with data, network sizes and lengths of the quickstart, and its MAGE if none is given."""
+  """The recipe with data, network sizes and lengths from the quickstart, and its MAGE if none is given."""
   stages = config_lib.load_beside(__file__, "quickstart.py", debug=args.debug)
   shrink(config, stages.mage)
   if args.model:
@@ -92,7 +92,7 @@ def shrink(config: ml_collections.ConfigDict, small: ml_collections.ConfigDict) 
   )
   config.total_steps = min(small.total_steps, 500)
   config.optimizer.main.warmup_steps = min(small.optimizer.main.warmup_steps, 50)
-  # A run this short needs larger steps.
+  # A short run needs a larger learning rate.
   del config.optimizer.main.base_learning_rate
   config.optimizer.main.learning_rate = 20.0
   config.evals.accuracy.every_steps = 250

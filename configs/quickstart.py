@@ -5,11 +5,11 @@ python -m maskgen.main --config=configs/quickstart.py --workdir=runs/quickstart
 Hardware: two CPU cores and 2 GB of memory; less than 10 minutes.
 Expect: about 25 dB on held-out digits with all 128 codes in use; a probe of about 95% (raw pixels 96%, random
 encoders 67%); generated digits at about 0.4 of the Frechet distance of random codes. README.md has all
-numbers, and says which losses, usage and pictures are healthy when.
+numbers, and describes how losses, code usage and pictures of a healthy run develop.
 
 Arguments:
-  :seed   of everything
-  :tiny   a minute of training, to see everything at work
+  :seed   the seed of everything
+  :tiny   a minute of training, to try everything
   :debug  2 steps of each stage, tiny networks, synthetic pictures
 """
 
@@ -35,7 +35,7 @@ def pictures(args, augment: str = "") -> dict:
 
 
 def network(args) -> dict:
-  """A VQGAN that makes 4 x 4 tokens of 16 x 16 pixels."""
+  """A VQGAN that encodes 16 x 16 pixels as 4 x 4 tokens."""
   return dict(
     channels=8 if args.debug else 16,
     multipliers=(1, 2, 4),
@@ -87,7 +87,7 @@ def mage(args) -> dict:
     total_steps=steps,
     log_every_steps=min(100, steps),
     checkpoint=dict(save_steps=500, save_minutes=5.0, keep=2),
-    # Shifts by whole pixels are all the augmentation that digits this small bear.
+    # Digits this small tolerate no other augmentation than shifts by whole pixels.
     data=pictures(args, "|pad(1)|random_crop(16)"),
     pretrained=dict(tokenizer="stage:tokenizer"),
     objective=dict(
@@ -100,7 +100,7 @@ def mage(args) -> dict:
       decoder_width=16 if args.debug else 96,
       decoder_depth=1 if args.debug else 2,
       decoder_heads=4,
-      # Masking regularises enough here, and smoothing puts a tenth of all samples on random codes.
+      # Masking regularizes enough here, and label smoothing would make a tenth of all samples random codes.
       dropout=0.0,
       label_smoothing=0.0,
       mask_ratio=dict(mean=0.55, std=0.25, low=0.5, high=1.0),
@@ -123,7 +123,7 @@ def mage(args) -> dict:
       generation=dict(
         type="generation", every_steps=every, num_images=16 if args.debug else 500, classifier="svc"
       ),
-      # A hole in the centre of 4 x 4 tokens, with the ring around it, would leave nothing known.
+      # A central hole in 4 x 4 tokens, with the ring around it, would leave no visible token.
       samples=dict(type="samples", every_steps=every, masks=("corner", "right", "lower")),
     ),
   )

@@ -3,19 +3,19 @@
   python -m maskgen.main --config=configs/vilex_digits.py --workdir=runs/vilex_digits
   python -m maskgen.main --config=configs/vilex_digits.py:decoder=runs/diffusion_digits --workdir=runs/vilex
 
-The first command trains the text-to-image model of configs/diffusion_digits.py, too. An image becomes up to
-eight vectors that stand among the words of a prompt, see docs/vilex.md. The encoder starts from scratch here,
-so that it is also told what captions mean.
+The first command also trains the text-to-image model of configs/diffusion_digits.py. An image becomes up to
+eight vectors among the words of a prompt, see docs/vilex.md. The encoder is trained from scratch here, so
+that its first steps align it with captions.
 
-Hardware: two CPU cores and 3 GB of memory; about 40 minutes, half of it for the text-to-image model. Expect
+Hardware: two CPU cores and 3 GB of memory; about 40 minutes, half of them for the text-to-image model. Expect
 pictures from eight tokens to show the class of their source in 87% of cases, from one token in 70%, and from
 captions in 98%; docs/results.md has all numbers. `:debug` and `:tiny` were run as well.
 
 Arguments:
   :decoder  a trained model of configs/diffusion_digits.py; by default it is trained first
-  :encoder  `mage:PATH` for the encoder of a trained MAGE model in place of a small ViT
-  :seed     of everything
-  :tiny     ten minutes, half of them evaluations: everything at work, on digits that are hardly legible yet
+  :encoder  `mage:PATH` for the encoder of a trained MAGE model instead of a small ViT
+  :seed     the seed of everything
+  :tiny     ten minutes, half of them evaluations, to try everything; digits are barely legible
   :debug    2 steps of tiny networks
 """
 
@@ -69,8 +69,8 @@ def vilex(args, path: str, decoder: dict) -> dict:
       pool_depth=1 if small else 2,
       pool_heads=4,
       tail_drop=dict(distribution="uniform", full=0.5),
-      # Tokens that were never trained beside words lose the class when words move them, and tokens that words
-      # never contradicted win over them.
+      # Tokens that are never trained next to words lose the class when words shift them, and tokens that
+      # words never contradict override them.
       words=dict(share=0.4, place="within", subject=DIGITS, recoloured=0.4),
       alignment_steps=alignment_steps,
       min_timestep=400,
@@ -83,7 +83,7 @@ def vilex(args, path: str, decoder: dict) -> dict:
         b2=0.99,
         weight_decay=0.01,
         clip_norm=1.0,
-        # A pretrained encoder moves slowly. At the paper's 1/30 a small MAGE learns too little of digits.
+        # A pretrained encoder changes slowly. At the paper's 1/30 a small MAGE learns too little of digits.
         multipliers=(("^encoder/", 0.3),) if mage else (),
       )
     ),

@@ -5,27 +5,27 @@
   python -m maskgen.main --workdir=runs/vilex_sd15 \
     --config=configs/vilex_sd15.py:decoder=weights/sd15,encoder=weights/siglip,source=folder:/my/pictures
 
-docs/vilex.md says which published weights these are, and where. Pictures need no captions.
+docs/vilex.md says which published weights to use and where to get them. Pictures need no captions.
 
-Hardware: 256 chips of TPU v5e for the paper's batch; docs/scaling.md has what a compiler says of it. The
-paper took 2.5 days on 64 TPUv5, with Imagen at 64 pixels and on WebLI, and got a COCO FID of 2.07 with 75
-tokens: neither is public, and that score is not to be expected of this. The full size has not been run by the
-authors of this file, nor anything with published weights.
+Hardware: 256 chips of TPU v5e for the paper's batch; docs/scaling.md has estimates from compiling it. The
+paper's run took 2.5 days on 64 TPUv5, with Imagen at 64 pixels and WebLI data, and reached a COCO FID of 2.07
+with 75 tokens: neither is public, so do not expect this score here. The authors of this file have run neither
+the full size nor anything with published weights.
 
 From the paper: 75 tokens, the loss, 300,000 steps of 2,048 pictures, Adafactor with 3e-4 for the pooling and
-1e-5 for a SigLIP that is trained along. From De-Diffusion, its ancestor: five layers of pooling. Chosen here,
-as the paper's are not known: So400m/14 at 224 pixels, the width of the pooling, warm-up, cosine and clipping,
-how many tokens are dropped, no captions beside the images, bfloat16.
+1e-5 for a SigLIP that is trained too. From De-Diffusion, its predecessor: five pooling layers. Chosen here,
+as the paper does not give them: So400m/14 at 224 pixels, the width of the pooling, warm-up, cosine and
+clipping, the number of dropped tokens, no captions next to the images, bfloat16.
 
 Arguments:
   :decoder        a converted Stable Diffusion 1
   :encoder        a converted SigLIP, or `mage:PATH` for the encoder of a trained MAGE model
   :source         the pictures, as in docs/your_pictures.md: `folder:/my/pictures`, `tar:/data/{000..999}.tar`
   :eval_source    pictures to evaluate on; by default a tenth of `source` is held out
-  :caption_share  how often the caption, which the pictures must have then, stands beside the image
+  :caption_share  how often the caption is next to the image in the prompt; requires captions
   :batch_size     examples per step
   :accumulation   micro-batches per step, for fewer devices
-  :family, :size  another decoder and its pixels: see vilex_sd21.py and vilex_sdxl.py
+  :family, :size  another decoder and its image size, see vilex_sd21.py and vilex_sdxl.py
   :tiny           this recipe with the small networks, pictures and lengths of `vilex_digits.py:tiny`
   :debug          2 steps of tiny networks
 """
@@ -49,7 +49,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config = full(args)
   if not (args.tiny or args.debug):
     return config
-  # The small versions bring a text-to-image model of their own.
+  # The small versions have their own text-to-image model.
   stages = config_lib.load_beside(__file__, "vilex_digits.py", debug=args.debug, tiny=args.tiny)
   shrink(config, stages.vilex)
   stages.vilex = config
@@ -64,7 +64,7 @@ def full(args) -> ml_collections.ConfigDict:
   encoder: dict = dict(name="vit", **SO400M) if path in PUBLISHED else dict(name="pretrained")
   if not mage:
     encoder.update(dtype="bfloat16", scan=True, remat="dots")
-  # Captions may say what is left and right.
+  # No flips with captions, which may mention left and right.
   words = f"|tokenize('bpe:{folder or args.family}/tokenizer', 77)" if args.caption_share else ""
   augment = words or "|flip_lr"
   return ml_collections.ConfigDict(
@@ -83,7 +83,7 @@ def full(args) -> ml_collections.ConfigDict:
       pretrained=dict(decoder=decoder, encoder=path),
       objective=dict(
         name="vilex",
-        # Frozen, and so kept in 16 bits, but for its autoencoder.
+        # Frozen, and therefore in 16 bits, except its autoencoder.
         decoder=dict(
           name="diffusers",
           folder=folder,
@@ -115,12 +115,12 @@ def full(args) -> ml_collections.ConfigDict:
       ),
       evals=dict(
         validation=dict(type="loss", every_steps=10_000),
-        # Of photographs features="mobilenet_v2:/path/to.npz" tells more than pixels do.
+        # For photographs features="mobilenet_v2:/path/to.npz" is more informative than pixels.
         reconstruction=dict(type="vilex", every_steps=10_000, num_tokens=(1, 4, 16, 75), num_images=64),
       ),
-      # What no rule names, such as the frozen U-Net, is split over fsdp where it is large.
+      # Large parameters that no rule matches, such as the frozen U-Net's, are split over fsdp.
       sharding=(
-        ("/v(_row|_col)?/", ()),  # Adafactor's, which are small
+        ("/v(_row|_col)?/", ()),  # Adafactor's state, which is small
         *config_lib.TRANSFORMER_RULES,
       ),
     )
@@ -132,6 +132,6 @@ def shrink(config: ml_collections.ConfigDict, small: ml_collections.ConfigDict) 
   for key in set(small) - {"optimizer"}:
     config[key] = small[key]
   config.accumulation = 1
-  # Networks from scratch and a run this short need larger steps, for all alike.
+  # Training from scratch in a short run needs the same larger learning rate for all parameters.
   for key in ("learning_rate", "warmup_steps", "multipliers"):
     config.optimizer.main[key] = small.optimizer.main[key]

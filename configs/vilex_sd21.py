@@ -5,10 +5,10 @@
   python -m maskgen.main --workdir=runs/vilex_sd21 \
     --config=configs/vilex_sd21.py:decoder=weights/sd21,encoder=weights/siglip,source=folder:/my/pictures
 
-This is vilex_sd15.py with another decoder: what is said there of the recipe, the paper and what was run holds
-here, too. The paper's text encoder, OpenCLIP ViT-H/14, is said to be this decoder's.
+This is vilex_sd15.py with another decoder: its notes on the recipe, the paper and what was run apply here,
+too. The paper's text encoder, OpenCLIP ViT-H/14, is said to be this decoder's.
 
-Hardware: 256 chips of TPU v5e for the paper's batch; docs/scaling.md has what a compiler says of it.
+Hardware: 256 chips of TPU v5e for the paper's batch; docs/scaling.md has estimates from compiling it.
 
 Arguments: those of vilex_sd15.py; `:decoder` is a converted Stable Diffusion 2 for 512 pixels, "base".
 """

@@ -5,11 +5,11 @@
   python -m maskgen.main --workdir=runs/vilex_sdxl \
     --config=configs/vilex_sdxl.py:decoder=weights/sdxl,encoder=weights/siglip,source=folder:/my/pictures
 
-This is vilex_sd15.py with another decoder: what is said there of the recipe, the paper and what was run holds
-here, too. A token stands for a word of both text encoders, of width 768 + 1280.
+This is vilex_sd15.py with another decoder: its notes on the recipe, the paper and what was run apply here,
+too. A token replaces a word of both text encoders, of width 768 + 1280.
 
-Hardware: the frozen decoder alone is 7 GB in bfloat16. For chips of 16 GB split it, `--config.mesh.fsdp=16`;
-what a step then needs has not been compiled.
+Hardware: the frozen decoder alone is 7 GB in bfloat16. For chips of 16 GB shard it with
+`--config.mesh.fsdp=16`; the memory of such a step has not been measured by compiling it.
 
 Arguments: those of vilex_sd15.py; `:decoder` is a converted Stable Diffusion XL, base.
 """

@@ -2,21 +2,21 @@
 
   python -m maskgen.main --config=configs/vqgan_imagenet.py:path=/data/imagenet --workdir=runs/vqgan
 
-`path` is a folder with `train` and `val`, each with one sub-folder per class. Its perceptual loss needs a
-network: convert one first (see `maskgen.tools.convert --help`) and name it with `perceptual=DIR`; without it
+`path` is a folder with `train` and `val`, each with one sub-folder per class. The perceptual loss needs a
+network: convert one first (see `maskgen.tools.convert --help`) and pass it as `perceptual=DIR`; without it
 the weight of that loss is 0.
 
-Hardware: a TPU slice or 8 GPUs for the published batch of 256; 1 M steps. Expect, from the literature, a
-reconstruction FID of about 3 (Chang et al. 2022). This full recipe has not been run by the authors of this
-file; `:tiny` has.
+Hardware: a TPU slice or 8 GPUs for the published batch of 256; 1 M steps. The literature reports a
+reconstruction FID of about 3 (Chang et al. 2022). The authors of this file have only run `:tiny`, not the
+full recipe.
 
 Arguments:
   :tiny         this recipe on the embedded digits, minutes on 2 cores: expect 20 dB and all
-                codes used; the entropy term outweighs the rest on runs this short (the quickstart, with
+                codes used; in short runs the entropy term outweighs the others (the quickstart, with
                 other weights, reaches 25 dB)
   :debug        2 steps on synthetic pictures
-  :augmentation the two published tokenizers: weak (the default), random resized crops of 80-100% of the area,
-                gives MAGE a better FID, strong, crops of 20-100%, a better linear probe
+  :augmentation that of the two published tokenizers: weak (the default; random resized crops of 80-100% of
+                the area) gives MAGE a better FID, strong (20-100%) a better linear probe
   :batch_size   examples per step
 """
 
@@ -24,7 +24,7 @@ import ml_collections
 
 from maskgen import config as config_lib
 
-# The least share of a picture's area that a crop keeps.
+# The minimum fraction of a picture's area that a crop covers.
 CROPS = {"weak": 0.8, "strong": 0.2}
 
 
