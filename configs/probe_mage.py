@@ -37,7 +37,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   args.size = args.size or ("large" if storage.find_section(args.model).get("width") == 1024 else "base")
   learning_rate = config_lib.choose("size", args.size, LEARNING_RATES)
   if args.model:
-    encoder = dict(name="pretrained", tokenizer=dict(dtype="bfloat16"))
+    encoder = dict(name="pretrained", **precision("bfloat16", args.model))
   else:
     encoder = config_lib.load_beside(__file__, "mage_base.py", size=args.size).objective.to_dict()
   lars = dict(name="lars", base_learning_rate=learning_rate, warmup_epochs=10.0, b1=0.9, weight_decay=0.0)
@@ -70,6 +70,12 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   return small_version(config, args) if args.tiny or args.debug else config
 
 
+def precision(dtype: str, model: str) -> dict:
+  """In which type an encoder computes, and its tokenizer, if it has one."""
+  has_tokenizer = "tokenizer" in storage.find_section(model)
+  return dict(dtype=dtype, tokenizer=dict(dtype=dtype)) if has_tokenizer else dict(dtype=dtype)
+
+
 def small_version(config: ml_collections.ConfigDict, args) -> ml_collections.ConfigDict:
   """The recipe with data, network sizes and lengths from the quickstart, and its MAGE if none is given."""
   stages = config_lib.load_beside(__file__, "quickstart.py", debug=args.debug)
@@ -88,7 +94,7 @@ def shrink(config: ml_collections.ConfigDict, small: ml_collections.ConfigDict) 
     config[key] = small[key]
   config.objective.classes = 10
   config.objective.encoder = dict(
-    name="pretrained", tokenizer=dict(dtype="float32"), dtype="float32", scan=True
+    name="pretrained", scan=True, **precision("float32", config.pretrained.encoder)
   )
   config.total_steps = min(small.total_steps, 500)
   config.optimizer.main.warmup_steps = min(small.optimizer.main.warmup_steps, 50)

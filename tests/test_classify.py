@@ -408,6 +408,15 @@ def test_a_large_model_is_known_after_it_is_gone(tmp_path, name):
   assert load() == first
 
 
+def test_recipes_take_an_encoder_without_a_tokenizer(tmp_path):
+  vit = dict(image_size=(8, 8), patch=4, width=16, depth=1, heads=2)
+  (tmp_path / "config.json").write_text(json.dumps({"network": "vit", "vit": vit}))
+  config = complete(config_lib.to_dict(config_lib.load(f"configs/finetune_mage.py:model={tmp_path}")))
+  assert config["objective"]["encoder"] == dict(
+    name="vit", dtype="bfloat16", scan=True, **vit | dict(image_size=[8, 8])
+  )
+
+
 def test_an_old_run_describes_its_encoder(tmp_path):
   """Its config restates the fields of an encoder that is gone."""
   stored = dict(objective=dict(name="classify", classes=10, **RESTATED), pretrained=dict(mage="gone"))

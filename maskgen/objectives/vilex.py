@@ -45,8 +45,8 @@ class Objective:
   Attributes:
     decoder: the `config.objective` of `config.pretrained.decoder`, a model of the diffusion objective; or the
       section `decoder` that `maskgen.tools.convert --format=diffusers` writes for a published model.
-    encoder: name="vit" and the fields of `ViT`; or the `config.objective` of `config.pretrained.encoder`, a
-      model of any objective with an image encoder, such as MAGE.
+    encoder: name="vit" and the fields of `ViT`; or name="pretrained" for `config.pretrained.encoder`, a model
+      of any objective with an image encoder, such as MAGE.
     pretrained_encoder: whether the encoder is initialized from `config.pretrained.encoder` instead of from
       scratch. An encoder with frozen parts, such as MAGE's tokenizer, is always pretrained.
     tokens: n, at most the number of tokens that fit in a prompt of the decoder.
