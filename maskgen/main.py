@@ -204,7 +204,7 @@ def check(experiment: Any, workdir: epath.Path) -> None:
   log.info("%s: %s", workdir.name, train.describe(experiment))
   log.info("%s: state and frozen parts on the mesh\n%s", workdir.name, experiment.coverage())
   if experiment.warm_start:
-    log.info("%s: what comes from the source\n%s", workdir.name, experiment.warm_start.report())
+    log.info("%s: parameters taken from the source\n%s", workdir.name, experiment.warm_start.report())
   batch = next(experiment.train_batches(0))
   shapes = {key: f"{value.dtype}{list(value.shape)}" for key, value in batch.items()}
   log.info("%s: one batch %s", workdir.name, shapes)

@@ -234,11 +234,11 @@ def test_a_run_that_lost_its_checkpoints_does_not_silently_start_over(experiment
   (workdir / "checkpoints").rmtree()
   (workdir / "damaged" / "9").mkdir(parents=True)
   lines = (workdir / "metrics.jsonl").read_text()
-  with pytest.raises(UserError, match=r"no checkpoint, but its metrics.jsonl has come to step 9: restore"):
+  with pytest.raises(UserError, match=r"no checkpoint, but its metrics.jsonl reaches step 9: restore"):
     train.train(experiment, workdir)
   assert (workdir / "metrics.jsonl").read_text() == lines
   (workdir / "metrics.jsonl").unlink()
-  with pytest.raises(UserError, match=r"no checkpoint besides damaged ones: .* or rename .*/damaged"):
+  with pytest.raises(UserError, match=r"has only damaged checkpoints: .* or rename .*/damaged"):
     train.train(experiment, workdir)
   (workdir / "damaged").rename(workdir / "kept")
   assert train.train(experiment, workdir) == finished[1]
@@ -469,7 +469,7 @@ def test_exhausted_memory_has_remedies(experiment, tmp_path, monkeypatch):
 
   monkeypatch.setattr(experiment, "update", update)
   with pytest.raises(
-    UserError, match=r"memory does not suffice .*: raise config.accumulation or config.mesh.fsdp"
+    UserError, match=r"memory of the devices is exhausted .*: raise config.accumulation or config.mesh.fsdp"
   ):
     train.train(experiment, new_workdir(tmp_path, experiment))
 
@@ -497,7 +497,7 @@ def test_the_second_run_in_a_workdir_is_refused(tmp_path):
   folder = epath.Path(tmp_path) / "run"
   with processes.only_run_in(folder):
     with pytest.raises(
-      TransientError, match=rf"run is at work in .*run \(process {os.getpid()} on .*\): wait for its end"
+      TransientError, match=rf"run is active in .*run \(process {os.getpid()} on .*\): wait until it ends"
     ):
       main.main([f"--config={tiny.FILE}:only=tokenizer", f"--workdir={folder}"])
     with processes.only_run_in(folder / "other"):
@@ -517,7 +517,7 @@ def test_a_folder_without_locks_is_signed(code, tmp_path, monkeypatch):
   for _ in range(2):
     with (
       lock.hold(folder),
-      pytest.raises(TransientError, match="another run is at work in"),
+      pytest.raises(TransientError, match="another run is active in"),
       lock.hold(folder),
     ):
       pass
@@ -530,7 +530,7 @@ def test_a_signature_keeps_others_away_while_its_owner_lives(tmp_path):
   file, lost = epath.Path(tmp_path) / ".lock", threading.Event()
   mine = lock.Signature(file, lost.set, SECONDS)
   for _ in range(2):
-    with pytest.raises(TransientError, match=rf"another run is at work in .*process {os.getpid()} on "):
+    with pytest.raises(TransientError, match=rf"another run is active in .*process {os.getpid()} on "):
       lock.Signature(file, print, SECONDS)
   mine.close()
   assert not lost.is_set() and not file.exists()

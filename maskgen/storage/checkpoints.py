@@ -16,7 +16,7 @@ from maskgen import processes, tree
 from maskgen.errors import TransientError, UserError
 
 DAMAGED = "damaged"
-# What TensorStore says of files that are there and hold something else, or are missing from a checkpoint.
+# TensorStore's status codes for files with wrong content, or missing from a checkpoint.
 _DAMAGE = ("DATA_LOSS", "FAILED_PRECONDITION", "INVALID_ARGUMENT", "NOT_FOUND", "OUT_OF_RANGE")
 _ELSEWHERE = "another process found it damaged"
 
@@ -26,13 +26,13 @@ log = logging.getLogger("maskgen")
 class Checkpoints:
   """The checkpoints of one workdir: written in the background, complete or absent.
 
-  Each holds a checksum of every array, compared when it is read, since disks and stores do flip bits.
-  A checkpoint that is proven to be damaged is named and put aside once an older one turns out to be intact.
-  One that cannot be read stays where it is, and ends the run.
+  Each holds a checksum of every array, compared on reading, since disks and stores do flip bits. A checkpoint
+  that is proven to be damaged is named, and moved aside once an older one turns out to be intact. One that
+  cannot be read stays in place, and the run ends.
   """
 
   def __init__(self, workdir: epath.Path, section: config_lib.Checkpointing | None = None):
-    """Opens the checkpoints of a run, or, without a section, those of another run to read them only."""
+    """Opens the checkpoints of a run, or without a section, those of another run for reading only."""
     if section is None:
       options = ocp.CheckpointManagerOptions(create=False)  # never saves: nothing is cleaned up
     else:
@@ -55,7 +55,7 @@ class Checkpoints:
     return self._manager.latest_step()
 
   def save(self, step: int, state: Any) -> None:
-    """Starts to save a state; returns when it may be changed or donated."""
+    """Starts saving a state; returns when it may be modified or donated."""
     flat = tree.flatten(state)
     checksums = ocp.args.JsonSave(tree.checksums(flat))
     items = ocp.args.Composite(state=ocp.args.PyTreeSave(flat), checksums=checksums)
@@ -65,20 +65,20 @@ class Checkpoints:
       raise self._not_written(error) from error
 
   def read(self, choose: Callable[[dict[str, Any]], Mapping[str, Any]]) -> dict[str, Any]:
-    """Reads arrays of the newest checkpoint that is intact; damaged ones that are newer are put aside.
+    """Reads arrays of the newest intact checkpoint; newer damaged ones are moved aside.
 
     Args:
-      choose: from the names of all arrays with their shapes and dtypes, to targets for those to read.
+      choose: maps the names of all arrays, with shapes and dtypes, to targets for those to read.
 
     Raises:
       UserError: if none is intact, or by `choose`.
-      TransientError: if one cannot be read, which says nothing about what it holds.
+      TransientError: if one cannot be read, which says nothing about its content.
     """
     damaged: dict[int, str] = {}
     for step in sorted(self._manager.all_steps(), reverse=True):
       found, reason = self._read_intact(step, choose)
       if found is not None:
-        self._put_aside(damaged)
+        self._move_aside(damaged)
         return found
       damaged[step] = reason
       log.warning("the checkpoint of step %d is damaged (%s): trying the one before it", step, reason)
@@ -90,11 +90,11 @@ class Checkpoints:
   def _read_intact(
     self, step: int, choose: Callable[[dict[str, Any]], Mapping[str, Any]]
   ) -> tuple[dict[str, Any] | None, str]:
-    """Reads arrays, or says how the checkpoint is damaged; the same in all processes.
+    """Reads arrays, or says how the checkpoint is damaged; the result is the same in all processes.
 
-    They agree after each part, since each reads files of its own and the next part may need all of them.
-    Orbax's handlers are called directly for the same reason: its manager waits for the other processes where
-    one that fails does not come.
+    Processes agree after each part, since each reads its own files and the next part may need all of them.
+    Orbax's handlers are called directly for the same reason: its manager ends in a barrier that a failing
+    process never reaches.
     """
     folder = self._manager.directory / str(step)
 
@@ -130,7 +130,7 @@ class Checkpoints:
     return arrays, ""
 
   def _agree(self, step: int, read: Callable[[], Any]) -> tuple[Any, str]:
-    """Reads something in each process; None and the reason in all if it is damaged in one.
+    """Reads something in each process; returns None and the reason in all if it is damaged in one.
 
     Raises:
       TransientError: in all processes, if it cannot be read in one.
@@ -152,8 +152,8 @@ class Checkpoints:
       return None, damage or _ELSEWHERE
     return found, ""
 
-  def _put_aside(self, steps: Iterable[int]) -> None:
-    """Moves damaged checkpoints out of the way of a run that will come to their steps again."""
+  def _move_aside(self, steps: Iterable[int]) -> None:
+    """Moves damaged checkpoints out of the way of a run that will reach their steps again."""
     if not self._writes or not steps:
       return
     if jax.process_index() == 0:
@@ -161,13 +161,13 @@ class Checkpoints:
       aside.mkdir(parents=True, exist_ok=True)
       for step in steps:
         (self._manager.directory / str(step)).rename(aside / f"{step}-{time.time_ns()}")
-    processes.wait("damaged checkpoints are put aside")
+    processes.wait("damaged checkpoints are moved aside")
     self._manager.reload()
 
   def _not_written(self, error: Exception) -> UserError:
     if not self._manager.directory.exists():
       return UserError(
-        f"{self._manager.directory} was moved or deleted while its run was at work: start the same command "
+        f"{self._manager.directory} was moved or deleted during the run: start the same command "
         "with the --workdir where it is now"
       )
     latest = self.latest()
@@ -205,10 +205,10 @@ class Checkpoints:
 
 
 def _shows_damage(error: Exception) -> bool:
-  """Whether an error says that a checkpoint's content is wrong, and not only that it cannot be read now."""
+  """Whether an error shows that a checkpoint's content is wrong, not only that it cannot be read now."""
   if code := re.match(r"([A-Z_]+): ", str(error)):
     return code[1] in _DAMAGE
-  kinds = (ValueError, LookupError, AttributeError, TypeError, FileNotFoundError)  # of what parsers meet
+  kinds = (ValueError, LookupError, AttributeError, TypeError, FileNotFoundError)  # from parsers
   return isinstance(error, kinds)
 
 
@@ -222,7 +222,7 @@ def _first_line(error: Exception) -> str:
 
 
 def open_to_read(workdir: epath.Path) -> Checkpoints:
-  """Opens the checkpoints of another run, to read them only.
+  """Opens the checkpoints of another run for reading only.
 
   Raises:
     UserError: if there is none.

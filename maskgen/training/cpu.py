@@ -1,4 +1,4 @@
-"""What makes training fast on a machine without accelerators: its cores and its memory."""
+"""Fast training on a machine without accelerators: its cores and its memory."""
 
 import contextlib
 import glob
@@ -13,11 +13,11 @@ _ACCELERATORS = ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia[0-9]*", "/dev/k
 
 
 def use_cores(stages: Iterable[Mapping[str, Any]]) -> None:
-  """Makes each core a device, where every stage can make use of them; before anything asks JAX for devices.
+  """Makes each core a device, if every stage can use them; call it before anything asks JAX for devices.
 
-  Devices keep cores busier than the threads within one do. As each holds a copy of the state, there are four
-  at most. A run of several processes stays as it is, and so does the number of devices if `XLA_FLAGS` or
-  `JAX_NUM_CPU_DEVICES` give it. Accelerators do not care.
+  Several devices use cores better than the threads of one. Each holds a copy of the state, so there are at
+  most four. Multi-process runs are unchanged, as is a number of devices given by `XLA_FLAGS` or
+  `JAX_NUM_CPU_DEVICES`. Accelerators are unaffected.
 
   Args:
     stages: plain configs, each of one stage.
@@ -40,11 +40,11 @@ def use_cores(stages: Iterable[Mapping[str, Any]]) -> None:
 
 
 def use_large_pages() -> None:
-  """Starts this program anew, as the same process, with large pages for malloc; before anything else.
+  """Restarts this program, in the same process, with large pages for malloc; call it first.
 
-  XLA asks for hundreds of megabytes at each step, and with glibc the system clears them again each time, page
-  by page. glibc reads `GLIBC_TUNABLES` when a program starts and not later. Where that is set already, or
-  where there is an accelerator, nothing is done. Other C libraries ignore it.
+  XLA allocates hundreds of megabytes in each step, and with glibc the kernel clears them each time, page by
+  page. glibc reads `GLIBC_TUNABLES` only when a program starts. Does nothing if the variable is already
+  set, or if there is an accelerator. Other C libraries ignore it.
   """
   if "GLIBC_TUNABLES" in os.environ or not sys.platform.startswith("linux"):
     return

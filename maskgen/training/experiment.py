@@ -1,4 +1,4 @@
-"""Everything a run is made of, built from its config and checked before anything is trained."""
+"""Builds everything a run needs from its config, and checks it before training starts."""
 
 import dataclasses
 import functools
@@ -24,16 +24,15 @@ from maskgen.training.warm_start import WarmStart
 
 log = logging.getLogger("maskgen")
 
-# Larger batches make evaluation no faster.
+# Larger batches do not speed up evaluation.
 EVAL_BATCH_SIZE = 256
 DATA = "data.json"
-log = logging.getLogger("maskgen")
 
 
 class Experiment:
-  """A config brought to life: data, objective, mesh, optimizers, shardings, compiled functions.
+  """A run built from its config: data, objective, mesh, optimizers, shardings, compiled functions.
 
-  Nothing is trained or loaded here, and no parameter exists yet: shapes come from `jax.eval_shape`.
+  Building allocates and loads no parameters: shapes come from `jax.eval_shape`.
 
   Attributes:
     config: the typed config.
@@ -45,8 +44,8 @@ class Experiment:
     targets: trees of shapes with shardings for `state`, `frozen` and `pretrained`.
     update: compiled (state, frozen, batch) -> (state, metrics); the state is donated.
     predict: compiled prediction functions by name.
-    evaluators: for each evaluation its interval in steps and its evaluator.
-    warm_start: what `config.init_from` gives, once `check_pretrained` has compared it; else None.
+    evaluators: (interval in steps, evaluator) of each evaluation.
+    warm_start: the parameters of `config.init_from`, once `check_pretrained` has compared them; else None.
   """
 
   def __init__(
@@ -56,11 +55,11 @@ class Experiment:
 
     Args:
       config: of one stage.
-      devices: to build it for, by default all there are; they need not be here, if nothing is run.
-      data: what stands in for the `pipeline.Data` that `config.data` describes, or None.
+      devices: to build for, by default all; they need not exist on this machine if nothing runs.
+      data: replaces the `pipeline.Data` that `config.data` describes, or None.
 
     Raises:
-      UserError: for anything in the config that is wrong or does not fit together.
+      UserError: if anything in the config is wrong or inconsistent.
     """
     self.config = cfg = config_lib.build_dataclass(config_lib.RunConfig, config, "config")
     self.mesh = sharding.make_mesh(cfg.mesh, devices)
@@ -80,7 +79,7 @@ class Experiment:
     self._build_evaluators()
 
   def _check_data(self) -> None:
-    """Checks that the data gives what the objective takes."""
+    """Checks that the data provides what the objective reads."""
     cfg, spec, name = self.config, self.objective.batch_spec(), self.config.objective["name"]
     batch_lib.check_data(spec, self.data, name, cfg.data["source"])
     if spec.whole_batch and cfg.accumulation > 1:
@@ -132,7 +131,7 @@ class Experiment:
     )
 
   def make_update(self, objective: objectives.Objective, accumulation: int | None = None) -> Update:
-    """The step, not compiled, for this objective or one of the same parameters.
+    """The step, not compiled, for this objective or one with the same parameters.
 
     Args:
       objective: what is trained.
@@ -152,7 +151,7 @@ class Experiment:
   def _init(
     self, pretrained: Any, taken: Mapping[str, jax.Array] | None = None, seed: int | None = None
   ) -> tuple[TrainState, Any]:
-    """Makes the first state, with parameters by path name in the place of fresh ones; pure."""
+    """Makes the first state; `taken` replaces fresh parameters by path name. Pure."""
     rng = jax.random.key(self.config.seed if seed is None else seed)
     parts = self.objective.init(rng, pretrained)
     params = tree.replace(parts["params"], taken or {})
@@ -166,25 +165,25 @@ class Experiment:
     return state, parts["frozen"]
 
   def init(self, workdir: epath.Path) -> tuple[TrainState, Any]:
-    """Makes (state, frozen) from fresh and pretrained parameters, each on its own devices."""
+    """Makes (state, frozen) from fresh and pretrained parameters, directly on their devices."""
     self.check_pretrained(workdir)
     taken = self.warm_start.take() if self.warm_start else {}
     shardings = (self._shardings["state"], self._shardings["frozen"])
     init = jax.jit(self._init, out_shardings=shardings)
     state, frozen = init(self._load_pretrained(workdir), taken)
     if self.warm_start:
-      log.info("%s: what comes from the source\n%s", workdir.name, self.warm_start.report(frozen))
+      log.info("%s: parameters taken from the source\n%s", workdir.name, self.warm_start.report(frozen))
     return state, frozen
 
   def check_pretrained(self, workdir: epath.Path, pending: Collection[epath.Path] = ()) -> None:
-    """Checks that what `config.resume`, `init_from` and `pretrained` name is there and of the right kind.
+    """Checks that the models of `config.resume`, `init_from` and `pretrained` exist and fit.
 
     Args:
       workdir: of the run.
-      pending: workdirs of earlier stages, which may not have been trained yet.
+      pending: workdirs of earlier stages, which may not be trained yet.
 
     Raises:
-      UserError: if it is not.
+      UserError: if one does not.
     """
     if self.config.resume:
       storage.open_to_read(epath.Path(self.config.resume)).close()
@@ -203,20 +202,20 @@ class Experiment:
       self._check_codes(workdir)
 
   def _check_codes(self, workdir: epath.Path) -> None:
-    """Checks that cached codes come from the tokenizer that training begins with."""
+    """Checks that cached codes come from the tokenizer that training starts with."""
     cfg = self.config
     assert self.data.codes is not None
 
     def begin(pretrained: Any) -> Any:
       return self.objective.tokenizer_params(self.objective.init(jax.random.key(0), pretrained))
 
-    # Compiled, this passes on what was loaded, and makes none of the fresh parameters.
+    # Compiled, this only passes on loaded parameters; the fresh ones are dead code.
     tokenizer = jax.jit(begin)(self._load_pretrained(workdir))
     if objectives.tokenizer_fingerprint(tokenizer) != self.data.codes.tokenizer:
       given = " and ".join(f"config.pretrained.{name}={path}" for name, path in cfg.pretrained.items())
       raise UserError(
         f"config.data.source={cfg.data['source']} was made with another tokenizer than that of {given}: give "
-        "that tokenizer, or make the cache anew with maskgen.tools.tokenize"
+        "that tokenizer, or recreate the cache with maskgen.tools.tokenize"
       )
 
   def _pretrained(self, workdir: epath.Path) -> dict[str, epath.Path]:
@@ -242,14 +241,14 @@ class Experiment:
       raise UserError(f"config.init_from={given}: {error}") from None
 
   def check_data(self, workdir: epath.Path) -> None:
-    """Checks that the records are those that a run in this workdir began with.
+    """Checks that the records are those with which the run in this workdir began.
 
     Raises:
       UserError: if they are not.
     """
     if not (workdir / DATA).exists():
       return
-    remedy = "delete it to go on with the data that is there now"
+    remedy = "delete it to continue with the present data"
     before = files.read_json(workdir / DATA, remedy)
     for use, now in self.data.fingerprints.items():
       if before.get(use, now) != now:
@@ -258,14 +257,14 @@ class Experiment:
         raise UserError(
           f"the data for {use} has changed since this run began ({before[use]['source']} had "
           f"{before[use]['size']} records, {now['source']} has {now['size']}): restore it, or start a new "
-          f"workdir, or delete {workdir / DATA} to go on with what is there now"
+          f"workdir, or delete {workdir / DATA} to continue with the present data"
         )
 
   def write_data(self, workdir: epath.Path) -> None:
-    """Notes in `data.json` what the records are.
+    """Records in `data.json` what the records are.
 
     Raises:
-      UserError: in all processes, if they do not see the same records.
+      UserError: in all processes, if they see different records.
     """
     if not processes.all_equal(json.dumps(self.data.fingerprints)):
       raise UserError(
@@ -275,7 +274,7 @@ class Experiment:
       files.replace(workdir / DATA, json.dumps(self.data.fingerprints, indent=2))
 
   def train_batches(self, step: int) -> Generator[Mapping[str, jax.Array]]:
-    """The training batches from a step on, on the devices."""
+    """The training batches on the devices, starting at a step."""
     from maskgen.data import pipeline
 
     return pipeline.to_device(self.data.train_batches(step), sharding.batch_sharding(self.mesh))
@@ -286,12 +285,12 @@ class Experiment:
     return self.update.lower(target["state"], target["frozen"], batch or self.data.spec).compile()
 
   def coverage(self) -> str:
-    """A table of where `config.sharding` puts the state and the frozen parts."""
+    """A table of how `config.sharding` shards the state and the frozen parts."""
     targets = {name: self.targets[name] for name in ("state", "frozen")}
     return sharding.coverage(targets, self.config.sharding)
 
   def check_predict_fns(self) -> None:
-    """Traces the prediction functions that the evaluations will call, with their batches and options."""
+    """Traces the prediction functions that the evaluations call, with their batches and options."""
     variables = self.targets["state"].variables(self.targets["frozen"])
 
     def call(name: str, batch: Any, **options: Any) -> Any:
@@ -324,7 +323,7 @@ class Experiment:
     return pipeline.to_device(batches, sharding.batch_sharding(self.mesh))
 
   def _fresh_variables(self, seed: int, frozen: Any) -> dict[str, Any]:
-    """Untrained parameters beside given frozen parts, for baselines."""
+    """Untrained parameters with given frozen parts, for baselines."""
 
     def init(seed: int, frozen: Any) -> dict[str, Any]:
       shapes = self.objective.pretrained_shapes()
@@ -335,7 +334,7 @@ class Experiment:
 
 
 def _check_fetched(key: str, given: str, path: epath.Path) -> None:
-  """Says where published weights are that a config names and that are not here."""
+  """Raises an error that says where to fetch published weights that do not exist on this machine."""
   if given in PUBLISHED and not path.exists():
     found = PUBLISHED[given]
     raise UserError(

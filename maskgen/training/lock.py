@@ -1,4 +1,4 @@
-"""One run in a folder: a lock of the file system, or, in a store, a file that its owner keeps signing."""
+"""One run per folder: a file-system lock, or in a store, a file that its owner keeps signing."""
 
 import contextlib
 import errno
@@ -17,18 +17,17 @@ from etils import epath
 from maskgen.errors import TransientError
 
 LOCK = ".lock"
-# A store takes one write of a file per second, and a lock that was left behind costs two intervals.
+# Stores accept one write per second and file, and a stale lock costs two intervals.
 SECONDS = 20.0
 
 
 @contextlib.contextmanager
 def hold(folder: epath.Path) -> Generator[None]:
-  """Makes a folder this process's alone while the context lasts; it must exist.
+  """Holds an existing folder exclusively while the context lasts.
 
-  A local folder's file system forgets the lock when the process ends, however it ends. In a store, or on a
-  file system without locks, the lock of a process that was killed is taken over when it has not been signed
-  for a while; a process that finds its own lock taken over ends at once, as if it were killed, since what it
-  would still write does harm.
+  A local file system releases the lock when the process ends for any reason. In a store, or on a file system
+  without locks, a lock that has not been signed for a while is taken over; a process that finds its own lock
+  taken over ends immediately, as if killed, because further writes would do harm.
 
   Raises:
     TransientError: if another process holds the folder.
@@ -43,7 +42,7 @@ def hold(folder: epath.Path) -> Generator[None]:
 
 
 def _lock(file: IO[str], folder: epath.Path) -> bool:
-  """Locks a file of a folder until it is closed; False where the file system has no locks.
+  """Locks a file of a folder until it is closed; returns False if the file system has no locks.
 
   Raises:
     TransientError: if another process holds it.
@@ -64,21 +63,21 @@ def _lock(file: IO[str], folder: epath.Path) -> bool:
 
 
 class Signature:
-  """A file that this process signs again and again, for others to see that it lives.
+  """A file that this process signs repeatedly to show others that it is alive.
 
-  Clocks of machines are not compared: whoever wants the file watches whether it changes.
+  Clocks are not compared across machines: other processes watch whether the file changes.
   """
 
   def __init__(self, file: epath.Path, lost: Callable[[], None], seconds: float = SECONDS):
-    """Signs the file, at once if nobody has, or else when it has stood still.
+    """Signs the file, immediately if it is unsigned, otherwise once it has stopped changing.
 
     Args:
       file: to sign.
-      lost: called once, in another thread, if somebody else has signed or removed the file.
-      seconds: between two signatures, the same for all who want the file.
+      lost: called once, in another thread, if another process signs or removes the file.
+      seconds: between two signatures, the same for all processes.
 
     Raises:
-      TransientError: if it does not stand still.
+      TransientError: if the file keeps changing.
     """
     self._file, self._lost, self._seconds = file, lost, seconds
     self._token = uuid.uuid4().hex
@@ -90,7 +89,7 @@ class Signature:
       if found not in (before, ""):
         raise taken(file.parent, found)
     self._sign(0)
-    # Of those who sign at the same time, the last one has it.
+    # If several processes sign at the same time, the last one owns the file.
     time.sleep(seconds / 10)
     if self._token not in (found := self._read()):
       raise taken(file.parent, found)
@@ -99,7 +98,7 @@ class Signature:
     self._thread.start()
 
   def close(self) -> None:
-    """Signs no more, and removes the file if it is still this process's."""
+    """Stops signing, and removes the file if this process still owns it."""
     self._closed.set()
     self._thread.join()
     if self._token in self._read():
@@ -113,7 +112,7 @@ class Signature:
         mine = self._token in self._read()
         if mine:
           self._sign(count)
-      except Exception:  # Stores raise many kinds, and may be there again next time.
+      except Exception:  # Stores raise many kinds, and may recover.
         continue
       if not mine:
         self._lost()
@@ -127,10 +126,10 @@ class Signature:
 
 
 def taken(folder: epath.Path, signature: str) -> TransientError:
-  """The error for a folder in which the process that has left this signature is at work."""
+  """The error for a folder that the process with this signature holds."""
   name = (signature.splitlines() or ["a process without a name"])[0]
   return TransientError(
-    f"another run is at work in {folder} ({name}): wait for its end, or give another --workdir"
+    f"another run is active in {folder} ({name}): wait until it ends, or give another --workdir"
   )
 
 
@@ -139,6 +138,6 @@ def _name() -> str:
 
 
 def _end(folder: epath.Path) -> None:
-  print(f"error: another run has taken {folder} over: this one ends, see that one's log", file=sys.stderr)
+  print(f"error: another run has taken over {folder}: this run ends, see the other's log", file=sys.stderr)
   sys.stderr.flush()
   os._exit(TransientError.status)

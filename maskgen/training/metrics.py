@@ -1,4 +1,4 @@
-"""What a run tells: `metrics.jsonl`, TensorBoard, pictures, and progress for people."""
+"""Metrics of a run: `metrics.jsonl`, TensorBoard, pictures and progress."""
 
 import json
 import logging
@@ -23,7 +23,7 @@ log = logging.getLogger("maskgen")
 
 
 def read(workdir: epath.Path) -> list[dict[str, Any]]:
-  """Reads `metrics.jsonl`; a last line that was cut off by a kill is left out.
+  """Reads `metrics.jsonl`, without a last line that a kill truncated.
 
   Raises:
     UserError: if another line is damaged.
@@ -37,8 +37,8 @@ def read(workdir: epath.Path) -> list[dict[str, Any]]:
 class Writer:
   """Writes numbers and pictures; only process 0 touches files.
 
-  `metrics.jsonl` is cut back to the step that the run continues from, so that a run that was killed and
-  restarted tells the same story as one that was not.
+  `metrics.jsonl` is truncated to the step from which the run continues, so that a killed and restarted run
+  writes the same lines as an uninterrupted one.
   """
 
   def __init__(self, workdir: epath.Path, step: int):
@@ -46,7 +46,7 @@ class Writer:
     self._active = jax.process_index() == 0
     kept = [line for line in read(workdir) if line["step"] <= step] if step else []
     self.seconds_before = max((line.get("timing/seconds", 0.0) for line in kept), default=0.0)
-    # Whether the step that the run continues from was evaluated; only averages have the time of waiting.
+    # Whether the step from which the run continues was evaluated; only averages have `input_wait`.
     self.evaluated = any(line["step"] == step and "input_wait" not in line for line in kept)
     if not self._active:
       return
@@ -55,7 +55,7 @@ class Writer:
     self._tensorboard = metric_writers.SummaryWriter(str(workdir))
     files.replace(workdir / METRICS, "".join(json.dumps(line) + "\n" for line in kept))
     self._file = (workdir / METRICS).open("a")
-    if step and (not kept or kept[-1]["step"] < step):  # a checkpoint comes after its lines
+    if step and (not kept or kept[-1]["step"] < step):  # lines precede their checkpoint
       log.warning("%s lacks lines from before step %d, which are lost", workdir / METRICS, step)
 
   def numbers(self, step: int, values: Mapping[str, float]) -> None:
@@ -73,10 +73,10 @@ class Writer:
       self._tensorboard.write_images(step, {name: p[None] for name, p in pictures.items()})
 
   def sync(self) -> None:
-    """Puts all lines on the disk, and checks that the workdir's path still leads there.
+    """Flushes all lines to disk, and checks that the workdir's path still leads there.
 
     Raises:
-      UserError: if it is not.
+      UserError: if it does not.
     """
     if not self._active or "://" in str(self._workdir):
       return
@@ -84,7 +84,7 @@ class Writer:
     path = self._workdir / METRICS
     if not path.exists() or not os.path.samestat(os.fstat(self._file.fileno()), os.stat(path)):
       raise UserError(
-        f"{path} was moved, replaced or deleted while its run was at work: start the same command with the "
+        f"{path} was moved, replaced or deleted during the run: start the same command with the "
         "--workdir where the run's checkpoints are now"
       )
 
@@ -96,7 +96,7 @@ class Writer:
 
 
 def write_pictures(workdir: epath.Path, label: str, pictures: Mapping[str, np.ndarray]) -> None:
-  """Writes `samples/NAME_LABEL.png`, `/` in names as `_`, enlarged for people."""
+  """Writes enlarged pictures as `samples/NAME_LABEL.png`, with `/` in names as `_`."""
   if jax.process_index() == 0:
     (workdir / "samples").mkdir(parents=True, exist_ok=True)
     for name, picture in pictures.items():
@@ -118,14 +118,14 @@ class Progress:
 
   def step(self) -> None:
     """Counts one step."""
-    if self._first is not None:  # the first one compiles, and says nothing of those to come
+    if self._first is not None:  # the first step compiles and says nothing about later ones
       self._mark, self._time, self._paused = self._first + 1, time.monotonic(), 0.0
       self._first = None
     if self._bar is not None:
       self._bar.update()
 
   def pause(self, seconds: float) -> None:
-    """Takes time spent on evaluation and saving out of the throughput."""
+    """Excludes time spent on evaluation and saving from the throughput."""
     self._paused += seconds
 
   def report(self, step: int, values: Mapping[str, float]) -> dict[str, float]:
@@ -145,13 +145,13 @@ class Progress:
     return {"timing/steps_per_second": rate, "timing/images_per_second": rate * self._batch_size}
 
   def close(self) -> None:
-    """Leaves the terminal tidy."""
+    """Closes the progress bar."""
     if self._bar is not None:
       self._bar.close()
 
 
 def summary(values: Mapping[str, float]) -> str:
-  """The losses, then as many metrics of the objective as a line has room for."""
+  """The losses, then as many metrics of the objective as fit on a line."""
   losses = [name for name in values if name.startswith("train/loss/")]
   metrics = [name for name in values if name.startswith("train/") and name.count("/") == 1]
   text = ""
@@ -181,7 +181,7 @@ class NotFiniteError(UserError):
 
 
 class Window:
-  """Averages metrics between two log lines, one step behind the device, which so never waits."""
+  """Averages metrics between two log lines, one step behind the device, so that it never waits."""
 
   def __init__(self):
     self.waited = 0.0
@@ -194,7 +194,7 @@ class Window:
     return self._count + (self._pending is not None)
 
   def add(self, step: int, values: Mapping[str, jax.Array], records: jax.Array) -> None:
-    """Takes the metrics of a step that may still be running, and looks at those of the step before."""
+    """Adds the metrics of a step that may still be running, after checking those of the previous step."""
     self.check()
     self._pending = (step, values, records)
 
@@ -215,7 +215,7 @@ class Window:
     self._count += 1
 
   def close(self) -> dict[str, float]:
-    """Returns the averages, with the share of time spent waiting for data, and starts anew."""
+    """Returns the averages, with the fraction of time spent waiting for data, and resets the window."""
     self.check()
     averages = {name: total / self._count for name, total in sorted(self._sums.items())}
     now = time.monotonic()

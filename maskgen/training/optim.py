@@ -17,14 +17,14 @@ SCHEDULES = ("cosine", "constant")
 # Biases and normalisation scales: everything else is a matrix, a kernel or a table.
 NO_DECAY = re.compile(r"(^|/)(bias|scale|head_bias)$")
 
-# LARS's share of a matrix's norm by which a learning rate of 1 moves it.
+# LARS's trust coefficient: a learning rate of 1 moves a matrix by this fraction of its norm.
 TRUST = 0.001
 
 
 def layer_decay(decay: float, layers: int | Sequence[str]) -> tuple[tuple[str, float], ...]:
   """Rules for `multipliers`: learning rates that shrink towards the input (Clark et al. 2020, section 3.2).
 
-  Of n blocks the last has the factor decay, the first decay^n, the embedding decay^(n + 1), and what comes
+  With n blocks, the last has the factor decay, the first decay^n, the embedding decay^(n + 1), and everything
   after the blocks 1.
 
   Args:
@@ -41,26 +41,26 @@ def layer_decay(decay: float, layers: int | Sequence[str]) -> tuple[tuple[str, f
 class Optimizer:
   """AdamW for one parameter group, which with `weight_decay=0` is Adam; Adafactor; or LARS.
 
-  Adafactor (Shazeer and Stern 2018) keeps of a matrix's second moment its rows' and columns' means alone,
-  which decay as in its section 7.1 and not by `b2`, and clips each array's update to a root mean square of 1.
-  Learning rates are absolute, not times the size of the parameters. With `b1=0` it has no first moment.
+  Adafactor (Shazeer and Stern 2018) stores only row and column means of a matrix's second moment, which decay
+  as in its section 7.1 and not by `b2`, and clips the RMS of each array's update to 1. Learning rates are
+  absolute, not relative to the scale of the parameters. With `b1=0` it has no first moment.
 
   LARS (You et al. 2017) adds the weight decay to the gradient, scales each matrix's gradient to 0.001 times
-  the norm of the matrix, and adds momentum; biases and normalisation scales have momentum alone.
+  the norm of the matrix, and adds momentum; biases and normalisation scales only have momentum.
 
   Attributes:
     name: "adamw", "adafactor" or "lars".
     learning_rate: the peak learning rate, or
     base_learning_rate: the peak for a batch of 256; it is scaled with the batch size (Goyal et al. 2017).
     schedule: "cosine" to `end_learning_rate`, or "constant", after a linear warm-up from 0.
-    end_learning_rate: the learning rate that the cosine ends at.
+    end_learning_rate: the final learning rate of the cosine schedule.
     warmup_steps, warmup_epochs: length of the warm-up; at most one.
     b1, b2: decay of the gradient's first and second moments; for LARS `b1` is the momentum.
-    weight_decay: weight decay on all parameters but biases and normalisation scales; decoupled, but for LARS.
+    weight_decay: on all parameters except biases and normalisation scales; decoupled, except for LARS.
     clip_norm: largest norm of the group's gradient, or None.
     multipliers: ordered (regex, factor) rules over parameter paths; the first match scales the learning rate.
-    layer_decay: the factor from each layer of the objective's image encoder to the one before it, see
-      `layer_decay`; `multipliers` come first.
+    layer_decay: the ratio of learning rates of consecutive layers of the objective's image encoder, see
+      `layer_decay`; `multipliers` take precedence.
   """
 
   name: str = "adamw"
@@ -79,7 +79,7 @@ class Optimizer:
 
   def __post_init__(self):
     if (self.learning_rate is None) == (self.base_learning_rate is None):
-      raise UserError("give learning_rate, or base_learning_rate (for a batch of 256), and not both")
+      raise UserError("give either learning_rate, or base_learning_rate (for a batch of 256)")
     for name in ("learning_rate", "base_learning_rate", "warmup_steps", "warmup_epochs", "clip_norm"):
       if getattr(self, name) is not None:
         config_lib.check_at_least(self, 0, name)
@@ -124,10 +124,10 @@ class Optimizer:
     Args:
       schedule: the learning rate.
       shapes: of the group's parameters.
-      layers: those that `layer_decay` is for.
+      layers: regular expressions for `layer_decay`, see there.
 
     Raises:
-      UserError: if a multiplier is for no parameter, or there are no layers.
+      UserError: if a multiplier matches no parameter, or `layer_decay` is set without layers.
     """
     multipliers = self.multipliers
     if self.layer_decay is not None:
@@ -140,12 +140,12 @@ class Optimizer:
     decay = optax.add_decayed_weights(self.weight_decay, decayed) if self.weight_decay else optax.identity()
     rule: tuple[optax.GradientTransformation, ...] = (optax.scale_by_adam(self.b1, self.b2), decay)
     if self.name == "adafactor":
-      # The parts of optax.adafactor, which has the learning rate before the momentum.
+      # The parts of optax.adafactor, which applies the learning rate before the momentum.
       momentum = optax.ema(self.b1, debias=False) if self.b1 else optax.identity()
       rule = (optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0), momentum, decay)
     elif self.name == "lars":
       trust = optax.masked(optax.scale_by_trust_ratio(trust_coefficient=TRUST), decayed)
-      # optax.lars has the learning rate before the momentum, where a schedule would act with delay.
+      # optax.lars applies the learning rate before the momentum, which would delay a schedule.
       rule = (decay, trust, optax.trace(self.b1))
     return optax.chain(
       optax.clip_by_global_norm(self.clip_norm) if self.clip_norm else optax.identity(),

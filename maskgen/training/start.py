@@ -1,4 +1,4 @@
-"""Where a run starts from: its own checkpoint, another run's, the parameters of a model, or fresh ones."""
+"""The first state of a run: its own checkpoint, another run's, a model's parameters, or fresh parameters."""
 
 from collections.abc import Callable, Mapping
 from contextlib import closing
@@ -13,22 +13,22 @@ from maskgen.training import metrics
 
 
 def check_nothing_lost(workdir: epath.Path, save_steps: int) -> None:
-  """Checks that a workdir without a checkpoint has not had one, before a run begins anew in it.
+  """Checks that a workdir without a checkpoint has never had one, before a run starts from scratch in it.
 
   Raises:
     UserError: if it has.
   """
   steps = [line["step"] for line in metrics.read(workdir)]
-  # A save waits until the one before it is complete, so that a line from after two saves proves one.
+  # A save waits for the previous one to complete, so a line logged after two saves proves that one completed.
   if steps and (steps[-1] - 1) // save_steps - (steps[0] - 1) // save_steps >= 2:
     raise UserError(
-      f"{workdir} has no checkpoint, but its {metrics.METRICS} has come to step {steps[-1]}: restore a "
-      f"checkpoint from a copy, or delete {metrics.METRICS} to train from the start"
+      f"{workdir} has no checkpoint, but its {metrics.METRICS} reaches step {steps[-1]}: restore a "
+      f"checkpoint from a copy, or delete {metrics.METRICS} to train from scratch"
     )
   if list((workdir / DAMAGED).glob("*")):
     raise UserError(
-      f"{workdir} has no checkpoint besides damaged ones: restore one from a copy, or rename "
-      f"{workdir / DAMAGED} to train from the start"
+      f"{workdir} has only damaged checkpoints: restore one from a copy, or rename "
+      f"{workdir / DAMAGED} to train from scratch"
     )
 
 
@@ -41,20 +41,20 @@ def start(
   targets: Mapping[str, Any],
   init: Callable[[], tuple[Any, Any]],
 ) -> tuple[Any, Any, str]:
-  """Gives a run its first state. The order of precedence:
+  """Returns the first state of a run. In order of precedence:
 
   1. the newest checkpoint of the run's own workdir: it continues;
   2. `resume`: the newest checkpoint of another workdir, optimizer state and step included;
   3. `init_from`: the parameters of another model, with a fresh optimizer, at step 0;
   4. fresh parameters.
 
-  Frozen parts come from the same place, and are written into the workdir once: it is self-contained.
+  Frozen parts come from the same source and are written into the workdir once, so that it is self-contained.
 
   Args:
     workdir: of the run.
     checkpoints: of the run.
     resume: a workdir, or None.
-    init_from: what `init` takes parameters from, or None.
+    init_from: the model from which `init` takes parameters, or None.
     targets: trees of shapes with shardings: `state` and `frozen`.
     init: makes (state, frozen) for the last two cases.
 

@@ -1,7 +1,7 @@
 """One update for every objective: one forward pass, one vjp, one pull-back per parameter group.
 
 No line here averages gradients over devices: a loss is a mean over the global batch, whose leading axis is
-split over the mesh, so the compiler adds the all-reduce to the backward pass (`pull_back` in `gradients`).
+sharded over the mesh, so the compiler adds the all-reduce to the backward pass (`pull_back` in `gradients`).
 """
 
 from collections.abc import Callable, Mapping
@@ -38,10 +38,10 @@ def make_update(
     objective: what is trained.
     transforms: the optimizer of each parameter group.
     schedules: the learning rate of each group, for the metrics.
-    seed: of all randomness in the step, together with the step's number.
-    ema: decay of each group's moving average; groups that are not named have none.
+    seed: of all randomness in the step, together with the step number.
+    ema: decay of each group's moving average; other groups have none.
     accumulation: number of micro-batches. Micro-batch j takes the examples j, j + k, j + 2k, ..., so that no
-      example changes its device. Exact where an objective's loss is a mean of per-example losses.
+      example changes its device. Exact if the objective's loss is a mean of per-example losses.
   """
 
   def gradients(params, frozen, model_state, batch, rng, step):
@@ -52,7 +52,7 @@ def make_update(
     values, pull_back, (metrics, model_state) = jax.vjp(losses, params, has_aux=True)
     grads = {}
     for group in params:
-      # Only the owner's gradient is kept; the compiler drops what the others would need.
+      # Only the owning group's gradient is kept; the compiler removes the rest.
       cotangent = {name: jnp.float32(name == group) for name in values}
       grads[group] = pull_back(cotangent)[0][group]
     metrics = {**metrics, **{f"loss/{group}": value for group, value in values.items()}}
@@ -95,7 +95,7 @@ def make_update(
       metrics[f"norm/{group}_update"] = optax.tree.norm(updates)
       metrics[f"learning_rate/{group}"] = schedules[group](state.step)
       if group in ema:
-        # A young average would remember the initialisation: let its horizon grow with the step.
+        # Early averages would be dominated by the initialisation: let their horizon grow with the step.
         decay = jnp.minimum(ema[group], (1.0 + state.step) / (10.0 + state.step))
         averages[group] = optax.incremental_update(params[group], state.ema[group], 1.0 - decay)
     state = TrainState(state.step + 1, params, opt_state, averages, model_state)

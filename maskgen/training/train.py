@@ -1,4 +1,4 @@
-"""The loop: one for every objective."""
+"""The training loop, shared by all objectives."""
 
 import json
 import logging
@@ -13,6 +13,7 @@ from etils import epath
 
 from maskgen import files, storage, tree
 from maskgen.errors import UserError, of_storage, shortage
+from maskgen.evaluators import Evaluator
 from maskgen.evaluators.batches import gather
 from maskgen.training import metrics as metrics_lib
 from maskgen.training.clock import Clock
@@ -26,22 +27,22 @@ log = logging.getLogger("maskgen")
 
 
 class PreemptedError(Exception):
-  """The run has saved and stopped, since its machine is about to be taken away; it can continue."""
+  """The run has saved and stopped because it was preempted; the same command continues it."""
 
 
 def train(experiment: Experiment, workdir: epath.Path) -> dict[str, float]:
-  """Trains from wherever the workdir stands to the end, and returns the final evaluation.
+  """Trains from the newest checkpoint of the workdir to the end, and returns the final evaluation.
 
-  A run that is killed at any moment continues from its newest checkpoint and ends with the same
-  parameters and metrics as one that is not.
+  A run that is killed at any moment continues from its newest checkpoint, and ends with the same parameters
+  and metrics as an uninterrupted run.
 
   Raises:
     PreemptedError: after a SIGTERM.
-    UserError: if a loss or another metric is not finite, naming the step and the metric, if memory or disk
-      do not suffice, or if the run starts from beyond its end.
+    UserError: if a metric is not finite, naming the step and the metric, if memory or disk space is
+      exhausted, or if the run starts beyond its last step.
   """
   try:
-    # Closed also when the run fails: saves that have begun are completed.
+    # Also closed when the run fails, which completes pending saves.
     with (
       of_storage(workdir),
       closing(storage.Checkpoints(workdir, experiment.config.checkpoint)) as checkpoints,
@@ -56,14 +57,14 @@ def train(experiment: Experiment, workdir: epath.Path) -> dict[str, float]:
     if not (found := shortage(error)):
       raise
     raise UserError(
-      f"the devices' memory does not suffice ({found}): raise config.accumulation or "
+      f"the memory of the devices is exhausted ({found}): raise config.accumulation or "
       "config.mesh.fsdp, lower config.batch_size, or compute in bfloat16 (config.objective.dtype)"
     ) from error
   return final_results(workdir, list(experiment.config.evals))
 
 
 def loop(experiment: Experiment, workdir: epath.Path, checkpoints: storage.Checkpoints) -> None:
-  """Trains from wherever the workdir stands to the end; for errors see `train`."""
+  """Trains from the newest checkpoint of the workdir to the end; for errors see `train`."""
   cfg, total = experiment.config, experiment.total_steps
   if checkpoints.latest() is None:
     check_nothing_lost(workdir, cfg.checkpoint.save_steps)
@@ -98,9 +99,9 @@ def loop(experiment: Experiment, workdir: epath.Path, checkpoints: storage.Check
     averages |= progress.report(step, averages) | {"data/skipped": skipped.flush(step)}
     writer.numbers(step, averages | {"timing/seconds": clock.seconds()})
 
-  # The order is fixed: save, evaluate, next batch, step, log. So a checkpoint and an evaluation at step i see
-  # the same weights, what was logged up to step i is older than the checkpoint, and an evaluation that is
-  # killed or fails costs no steps: a run that continues from step i evaluates unless that was written.
+  # The order is fixed: save, evaluate, next batch, step, log. A checkpoint and an evaluation at step i see
+  # the same weights, and everything logged up to step i precedes the checkpoint. An evaluation that fails or
+  # is killed loses no steps: a run that continues from step i evaluates unless the results are written.
   with closing(writer), closing(progress), closing(preemption), closing(batches):
     while True:
       stop = preemption.at(step)
@@ -111,11 +112,13 @@ def loop(experiment: Experiment, workdir: epath.Path, checkpoints: storage.Check
         if stop and len(window):
           write_averages()
         due = step == total or step % cfg.checkpoint.save_steps == 0 or clock.save_is_due(step, cfg)
+        # An evaluation may take long or fail. A save while averages are open would change the log.
+        due |= step % cfg.log_every_steps == 0 and bool(due_evaluators(experiment, step))
         if (due or stop) and not restored:
           writer.sync()
           checkpoints.save(step, state)
           clock.saved()
-        # Before a stop there is no time to evaluate: the run does when it continues.
+        # A preempted run has no time to evaluate; it does so when it continues.
         if not stop and not (restored and writer.evaluated):
           numbers, pictures = evaluate(experiment, state.variables(frozen), step)
           if numbers or pictures:
@@ -147,35 +150,43 @@ def loop(experiment: Experiment, workdir: epath.Path, checkpoints: storage.Check
 def evaluate(
   experiment: Experiment, variables: Any, step: int | None
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-  """Runs the evaluations that are due at a step, or all of them at the last step and for `step=None`.
+  """Runs the evaluations of `due_evaluators`.
 
   Raises:
-    UserError: naming the evaluation, if it raises one or the devices' memory does not suffice for it.
+    UserError: naming the evaluation, if it raises one or exhausts the devices' memory.
   """
   numbers: dict[str, float] = {}
   pictures: dict[str, np.ndarray] = {}
-  for name, (every, evaluator) in experiment.evaluators.items():
-    if step is None or step == experiment.total_steps or step % every == 0:
-      try:
-        report = evaluator.run(variables, jax.random.key(experiment.config.seed))
-      except UserError as error:
-        error.args = (f"config.evals.{name}: {error}",)
-        raise
-      except Exception as error:
-        if found := shortage(error):
-          raise UserError(
-            f"config.evals.{name}: the devices' memory does not suffice ({found}): raise config.accumulation "
-            "for smaller batches, or remove it"
-          ) from error
-        error.add_note(f"in config.evals.{name}")
-        raise
-      numbers |= {f"{name}/{key}": float(value) for key, value in report.numbers.items()}
-      pictures |= {f"{name}/{key}": picture for key, picture in report.pictures.items()}
+  for name, evaluator in due_evaluators(experiment, step).items():
+    try:
+      report = evaluator.run(variables, jax.random.key(experiment.config.seed))
+    except UserError as error:
+      error.args = (f"config.evals.{name}: {error}",)
+      raise
+    except Exception as error:
+      if found := shortage(error):
+        raise UserError(
+          f"config.evals.{name}: the memory of the devices is exhausted ({found}): raise config.accumulation "
+          "for smaller batches, or remove it"
+        ) from error
+      error.add_note(f"in config.evals.{name}")
+      raise
+    numbers |= {f"{name}/{key}": float(value) for key, value in report.numbers.items()}
+    pictures |= {f"{name}/{key}": picture for key, picture in report.pictures.items()}
   return numbers, pictures
 
 
+def due_evaluators(experiment: Experiment, step: int | None) -> dict[str, Evaluator]:
+  """The evaluators that run at a step, by name; all of them at the last step and for `step=None`."""
+  return {
+    name: evaluator
+    for name, (every, evaluator) in experiment.evaluators.items()
+    if step is None or step == experiment.total_steps or step % every == 0
+  }
+
+
 def evaluate_newest(experiment: Experiment, workdir: epath.Path) -> dict[str, float]:
-  """Runs all evaluations on the newest checkpoint of a workdir; changes nothing but `samples/`."""
+  """Runs all evaluations on the newest checkpoint of a workdir; only writes to `samples/`."""
   parts = {
     "params": experiment.targets["state"].params,
     "frozen": experiment.targets["frozen"],
@@ -216,11 +227,11 @@ def show(name: str, step: int | str, numbers: Mapping[str, float]) -> None:
 
 
 def read_results(workdir: epath.Path) -> dict[str, Any] | None:
-  """What a finished run has written; None if it is not finished, or the file is damaged, to write it anew."""
+  """The results of a finished run; None if it is not finished, or if the file is damaged."""
   if not (workdir / RESULTS).exists():
     return None
   try:
-    return files.read_json(workdir / RESULTS, "it is made anew from the newest checkpoint")
+    return files.read_json(workdir / RESULTS, "it is rebuilt from the newest checkpoint")
   except UserError as error:
     log.warning("%s", error)
     return None
