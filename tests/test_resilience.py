@@ -350,7 +350,7 @@ def test_checksums_of_many_sharded_arrays_do_not_wait_for_each_other():
     (
       jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"),
       UserError,
-      "^config.evals.validation: the dev",
+      "^config.evals.validation: the memory of the dev",
     ),
   ],
 )
