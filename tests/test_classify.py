@@ -13,8 +13,9 @@ from etils import epath
 
 import maskgen
 from maskgen import config as config_lib
-from maskgen import main, objectives, sharding, tree
+from maskgen import main, objectives, sharding, storage, tree
 from maskgen.benchmarks import dataless
+from maskgen.config import fields
 from maskgen.errors import UserError
 from maskgen.evaluators.accuracy import Evaluator
 from maskgen.models.transformer import Transformer
@@ -383,6 +384,19 @@ def test_a_section_is_taken_from_the_pretrained_model_once(trained, tmp_path):
   assert complete(config, epath.Path(tmp_path))["objective"] == whole["objective"]
   with pytest.raises(UserError, match=r"config\.pretrained\.encoder is missing"):
     complete(config | {"pretrained": {}}, epath.Path(tmp_path))
+
+
+def test_an_export_with_restated_fields_loads_with_one_warning(tmp_path, caplog, monkeypatch):
+  monkeypatch.setattr(fields, "_warned", set())
+  parts = make_parts(build())
+  section = dict(name="classify", classes=CLASSES, **RESTATED)
+  storage.write_export(tmp_path / "old", {"objective": section}, parts)
+  model = maskgen.load(tmp_path / "old")
+  assert [record.getMessage() for record in caplog.records] == [
+    f"config.objective: {', '.join(RESTATED)} now belong in config.objective.encoder: move them there"
+  ]
+  assert model.objective.image_encoder == build().image_encoder
+  tiny.assert_same_bits(model.variables, parts)
 
 
 @pytest.mark.parametrize("name", ["probe_mage", "finetune_mage", "fewshot_mage"])
