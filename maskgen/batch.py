@@ -95,39 +95,40 @@ def check_data(wanted: BatchSpec, data: Any, name: str, source: str) -> None:
   spec, inputs = data.spec, wanted.inputs
   if spec.keys().isdisjoint(inputs):
     raise UserError(
-      f"config.data gives {', '.join(sorted(spec))}, and objective '{name}' needs {' or '.join(inputs)}: "
+      f"config.data provides {', '.join(sorted(spec))}, but objective '{name}' needs {' or '.join(inputs)}: "
       "change config.data.source"
     )
   if wanted.views == 2 and spec.keys().isdisjoint(f"{key}2" for key in inputs):
     raise UserError(
-      f"config.data gives one view of each record, and objective '{name}' compares two: put 'two_views|' "
+      f"config.data provides one view of each record, but objective '{name}' compares two: put 'two_views|' "
       "in front of config.data.preprocess"
     )
   if data.image_shape != wanted.image_shape:
     raise UserError(
-      f"config.data gives images of shape {data.image_shape}, config.objective takes {wanted.image_shape}: "
-      "change config.data.preprocess or config.objective.image_size"
+      f"config.data provides images of shape {data.image_shape}, but config.objective takes "
+      f"{wanted.image_shape}: change config.data.preprocess or config.objective.image_size"
     )
   if wanted.num_classes and "label" not in spec:
     raise UserError(
-      f"config.data.source={source} gives no labels, and objective '{name}' needs them: give data with "
+      f"config.data.source={source} provides no labels, but objective '{name}' needs them: use data with "
       "classes"
     )
   found = len(data.class_names or ())
   if wanted.num_classes not in (0, found):
     raise UserError(
-      f"config.data has {found} classes, config.objective.classes is {wanted.num_classes}: make them equal"
+      f"config.data has {found} classes, but config.objective.classes is {wanted.num_classes}: make them "
+      "equal"
     )
   if wanted.captions is not None and wanted.captions != data.captions:
     raise UserError(
-      f"config.data gives {data.captions or 'no captions'}, objective '{name}' reads {wanted.captions}: give "
-      "data with captions, and let preprocess and eval_preprocess end with tokenize and this tokenizer and "
-      "length"
+      f"config.data provides {data.captions or 'no captions'}, but objective '{name}' reads "
+      f"{wanted.captions}: use data with captions, and end preprocess and eval_preprocess with tokenize and "
+      "this tokenizer and length"
     )
   for key, array in wanted.others.items():
     given = f"{spec[key].dtype}{list(spec[key].shape[1:])}" if key in spec else "nothing"
     if given != (needed := f"{array.dtype}{list(array.shape)}"):
       raise UserError(
-        f"config.data gives {given} as '{key}', and objective '{name}' needs {needed} of each record: change "
-        "config.data.source or config.data.preprocess"
+        f"config.data provides {given} as '{key}', but objective '{name}' needs {needed} for each record: "
+        "change config.data.source or config.data.preprocess"
       )

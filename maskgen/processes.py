@@ -32,7 +32,7 @@ def start(coordinator: str | None, process_count: int | None, process_index: int
       return
   elif None in given:
     raise UserError(
-      "--coordinator, --process_count and --process_index belong together: give all three or none"
+      "--coordinator, --process_count and --process_index are used together: give all three or none"
     )
   elif not (process_count or 0) > (process_index or 0) >= 0:
     raise UserError(f"--process_index={process_index}: give a number from 0 to --process_count - 1")
@@ -45,7 +45,7 @@ def start(coordinator: str | None, process_count: int | None, process_index: int
     ) from None
   except RuntimeError as error:
     raise TransientError(
-      f"the processes of this run did not find each other ({error}): check that all were started, and that "
+      f"the processes of this run could not connect ({error}): check that all were started, and that "
       "process 0 is reachable"
     ) from None
 

@@ -58,14 +58,17 @@ def without(*names):
   [
     (without("image"), "objective 'mine' needs image or tokens"),
     (without("image2"), r"put 'two_views\|' in front of config.data.preprocess"),
-    (dict(image_shape=(4, 4, 3)), r"gives images of shape \(4, 4, 3\), config.objective takes \(4, 6, 3\)"),
-    (without("label"), "config.data.source=folder:x gives no labels, and objective 'mine' needs them"),
-    (dict(class_names=("a", "b")), "has 2 classes, config.objective.classes is 5"),
-    (dict(captions=None), "gives no captions, objective 'mine' reads Captions"),
-    (without("depth"), r"gives nothing as 'depth', and objective 'mine' needs float32\[4, 6\]"),
+    (
+      dict(image_shape=(4, 4, 3)),
+      r"provides images of shape \(4, 4, 3\), but config.objective takes \(4, 6, 3\)",
+    ),
+    (without("label"), "config.data.source=folder:x provides no labels, but objective 'mine' needs them"),
+    (dict(class_names=("a", "b")), "has 2 classes, but config.objective.classes is 5"),
+    (dict(captions=None), "provides no captions, but objective 'mine' reads Captions"),
+    (without("depth"), r"provides nothing as 'depth', but objective 'mine' needs float32\[4, 6\]"),
     (
       dict(spec=FULL.shapes(1) | {"depth": jax.ShapeDtypeStruct((1, 4), jnp.int32)}),
-      r"gives int32\[4\] as 'depth'",
+      r"provides int32\[4\] as 'depth'",
     ),
   ],
 )

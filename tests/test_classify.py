@@ -319,10 +319,10 @@ def section(**changes) -> dict:
 
 def test_data_must_have_the_classes():
   unlabelled = objectives.build(tiny.stage("mage")["objective"])
-  with pytest.raises(UserError, match="gives no labels, and objective 'classify' needs them"):
+  with pytest.raises(UserError, match="provides no labels, but objective 'classify' needs them"):
     Experiment(section(), data=dataless.NoData(unlabelled))
   seven = objectives.build(section()["objective"] | {"classes": 7})
-  with pytest.raises(UserError, match=r"has 7 classes, config\.objective\.classes is 10"):
+  with pytest.raises(UserError, match=r"has 7 classes, but config\.objective\.classes is 10"):
     Experiment(section(), data=dataless.NoData(seven))
 
 

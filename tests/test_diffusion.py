@@ -212,9 +212,9 @@ def test_wrong_fields_are_refused(changes, message):
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
-    (dict(data__preprocess="decode(3)"), "gives no captions, objective 'diffusion' reads Captions"),
-    (dict(data__eval_preprocess="decode(3)|tokenize('list:a b', 16)"), "gives no captions"),
-    (dict(objective__captions__length="12"), "gives Captions.*length=16.*reads Captions.*length=12"),
+    (dict(data__preprocess="decode(3)"), "provides no captions, but objective 'diffusion' reads Captions"),
+    (dict(data__eval_preprocess="decode(3)|tokenize('list:a b', 16)"), "provides no captions"),
+    (dict(objective__captions__length="12"), "provides Captions.*length=16.*reads Captions.*length=12"),
   ],
 )
 def test_data_with_other_captions_is_refused(changes, message):

@@ -379,12 +379,12 @@ def test_guidance_needs_classes():
 
 
 def test_another_number_of_classes_is_refused():
-  with pytest.raises(UserError, match=r"config\.data has 10 classes, config\.objective\.classes is 7"):
+  with pytest.raises(UserError, match=r"config\.data has 10 classes, but config\.objective\.classes is 7"):
     Experiment(section(classes=7))
 
 
 def test_data_without_labels_is_refused():
-  with pytest.raises(UserError, match="gives no labels, and objective 'mage_conditional' needs them"):
+  with pytest.raises(UserError, match="provides no labels, but objective 'mage_conditional' needs them"):
     Experiment({**section(), "evals": {}}, data=NoData(objectives.build(tiny.stage("mage")["objective"])))
 
 

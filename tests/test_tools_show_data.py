@@ -301,7 +301,7 @@ def test_nothing_is_written_beside_a_card():
     (["--what"], "argument '--what' is not understood"),
     (
       ["--config.mage.objective.image_size=(32, 32)"],
-      r"images of shape \(16, 16, 3\), config.objective takes",
+      r"images of shape \(16, 16, 3\), but config.objective takes",
     ),
   ],
 )

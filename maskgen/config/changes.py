@@ -67,7 +67,7 @@ def _flatten(config: Mapping[str, Any], find_type: fields.FindType) -> dict[str,
 
 
 def _current(cls: type, section: Mapping[str, Any]) -> dict[str, Any]:
-  """A section as its dataclass has it now, with what it leaves out."""
+  """Returns a section with current names, normalized and with defaults."""
   found = fields.current_names(cls, section)
   found = getattr(cls, "comparable", dict)(found)
   for name, field in fields.of(cls).items():

@@ -146,7 +146,7 @@ def other_name(cls: type, name: str, where: str) -> str | None:
 
 
 def other_place(cls: type, section: Mapping[str, Any], path: Sequence[str]) -> list[str]:
-  """The path of a key in a section, which may have it beside or within one that took it; see `section`."""
+  """Returns the path of a key as a section has it: next to or inside the one that took it; see `section`."""
   first, second = (*path, "")[:2]
   for name, field in of(cls).items():
     took = field.metadata.get("took", ())

@@ -241,7 +241,7 @@ def to_dict(config: ml_collections.ConfigDict) -> dict[str, Any]:
 
 
 def plain(value: Any) -> Any:
-  """Converts a value of a config to dictionaries, lists and what they hold."""
+  """Converts a value of a config to plain dictionaries and lists."""
   if isinstance(value, Mapping | ml_collections.ConfigDict):
     return {key: plain(item) for key, item in value.items()}
   if isinstance(value, tuple | list):

@@ -55,7 +55,7 @@ class Skipped:
     texts = ("use", "split", "record", "reason", "fingerprint")
     keys = {"step": int, "index": int, **dict.fromkeys(texts, str)}
     try:
-      known = files.read_json_lines(file, keys, "what it names is found again") if file.exists() else []
+      known = files.read_json_lines(file, keys, "its records are detected again") if file.exists() else []
     except UserError as error:
       log.warning("%s", error)
       known = []

@@ -74,7 +74,7 @@ def main(argv: Sequence[str]) -> None:
   )
   if data.image_shape != objective.image_shape:
     raise UserError(
-      f"config.data gives images of shape {data.image_shape}, config.objective takes "
+      f"config.data provides images of shape {data.image_shape}, but config.objective takes "
       f"{objective.image_shape}: change config.data.preprocess or config.objective.image_size"
     )
   train = open_source(data.source, data.split)

@@ -41,7 +41,7 @@ def open_tar(pattern: str, split: str) -> Source:
 
   Raises:
     UserError: if archives are missing, damaged or compressed, a member is malformed, two pictures of an
-      archive have the same key, some records alone have labels or captions, or none has a picture.
+      archive have the same key, only some records have labels or captions, or none has a picture.
   """
   name = f"tar '{pattern}'"
   if "{split}" not in pattern:
