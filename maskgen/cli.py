@@ -29,8 +29,8 @@ class Parser(argparse.ArgumentParser):
     )
 
   def add_model(self, help: str) -> None:  # noqa: A002  (argparse's name)
-    """Adds `--model`, the folder of a trained model, and `--trust_code`, which lets code in it run."""
-    self.add_argument("--model", required=True, help=help)
+    """Adds `--model`, the folder or name of a model, and `--trust_code`, which lets code in it run."""
+    self.add_argument("--model", required=True, help=f"{help}; or a name of maskgen.available()")
     self.add_argument("--trust_code", action="store_true", help="run the code in the model's folder")
 
   def parse_known_args(self, *args: Any, **options: Any) -> Any:

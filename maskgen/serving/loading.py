@@ -14,7 +14,8 @@ def load(path: epath.PathLike, *, trust_code: bool = False) -> Model:
   """Loads a trained model from the workdir of a run or from an export.
 
   Args:
-    path: a folder, local or on any store that `etils.epath` supports.
+    path: a folder, local or on any store that `etils.epath` supports; or the name of a model that comes with
+      maskgen, one of `maskgen.available()`. A folder of this name comes first.
     trust_code: whether code in the folder may run. A model whose objective is a module of your own needs it
       unless Python finds that module elsewhere.
 
@@ -22,12 +23,12 @@ def load(path: epath.PathLike, *, trust_code: bool = False) -> Model:
     A model of the class that its objective names, such as `maskgen.serving.TokenModel`.
 
   Raises:
-    UserError: if the folder is not a model, its weights are damaged or do not fit its config, or Python does
+    UserError: if there is no such model, its weights are damaged or do not fit its config, or Python does
       not find the module of its objective.
   """
   config = storage.load_config(path)
   if "objective" not in config:
-    raise UserError(f"{path} holds a network without an objective: give a model that maskgen trained")
+    raise UserError(f"{path} has a {storage.CONFIG} without an objective: give a model that maskgen trained")
   if trust_code:
     plugins.trust(path)
   try:

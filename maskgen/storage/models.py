@@ -12,8 +12,8 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 
-from maskgen import files, tree
-from maskgen.errors import UserError
+from maskgen import files, pretrained, tree
+from maskgen.errors import UserError, nearest
 from maskgen.storage.checkpoints import open_to_read
 from maskgen.storage.frozen import read_frozen_arrays
 from maskgen.storage.tensors import (
@@ -33,20 +33,26 @@ _found_first: ContextVar[Callable[[str], dict[str, Any]]] = ContextVar("found_fi
 
 
 def resolve(path: str, workdir: epath.Path) -> epath.Path:
-  """Resolves `stage:NAME` in `config.pretrained` to the stage's folder beside a run's workdir."""
+  """The folder of a model that a config names; `stage:NAME` is beside the run's workdir."""
   kind, _, name = path.partition(":")
-  return workdir.parent / name if kind == "stage" else epath.Path(path)
+  return workdir.parent / name if kind == "stage" else pretrained.find(path)
 
 
 def load_config(path: epath.PathLike) -> dict[str, Any]:
   """Reads the `config.json` of a trained model.
 
+  Args:
+    path: a workdir, an export, or the name of a model that comes with maskgen.
+
   Raises:
-    UserError: if the folder is no workdir or export, or holds several stages.
+    UserError: if there is no such model, or the folder holds several stages.
   """
-  folder = epath.Path(path)
+  folder = pretrained.find(path)
   if not folder.exists():
-    raise UserError(f"model {path} does not exist: give the workdir of a run, or an export")
+    choices = ", or an export"
+    if pretrained.is_name(path):
+      choices = f", an export, or a name{nearest(str(path), pretrained.available())}"
+    raise UserError(f"model {path} does not exist: give the workdir of a run{choices}")
   try:
     config = files.read_json(folder / CONFIG, "restore it from a copy")
   except (FileNotFoundError, NotADirectoryError):
@@ -98,14 +104,14 @@ def load_variables(path: epath.PathLike, target: Any) -> Any:
   """Reads a model's variables, with moving averages in the place of the parameters that have one.
 
   Args:
-    path: a workdir or an export.
+    path: a workdir, an export, or the name of a model that comes with maskgen.
     target: the part that is wanted, a tree of shapes, with shardings or without, under `params`, `frozen` and
       `extra`. An export's float32 is rounded where it is of a smaller type.
 
   Raises:
     UserError: if the path is no model, has no checkpoint yet, or differs in a name, shape or dtype.
   """
-  folder = epath.Path(path).absolute()
+  folder = pretrained.find(path).absolute()
   load_config(folder)
   flat = tree.flatten(target)
   if has_weights(folder):
@@ -169,14 +175,14 @@ def read_chosen(path: epath.PathLike, choose: Choose) -> dict[str, Any]:
   """Reads arrays of a model by path name, with moving averages in the place of parameters that have one.
 
   Args:
-    path: a workdir or an export.
+    path: a workdir, an export, or the name of a model that comes with maskgen.
     choose: from the shapes of all trained arrays, under `params/` and `extra/`, to targets for those to read,
       shapes with shardings; nothing is read for none.
 
   Raises:
     UserError: if the path is no model or has no checkpoint yet, or by `choose`.
   """
-  folder = epath.Path(path).absolute()
+  folder = pretrained.find(path).absolute()
   load_config(folder)
   if not has_weights(folder):
     return _read_checkpoint(folder, choose)
@@ -186,8 +192,14 @@ def read_chosen(path: epath.PathLike, choose: Choose) -> dict[str, Any]:
   return {name: place(arrays[name], leaf) for name, leaf in wanted.items()}
 
 
-def write_export(path: epath.PathLike, config: Mapping[str, Any], variables: Any) -> None:
+def write_export(path: epath.PathLike, config: Mapping[str, Any], variables: Any, half: bool = False) -> None:
   """Writes a model as `config.json`, `weights.safetensors` and its checksum in `manifest.json`.
+
+  Args:
+    path: a new folder.
+    config: of the model.
+    variables: of the model.
+    half: whether to store float32 as float16.
 
   Raises:
     UserError: if the path exists and is not an empty folder, or cannot be written.
@@ -197,7 +209,7 @@ def write_export(path: epath.PathLike, config: Mapping[str, Any], variables: Any
   try:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
       raise UserError(f"{path} is not an empty folder: give a new one for the export")
-    write_weights(folder, arrays)
+    write_weights(folder, arrays, half)
     files.replace(folder / CONFIG, json.dumps(config, indent=2))  # last: without it this is no model
   except OSError as error:
     raise UserError(f"{path} is not writable ({error.strerror or error}): give another folder") from None

@@ -17,13 +17,26 @@ from maskgen import files
 from maskgen.errors import UserError
 
 WEIGHTS = "weights.safetensors"
+# In a file's metadata: its float16 arrays stand for float32.
+_HALF = {"float32": "stored as float16"}
 
 log = logging.getLogger("maskgen")
 
 
-def write_weights(folder: epath.Path, arrays: Mapping[str, np.ndarray]) -> None:
-  """Writes arrays as `weights.safetensors`, and its checksum as `manifest.json`."""
-  data = safetensors.numpy.save(dict(arrays))
+def write_weights(folder: epath.Path, arrays: Mapping[str, np.ndarray], half: bool = False) -> None:
+  """Writes arrays as `weights.safetensors`, and its checksum as `manifest.json`.
+
+  Args:
+    folder: where to.
+    arrays: by name.
+    half: whether to store float32 as float16; it is read as float32 again.
+
+  Raises:
+    UserError: if a number is too large for float16.
+  """
+  if half:
+    arrays = {name: _to_half(name, array) for name, array in arrays.items()}
+  data = safetensors.numpy.save(dict(arrays), _HALF if half else None)
   folder.mkdir(parents=True, exist_ok=True)
   files.replace(folder / WEIGHTS, data)
   files.replace(folder / files.MANIFEST, files.make_manifest({WEIGHTS: data}))
@@ -53,12 +66,22 @@ def read_weights(folder: epath.Path) -> dict[str, np.ndarray]:
     raise files.damaged(folder / WEIGHTS, error, remedy) from None
 
 
+def _to_half(name: str, array: np.ndarray) -> np.ndarray:
+  if array.dtype != np.float32:
+    return array
+  if np.abs(array).max(initial=0) > np.finfo(np.float16).max:
+    raise UserError(f"{name} has numbers that are too large for float16: store this model as float32")
+  return array.astype(np.float16)
+
+
 def parse(data: bytes) -> dict[str, np.ndarray]:
   """The arrays of a safetensors file, bfloat16 included, which the library does not read as numpy."""
-  return {
+  arrays = {
     name: np.frombuffer(found["data"], _dtype(found["dtype"])).reshape(found["shape"])
     for name, found in safetensors.deserialize(data)
   }
+  shapes = _parse_header(data[8 : 8 + int.from_bytes(data[:8], "little")])
+  return {name: array.astype(shapes[name].dtype, copy=False) for name, array in arrays.items()}
 
 
 def read_shapes(path: epath.Path) -> dict[str, jax.ShapeDtypeStruct]:
@@ -69,13 +92,21 @@ def read_shapes(path: epath.Path) -> dict[str, jax.ShapeDtypeStruct]:
   """
   try:
     with path.open("rb") as file:
-      header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-    header.pop("__metadata__", None)
-    return {
-      name: jax.ShapeDtypeStruct(found["shape"], _dtype(found["dtype"])) for name, found in header.items()
-    }
+      return _parse_header(file.read(int.from_bytes(file.read(8), "little")))
   except (ValueError, AttributeError, KeyError, FileNotFoundError) as error:
     raise files.damaged(path, error, f"restore {path.parent} from a copy") from None
+
+
+def _parse_header(header: bytes) -> dict[str, jax.ShapeDtypeStruct]:
+  """The shapes of a file's arrays, and the types that they are read as."""
+  entries = json.loads(header)
+  half = _HALF.items() <= entries.pop("__metadata__", {}).items()
+  return {
+    name: jax.ShapeDtypeStruct(
+      found["shape"], _dtype("F32" if half and found["dtype"] == "F16" else found["dtype"])
+    )
+    for name, found in entries.items()
+  }
 
 
 def _dtype(name: str) -> Any:  # such as F32

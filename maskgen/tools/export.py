@@ -12,6 +12,7 @@ if TYPE_CHECKING:
   import maskgen
 
 FORMATS = ("maskgen", "mage")
+DTYPES = ("float32", "float16")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -25,7 +26,15 @@ def main(argv: Sequence[str]) -> None:
   parser.add_model("workdir of a run, or an export")
   parser.add_argument("--out", required=True, help="new folder; a new .safetensors file with --format=mage")
   parser.add_argument("--format", default="maskgen", choices=FORMATS, help="whose names; maskgen by default")
+  parser.add_argument(
+    "--dtype",
+    default="float32",
+    choices=DTYPES,
+    help="how float32 is stored; float16 halves the file and rounds",
+  )
   args = parser.parse_args(argv)
+  if args.format == "mage" and args.dtype != "float32":
+    raise UserError(f"--dtype={args.dtype}: --format=mage writes float32, leave --dtype out")
   if args.format == "mage":
     cli.check_out(args.out, kind=".safetensors")
     if epath.Path(args.out).exists():
@@ -40,7 +49,7 @@ def main(argv: Sequence[str]) -> None:
   else:
     written = model.variables
     config = {"objective": model.config["objective"], "version": __version__}
-    storage.write_export(args.out, config, written)
+    storage.write_export(args.out, config, written, half=args.dtype == "float16")
     plugins.copy_code(epath.Path(args.model), epath.Path(args.out))
   print(f"wrote {tree.count(written):,} parameters to {args.out}")
 

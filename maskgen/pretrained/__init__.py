@@ -1,0 +1,25 @@
+"""Trained models that come with maskgen: a folder for each, an export with a model card in README.md."""
+
+import os
+import pathlib
+
+from etils import epath
+
+FOLDER = pathlib.Path(__file__).parent
+
+
+def available() -> tuple[str, ...]:
+  """The names of the models that come with maskgen, which `maskgen.load` and `--model` take."""
+  return tuple(sorted(config.parent.name for config in FOLDER.glob("*/config.json")))
+
+
+def is_name(model: epath.PathLike) -> bool:
+  """Whether `model` is a plain name, without a folder, and no file or folder of this name exists."""
+  text = os.fspath(model)
+  return bool(text) and not {"/", os.sep} & {*text} and not epath.Path(text).exists()
+
+
+def find(model: epath.PathLike) -> epath.Path:
+  """The folder of a model that is given as a path or, if nothing is there, by name."""
+  known = is_name(model) and os.fspath(model) in available()
+  return epath.Path(FOLDER / model if known else model)

@@ -1,0 +1,120 @@
+"""Models that come with maskgen: found by name, complete, and described truly."""
+
+import importlib.resources
+import json
+import re
+
+import numpy as np
+import pytest
+import safetensors.numpy
+import tiny
+from test_errors import assert_clear
+
+import maskgen
+from maskgen import config as config_lib
+from maskgen import storage, tree
+from maskgen.errors import UserError
+from maskgen.tools import export, generate
+
+trained = tiny.trained
+
+FILES = {"README.md", "config.json", "manifest.json", "results.json", "weights.safetensors"}
+
+
+def files_of(name: str) -> dict[str, bytes]:
+  """What an installed package has, which reads no file by its path in the repository."""
+  folder = importlib.resources.files("maskgen.pretrained") / name
+  return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def test_names_are_listed():
+  assert isinstance(maskgen.available(), tuple)
+  assert "digits" in maskgen.available()
+
+
+def test_all_of_them_are_small():
+  sizes = {name: sum(map(len, files_of(name).values())) for name in maskgen.available()}
+  assert sum(sizes.values()) < 20e6, sizes
+
+
+@pytest.mark.parametrize("name", maskgen.available())
+def test_a_model_is_complete(name):
+  files = files_of(name)
+  assert set(files) == FILES
+  text = b"".join(data for file, data in files.items() if file != storage.WEIGHTS).decode()
+  assert not re.search(r"(?<![\w.:/])/(tmp|home|root|work|Users)\b", text)
+  assert {"objective", "data"} <= json.loads(files["config.json"]).keys()
+  assert all(np.isfinite(leaf).all() for leaf in tree.flatten(maskgen.load(name).variables).values())
+
+
+@pytest.mark.parametrize("name", maskgen.available())
+def test_a_card_says_what_the_run_gave(name):
+  files = files_of(name)
+  card, results = files["README.md"].decode(), json.loads(files["results.json"])
+  results.pop("run")
+  numbers = {key: value for stage in results.values() for key, value in stage.items()}
+  rows = re.findall(r"^\| `([\w/]+)` \| ([\d.]+) \|", card, flags=re.MULTILINE)
+  assert rows
+  for key, value in rows:
+    assert value == f"{numbers[key]:.3f}", key
+  for config in re.findall(r"--config=(\S+)", card):
+    config_lib.load(config)
+  assert f'maskgen.load("{name}")' in card and "Apache-2.0" in card
+
+
+def test_a_name_is_a_model_wherever_a_folder_is(tmp_path):
+  images = maskgen.load("digits").generate(seed=0, batch=2)
+  assert images.shape == (2, 16, 16, 3) and images.std() > 0.2
+  file = tmp_path / "digits.png"
+  generate.main(["--model=digits", f"--out={file}", "--count=2"])
+  assert file.exists()
+  assert storage.load_config(storage.resolve("digits", tmp_path)) == storage.load_config("digits")
+  assert storage.resolve("stage:digits", tmp_path / "run") == tmp_path / "digits"
+
+
+def test_a_path_comes_before_a_name(trained, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "digits").symlink_to(trained / "tokenizer")
+  assert maskgen.load("digits").config["objective"]["name"] == "tokenizer"
+  (tmp_path / "digits").unlink()
+  assert maskgen.load("digits").config["objective"]["name"] == "mage"
+  with pytest.raises(
+    UserError, match=r"model \./digits does not exist: give the workdir of a run, or an export$"
+  ):
+    maskgen.load("./digits")
+
+
+@pytest.mark.parametrize(("name", "end"), [("digit", "did you mean 'digits'?"), ("qqqq", "known: digits")])
+def test_an_unknown_name(name, end):
+  with pytest.raises(
+    UserError, match=f"model {name} does not exist: .* or a name; {re.escape(end)}"
+  ) as error:
+    maskgen.load(name)
+  assert_clear(error)
+
+
+def test_an_export_in_float16_is_read_as_float32(trained, tmp_path):
+  arguments = [f"--model={trained / 'mage'}", "--dtype=float16"]
+  export.main([*arguments, f"--out={tmp_path / 'half'}"])
+  full = tree.flatten(maskgen.load(trained / "mage").variables)
+  half = tree.flatten(maskgen.load(tmp_path / "half").variables)
+  tiny.assert_same_bits(half, {name: np.float32(np.float16(leaf)) for name, leaf in full.items()})
+  stored = safetensors.numpy.load_file(tmp_path / "half" / storage.WEIGHTS)
+  assert {leaf.dtype for leaf in stored.values()} == {np.dtype(np.float16)}
+  shapes: dict = {}
+  storage.read_chosen(tmp_path / "half", lambda found: shapes.update(found) or {})
+  assert {leaf.dtype for leaf in shapes.values()} == {np.dtype(np.float32)}
+
+
+def test_float16_is_refused_where_it_does_not_fit(trained, tmp_path):
+  with pytest.raises(
+    UserError, match="params/main/kernel has numbers that are too large for float16"
+  ) as error:
+    storage.write_export(
+      tmp_path / "out", {}, {"params": {"main": {"kernel": np.full(3, 1e5, np.float32)}}}, True
+    )
+  assert_clear(error)
+  with pytest.raises(UserError, match="--dtype=float16: --format=mage writes float32") as error:
+    export.main(["--model=digits", "--format=mage", "--dtype=float16", f"--out={tmp_path / 'a.safetensors'}"])
+  assert_clear(error)
+  assert not list(tmp_path.iterdir())
