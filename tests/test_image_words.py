@@ -74,7 +74,7 @@ def test_layouts():
     (("a dog", []), "has the out-of-vocabulary word 'dog'"),
     (("a red blue cat on background a {}", [tokens] * 1, 4), "at most 1 fit"),
     (("a red blue cat on background a red {}", [tokens]), "leaves no room for 1 images"),
-    (("a red blue cat on background a red cat", []), "has 1 tokens too many: shorten it"),
+    (("a red blue cat on background a red cat", []), "is 1 tokens too long: shorten it"),
     (("{}", [tokens], 9), "num_tokens is 9: this model has 1 to 4"),
   ):
     with pytest.raises(UserError, match=message):
@@ -117,7 +117,7 @@ def test_another_image_in_each_row(model):
   np.testing.assert_allclose(first[0], rows[0], atol=1e-5)
   third = model.generate(5, 3, prompt="{} on {}", images=[images[2], images[0]])
   np.testing.assert_allclose(third[2], rows[2], atol=1e-5)
-  with pytest.raises(UserError, match="an image of the prompt has 3 rows, 2 images are to be made"):
+  with pytest.raises(UserError, match="an image of the prompt has 3 rows for a batch of 2"):
     model.generate(5, 2, images=[images])
 
 

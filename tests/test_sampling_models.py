@@ -164,7 +164,7 @@ def test_a_sweep_measures_each_setting_once_and_goes_on(trained, tmp_path, capsy
   assert np.asarray(Image.open(out / sweep.SHEET)).shape[1] > 1000
   table = capsys.readouterr().out
   assert "| temperature | order |" in table and "halton" in table and "weights" not in table
-  with pytest.raises(UserError, match="num_images 8, and this is 16: give another --out"):
+  with pytest.raises(UserError, match="num_images 8, this sweep has 16: give another --out"):
     sweep.main([*arguments[:2], "--num_images=16"])
 
 

@@ -127,7 +127,7 @@ def test_quickstart(show):
   assert found == [True] * 3 + [False] * 5  # fewer are the first rows of the same batch
 
   lines, picture = show(f"--config={QUICKSTART}", "--stage=tokenizer", "--count=4", "--scan=0")
-  assert "scanned none of them" in lines and "4 of the 8 training images" in lines[-1]
+  assert "scanned no records" in lines and "4 of the 8 training images" in lines[-1]
   assert picture.shape[1] == 16 + 4 * (128 + 16)  # one picture for each record: nothing is masked
 
 
@@ -271,7 +271,7 @@ def test_token_cache(show, tmp_path):
     eval_preprocess="decode(3)|resize(16)",
   )
   lines, picture = show(f"--config={write_config(tmp_path, data)}")
-  assert f"token cache '{tmp_path / 'cache'}' has no pictures: codes are shown in their place" in lines
+  assert f"token cache '{tmp_path / 'cache'}' has no pictures: codes are shown instead" in lines
   for image in next(Data(**data, batch_size=8).eval_batches("eval", 8))["image"]:
     assert find(picture, enlarge(image, 128)) is not None
   (mask, *_) = show_data._draw_masks(objectives.build(MAGE), 0, 8, 1)

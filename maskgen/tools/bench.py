@@ -9,16 +9,16 @@ from maskgen.training import cpu
 
 BENCHMARKS = {
   "step": "seconds per training step, and the share of the matmul peak that it uses",
-  "sample": "images per second of generation",
+  "sample": "generated images per second",
   "input": "images per second of the training pipeline",
   "tokens": "seconds per step with live and with cached tokens",
 }
 
 
 def main(argv: Sequence[str]) -> None:
-  """Parses the command line, measures, and prints a line of JSON for each result, when it is there."""
+  """Parses the command line, runs a benchmark, and prints each result as a line of JSON."""
   parser = cli.Parser(
-    "Measures one thing and prints it as lines of JSON; each benchmark has its own --help.\n"
+    "Runs a benchmark and prints its results as lines of JSON; each benchmark has its own --help.\n"
     + "".join(f"\n  {name:<8} {what}" for name, what in BENCHMARKS.items()),
     "python -m maskgen.tools.bench step --config=configs/quickstart.py",
   )

@@ -8,7 +8,7 @@ from etils import epath
 from maskgen import cli
 from maskgen.errors import UserError
 
-# Each is a module of maskgen.importers; the options that its `convert` takes.
+# Modules of maskgen.importers, and the options that their `convert` takes.
 FORMATS: dict[str, tuple[str, ...]] = {
   "mage": ("encoder_heads", "decoder_heads"),
   "vqgan_pytorch": ("image_size",),
@@ -22,21 +22,21 @@ FORMATS: dict[str, tuple[str, ...]] = {
 def main(argv: Sequence[str]) -> None:
   """Parses the command line and converts."""
   parser = cli.Parser(
-    "Converts a weights file of another project to a folder that maskgen.load or config.pretrained can name. "
+    "Converts a weights file of another project to a folder for maskgen.load or config.pretrained. "
     "mage: tokenizer and transformer of the PyTorch reference, as safetensors or PyTorch file. "
-    "vqgan_pytorch: its tokenizer alone. maskgit_flax: MaskGIT's tokenizer, a Flax msgpack file. "
+    "vqgan_pytorch: only its tokenizer. maskgit_flax: MaskGIT's tokenizer, a Flax msgpack file. "
     "mobilenet_v2: an .npz of quantized convolutions, the feature network of the perceptual loss. "
     "siglip: an image encoder, as safetensors of transformers or .npz of big_vision. "
     "diffusers: a text-to-image model, a folder. "
-    "docs/weights.md says where published files are.",
+    "docs/weights.md lists where to find published files.",
     "python -m maskgen.tools.convert --format=mage --weights=mage-vitb-1600.pth --out=weights/mage_vit_base",
   )
-  parser.add_argument("--format", required=True, choices=FORMATS, help="what the file holds")
-  parser.add_argument("--weights", required=True, help="the weights file; for diffusers a folder")
+  parser.add_argument("--format", required=True, choices=FORMATS, help="format of the weights file")
+  parser.add_argument("--weights", required=True, help="weights file; for diffusers, a folder")
   parser.add_argument("--out", required=True, help="new folder")
-  parser.add_argument("--encoder_heads", type=int, help="mage, siglip: by default as published")
-  parser.add_argument("--decoder_heads", type=int, help="mage: by default as published")
-  parser.add_argument("--image_size", type=int, help="tokenizers: pixels per side, by default 256")
+  parser.add_argument("--encoder_heads", type=int, help="mage, siglip: default as published")
+  parser.add_argument("--decoder_heads", type=int, help="mage: default as published")
+  parser.add_argument("--image_size", type=int, help="tokenizers: pixels per side, default 256")
   args = parser.parse_args(argv)
   given = {name: getattr(args, name) for name in ("encoder_heads", "decoder_heads", "image_size")}
   given = {name: value for name, value in given.items() if value is not None}
@@ -53,9 +53,9 @@ def main(argv: Sequence[str]) -> None:
   storage.write_export(args.out, {**converted.config, "version": __version__}, converted.variables)
   print(f"wrote {tree.count(converted.variables):,} parameters to {args.out}")
   if converted.dead:
-    print(f"not used, as by the reference itself: {', '.join(converted.dead)}")
+    print(f"ignored, as in the reference: {', '.join(converted.dead)}")
   if converted.unknown:
-    print(f"not used, because maskgen does not know them: {', '.join(converted.unknown)}")
+    print(f"ignored, because they are unknown: {', '.join(converted.unknown)}")
 
 
 def _check_published(weights: str) -> None:
@@ -64,7 +64,7 @@ def _check_published(weights: str) -> None:
   if weights in PUBLISHED and not epath.Path(weights).exists():
     found = PUBLISHED[weights]
     raise UserError(
-      f"{weights} is not on this machine: fetch {found.address} ({found.license}), and give its path with "
+      f"{weights} is not on this machine: download {found.address} ({found.license}) and give its path with "
       f"--format={found.format}"
     )
 

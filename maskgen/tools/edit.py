@@ -13,7 +13,7 @@ from maskgen.numerics import editing
 from maskgen.tools import sampling_flags
 
 _HOLE_COLOUR = (255, 0, 255)  # magenta: rare in images
-# Below, a pixel of the picture is transparent, and above, one of a mask is white.
+# Alpha values below this are transparent; mask values from this on are white.
 _HALF = 128
 
 
@@ -21,7 +21,7 @@ def main(argv: Sequence[str]) -> None:
   """Parses the command line and edits.
 
   Raises:
-    UserError: for anything from outside that is wrong.
+    UserError: if an argument or a file is wrong.
   """
   args = _parse(argv)
   stem = args.out.removesuffix(".png")
@@ -46,35 +46,35 @@ def main(argv: Sequence[str]) -> None:
   holed = np.where(hole[..., None], np.array(_HOLE_COLOUR, np.uint8), image)
   shown = {"input": image, "hole": holed} | {f"{i}: --seed={args.seed + i}": e for i, e in enumerate(edited)}
   cards = [sheet.Card([sheet.fit(shown[text])], [text], "") for text in shown]
-  images.write_png(args.out, sheet.draw({f"{args.image}, {hole.mean():.1%} made anew": cards}))
-  print(f"wrote {stem}_0.png to {stem}_{args.candidates - 1}.png, and {args.out}, which shows them all")
+  images.write_png(args.out, sheet.draw({f"{args.image}, {hole.mean():.1%} regenerated": cards}))
+  print(f"wrote {stem}_0.png to {stem}_{args.candidates - 1}.png, and a contact sheet to {args.out}")
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
   parser = cli.Parser(
-    "Makes a part of a picture anew: a hole (--mask, --box, or where the picture is transparent) or what "
-    "lies beyond its sides (--outpaint). The picture may have any size. All other pixels keep their values.",
+    "Regenerates a part of a picture: a hole (--mask, --box, or transparent pixels of the picture) or the "
+    "area beyond its sides (--outpaint). The picture may have any size. All other pixels keep their values.",
     "python -m maskgen.tools.edit --model=runs/quickstart/mage --image=in.png --mask=mask.png --out=out.png",
   )
   parser.add_model("workdir of a run, or an export")
   parser.add_argument("--image", required=True, help="picture file to edit")
   parser.add_argument("--out", required=True, help="PNG file to write")
-  parser.add_argument("--mask", help="picture file of the same size, white where pixels are to be made anew")
-  parser.add_argument("--box", metavar="X0,Y0,X1,Y1", help="make a box anew; X1 and Y1 are the first outside")
+  parser.add_argument("--mask", help="picture file of the same size, white for pixels to regenerate")
+  parser.add_argument("--box", metavar="X0,Y0,X1,Y1", help="box to regenerate; X1 and Y1 are exclusive")
   parser.add_argument(
     "--outpaint",
     metavar="TOP,RIGHT,BOTTOM,LEFT",
-    help="add to the sides: pixels such as 64, or shares such as 0.5; one number is for all four",
+    help="extend the sides: pixels such as 64, or fractions such as 0.5; one number for all four sides",
   )
-  parser.add_argument("--grow", type=int, default=0, help="enlarge the hole by so many pixels")
+  parser.add_argument("--grow", type=int, default=0, help="enlarge the hole by this number of pixels")
   parser.add_argument(
-    "--feather", type=int, default=0, help="fade into the picture over so many pixels around the hole"
+    "--feather", type=int, default=0, help="width in pixels of the band around the hole that is blended"
   )
   parser.add_argument(
-    "--candidates", type=int, default=1, help="how many; each in a file, and all on a sheet"
+    "--candidates", type=int, default=1, help="number of results; each in a file, and all on a contact sheet"
   )
-  parser.add_argument("--seed", type=int, default=0, help="seed; candidate i is made with seed + i")
-  parser.add_argument("--label", type=int, help="class of what is made, for class-conditional models")
+  parser.add_argument("--seed", type=int, default=0, help="random seed; candidate i uses seed + i")
+  parser.add_argument("--label", type=int, help="class of the new content, for class-conditional models")
   sampling_flags.add(parser, argv)
   args = parser.parse_args(argv)
   cli.check_out(args.out)
@@ -87,13 +87,13 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
   if args.box is not None:
     args.box = _numbers("box", args.box, "four whole numbers, X0,Y0,X1,Y1", (4,), whole=True)
   if args.outpaint is not None:
-    what = "one number or four, pixels such as 64 or shares such as 0.5"
+    what = "one number or four, pixels such as 64 or fractions such as 0.5"
     args.outpaint = _numbers("outpaint", args.outpaint, what, (1, 4), whole=False)
   return args
 
 
 def _numbers(name: str, text: str, what: str, counts: Sequence[int], *, whole: bool) -> list[int | float]:
-  """The numbers of a flag; those with a point are floats."""
+  """The numbers of a flag; those with a decimal point are floats."""
   try:
     numbers = [float(part) if "." in part and not whole else int(part) for part in text.split(",")]
   except ValueError:
@@ -106,7 +106,7 @@ def _numbers(name: str, text: str, what: str, counts: Sequence[int], *, whole: b
 def _find_hole(
   args: argparse.Namespace, image: np.ndarray, transparent: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-  """The picture [h, w, 3], with what outpainting adds to it, and what is to be made anew, bool [h, w]."""
+  """The picture [h, w, 3], extended by outpainting, and the pixels to regenerate, bool [h, w]."""
   shape = image.shape[:2]
   if args.outpaint is not None:
     sides = args.outpaint * (4 // len(args.outpaint))
@@ -124,12 +124,9 @@ def _find_hole(
   else:
     hole, source = transparent, f"--image={args.image}"
     if not hole.any():
-      raise UserError(
-        f"{source} has no transparent pixels, which would tell what to make anew: give --mask, --box or "
-        "--outpaint"
-      )
+      raise UserError(f"{source} has no transparent pixels to regenerate: give --mask, --box or --outpaint")
   if not hole.any():
-    raise UserError(f"{source} is black everywhere: make white what is to be made anew")
+    raise UserError(f"{source} is black everywhere: make the pixels to regenerate white")
   hole = editing.grow(hole, args.grow)
   if hole.all():
     raise UserError(f"{source} leaves no pixel known: make it smaller, or use maskgen.tools.generate")
@@ -137,14 +134,14 @@ def _find_hole(
 
 
 def _read_picture(path: str) -> tuple[np.ndarray, np.ndarray]:
-  """A picture as viewers show it, on white, uint8 [h, w, 3], and where it is transparent, bool [h, w]."""
+  """A picture as viewers show it, on white, uint8 [h, w, 3], and its transparent pixels, bool [h, w]."""
   picture = images.open_picture(path, f"--image={path}")
   transparent = np.asarray(picture.convert("RGBA").getchannel("A")) < _HALF
   return np.asarray(images.on_white(picture)), transparent
 
 
 def _read_mask(path: str) -> np.ndarray:
-  """Where a picture is white, bool [h, w]; what is transparent counts as black."""
+  """The white pixels of a picture, bool [h, w]; transparent pixels count as black."""
   mask = images.open_picture(path, f"--mask={path}").convert("RGBA")
   mask = Image.alpha_composite(Image.new("RGBA", mask.size, "black"), mask)
   return np.asarray(mask.convert("L")) >= _HALF

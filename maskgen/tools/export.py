@@ -18,19 +18,19 @@ DTYPES = ("float32", "float16")
 def main(argv: Sequence[str]) -> None:
   """Parses the command line and exports."""
   parser = cli.Parser(
-    "Exports a trained model: weights.safetensors (averages in place, frozen parts included) and "
-    "config.json, all that maskgen.load needs. With --format=mage, one safetensors file with the parameter "
-    "names of MAGE's PyTorch reference (see docs/weights.md).",
+    "Exports a trained model for maskgen.load: weights.safetensors (with moving averages in place of "
+    "parameters, and frozen parts) and config.json. With --format=mage, writes one safetensors file with the "
+    "parameter names of MAGE's PyTorch reference (see docs/weights.md).",
     "python -m maskgen.tools.export --model=runs/quickstart/mage --out=exports/digits",
   )
   parser.add_model("workdir of a run, or an export")
   parser.add_argument("--out", required=True, help="new folder; a new .safetensors file with --format=mage")
-  parser.add_argument("--format", default="maskgen", choices=FORMATS, help="whose names; maskgen by default")
+  parser.add_argument("--format", default="maskgen", choices=FORMATS, help="parameter names, default maskgen")
   parser.add_argument(
     "--dtype",
     default="float32",
     choices=DTYPES,
-    help="how float32 is stored; float16 halves the file and rounds",
+    help="dtype of float32 parameters in the file; float16 halves its size and rounds",
   )
   args = parser.parse_args(argv)
   if args.format == "mage" and args.dtype != "float32":
@@ -55,7 +55,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _write_reference(model: "maskgen.Model", path: str, out: str) -> Mapping[str, Any]:
-  """Writes a model under the reference's names, and returns what was written."""
+  """Writes a model with the reference's parameter names and returns the tensors."""
   import safetensors.numpy
 
   from maskgen import files, storage
@@ -64,7 +64,7 @@ def _write_reference(model: "maskgen.Model", path: str, out: str) -> Mapping[str
   objective: Any = model.objective
   name = model.config["objective"]["name"]
   if name != "mage":
-    raise UserError(f"{path} is a model of objective '{name}': --format=mage takes a mage")
+    raise UserError(f"{path} is a model of objective '{name}': --format=mage needs one of objective 'mage'")
   mage.check_expressible(objective.tokenizer, objective.grid)
   params = {"main": model.variables["params"]["main"], "tokenizer": model.variables["frozen"]["tokenizer"]}
   tensors = storage.to_host(mage.to_reference(params, objective.model, objective.tokenizer))

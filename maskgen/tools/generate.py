@@ -8,7 +8,7 @@ from maskgen import cli
 from maskgen.errors import UserError
 from maskgen.tools import sampling_flags
 
-# Of the picture of a trajectory.
+# The size of the picture of a trajectory, in images.
 _ROWS, _COLUMNS = 8, 10
 _GREY = 0.5
 
@@ -16,19 +16,17 @@ _GREY = 0.5
 def main(argv: Sequence[str]) -> None:
   """Parses the command line and generates."""
   parser = cli.Parser(
-    "Generates images with a trained model and writes them as one grid; with several classes or prompts a "
+    "Generates images with a trained model and writes them as one grid; with several classes or prompts, one "
     "row for each.",
     "python -m maskgen.tools.generate --model=runs/quickstart/mage --out=digits.png --count=64",
   )
   parser.add_model("workdir of a run, or an export")
   parser.add_argument("--out", required=True, help="PNG file to write")
-  parser.add_argument("--count", type=int, default=64, help="how many images")
-  parser.add_argument("--seed", type=int, default=0, help="seed; image i depends on seed and i alone")
-  parser.add_argument("--label", help="class ids, such as 3 or 0,4,7 or all, if it was trained with classes")
-  parser.add_argument(
-    "--prompt", action="append", help="a text, if it was trained with captions; may be given several times"
-  )
-  parser.add_argument("--trajectory", help="PNG file that shows how the first images come into being")
+  parser.add_argument("--count", type=int, default=64, help="number of images")
+  parser.add_argument("--seed", type=int, default=0, help="random seed; image i depends only on it and i")
+  parser.add_argument("--label", help="class ids such as 3 or 0,4,7 or all, for models with classes")
+  parser.add_argument("--prompt", action="append", help="a text, for models with captions; can be repeated")
+  parser.add_argument("--trajectory", help="PNG file for the intermediate steps of the first images")
   sampling_flags.add(parser, argv)
   args = parser.parse_args(argv)
   cli.check_out(args.out)
@@ -58,7 +56,7 @@ def main(argv: Sequence[str]) -> None:
     first = {name: values[:shown] for name, values in conditions.items()}
     made = model.trajectory(seed=args.seed, batch=shown, **first, **given)
     images.write_png(args.trajectory, images.enlarge(draw_trajectory(*made), smallest=1024))
-    print(f"wrote how they come into being to {args.trajectory}")
+    print(f"wrote the intermediate steps of {shown} images to {args.trajectory}")
 
 
 def parse_labels(text: str, num_classes: int) -> list[int]:
@@ -78,14 +76,14 @@ def parse_labels(text: str, num_classes: int) -> list[int]:
 
 
 def draw_trajectory(pictures: np.ndarray, unknown: np.ndarray) -> np.ndarray:
-  """Draws each image as a row that begins in grey and ends with the image.
+  """Draws each image as a row that starts in grey and ends with the image.
 
   Args:
     pictures: float [b, steps, h, w, c] in [0, 1], after each step.
-    unknown: bool [b, steps, h', w']; the pixels of these tokens are grey, and show as a shade what was drawn.
+    unknown: bool [b, steps, h', w']; the pixels of these tokens are grey, tinted with the latest samples.
 
   Returns:
-    uint8 [H, W, 3]; of many steps about as many columns as fit, the first and the last among them.
+    uint8 [H, W, 3]; at most 10 columns, evenly spaced over the steps, including the first and the last.
   """
   from maskgen import images
 

@@ -1,4 +1,4 @@
-"""Tells what a training step needs of devices that need not be here.
+"""Reports what a training step needs from devices that are not on this machine.
 
 python -m maskgen.tools.preflight --config=configs/mage_large.py --topology=v5e:16x16
 """
@@ -19,31 +19,31 @@ def main(argv: Sequence[str]) -> None:
   """Parses the command line, compiles, and prints a report.
 
   Raises:
-    UserError: for anything from outside that is wrong; also if the batch does not divide over the mesh.
+    UserError: if an argument or the config is wrong, or the batch does not divide over the mesh.
   """
   parser = cli.Parser(
-    "Compiles the training step of a config for devices that need not be here; reports what each of them "
-    "needs: memory, arithmetic, communication; bounds on the time; whether it fits, or what makes it fit. "
-    "Takes neither data nor weights; for TPUs the extra maskgen[tpu].",
+    "Compiles the training step of a config for devices that need not be on this machine. Reports memory, "
+    "arithmetic and communication per device, bounds on the time, whether the step fits, and if not, what "
+    "makes it fit. Needs neither data nor weights; for TPUs, install the extra maskgen[tpu].",
     "python -m maskgen.tools.preflight --config=configs/mage_large.py --topology=v5e:16x16",
   )
   common.add_config(parser)
   parser.add_argument(
     "--topology",
     default="local",
-    help="a TPU slice such as v5e:16x16, v5p:4x4x4 or v6e:16x16; cpu:8 for 8 virtual CPU devices; local (the "
-    "default) for the devices of this machine",
+    help="a TPU slice such as v5e:16x16, v5p:4x4x4 or v6e:16x16; cpu:8 for 8 virtual CPU devices; local "
+    "(default) for the devices of this machine",
   )
   parser.add_argument(
-    "--slices", type=int, default=1, help="how many such TPU slices, over a data-centre network"
+    "--slices", type=int, default=1, help="number of TPU slices, connected by a data-centre network"
   )
   parser.add_argument(
     "--source",
     default="synthetic",
     choices=("synthetic", "tokens"),
-    help="synthetic: images are tokenized in the step; tokens: it gets cached codes",
+    help="synthetic: images are tokenized in the step; tokens: the step reads cached codes",
   )
-  parser.add_argument("--json", metavar="FILE", help="write the report there as JSON, too")
+  parser.add_argument("--json", metavar="FILE", help="file to write the report to as JSON")
   args, config = common.parse(parser, argv)
   common.check_at_least(args, 1, "slices")
   if args.json:

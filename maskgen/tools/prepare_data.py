@@ -9,16 +9,16 @@ from maskgen import cli
 
 
 def main(argv: Sequence[str]) -> None:
-  """Parses the command line, and downloads and prepares what is not there."""
+  """Parses the command line, and downloads and prepares the data set unless it is already prepared."""
   parser = cli.Parser(
-    "Downloads a data set and writes it in the form that the source tfds:NAME reads.",
+    "Downloads a data set and prepares it for the source tfds:NAME.",
     "python -m maskgen.tools.prepare_data --name=cifar10",
   )
-  parser.add_argument("--name", required=True, help="a data set of TFDS, as NAME or NAME/CONFIG, or digits")
+  parser.add_argument("--name", required=True, help="a TFDS data set, NAME or NAME/CONFIG, or digits")
   parser.add_argument(
-    "--format", choices=["array_record", "tfrecord"], default="array_record", help="of the files to write"
+    "--format", choices=["array_record", "tfrecord"], default="array_record", help="file format"
   )
-  parser.add_argument("--data_dir", help="folder to write to, by default TFDS_DATA_DIR")
+  parser.add_argument("--data_dir", help="folder to write to, default TFDS_DATA_DIR")
   args = parser.parse_args(argv)
 
   from maskgen.data import prepare, tfds_folder

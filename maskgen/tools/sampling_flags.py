@@ -1,4 +1,4 @@
-"""Flags for the options of sampling: the fields of the `sampling` of a model's objective."""
+"""Flags for sampling options: the fields of `sampling` of a model's objective."""
 
 import argparse
 import dataclasses
@@ -9,17 +9,17 @@ from typing import Any
 
 
 def add(parser: argparse.ArgumentParser, argv: Sequence[str], *, several: bool = False) -> None:
-  """Adds a flag for each option of the model that `--model` names; without `--model`, of every kind of model.
+  """Adds a flag for each sampling option of the model given by `--model`; without it, of all objectives.
 
   Args:
-    parser: gets the flags.
+    parser: the parser to add flags to.
     argv: the command line.
     several: whether a flag takes several values, as text.
 
   Raises:
-    UserError: if `--model` names no model.
+    UserError: if `--model` is not a model.
   """
-  group = parser.add_argument_group("sampling, by default as in the config; docs/sampling.md explains all")
+  group = parser.add_argument_group("sampling, by default as in the config; see docs/sampling.md")
   options: dict[str, tuple[type, str]] = {}
   for defaults in _defaults(argv):
     about = _described(type(defaults))
@@ -30,13 +30,13 @@ def add(parser: argparse.ArgumentParser, argv: Sequence[str], *, several: bool =
 
 
 def given(args: argparse.Namespace, sampling: Any) -> dict[str, Any]:
-  """The options that the command line gives, of an objective's `sampling`."""
+  """The options of an objective's `sampling` that are given on the command line."""
   names = [field.name for field in dataclasses.fields(sampling)] if sampling is not None else []
   return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 
 
 def _defaults(argv: Sequence[str]) -> list[Any]:
-  """The `sampling` of the model that the command line names, or of every objective."""
+  """The `sampling` of the model given on the command line, or of every objective."""
   from maskgen import objectives, plugins, storage
 
   first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -51,7 +51,7 @@ def _defaults(argv: Sequence[str]) -> list[Any]:
 
 
 def _described(cls: type) -> dict[str, str]:
-  """What the docstring of a dataclass says of each of its fields."""
+  """The description of each field in the docstring of a dataclass."""
   attributes = (inspect.getdoc(cls) or "").partition("Attributes:\n")[2]
   found = re.findall(r"^  ([\w, ]+): (.*?)(?=^  \w|\Z)", attributes, flags=re.MULTILINE | re.DOTALL)
   texts = {name: " ".join(text.split()) for names, text in found for name in names.split(", ")}

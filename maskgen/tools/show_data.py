@@ -26,7 +26,7 @@ if TYPE_CHECKING:
   from maskgen.sheet import Card
 
 _EVALUATION_RECORDS = 8
-# Pictures are enlarged, by a whole factor, to at least so many pixels.
+# Pictures are enlarged by an integer factor to at least this number of pixels.
 _SMALLEST = 128
 _MASKED = (128, 128, 128)
 _ALL_CLASSES, _EXTREME_CLASSES = 20, 5
@@ -36,23 +36,23 @@ log = logging.getLogger("maskgen")
 
 
 def main(argv: Sequence[str]) -> None:
-  """Parses the command line, prints numbers about the data and draws the sheet.
+  """Parses the command line, prints statistics of the data and draws the contact sheet.
 
   Raises:
-    UserError: for anything from outside that is wrong.
+    UserError: if an argument, the config or the data is wrong.
   """
   parser = cli.Parser(
-    "Draws what a config makes of its data: the first training images, just as the model sees them, what it "
-    "masks, evaluation images and captions; and tells the sizes, classes and damage of the records. Nothing "
-    "is trained or loaded. Any key of the config can be set with --config.KEY=VALUE.",
+    "Draws the data of a config: the first training images exactly as the model sees them, their masks, "
+    "evaluation images and captions; and prints sizes, classes and damage of the records. Nothing is trained "
+    "and no model is loaded. Any key of the config can be set with --config.KEY=VALUE.",
     "python -m maskgen.tools.show_data --config=configs/quickstart.py --out=data.png",
   )
   parser.add_argument("--config", required=True, help="config file, FILE[:key=value,...]")
   parser.add_argument("--out", required=True, help="PNG file to write")
-  parser.add_argument("--stage", help="which stage of the config, by default the last")
-  parser.add_argument("--count", type=int, default=16, help="how many training records to show")
+  parser.add_argument("--stage", help="stage of the config, default the last")
+  parser.add_argument("--count", type=int, default=16, help="number of training records to show")
   parser.add_argument(
-    "--scan", type=int, default=2000, help="how many records of each split to open for the numbers"
+    "--scan", type=int, default=2000, help="number of records of each split to open for statistics"
   )
   args, rest = parser.parse_known_args(argv)
   cli.check_out(args.out)
@@ -87,7 +87,7 @@ def main(argv: Sequence[str]) -> None:
 
   batch = next(data.train_batches())
   if "image" not in batch:
-    print(f"{train.name} has no pictures: codes are shown in their place")
+    print(f"{train.name} has no pictures: codes are shown instead")
   pictures = _training_pictures(batch, data, _draw_masks(objective, run.seed, run.batch_size, count))
   cards = _cards(train, data.preprocess, batch, list(pictures.values()))
   parts = f": {' | '.join(pictures)}" if len(pictures) > 1 else ""
@@ -107,7 +107,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _choose_stage(config: Mapping[str, Any], name: str | None) -> dict[str, Any]:
-  """The config of the stage that is named, or of the last."""
+  """The config of the stage `name`, by default the last."""
   stages = list(split_stages(config, epath.Path("run")).items())
   if name is None:
     return stages[-1][1]
@@ -123,7 +123,7 @@ def _choose_stage(config: Mapping[str, Any], name: str | None) -> dict[str, Any]
 
 
 def _scan(source: "Source", count: int) -> list["Finding"]:
-  """Opens so many records, with progress for people: a bar on a terminal, lines elsewhere."""
+  """Opens `count` records and shows progress: a bar on a terminal, log lines elsewhere."""
   from maskgen.data import inspect
 
   indices = inspect.spread(source.size, count)
@@ -142,9 +142,9 @@ def _scan(source: "Source", count: int) -> list["Finding"]:
 
 
 def _describe(source: "Source", findings: Sequence["Finding"]) -> Iterator[str]:
-  """Lines about records, findings being those of some or all of them."""
+  """Describes the findings of some or all records, line by line."""
   if not findings:
-    yield "scanned none of them"
+    yield "scanned no records"
     return
   yield f"scanned {len(findings):,} of {source.size:,}"
   if source.class_names is not None:
@@ -181,7 +181,7 @@ def _describe_classes(counts: Sequence[tuple[str, int]]) -> Iterator[str]:
 
 
 def _draw_masks(objective: "Objective", seed: int, batch_size: int, count: int) -> np.ndarray | None:
-  """The masks of the first `count` examples of step 0, bool [count, h', w'], if the objective masks."""
+  """The masks of the first `count` examples of step 0, bool [count, h', w'], if the objective has masks."""
   from maskgen.training.step import step_keys
 
   mask = objective.predict_fns().get("mask")
@@ -194,7 +194,7 @@ def _draw_masks(objective: "Objective", seed: int, batch_size: int, count: int) 
 def _training_pictures(
   batch: Mapping[str, np.ndarray], data: "Data", masks: np.ndarray | None
 ) -> dict[str, list[np.ndarray]]:
-  """For each part of a card its title, and a picture for each record."""
+  """For each part of a card, its title and a picture for each record."""
   from maskgen import images, sheet
 
   key, title = ("image", "view") if "image" in batch else ("tokens", "codes")
@@ -215,7 +215,7 @@ def _training_pictures(
 
 
 def _cover(image: np.ndarray, mask: np.ndarray) -> np.ndarray:
-  """Greys what is masked: uint8 [h, w, 3] from an image and bool [h', w']."""
+  """Greys out masked tokens: uint8 [h, w, 3] from an image and bool [h', w']."""
   rows, columns = image.shape[0] // mask.shape[0], image.shape[1] // mask.shape[1]
   pixels = np.repeat(np.repeat(mask, rows, axis=0), columns, axis=1)
   return np.where(pixels[..., None], np.array(_MASKED, np.uint8), image)
@@ -237,7 +237,7 @@ def _cards(
       lines.append(source.class_names[label])
   views = parse_preprocess(preprocess).views
   for row, captions in enumerate(inspect.captions(source, records)):
-    # Each time a record is drawn the next of its captions is taken.
+    # Each draw of a record takes its next caption.
     texts[row] += [captions[row // source.size * views % len(captions)]] if captions else []
   for op in parse_preprocess(preprocess).ops:
     if op.name == "tokenize":

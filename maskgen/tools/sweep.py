@@ -1,4 +1,4 @@
-"""Measures settings of sampling: python -m maskgen.tools.sweep --model=DIR --temperature=1,2,4 --out=DIR"""
+"""Evaluates sampling options: python -m maskgen.tools.sweep --model=DIR --temperature=1,2,4 --out=DIR"""
 
 import argparse
 import csv
@@ -19,7 +19,7 @@ from maskgen.tools import sampling_flags
 
 TABLE, SHEET, PICTURES = "sweep.csv", "sweep.png", "pictures"
 _SHOWN = 16  # images of each setting, in one row
-_CALLS = 3  # that are timed; the fastest counts
+_CALLS = 3  # timed calls; the fastest counts
 log = logging.getLogger("maskgen")
 
 
@@ -32,20 +32,19 @@ def main(argv: Sequence[str]) -> None:
   from maskgen import objectives, storage
 
   parser = cli.Parser(
-    "Generates images with every combination of the given settings of sampling, compares them with the data "
-    f"that the model was trained on, and writes {TABLE}, the best first, and {SHEET}, a row of images for "
-    "each setting. A sweep that was ended continues with the same command: what is in the table is not "
-    "measured again.",
+    "Generates images with every combination of the given sampling options, compares them with the data that "
+    f"the model was trained on, and writes {TABLE}, best first, and {SHEET}, one row of images per setting. "
+    "An interrupted sweep continues with the same command and repeats no measurement.",
     "python -m maskgen.tools.sweep --model=runs/quickstart/mage --temperature=1,2.5,6 --steps=8,16 "
     "--order=confidence,halton --out=runs/sweep",
   )
-  parser.add_model("workdir of a run, or an export, whose data is at hand")
+  parser.add_model("workdir of a run, or an export; its data must be available")
   parser.add_argument("--out", required=True, help="folder to write, or to continue")
   parser.add_argument(
     "--num_images",
     type=int,
     default=500,
-    help="images per setting; distances of other numbers do not compare",
+    help="images per setting; distances for different numbers are not comparable",
   )
   sampling_flags.add(parser, argv, several=True)
   args = parser.parse_args(argv)
@@ -54,25 +53,25 @@ def main(argv: Sequence[str]) -> None:
   config = storage.load_config(args.model)
   out = epath.Path(args.out)
   if not cli.writable(out) or (out.exists() and not out.is_dir()):
-    raise UserError(f"--out={args.out}: it is no folder that can be written, give another")
+    raise UserError(f"--out={args.out}: it is not a writable folder, give another")
 
   objective = objectives.build(config.get("objective", {}))
   if not hasattr(objective, "sampling"):
     raise UserError(
-      f"--model={args.model} does not generate: give a model that was trained to, such as mage's"
+      f"--model={args.model} does not generate images: give a model of an objective such as 'mage'"
     )
   sweep(args.model, config, settings(objective, args), out, args.num_images)
 
 
 def settings(objective: Any, args: argparse.Namespace) -> list[Any]:
-  """Every combination of the flags, checked; those that differ in nothing that matters come once.
+  """Returns every combination of the flags, without those that differ only in ignored options.
 
   Args:
-    objective: the model's; its `sampling` has the defaults.
+    objective: the objective of the model; its `sampling` has the defaults.
     args: flags with the names of the fields of `sampling`, texts or None.
 
   Raises:
-    UserError: if a value is wrong, or does not go with another.
+    UserError: if a value is wrong, or contradicts another.
   """
   from maskgen import objectives
 
@@ -101,18 +100,18 @@ def settings(objective: Any, args: argparse.Namespace) -> list[Any]:
 def sweep(
   model: str, config: Mapping[str, Any], wanted: Sequence[Any], out: epath.Path, num_images: int
 ) -> None:
-  """Measures the settings that are not in the table yet, then sorts it and draws the sheet."""
+  """Measures the settings that are not in the table yet, then sorts the table and draws the sheet."""
   import jax
 
   from maskgen import images, objectives, storage, tree
   from maskgen.evaluators.feature_spaces import name_of
   from maskgen.training.experiment import Experiment
 
-  # The run's own evaluation of generated images, if it has one: its feature space and its classifier.
+  # The first evaluation of generated images in the run's config, if any: its feature space and classifier.
   sections = (section for section in config.get("evals", {}).values() if section["type"] == "generation")
   section = next(sections, {"type": "generation", "every_steps": 1}) | {"num_images": num_images}
   if objectives.build(config["objective"]).captions is not None:
-    section["captions"] = True  # guidance would have nothing to guide to
+    section["captions"] = True  # guidance needs captions
   own = {key: value for key, value in config.items() if key != "version"}  # of maskgen, not of the run
   experiment = Experiment({**own, "evals": {"sweep": section}})
   evaluator: Any = experiment.evaluators["sweep"][1]
@@ -123,7 +122,7 @@ def sweep(
   rows = read_table(out / TABLE, base)
   (out / PICTURES).mkdir(parents=True, exist_ok=True)
   todo = [setting for setting in wanted if not find(rows, setting)]
-  log.info("%d settings, %d of them measured before", len(wanted), len(wanted) - len(todo))
+  log.info("%d settings, %d of them already measured", len(wanted), len(wanted) - len(todo))
   rng, began = jax.random.key(0), time.monotonic()
   for number, setting in enumerate(todo, 1):
     options = dataclasses.asdict(setting)
@@ -147,7 +146,7 @@ def sweep(
 
 
 def _time(experiment: Any, variables: Any, options: dict[str, Any]) -> tuple[float, np.ndarray]:
-  """Seconds per image in a batch, compilation apart, and the images."""
+  """Seconds per image in a batch, without compilation, and the images."""
   import jax
 
   from maskgen import sharding
@@ -171,10 +170,10 @@ def _time(experiment: Any, variables: Any, options: dict[str, Any]) -> tuple[flo
 
 
 def read_table(path: epath.Path, base: Mapping[str, Any]) -> list[dict[str, str]]:
-  """The rows of a table that an earlier sweep wrote, if there is one.
+  """Returns the rows of the table of an earlier sweep, if there is one.
 
   Raises:
-    UserError: if it is of other weights, or another number of images.
+    UserError: if it was measured with other weights or another number of images.
   """
   if not path.exists():
     return []
@@ -183,13 +182,13 @@ def read_table(path: epath.Path, base: Mapping[str, Any]) -> list[dict[str, str]
     for name, value in base.items():
       if row.get(name) != str(value):
         raise UserError(
-          f"{path} has measurements with {name} {row.get(name)}, and this is {value}: give another --out"
+          f"{path} has measurements with {name} {row.get(name)}, this sweep has {value}: give another --out"
         )
   return rows
 
 
 def write_table(path: epath.Path, rows: Sequence[Mapping[str, str]]) -> None:
-  """Writes rows as CSV, complete or not at all."""
+  """Writes rows as CSV, atomically."""
   text = io.StringIO()
   writer = csv.DictWriter(
     text, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n"
@@ -210,7 +209,7 @@ def _name(options: Mapping[str, Any]) -> str:
 
 
 def _varied(wanted: Sequence[Any]) -> list[str]:
-  """The options that are not the same in all settings."""
+  """The options that differ between settings."""
   names = [field.name for field in dataclasses.fields(wanted[0])]
   return [name for name in names if len({getattr(setting, name) for setting in wanted}) > 1]
 
@@ -235,7 +234,7 @@ def _short(value: str) -> str:
 
 
 def _draw(out: epath.Path, rows: Sequence[Mapping[str, str]], wanted: Sequence[Any], rank: str) -> None:
-  """Draws the rows' pictures, each under its setting and its figures."""
+  """Draws the images of each row under its setting and metrics."""
   from PIL import Image
 
   from maskgen import images, sheet

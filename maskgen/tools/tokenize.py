@@ -1,4 +1,4 @@
-"""Makes a token cache: python -m maskgen.tools.tokenize --model=DIR --source=... --out=DIR"""
+"""Writes a token cache: python -m maskgen.tools.tokenize --model=DIR --source=... --out=DIR"""
 
 import logging
 import time
@@ -37,26 +37,29 @@ def main(argv: Sequence[str]) -> None:
   """Parses the command line and tokenizes."""
   parser = cli.Parser(
     "Writes the codes of several crops of every record, for training without the tokenizer's encoder "
-    "(config.data.source='tokens:DIR'). A run that was killed continues with the same command; several "
-    "processes share the shards.",
+    "(config.data.source='tokens:DIR'). The same command continues after an interruption; several processes "
+    "can share the shards.",
     "python -m maskgen.tools.tokenize --model=runs/vqgan --source=folder:/data/imagenet --out=/data/tokens",
   )
   parser.add_model("workdir or export of a tokenizer, or of a model with one")
-  parser.add_argument("--source", required=True, help="data source, as config.data.source has it")
+  parser.add_argument("--source", required=True, help="data source, as in config.data.source")
   parser.add_argument("--out", required=True, help="folder of the cache, local or remote")
   parser.add_argument("--split", default="train", help="split of the source")
   parser.add_argument(
     "--preprocess",
-    help="how crops are made, as config.data.preprocess has it; by default random_resized_crop and flip_lr",
+    help="preprocessing of crops, as in config.data.preprocess; default random_resized_crop and flip_lr",
   )
   parser.add_argument("--crops", type=int, default=10, help="crops per record")
   parser.add_argument(
-    "--seed", type=int, default=0, help="as config.seed: live training with it sees these crops"
+    "--seed",
+    type=int,
+    default=0,
+    help="as config.seed: live training with this seed sees the same crops",
   )
-  parser.add_argument("--batch_size", type=int, default=64, help="images at once")
+  parser.add_argument("--batch_size", type=int, default=64, help="images per batch")
   parser.add_argument("--shard_records", type=int, default=4096, help="records per shard")
-  parser.add_argument("--process_index", type=int, default=0, help="which process this is, from 0")
-  parser.add_argument("--process_count", type=int, default=1, help="how many share the work")
+  parser.add_argument("--process_index", type=int, default=0, help="index of this process, from 0")
+  parser.add_argument("--process_count", type=int, default=1, help="number of processes")
   args = parser.parse_args(argv)
   for name in ("crops", "batch_size", "shard_records"):
     if getattr(args, name) < 1:
@@ -75,7 +78,7 @@ def main(argv: Sequence[str]) -> None:
   if section and not objectives.build(section).codebook_size:
     raise UserError(
       f"--model={args.model} is of objective '{section['name']}', which has no tokenizer: give a tokenizer, "
-      "or a model that was trained on the codes of one"
+      "or a model trained on the codes of one"
     )
   model = maskgen.load(args.model)
   objective = model.objective
@@ -124,7 +127,7 @@ def main(argv: Sequence[str]) -> None:
     )
   missing = cache.missing()
   if missing:
-    print(f"this process is done; {len(missing)} shards of {args.out} are left for others")
+    print(f"this process is done; {len(missing)} shards of {args.out} are left for other processes")
   else:
     print(f"wrote {args.out}: use it as config.data.source='tokens:{args.out}' with preprocess='take_crop'")
 

@@ -1,4 +1,4 @@
-"""Draws images from images, alone or among words: python -m maskgen.tools.vilex COMMAND --model=DIR ..."""
+"""Generates images from prompts of images and words: python -m maskgen.tools.vilex COMMAND --model=DIR ..."""
 
 import argparse
 import logging
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
   from maskgen.serving import ImageWords
 
 FILE_OF_TOKENS = ".safetensors"
-# Options of sampling, by default the config's.
+# Sampling options, by default as in the config.
 _SAMPLING = ("steps", "sampler", "image_guidance", "text_guidance")
 log = logging.getLogger("maskgen")
 
@@ -28,10 +28,10 @@ class Seen(NamedTuple):
   """An image as the model sees it.
 
   Attributes:
-    name: as it was given.
-    picture: uint8 [h, w, c], of the model's size; or what stands for it, if it was given as tokens.
-    tokens: float32 [k, d], those that are wanted.
-    number: k if it was asked for; None for as many as fit.
+    name: the name of the file, as given.
+    picture: uint8 [h, w, c], of the model's size; a placeholder if the image was given as tokens.
+    tokens: float32 [k, d], the requested tokens.
+    number: k if it was given; None for as many as fit.
   """
 
   name: str
@@ -40,38 +40,39 @@ class Seen(NamedTuple):
   number: int | None
 
 
-# What is written below a picture on a sheet, with the image that was given, or arguments of `generate`.
+# The caption of a picture on a contact sheet, with a given image or with arguments of `generate`.
 Entry = tuple[str, Seen | dict[str, Any]]
 
 
 def main(argv: Sequence[str]) -> None:
-  """Parses the command line and does what the command says.
+  """Parses the command line and runs the command.
 
   Raises:
-    UserError: for anything from outside that is wrong.
+    UserError: if an argument, a file or the model is wrong.
   """
   parser = cli.Parser(
-    "Turns images into words of a text-to-image model, with a model that was trained by the vilex objective. "
-    "Each command has its own --help.\n"
-    + "".join(f"\n  {name:<12} {what}" for name, (_, what) in COMMANDS.items()),
+    "Turns images into words for a text-to-image model, with a model of the vilex objective. Each command "
+    "has its own --help.\n" + "".join(f"\n  {name:<12} {what}" for name, (_, what) in COMMANDS.items()),
     "python -m maskgen.tools.vilex prompt --model=runs/vilex_digits/vilex --image=in.png "
     '--prompt="{} on a red background" --out=out.png',
   )
-  parser.add_argument("command", choices=COMMANDS, help="what to do")
+  parser.add_argument("command", choices=COMMANDS, help="command to run")
   run, _ = COMMANDS[parser.parse_args(argv[:1]).command]
   run(argv[1:])
 
 
 def reconstruct(argv: Sequence[str]) -> None:
-  """Draws images anew from their tokens alone."""
+  """Reconstructs images from their tokens only."""
   parser = _parser(
-    "Draws images anew from their first tokens, a row for each image and seed: the image beside what is "
-    "drawn from 1, 2, 4, ... of its tokens.",
+    "Reconstructs images from their first tokens. Each row of the contact sheet shows an image next to its "
+    "reconstructions from 1, 2, 4, ... tokens, with one seed.",
     "reconstruct --model=runs/vilex_digits/vilex --image=in.png --count=3 --out=out.png",
   )
-  parser.add_argument("--num_tokens", help="how many, such as 4 or 1,4,8; by default powers of two, and all")
-  parser.add_argument("--count", type=int, default=1, help="how many of each")
-  parser.add_argument("--seed", type=int, default=0, help="seed of the first; the others have seed + 1, ...")
+  parser.add_argument(
+    "--num_tokens", help="numbers of tokens, such as 4 or 1,4,8; default powers of two and all"
+  )
+  parser.add_argument("--count", type=int, default=1, help="number of seeds")
+  parser.add_argument("--seed", type=int, default=0, help="the first random seed; the others follow")
   _add_sampling(parser)
   args = _parse(parser, argv, ".png")
   numbers = None if args.num_tokens is None else _whole_numbers("num_tokens", args.num_tokens)
@@ -85,7 +86,7 @@ def reconstruct(argv: Sequence[str]) -> None:
     wanted = numbers or [int(k) for k in powers.choices(len(image.tokens))]
     chosen = [image.number] if image.number else wanted
     for k in chosen:
-      model.lay_out("", [image.tokens], k)  # which checks it
+      model.lay_out("", [image.tokens], k)  # this checks k
     for seed in range(args.seed, args.seed + args.count):
       drawn = [(_plural(k), dict(seed=seed, images=[image.tokens], num_tokens=k)) for k in chosen]
       sections[f"{image.name}, --seed={seed}"] = [("the image", image), *drawn]
@@ -93,17 +94,17 @@ def reconstruct(argv: Sequence[str]) -> None:
 
 
 def prompt(argv: Sequence[str]) -> None:
-  """Draws what a prompt with images says."""
+  """Generates images from a prompt with images."""
   parser = _parser(
-    "Draws what a prompt says, in which {} stands for an image. Without {} the images come before the words.",
+    "Generates images from a prompt with {} in place of each image. Without {}, images precede the words.",
     'prompt --model=runs/vilex_digits/vilex --prompt="{} on a red background" --image=in.png:4 --count=8 '
     "--text_guidance=3 --out=out.png",
     image_is_required=False,
   )
-  parser.add_argument("--prompt", default="", help="words, with {} for each --image")
+  parser.add_argument("--prompt", default="", help="text, with {} in place of each --image")
   _add_num_tokens(parser)
-  parser.add_argument("--count", type=int, default=1, help="how many pictures")
-  parser.add_argument("--seed", type=int, default=0, help="seed; picture i is made with seed + i")
+  parser.add_argument("--count", type=int, default=1, help="number of pictures")
+  parser.add_argument("--seed", type=int, default=0, help="random seed; picture i uses seed + i")
   _add_sampling(parser)
   _add_words(parser)
   args = _parse(parser, argv, ".png")
@@ -123,28 +124,28 @@ def prompt(argv: Sequence[str]) -> None:
 
 
 def interpolate(argv: Sequence[str]) -> None:
-  """Draws what is between two images."""
+  """Interpolates between two images."""
   parser = _parser(
-    "Draws images between two, all from the same noise.",
+    "Interpolates between two images, with the same noise for all pictures.",
     "interpolate --model=runs/vilex_digits/vilex --image=first.png --image=second.png --out=out.png",
   )
   parser.add_argument("--prompt", default="", help='words around them, such as "a {} on a red background"')
   _add_num_tokens(parser)
   parser.add_argument(
-    "--count", type=int, default=7, help="how many pictures, with the two ends; by default 7"
+    "--count", type=int, default=7, help="number of pictures, including both ends; default 7"
   )
-  parser.add_argument("--seed", type=int, default=0, help="seed of all of them")
+  parser.add_argument("--seed", type=int, default=0, help="random seed of all pictures")
   _add_sampling(parser)
   _add_words(parser)
   args = _parse(parser, argv, ".png")
   model, seen = _load(args, args.num_tokens)
   if len(seen) != 2:
-    raise UserError(f"--image gives {len(seen)} images: give the two to draw between")
+    raise UserError(f"--image gives {len(seen)} images: give the two images to interpolate between")
 
   from maskgen.serving import image_words
 
   tokens = image_words.between(seen[0].tokens, seen[1].tokens, args.count)
-  model.lay_out(args.prompt, [tokens[0]])  # which checks the prompt
+  model.lay_out(args.prompt, [tokens[0]])  # this checks the prompt
   drawn: list[Entry] = [
     (f"{share:.0%}", dict(seed=args.seed, prompt=args.prompt, images=[one]))
     for share, one in zip(np.linspace(0.0, 1.0, args.count), tokens, strict=True)
@@ -156,7 +157,7 @@ def interpolate(argv: Sequence[str]) -> None:
 def encode(argv: Sequence[str]) -> None:
   """Writes tokens of images."""
   parser = _parser(
-    "Writes the tokens of images to a file, which stands for them wherever an image is expected.",
+    "Writes the tokens of images to a file that can be used in place of the images.",
     "encode --model=runs/vilex_digits/vilex --image=a.png --image=b.png --num_tokens=4 --out=ab.safetensors",
   )
   _add_num_tokens(parser)
@@ -165,7 +166,7 @@ def encode(argv: Sequence[str]) -> None:
   tokens = [image.tokens for image in seen]
   if len({len(one) for one in tokens}) > 1:
     numbers = ", ".join(str(len(one)) for one in tokens)
-    raise UserError(f"--image gives {numbers} tokens: give --num_tokens alone, which is the same for all")
+    raise UserError(f"--image gives {numbers} tokens: give the same number for all with --num_tokens")
   model.write_tokens(args.out, np.stack(tokens))
   k, d = tokens[0].shape
   print(f"wrote {k} tokens of {d} numbers for each of {len(tokens)} images to {args.out}")
@@ -175,29 +176,29 @@ def embedding(argv: Sequence[str]) -> None:
   """Writes an image as a textual inversion."""
   parser = _parser(
     "Writes an image as a textual inversion, which other programs for the same text-to-image model load as a "
-    "word of their own; docs/vilex.md says how.",
+    "new word; see docs/vilex.md.",
     "embedding --model=runs/vilex_sd15 --image=dog.png:16 --out=dog.safetensors",
   )
   _add_num_tokens(parser)
   args = _parse(parser, argv, FILE_OF_TOKENS)
   model, seen = _load(args, args.num_tokens)
   if len(seen) != 1:
-    raise UserError(f"--image gives {len(seen)} images: give one, as a file is one word")
+    raise UserError(f"--image gives {len(seen)} images: give one, because a file holds one word")
   model.write_embedding(args.out, seen[0].tokens)
   print(f"wrote {len(seen[0].tokens)} vectors to {args.out}")
 
 
 COMMANDS: Mapping[str, tuple[Callable[[Sequence[str]], None], str]] = {
-  "reconstruct": (reconstruct, "draws images anew from more and more of their tokens"),
-  "prompt": (prompt, "draws what a prompt says, in which images stand among words"),
-  "interpolate": (interpolate, "draws images between two"),
+  "reconstruct": (reconstruct, "reconstructs images from increasing numbers of tokens"),
+  "prompt": (prompt, "generates images from a prompt of images and words"),
+  "interpolate": (interpolate, "interpolates between two images"),
   "encode": (encode, "writes the tokens of images to a file"),
-  "embedding": (embedding, "writes an image as a word that other programs load"),
+  "embedding": (embedding, "writes an image as a word for other programs"),
 }
 
 
 def _parser(what: str, example: str, *, image_is_required: bool = True) -> argparse.ArgumentParser:
-  """The arguments that all commands have."""
+  """Returns a parser with the arguments of all commands."""
   parser = cli.Parser(what, f"python -m maskgen.tools.vilex {example}")
   parser.add_model("workdir of a run, or an export")
   parser.add_argument(
@@ -205,8 +206,8 @@ def _parser(what: str, example: str, *, image_is_required: bool = True) -> argpa
     action="append",
     required=image_is_required,
     metavar="FILE[:k]",
-    help="a picture of any size, of which the middle is seen, or a file of tokens, which stands for all its "
-    "images; :k is for the first k tokens; may be given several times",
+    help="a picture of any size, which is cropped to its centre, or a token file with one or more images; :k "
+    "uses the first k tokens; can be repeated",
   )
   parser.add_argument("--out", required=True, help="file to write")
   return parser
@@ -214,27 +215,27 @@ def _parser(what: str, example: str, *, image_is_required: bool = True) -> argpa
 
 def _add_num_tokens(parser: argparse.ArgumentParser) -> None:
   parser.add_argument(
-    "--num_tokens", type=int, help="how many tokens of an image that has no :k; by default all that fit"
+    "--num_tokens", type=int, help="number of tokens of images without :k; default all that fit"
   )
 
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:
   options = parser.add_argument_group("sampling, by default as in the config")
-  options.add_argument("--steps", type=int, help="how often the network is called")
+  options.add_argument("--steps", type=int, help="number of sampling steps")
   options.add_argument("--sampler", help="dpm or ddim")
-  options.add_argument("--image_guidance", type=float, help="how much images count; 1 is as trained")
+  options.add_argument("--image_guidance", type=float, help="strength of the images; 1 is as trained")
 
 
 def _add_words(parser: argparse.ArgumentParser) -> None:
   options = parser.add_argument_group("words")
   options.add_argument(
-    "--text_guidance", type=float, help="how much they count beside images; more costs likeness to these"
+    "--text_guidance", type=float, help="strength of the words; larger values reduce similarity to the images"
   )
-  options.add_argument("--negative_prompt", help="what is not to be seen")
+  options.add_argument("--negative_prompt", help="text that the pictures should not match")
 
 
 def _parse(parser: argparse.ArgumentParser, argv: Sequence[str], kind: str) -> argparse.Namespace:
-  """Parses the command line of a command that writes files of a kind."""
+  """Parses the command line of a command whose output has the extension `kind`."""
   args = parser.parse_args(argv)
   cli.check_out(args.out, kind=kind)
   if getattr(args, "count", 1) < 1:
@@ -250,9 +251,9 @@ def _whole_numbers(name: str, text: str) -> list[int]:
 
 
 def _load(args: argparse.Namespace, num_tokens: int | None = None) -> tuple["ImageWords", list[Seen]]:
-  """The model and the images, of each of which so many tokens are wanted if it does not say.
+  """Loads the model and the images, with `num_tokens` tokens of each image without its own number.
 
-  What is wrong with pictures shows before the model is loaded.
+  Pictures are checked before the model is loaded.
   """
   import maskgen
   from maskgen.serving import ImageWords
@@ -262,7 +263,7 @@ def _load(args: argparse.Namespace, num_tokens: int | None = None) -> tuple["Ima
   model = maskgen.load(args.model)
   if not isinstance(model, ImageWords):
     name = model.config["objective"]["name"]
-    raise UserError(f"--model={args.model} is of objective '{name}': give one of the vilex objective")
+    raise UserError(f"--model={args.model} is of objective '{name}': give one of objective 'vilex'")
   seen = []
   for path, picture, number in tqdm(opened, desc="reading images", disable=len(opened) < 2):
     seen += _see(model, path, picture, num_tokens if number is None else number)
@@ -270,7 +271,7 @@ def _load(args: argparse.Namespace, num_tokens: int | None = None) -> tuple["Ima
 
 
 def _open(text: str) -> tuple[str, Image.Image | None, int | None]:
-  """The path, the picture if it is one, and the number of tokens of an --image."""
+  """The path, the picture (None for a token file), and the number of tokens of an --image."""
   found = None if epath.Path(text).exists() else re.fullmatch(r"(.+):(-?\d+)", text)
   path, number = (found[1], int(found[2])) if found else (text, None)
   what = f"--image={path}"
@@ -282,7 +283,7 @@ def _open(text: str) -> tuple[str, Image.Image | None, int | None]:
 
 
 def _see(model: "ImageWords", path: str, picture: Image.Image | None, number: int | None) -> list[Seen]:
-  """The image of a picture file, or those of a file of tokens."""
+  """The image of a picture file, or the images of a token file."""
   height, width, _ = model.objective.image_shape
   if picture is not None:
     pixels = np.asarray(ImageOps.fit(picture, (width, height), Image.Resampling.BICUBIC))
@@ -290,7 +291,7 @@ def _see(model: "ImageWords", path: str, picture: Image.Image | None, number: in
   tokens = model.read_tokens(path)
   held = tokens.shape[1]
   if number is not None and not 1 <= number <= held:
-    raise UserError(f"--image={path}:{number}: the file holds {held} tokens of an image, give 1 to {held}")
+    raise UserError(f"--image={path}:{number}: the file has {held} tokens per image, give 1 to {held}")
   shown = sheet.fit(np.zeros((height, width, 1), np.uint8)).shape
   drawn = sheet.page(f"{path}, {held} tokens", shown[0], shown[1])
   names = [path] if len(tokens) == 1 else [f"{path}, image {i}" for i in range(len(tokens))]
@@ -302,7 +303,7 @@ def _plural(k: int) -> str:
 
 
 def _draw(args: argparse.Namespace, model: "ImageWords", sections: Mapping[str, Sequence[Entry]]) -> None:
-  """Draws and writes pictures: one alone, several each in a file, and all on a sheet."""
+  """Generates and writes pictures: each in a file, and if there are several, all on a contact sheet."""
   names = (*_SAMPLING, "negative_prompt")
   options = {name: value for name in names if (value := getattr(args, name, None)) is not None}
   total = sum(isinstance(what, dict) for cards in sections.values() for _, what in cards)
@@ -323,7 +324,7 @@ def _draw(args: argparse.Namespace, model: "ImageWords", sections: Mapping[str, 
         drawn[title].append(sheet.Card([sheet.fit(picture)], [text], name))
   if total > 1:
     images_lib.write_png(args.out, sheet.draw(drawn))
-    print(f"wrote {files[0]} to {files[-1]}, and {args.out}, which shows them all")
+    print(f"wrote {files[0]} to {files[-1]}, and a contact sheet to {args.out}")
   else:
     print(f"wrote {args.out}")
 
