@@ -66,7 +66,7 @@ class ImageEncoder(abc.ABC):
   @property
   @abc.abstractmethod
   def positions(self) -> Positions:
-    """What the rows of the parameter `position` stand for."""
+    """The layout of the parameter `position`."""
 
   @abc.abstractmethod
   def init(self, rng: jax.Array, *, pooled: bool = False) -> Any:

@@ -48,12 +48,12 @@ class ResnetBlock(nn.Module):
       y = norm(y)
     else:
       width = (1 + self.scale_shift) * self.channels
-      told = nn.Dense(width, dtype=self.dtype, name="time_emb_proj")(nn.swish(time))[:, None, None]
+      embedding = nn.Dense(width, dtype=self.dtype, name="time_emb_proj")(nn.swish(time))[:, None, None]
       if self.scale_shift:
-        scale, shift = jnp.split(told, 2, axis=-1)
+        scale, shift = jnp.split(embedding, 2, axis=-1)
         y = norm(y) * (1 + scale) + shift
       else:
-        y = norm(y + told)
+        y = norm(y + embedding)
     y = nn.swish(y)
     y = conv(self.channels, 3, self.dtype, "conv2")(y)
     if x.shape[-1] != self.channels:

@@ -159,7 +159,7 @@ class FrozenTextToImage:
       scales.append(image_guidance)
     if words:
       pairs = zip(words[1:], images, strict=True)
-      both = [words[0], *(segment for said, image in pairs for segment in (image, said))]
+      both = [words[0], *(segment for text, image in pairs for segment in (image, text))]
       conditions.append(self.condition(params, both)[0])
       scales.append(text_guidance)
     together = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *conditions)

@@ -208,18 +208,19 @@ def sample(
   end = squared[0] if sampler == "ddim" and not schedule.clean_end else 1.0
   levels = np.append(squared[times], end)
   alphas, sigmas = np.sqrt(levels), np.sqrt(1 - levels)
-  draw = np.zeros(steps)  # how far D is extrapolated
+  extrapolate = np.zeros(steps)  # how far D is extrapolated
   if sampler == "dpm":
     lengths = np.diff(np.log(alphas[:-1] / sigmas[:-1]))
-    draw[1:-1] = lengths[1:] / (2 * lengths[:-1])
+    extrapolate[1:-1] = lengths[1:] / (2 * lengths[:-1])
   keep = sigmas[1:] / sigmas[:-1]
-  table = np.stack([alphas[:-1], sigmas[:-1], keep, alphas[1:] - alphas[:-1] * keep, draw], axis=1)
+  move = alphas[1:] - alphas[:-1] * keep
+  table = np.stack([alphas[:-1], sigmas[:-1], keep, move, extrapolate], axis=1)
 
   def one_step(carry: tuple[jax.Array, jax.Array], row: tuple[jax.Array, tuple[jax.Array, ...]]):
     x, before = carry
-    t, (alpha, sigma, keep, move, draw) = row
+    t, (alpha, sigma, keep, move, extrapolate) = row
     clean = to_clean(schedule, predict(x, t).astype(jnp.float32), x, alpha, sigma)
-    return (keep * x + move * (clean + draw * (clean - before)), clean), None
+    return (keep * x + move * (clean + extrapolate * (clean - before)), clean), None
 
   rows = jnp.asarray(times), tuple(jnp.asarray(column, jnp.float32) for column in table.T)
   noise = noise.astype(jnp.float32)

@@ -1,4 +1,4 @@
-"""Tables of learned positions, and their interpolation to another grid.
+"""Interpolation of learned position embeddings to another grid.
 
 Letters: h w and H W an old and a new grid, d width.
 """
@@ -9,11 +9,11 @@ import numpy as np
 
 
 class Positions(NamedTuple):
-  """What the rows of a position table stand for: first some apart, then a grid, row by row.
+  """The layout of a table of position embeddings: leading rows, then a grid, row by row.
 
   Attributes:
     grid: (h, w).
-    leading: rows in front of those of the grid, such as a class position.
+    leading: the number of rows before the grid, such as a class position.
   """
 
   grid: tuple[int, int]
@@ -23,8 +23,8 @@ class Positions(NamedTuple):
 def interpolate(table: Any, old: Positions, new: Positions) -> np.ndarray:
   """Interpolates a table [old.leading + h * w, d] to [new.leading + H * W, d], linearly along both axes.
 
-  The corners of the two grids coincide, as in big_vision: constants and linear ramps are kept, and an axis
-  whose length does not change is left alone. Leading rows are copied.
+  The corners of the two grids coincide, as in big_vision: constants and linear ramps are preserved, and an
+  axis whose length does not change stays the same. Leading rows are copied.
   """
   table = np.asarray(table)
   leading, grid = np.split(table, [old.leading])
@@ -35,6 +35,6 @@ def interpolate(table: Any, old: Positions, new: Positions) -> np.ndarray:
 
 
 def _weights(old: int, new: int) -> np.ndarray:
-  """What each of `old` places counts at each of `new` places, float64 [new, old]; each row sums to 1."""
+  """The weights of `old` positions at `new` positions, float64 [new, old]; each row sums to 1."""
   at = np.linspace(0.0, old - 1.0, new) if new > 1 else np.array([(old - 1.0) / 2.0])
   return np.maximum(0.0, 1.0 - np.abs(at[:, None] - np.arange(old)[None]))

@@ -87,7 +87,7 @@ def num_fitting(number: jax.Array, words: jax.Array, length: int) -> jax.Array:
   return jnp.minimum(number, length - 2 - words)
 
 
-class Said(NamedTuple):
+class WordsAround(NamedTuple):
   """The words around the image of a training example.
 
   Attributes:
@@ -133,7 +133,7 @@ class Words:
     if self.subject and self.place != "within":
       raise UserError(f"subject requires place='within', but place is '{self.place}'")
 
-  def draw(self, keys: jax.Array, caption: Segment, subjects: jax.Array) -> Said:
+  def draw(self, keys: jax.Array, caption: Segment, subjects: jax.Array) -> WordsAround:
     """Draws the words around images.
 
     Args:
@@ -161,7 +161,7 @@ class Words:
     first, last = ends.T
     at = jnp.arange(caption.vectors.shape[1])[None] + last[:, None]
     behind = jnp.take_along_axis(caption.vectors, at[..., None], axis=1, mode="clip")
-    return Said(caption._replace(number=first), Segment(behind, number - last), hue_shift)
+    return WordsAround(caption._replace(number=first), Segment(behind, number - last), hue_shift)
 
 
 @dataclasses.dataclass(frozen=True)
