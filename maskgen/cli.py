@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from etils import epath
 
 from maskgen import plugins
-from maskgen.errors import UserError, of_storage
+from maskgen.errors import UserError, storage_errors
 
 EXIT_TIMEOUT = 10.0
 
@@ -91,7 +91,7 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
   for handler in logging.getLogger().handlers:
     handler.addFilter(lambda record: record.name != "absl" or record.levelno >= logging.ERROR)
   try:
-    with of_storage():
+    with storage_errors():
       main(sys.argv[1:])
   except UserError as error:
     print(f"error: {error}", file=sys.stderr)

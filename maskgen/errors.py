@@ -32,7 +32,7 @@ _PERMANENT = {
 
 
 @contextlib.contextmanager
-def of_storage(place: object = "a file or store") -> Generator[None]:
+def storage_errors(place: object = "a file or store") -> Generator[None]:
   """Converts exceptions of file systems and stores within the context to errors that a user can act on.
 
   Args:
@@ -62,7 +62,7 @@ def of_storage(place: object = "a file or store") -> Generator[None]:
     ) from error
 
 
-def shortage(error: Exception) -> str | None:
+def out_of_memory(error: Exception) -> str | None:
   """Returns the first line of an error if it says that device memory is exhausted, else None."""
   return str(error).splitlines()[0] if "RESOURCE_EXHAUSTED" in str(error) else None
 

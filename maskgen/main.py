@@ -14,7 +14,7 @@ from etils import epath
 
 from maskgen import cli, files
 from maskgen import config as config_lib
-from maskgen.errors import UserError, of_storage
+from maskgen.errors import UserError, storage_errors
 from maskgen.training import cpu
 from maskgen.training.pretrained import complete, stored_first
 from maskgen.training.sections import find_type
@@ -146,7 +146,7 @@ def check_workdir(root: epath.Path, config: Mapping[str, Any], *, create: bool) 
     UserError: if not.
     TransientError: if the failure may be temporary.
   """
-  with of_storage(root):
+  with storage_errors(root):
     check_same_run(root, config)
     try:
       if create:

@@ -53,7 +53,7 @@ def test_splits_share_no_picture(train, test):
 
 
 def test_captions_for_testing_mention_everything(test):
-  said = [scenes.understand(caption) for caption in captions(test)]
+  said = [scenes.parse(caption) for caption in captions(test)]
   assert all(one is not None and one.keys() == scenes.KINDS.keys() for one in said)
   np.testing.assert_array_equal([one["class"] for one in said], test["label"])
   for kind, values in read(test)[0].items():
@@ -64,7 +64,7 @@ def test_captions_for_testing_mention_everything(test):
 
 
 def test_captions_for_training_leave_something_out(train):
-  said = [scenes.understand(caption) for caption in captions(train)]
+  said = [scenes.parse(caption) for caption in captions(train)]
   np.testing.assert_array_equal([one["class"] for one in said], train["label"])
   values, _ = read(train)
   for kind in values:
@@ -99,12 +99,12 @@ def test_captions_round_trip():
     said["class"] = 7
     if "size" in said:
       said["size"] = 1
-    assert scenes.understand(scenes.describe(said)) == said
+    assert scenes.parse(scenes.describe(said)) == said
   text = "a large red seven at the top left on a blue background"
-  assert scenes.describe(scenes.understand(text)) == text
+  assert scenes.describe(scenes.parse(text)) == text
   assert set(text.split()) <= set(scenes.WORDS) and len(set(scenes.WORDS)) == len(scenes.WORDS)
   for wrong in ("", "a seven in red", "a red large seven", "a seven at the top left right", "a seven eight"):
-    assert scenes.understand(wrong) is None
+    assert scenes.parse(wrong) is None
 
 
 @pytest.mark.parametrize("kind", scenes.KINDS)
@@ -113,7 +113,7 @@ def test_contradictions_differ_in_one_word(kind):
     said = dict.fromkeys(scenes.KINDS, 0) | {kind: value}
     other = scenes.contradict(said, kind)
     assert {name for name in said if said[name] != other[name]} == {kind}
-    assert scenes.understand(scenes.describe(other)) == other
+    assert scenes.parse(scenes.describe(other)) == other
 
 
 def test_unknown_split():

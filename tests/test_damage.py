@@ -113,7 +113,7 @@ def run(trained, tmp_path_factory):
   shared = Experiment(tiny.stage("mage", f"steps={STEPS}", pretrained__tokenizer=str(trained / "tokenizer")))
 
   def go_on(folder):
-    with pytest.MonkeyPatch.context() as patch, errors.of_storage():
+    with pytest.MonkeyPatch.context() as patch, errors.storage_errors():
       patch.setattr(experiment_lib, "Experiment", lambda config: shared)
       main.main([*arguments, f"--workdir={folder}"])
     return json.loads((folder / "results.json").read_text())
@@ -213,7 +213,7 @@ os.setgid(int(sys.argv[3]))
 os.setuid(int(sys.argv[3]))
 for folder in sorted(root.glob("case_*")):
   try:
-    with errors.of_storage():
+    with errors.storage_errors():
       main.main([*arguments, f"--workdir={folder / 'run'}"])
     end = [0, json.loads((folder / "run" / "results.json").read_text())]
   except UserError as error:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from maskgen.errors import UserError, shortage
+from maskgen.errors import UserError, out_of_memory
 
 # Sizes of square matrices, from fast on any machine to large enough to saturate any accelerator.
 _SIZES = tuple(2**power for power in range(9, 15))
@@ -91,7 +91,7 @@ def enough_memory(batch_size: int) -> Iterator[None]:
   try:
     yield
   except jax.errors.JaxRuntimeError as error:
-    if not (found := shortage(error)):
+    if not (found := out_of_memory(error)):
       raise
     raise UserError(
       f"--batch_size={batch_size}: device memory is exhausted ({found}): use a smaller batch"

@@ -78,15 +78,15 @@ _PLACE_BORDERS = (6.9, 9.1)
 _PIXELS_OF_COLOUR = 6
 
 
-def describe(said: Mapping[str, int]) -> str:
+def describe(attributes: Mapping[str, int]) -> str:
   """Returns a caption, given the index of the value of `class` and of any others of `KINDS`."""
-  words = {kind: KINDS[kind][value] for kind, value in said.items()}
+  words = {kind: KINDS[kind][value] for kind, value in attributes.items()}
   ground = f"on a {words['background']} background" if "background" in words else None
   parts = ["a", *(words.get(kind) for kind in ("size", "colour", "class", "place")), ground]
   return " ".join(filter(None, parts))
 
 
-def understand(caption: str) -> dict[str, int] | None:
+def parse(caption: str) -> dict[str, int] | None:
   """The inverse of `describe`; None for any other text."""
   match = _CAPTION.fullmatch(caption)
   if match is None:
@@ -94,10 +94,10 @@ def understand(caption: str) -> dict[str, int] | None:
   return {kind: KINDS[kind].index(word) for kind, word in match.groupdict().items() if word}
 
 
-def contradict(said: Mapping[str, int], kind: str) -> dict[str, int]:
+def contradict(attributes: Mapping[str, int], kind: str) -> dict[str, int]:
   """Returns the same description with another value of one kind."""
   number = len(KINDS[kind])
-  return {**said, kind: (said[kind] + number // 2) % number}
+  return {**attributes, kind: (attributes[kind] + number // 2) % number}
 
 
 def ink_box(opacity: np.ndarray) -> np.ndarray:

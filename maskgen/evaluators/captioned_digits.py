@@ -92,9 +92,7 @@ class Evaluator:
   def _measure(self, variables: Any, batch: Batch, rng: jax.Array, index: int) -> dict[str, Any]:
     """Captions, real and generated pictures, and the added loss of each wrong word, for a batch, [b] each."""
     valid = gather(batch["valid"])
-    said = [
-      self._understand(ids) if ok else None for ids, ok in zip(gather(batch["caption"]), valid, strict=True)
-    ]
+    said = [self._parse(ids) if ok else None for ids, ok in zip(gather(batch["caption"]), valid, strict=True)]
     keys = make_keys(batch, self.seed, index * len(valid))
     inputs = {"key": keys, "caption": batch["caption"]}
     made = self.context.predict["generate"](variables, inputs, rng, **self.sampling)
@@ -113,9 +111,9 @@ class Evaluator:
     assert self.context.captions is not None
     return self.context.captions
 
-  def _understand(self, ids: np.ndarray) -> dict[str, int]:
+  def _parse(self, ids: np.ndarray) -> dict[str, int]:
     text = self._captions.opened.decode(ids)
-    said = scenes.understand(text)
+    said = scenes.parse(text)
     if said is None or said.keys() != scenes.KINDS.keys():
       raise UserError(
         f"'{text}' is not a caption of the evaluation split of captioned_digits: evaluate on that split"

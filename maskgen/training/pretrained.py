@@ -8,7 +8,7 @@ from etils import epath
 
 from maskgen import files
 from maskgen.config import fields
-from maskgen.errors import UserError, of_storage
+from maskgen.errors import UserError, storage_errors
 from maskgen.training.sections import find_type
 
 # The `name` of a section that is filled in from a pretrained model's config.
@@ -90,7 +90,7 @@ def _describe(given: str, key: str, workdir: epath.Path | None, stages: Mapping[
 def _stored(workdir: epath.Path) -> dict[str, Any]:
   """The config.json of a workdir; empty for a new one."""
   path = workdir / "config.json"
-  with of_storage(workdir):
+  with storage_errors(workdir):
     return files.read_json(path, "restore it from a copy, or give another --workdir") if path.exists() else {}
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from etils import epath
 
 from maskgen import files, storage, tree
-from maskgen.errors import UserError, of_storage, shortage
+from maskgen.errors import UserError, out_of_memory, storage_errors
 from maskgen.evaluators import Evaluator
 from maskgen.evaluators.batches import gather
 from maskgen.training import metrics as metrics_lib
@@ -44,7 +44,7 @@ def train(experiment: Experiment, workdir: epath.Path) -> dict[str, float]:
   try:
     # Also closed when the run fails, which completes pending saves.
     with (
-      of_storage(workdir),
+      storage_errors(workdir),
       closing(storage.Checkpoints(workdir, experiment.config.checkpoint)) as checkpoints,
     ):
       loop(experiment, workdir, checkpoints)
@@ -54,7 +54,7 @@ def train(experiment: Experiment, workdir: epath.Path) -> dict[str, float]:
       files.replace(workdir / metrics_lib.NOT_FINITE, json.dumps(records, indent=2))
     raise
   except jax.errors.JaxRuntimeError as error:
-    if not (found := shortage(error)):
+    if not (found := out_of_memory(error)):
       raise
     raise UserError(
       f"the memory of the devices is exhausted ({found}): raise config.accumulation or "
@@ -164,7 +164,7 @@ def evaluate(
       error.args = (f"config.evals.{name}: {error}",)
       raise
     except Exception as error:
-      if found := shortage(error):
+      if found := out_of_memory(error):
         raise UserError(
           f"config.evals.{name}: the memory of the devices is exhausted ({found}): raise config.accumulation "
           "for smaller batches, or remove it"

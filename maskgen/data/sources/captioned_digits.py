@@ -10,7 +10,7 @@ from maskgen.data.sources.digits import SPLITS, Digits, load
 # The number of pictures of each digit, by split.
 _PICTURES = {"train": 64, "test": 4}
 # The probability that a training caption omits a phrase.
-_UNSAID = 0.05
+_OMITTED = 0.05
 # The variation of colours, in levels of 255.
 _JITTER = 12.0
 # The ink's opacity is that of the scan times a contrast, minus faint ink: crisp strokes differ more by class.
@@ -32,15 +32,19 @@ def open_captioned_digits(argument: str, split: str) -> Source:
   glyphs = np.stack([tf.io.decode_png(file).numpy()[..., 0] for file in files]).astype(np.float32) / 255.0
   boxes = scenes.ink_box(glyphs)
   opacities, centres = tf.constant(glyphs), tf.constant((boxes[:, ::2] + boxes[:, 1::2]) / 2)
-  unsaid = _UNSAID if split == "train" else 0.0
+  omitted = _OMITTED if split == "train" else 0.0
 
   def fetch(index: tf.Tensor) -> dict[str, tf.Tensor]:
     which = index % len(glyphs)
     seed = tf.stack([tf.constant(SPLITS.index(split), tf.int64), index])
     draws = tf.random.stateless_uniform([_DRAWS], seed)
-    said = _choose(draws[:5]) | {"class": tf.gather(labels, which)}
-    image = _draw(tf.gather(opacities, which), tf.gather(centres, which), said, draws[5:11])
-    return {"image": image, "label": said["class"], "caption": _describe(said, draws[11:] >= unsaid)[None]}
+    attributes = _choose(draws[:5]) | {"class": tf.gather(labels, which)}
+    image = _draw(tf.gather(opacities, which), tf.gather(centres, which), attributes, draws[5:11])
+    return {
+      "image": image,
+      "label": attributes["class"],
+      "caption": _describe(attributes, draws[11:] >= omitted)[None],
+    }
 
   version = f"{Digits.VERSION} {split} 4"
   size = _PICTURES[split] * len(glyphs)
@@ -61,11 +65,13 @@ def _choose(draws: tf.Tensor) -> dict[str, tf.Tensor]:
   }
 
 
-def _draw(glyph: tf.Tensor, centre: tf.Tensor, said: dict[str, tf.Tensor], draws: tf.Tensor) -> tf.Tensor:
+def _draw(
+  glyph: tf.Tensor, centre: tf.Tensor, attributes: dict[str, tf.Tensor], draws: tf.Tensor
+) -> tf.Tensor:
   """Draws a glyph float32 [g, g], whose ink has this centre [2], as described: uint8 [16, 16, 3]."""
-  height = tf.cast(tf.gather(tf.constant(scenes.HEIGHTS), said["size"]), tf.float32)
+  height = tf.cast(tf.gather(tf.constant(scenes.HEIGHTS), attributes["size"]), tf.float32)
   weights = []
-  for axis, third in enumerate((said["place"] // 3, said["place"] % 3)):
+  for axis, third in enumerate((attributes["place"] // 3, attributes["place"] % 3)):
     place = height / 2 + (scenes.SIDE - height) * tf.cast(third, tf.float32) / 2
     # The positions of the picture's pixels in the glyph.
     pixels = tf.range(scenes.SIDE, dtype=tf.float32) + 0.5 - place
@@ -76,31 +82,31 @@ def _draw(glyph: tf.Tensor, centre: tf.Tensor, said: dict[str, tf.Tensor], draws
   colour, background = (
     tf.gather(tf.constant(list(palette.values()), tf.float32), value) + _JITTER * (2.0 * draw - 1.0)
     for palette, value, draw in (
-      (scenes.INKS, said["colour"], draws[:3]),
-      (scenes.BACKGROUNDS, said["background"], draws[3:]),
+      (scenes.INKS, attributes["colour"], draws[:3]),
+      (scenes.BACKGROUNDS, attributes["background"], draws[3:]),
     )
   )
   image = background + opacity * (colour - background)
   return tf.cast(tf.round(tf.clip_by_value(image, 0.0, 255.0)), tf.uint8)
 
 
-def _describe(said: dict[str, tf.Tensor], is_said: tf.Tensor) -> tf.Tensor:
-  """The caption, as `scenes.describe` writes it; is_said bool [4] selects phrases other than the class."""
+def _describe(attributes: dict[str, tf.Tensor], is_mentioned: tf.Tensor) -> tf.Tensor:
+  """The caption, as by `scenes.describe`; is_mentioned bool [4] selects the phrases besides the class."""
   empty = tf.constant("")
 
   def phrase(kind: str, form: str) -> tf.Tensor:
-    return tf.gather(tf.constant([form.format(word) for word in scenes.KINDS[kind]]), said[kind])
+    return tf.gather(tf.constant([form.format(word) for word in scenes.KINDS[kind]]), attributes[kind])
 
-  def perhaps(which: int, text: tf.Tensor) -> tf.Tensor:
-    return tf.where(is_said[which], text, empty)
+  def if_mentioned(which: int, text: tf.Tensor) -> tf.Tensor:
+    return tf.where(is_mentioned[which], text, empty)
 
   return tf.strings.join(
     [
       "a ",
-      perhaps(0, phrase("size", "{} ")),
-      perhaps(1, phrase("colour", "{} ")),
+      if_mentioned(0, phrase("size", "{} ")),
+      if_mentioned(1, phrase("colour", "{} ")),
       phrase("class", "{}"),
-      perhaps(2, phrase("place", " {}")),
-      perhaps(3, phrase("background", " on a {} background")),
+      if_mentioned(2, phrase("place", " {}")),
+      if_mentioned(3, phrase("background", " on a {} background")),
     ]
   )
