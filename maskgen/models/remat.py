@@ -20,7 +20,7 @@ def check_remat(remat: str, choices: Sequence[str] = REMAT) -> None:
     UserError: if it is none of these.
   """
   if remat not in choices:
-    raise UserError(f"remat '{remat}' does not exist here{nearest(remat, choices)}")
+    raise UserError(f"remat '{remat}' is not supported here{nearest(remat, choices)}")
 
 
 def remat(fn: Callable[..., Any], how: str, *, in_scan: bool = False) -> Callable[..., Any]:
