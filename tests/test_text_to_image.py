@@ -171,7 +171,7 @@ def test_bfloat16_is_near_float32():
   [
     (dict(heads=(1,)), "2 channels, 2 depths and 1 heads"),
     (dict(heads=(1, 3)), "8 channels do not divide into 3 heads"),
-    (dict(remat="some"), "remat 'some' does not exist"),
+    (dict(remat="some"), "remat 'some' is not supported"),
     (dict(attention="flash"), "attention 'flash' does not exist"),
     (dict(dtype="float8"), "dtype 'float8' does not exist"),
     (dict(depths=(0, -1)), "depths is"),
