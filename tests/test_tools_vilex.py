@@ -206,7 +206,7 @@ def test_wrong_arguments(command, arguments, message, folder, tmp_path):
 @pytest.mark.parametrize(
   ("name", "message"),
   [
-    ("decoder", r"--model=.*decoder is of objective 'diffusion': give one of the vilex objective"),
+    ("decoder", r"--model=.*decoder is of objective 'diffusion': give one of objective 'vilex'"),
     ("missing", r"missing"),
   ],
 )
