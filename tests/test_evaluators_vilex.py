@@ -312,7 +312,7 @@ def test_classifiers_learn_from_the_first_images():
     (
       dict(type="digit_edits", prompts=dict(place="a a a a a a a {} *")),
       {},
-      "4 tokens, 10 words fit",
+      "10 words fit next to 4 tokens",
     ),
   ],
 )

@@ -89,10 +89,10 @@ class Evaluator:
       raise UserError(f"prompts.{kind} is {prompt!r}: give a text with one {_IMAGE} and one {_WORD}")
     said = [self._words([prompt.replace(_WORD, word)])["num_words"].sum() for word in scenes.KINDS[kind]]
     assert self.context.captions is not None
-    room = self.context.captions.length - 2 - max(self._numbers)
-    if max(said) > room:
+    max_words = self.context.captions.length - 2 - max(self._numbers)
+    if max(said) > max_words:
       raise UserError(
-        f"prompts.{kind} is '{prompt}': next to {max(self._numbers)} tokens, {room} words fit, shorten it"
+        f"prompts.{kind} is '{prompt}': {max_words} words fit next to {max(self._numbers)} tokens, shorten it"
       )
 
   def _options(self, guidance: float) -> dict[str, Any]:

@@ -125,7 +125,7 @@ class Evaluator:
     classes: list[np.ndarray] = []
 
     def generated_features():
-      conditions = {"num_classes": num_classes, "captions": self._said}
+      conditions = {"num_classes": num_classes, "captions": self._eval_captions}
       draws = self._draws(self.context.predict["generate"], variables, rng, **conditions, **options)
       for images, count in draws:
         num_shown = sum(map(len, shown))
@@ -174,7 +174,7 @@ class Evaluator:
     return {"valid": first_batch(self.context)["valid"]}  # without a reference to the images
 
   @functools.cached_property
-  def _said(self) -> np.ndarray | None:
+  def _eval_captions(self) -> np.ndarray | None:
     """The captions for generation, int32 [m, length]."""
     if not self.captions:
       return None

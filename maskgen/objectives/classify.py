@@ -23,8 +23,8 @@ from maskgen.objectives import Batch, BatchSpec, Metrics, PredictFn, Tree, token
 
 TRAINED = ("all", "head")
 NORMS = ("layer", "batch")
-# Keys of earlier configs, in which the encoder had no section and was always MAGE's.
-TOOK = (
+# The keys of a MAGE that describe its encoder. In earlier configs they were keys of this objective.
+ENCODER_KEYS = (
   *("image_size", "tokenizer", "class_ids", "null_class", "width", "depth", "heads"),
   *("dtype", "attention", "remat", "scan"),
 )
@@ -86,7 +86,7 @@ class Objective:
   serving: ClassVar[str] = "maskgen.serving.Classifier"
   pretrained_was: ClassVar[Mapping[str, str]] = {"mage": "encoder"}
 
-  encoder: Mapping[str, Any] = fields.section(objectives.find_encoder, took=TOOK, kind="mage")
+  encoder: Mapping[str, Any] = fields.section(objectives.find_encoder, took=ENCODER_KEYS, kind="mage")
   classes: int
   trained: str = "all"
   norm: str = "layer"
@@ -106,15 +106,15 @@ class Objective:
         raise UserError(f"{name} '{value}' does not exist{nearest(value, choices)}")
     if self.trained == "head" and (self.dropout or self.drop_path):
       raise UserError("a frozen encoder runs without dropout and drop_path: set both to 0")
-    _ = self.image_encoder  # which checks its fields
+    _ = self.image_encoder  # this checks its fields
 
   @staticmethod
   def comparable(section: Mapping[str, Any]) -> dict[str, Any]:
-    """The section without what it says of the decoder and the training of a MAGE model."""
+    """The section without the keys of a MAGE encoder that describe its decoder and its training."""
     encoder = section.get("encoder", {})
     if encoder.get("name") != "mage":
       return dict(section)
-    return {**section, "encoder": {key: encoder[key] for key in ("name", *TOOK) if key in encoder}}
+    return {**section, "encoder": {key: encoder[key] for key in ("name", *ENCODER_KEYS) if key in encoder}}
 
   @property
   def num_classes(self) -> int:

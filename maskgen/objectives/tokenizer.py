@@ -181,7 +181,7 @@ class Objective:
       values["generator"] += self.adversarial_weight * started * adversarial
       terms |= adversarial_terms
     if self.lecam_weight:
-      # A young average would remember where it began: let its horizon grow with the step.
+      # The decay starts small, so that the initial value does not bias the average.
       decay = jnp.minimum(ANCHOR_DECAY, (1.0 + step) / (10.0 + step))
       new_state["anchors"] = {
         kind: decay * anchor + (1.0 - decay) * terms[f"logit_{kind}"]

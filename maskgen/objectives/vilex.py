@@ -31,7 +31,7 @@ from maskgen.objectives import Batch, BatchSpec, Metrics, PredictFn, Tree, check
 from maskgen.objectives import diffusion as diffusion_objective
 
 # Folded into an example's key to draw its number of tokens and its words.
-_KEEP, _SAY = ERROR_KEYS, ERROR_KEYS + 1
+_TAIL_DROP, _WORDS = ERROR_KEYS, ERROR_KEYS + 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -195,28 +195,29 @@ class Objective:
     train: bool,
   ) -> tuple[dict[str, jax.Array], Metrics, Tree]:
     images = images_lib.to_float(batch["image"])
-    seen, said = images, None
+    inputs, words = images, None
     if self.words.share:
       caption = self.text_to_image.caption(frozen["decoder"], batch["caption"])
       subjects = jnp.isin(batch["caption"][:, 1:-1], self._subjects)
-      said = self.words.draw(_keys(batch, _SAY), caption, subjects)
-      seen = images_lib.shift_hues(images, said.hue_shift)
-    vectors = self._vectors(params["main"], frozen, seen)
-    image = Segment(vectors, self.tail_drop.draw(_keys(batch, _KEEP), self.tokens))
+      words = self.words.draw(_keys(batch, _WORDS), caption, subjects)
+      inputs = images_lib.shift_hues(images, words.hue_shift)
+    vectors = self._vectors(params["main"], frozen, inputs)
+    image = Segment(vectors, self.tail_drop.draw(_keys(batch, _TAIL_DROP), self.tokens))
     segments = [image]
-    if said is not None:
-      num_words = said.before.number + said.behind.number
+    if words is not None:
+      num_words = words.before.number + words.behind.number
       fitting = prompts.num_fitting(image.number, num_words, self.text_to_image.length)
-      segments = [said.before, image._replace(number=fitting), said.behind]
+      segments = [words.before, image._replace(number=fitting), words.behind]
     condition, _ = self.text_to_image.condition(frozen["decoder"], segments)
     errors = self.text_to_image.model.errors
     loss = errors(frozen["decoder"], images, [condition], batch["key"], self.min_timestep)[0].mean()
     metrics = self._health(frozen, vectors) | {"kept_tokens": image.number.mean()}
     if self.alignment_steps:
       caption = self.text_to_image.caption(frozen["decoder"], batch["caption"])
-      apart = self.text_to_image.misalignment(frozen["decoder"], image, caption)
-      # The caption does not describe an image with shifted hues.
-      metrics["misalignment"] = (apart if said is None else jnp.where(said.hue_shift > 0, 0.0, apart)).mean()
+      distance = self.text_to_image.misalignment(frozen["decoder"], image, caption)
+      if words is not None:  # a caption does not describe its image with shifted hues
+        distance = jnp.where(words.hue_shift > 0, 0.0, distance)
+      metrics["misalignment"] = distance.mean()
       loss += jnp.maximum(1.0 - step / self.alignment_steps, 0.0) * metrics["misalignment"]
     return {"main": loss}, metrics, model_state
 

@@ -24,7 +24,7 @@ _SAMPLING = ("steps", "sampler", "image_guidance", "text_guidance")
 log = logging.getLogger("maskgen")
 
 
-class Seen(NamedTuple):
+class GivenImage(NamedTuple):
   """An image as the model sees it.
 
   Attributes:
@@ -41,7 +41,7 @@ class Seen(NamedTuple):
 
 
 # The caption of a picture on a contact sheet, with a given image or with arguments of `generate`.
-Entry = tuple[str, Seen | dict[str, Any]]
+Entry = tuple[str, GivenImage | dict[str, Any]]
 
 
 def main(argv: Sequence[str]) -> None:
@@ -76,13 +76,13 @@ def reconstruct(argv: Sequence[str]) -> None:
   _add_sampling(parser)
   args = _parse(parser, argv, ".png")
   numbers = None if args.num_tokens is None else _whole_numbers("num_tokens", args.num_tokens)
-  model, seen = _load(args)
+  model, given = _load(args)
 
   from maskgen.numerics import prompts
 
   powers = prompts.TailDrop("powers")
   sections: dict[str, list[Entry]] = {}
-  for image in seen:
+  for image in given:
     wanted = numbers or [int(k) for k in powers.choices(len(image.tokens))]
     chosen = [image.number] if image.number else wanted
     for k in chosen:
@@ -110,13 +110,13 @@ def prompt(argv: Sequence[str]) -> None:
   args = _parse(parser, argv, ".png")
   if not args.prompt and not args.image:
     raise UserError("neither --prompt nor --image is given: give at least one of them")
-  model, seen = _load(args, args.num_tokens)
-  tokens, numbers = [image.tokens for image in seen], [image.number for image in seen]
-  stand = model.lay_out(args.prompt, tokens, numbers).get("number", ())
+  model, given = _load(args, args.num_tokens)
+  tokens, numbers = [image.tokens for image in given], [image.number for image in given]
+  used = model.lay_out(args.prompt, tokens, numbers).get("number", ())
   sections: dict[str, list[Entry]] = {}
-  if seen:
-    sections["images"] = [(_plural(k), image) for image, k in zip(seen, stand, strict=True)]
-  sections[args.prompt or "images alone"] = [
+  if given:
+    sections["images"] = [(_plural(k), image) for image, k in zip(given, used, strict=True)]
+  sections[args.prompt or "images only"] = [
     (f"--seed={seed}", dict(seed=seed, prompt=args.prompt, images=tokens, num_tokens=numbers))
     for seed in range(args.seed, args.seed + args.count)
   ]
@@ -138,20 +138,20 @@ def interpolate(argv: Sequence[str]) -> None:
   _add_sampling(parser)
   _add_words(parser)
   args = _parse(parser, argv, ".png")
-  model, seen = _load(args, args.num_tokens)
-  if len(seen) != 2:
-    raise UserError(f"--image gives {len(seen)} images: give the two images to interpolate between")
+  model, given = _load(args, args.num_tokens)
+  if len(given) != 2:
+    raise UserError(f"--image gives {len(given)} images: give the two images to interpolate between")
 
   from maskgen.serving import image_words
 
-  tokens = image_words.between(seen[0].tokens, seen[1].tokens, args.count)
+  tokens = image_words.between(given[0].tokens, given[1].tokens, args.count)
   model.lay_out(args.prompt, [tokens[0]])  # this checks the prompt
   drawn: list[Entry] = [
     (f"{share:.0%}", dict(seed=args.seed, prompt=args.prompt, images=[one]))
     for share, one in zip(np.linspace(0.0, 1.0, args.count), tokens, strict=True)
   ]
-  title = f"{args.prompt or 'images alone'}, from the first to the second"
-  _draw(args, model, {"images": [(_plural(tokens.shape[1]), image) for image in seen], title: drawn})
+  title = f"{args.prompt or 'images only'}, from the first to the second"
+  _draw(args, model, {"images": [(_plural(tokens.shape[1]), image) for image in given], title: drawn})
 
 
 def encode(argv: Sequence[str]) -> None:
@@ -162,8 +162,8 @@ def encode(argv: Sequence[str]) -> None:
   )
   _add_num_tokens(parser)
   args = _parse(parser, argv, FILE_OF_TOKENS)
-  model, seen = _load(args, args.num_tokens)
-  tokens = [image.tokens for image in seen]
+  model, given = _load(args, args.num_tokens)
+  tokens = [image.tokens for image in given]
   if len({len(one) for one in tokens}) > 1:
     numbers = ", ".join(str(len(one)) for one in tokens)
     raise UserError(f"--image gives {numbers} tokens: give the same number for all with --num_tokens")
@@ -181,11 +181,11 @@ def embedding(argv: Sequence[str]) -> None:
   )
   _add_num_tokens(parser)
   args = _parse(parser, argv, FILE_OF_TOKENS)
-  model, seen = _load(args, args.num_tokens)
-  if len(seen) != 1:
-    raise UserError(f"--image gives {len(seen)} images: give one, because a file holds one word")
-  model.write_embedding(args.out, seen[0].tokens)
-  print(f"wrote {len(seen[0].tokens)} vectors to {args.out}")
+  model, given = _load(args, args.num_tokens)
+  if len(given) != 1:
+    raise UserError(f"--image gives {len(given)} images: give one, because a file holds one word")
+  model.write_embedding(args.out, given[0].tokens)
+  print(f"wrote {len(given[0].tokens)} vectors to {args.out}")
 
 
 COMMANDS: Mapping[str, tuple[Callable[[Sequence[str]], None], str]] = {
@@ -250,7 +250,7 @@ def _whole_numbers(name: str, text: str) -> list[int]:
     raise UserError(f"--{name}={text}: give whole numbers, such as 4 or 1,4,8") from None
 
 
-def _load(args: argparse.Namespace, num_tokens: int | None = None) -> tuple["ImageWords", list[Seen]]:
+def _load(args: argparse.Namespace, num_tokens: int | None = None) -> tuple["ImageWords", list[GivenImage]]:
   """Loads the model and the images, with `num_tokens` tokens of each image without its own number.
 
   Pictures are checked before the model is loaded.
@@ -264,10 +264,10 @@ def _load(args: argparse.Namespace, num_tokens: int | None = None) -> tuple["Ima
   if not isinstance(model, ImageWords):
     name = model.config["objective"]["name"]
     raise UserError(f"--model={args.model} is of objective '{name}': give one of objective 'vilex'")
-  seen = []
+  given = []
   for path, picture, number in tqdm(opened, desc="reading images", disable=len(opened) < 2):
-    seen += _see(model, path, picture, num_tokens if number is None else number)
-  return model, seen
+    given += _read_images(model, path, picture, num_tokens if number is None else number)
+  return model, given
 
 
 def _open(text: str) -> tuple[str, Image.Image | None, int | None]:
@@ -282,12 +282,14 @@ def _open(text: str) -> tuple[str, Image.Image | None, int | None]:
   return path, None, number
 
 
-def _see(model: "ImageWords", path: str, picture: Image.Image | None, number: int | None) -> list[Seen]:
+def _read_images(
+  model: "ImageWords", path: str, picture: Image.Image | None, number: int | None
+) -> list[GivenImage]:
   """The image of a picture file, or the images of a token file."""
   height, width, _ = model.objective.image_shape
   if picture is not None:
     pixels = np.asarray(ImageOps.fit(picture, (width, height), Image.Resampling.BICUBIC))
-    return [Seen(path, pixels, model.encode(pixels[None], number)[0], number)]
+    return [GivenImage(path, pixels, model.encode(pixels[None], number)[0], number)]
   tokens = model.read_tokens(path)
   held = tokens.shape[1]
   if number is not None and not 1 <= number <= held:
@@ -295,7 +297,7 @@ def _see(model: "ImageWords", path: str, picture: Image.Image | None, number: in
   shown = sheet.fit(np.zeros((height, width, 1), np.uint8)).shape
   drawn = sheet.page(f"{path}, {held} tokens", shown[0], shown[1])
   names = [path] if len(tokens) == 1 else [f"{path}, image {i}" for i in range(len(tokens))]
-  return [Seen(name, drawn, one[:number], number) for name, one in zip(names, tokens, strict=True)]
+  return [GivenImage(name, drawn, one[:number], number) for name, one in zip(names, tokens, strict=True)]
 
 
 def _plural(k: int) -> str:
@@ -314,7 +316,7 @@ def _draw(args: argparse.Namespace, model: "ImageWords", sections: Mapping[str, 
   with tqdm(total=total, desc="drawing", unit="picture") as progress:
     for title, cards in sections.items():
       for text, what in cards:
-        if isinstance(what, Seen):
+        if isinstance(what, GivenImage):
           picture, name = what.picture, what.name
         else:
           picture, file = model.generate(batch=1, **what, **options)[0], next(waiting)
