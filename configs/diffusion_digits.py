@@ -32,8 +32,8 @@ WORDS = (
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   args = config_lib.parse_arg(arg, debug=False, tiny=False, seed=0)
   steps = 2 if args.debug else 300 if args.tiny else 2500
-  captions = dict(tokenizer=f"list:{WORDS}", length=16)
-  preprocess = f"decode(3)|tokenize({captions['tokenizer']!r}, {captions['length']})"
+  captions = dict(text_tokenizer=f"list:{WORDS}", length=16)
+  preprocess = f"decode(3)|tokenize({captions['text_tokenizer']!r}, {captions['length']})"
   return ml_collections.ConfigDict(
     dict(
       seed=args.seed,

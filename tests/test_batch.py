@@ -10,7 +10,7 @@ from maskgen.batch import ArraySpec, BatchSpec, check_data
 from maskgen.errors import UserError
 from maskgen.numerics.text import Captions
 
-WORDS = Captions(tokenizer="list:a red blue cat", length=6)
+WORDS = Captions(text_tokenizer="list:a red blue cat", length=6)
 FULL = BatchSpec(
   image_shape=(4, 6, 3),
   num_tokens=12,

@@ -39,7 +39,7 @@ def build(**changes):
   given = dict(
     image_size=(8, 8),
     patch=2,
-    captions=dict(tokenizer=f"list:{WORDS}", length=6),
+    captions=dict(text_tokenizer=f"list:{WORDS}", length=6),
     unet=unet,
     text_encoder=encoder,
     sampling=dict(steps=2, sampler="ddim", guidance=2.0),
@@ -197,8 +197,8 @@ def test_images_depend_on_their_own_key_and_caption(draw):
     (dict(caption_dropout=1.0), "caption_dropout is 1.0"),
     (dict(patch=0), "patch is 0"),
     (dict(image_size=(9, 8)), "must be multiples of 2"),
-    (dict(captions=dict(tokenizer="list:a", length=1)), "length is 1"),
-    (dict(captions=dict(tokenizer="lsit:a", length=4)), "did you mean 'list'"),
+    (dict(captions=dict(text_tokenizer="list:a", length=1)), "length is 1"),
+    (dict(captions=dict(text_tokenizer="lsit:a", length=4)), "did you mean 'list'"),
     (dict(sampling=dict(sampler="dmp")), "did you mean 'dpm'"),
     (dict(sampling=dict(steps=0)), "steps is 0"),
     (dict(sampling=dict(steps=2000)), "give a whole number from 1 to 999"),
@@ -355,7 +355,7 @@ def test_other_captions_cannot_be_measured():
   with pytest.raises(UserError, match="is not a caption of the evaluation split of captioned_digits"):
     captions = objectives.build(plain()["objective"]).captions
     others = " ".join(reversed(scenes.WORDS))
-    captions = dataclasses.replace(captions, tokenizer=f"list:{others}")
+    captions = dataclasses.replace(captions, text_tokenizer=f"list:{others}")
     evaluate(make_context(lambda batch: batch["image"], lambda *args: 0, captions))
   for options, message in (
     (dict(num_images=0), "num_images is 0"),

@@ -21,7 +21,7 @@ from maskgen.models.vilex import ImageWordsSampling
 from maskgen.numerics.text import Captions
 
 BATCH, TOKENS, IMAGES = 16, 4, 40
-CAPTIONS = Captions(f"list:{' '.join(scenes.WORDS)}", 16)
+CAPTIONS = Captions(text_tokenizer=f"list:{' '.join(scenes.WORDS)}", length=16)
 SHAPE = (scenes.SIDE, scenes.SIDE, 3)
 
 

@@ -22,7 +22,7 @@ from maskgen.models.text_to_image import TEXT_PARTS, TextToImage
 from maskgen.models.unet import Condition
 from maskgen.numerics import diffusion
 from maskgen.numerics.prompts import Segment
-from maskgen.numerics.text import open_tokenizer
+from maskgen.numerics.text import open_text_tokenizer
 from maskgen.serving import ImageWords
 
 FAMILIES = ("sd15", "sd21", "sdxl")
@@ -155,7 +155,7 @@ def test_images_are_textual_inversions(folder, inverted, family):
 def test_clip_tokenizer(folder):
   if not (folder / "clip.json").exists():
     pytest.skip(f"{MERGES} is not there")
-  tokenizer = open_tokenizer(f"bpe:{folder / 'clip'}")
+  tokenizer = open_text_tokenizer(f"bpe:{folder / 'clip'}")
   expected = json.loads((folder / "clip.json").read_text())
   assert len(expected["texts"]) > 30
   for text, ids, padded in zip(expected["texts"], expected["ids"], expected["padded"], strict=True):

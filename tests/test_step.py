@@ -36,7 +36,7 @@ MAGE = dict(
   decoder_heads=2,
   dropout=0.0,
 )
-WORDS = Captions("list:a red blue cat", 6)
+WORDS = Captions(text_tokenizer="list:a red blue cat", length=6)
 READER = dict(width=8, depth=1, heads=2, hidden=8)
 DIFFUSION = dict(
   image_size=(16, 16),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from maskgen.errors import UserError
-from maskgen.numerics.text import BytePairTokenizer, Captions, WordTokenizer, open_tokenizer
+from maskgen.numerics.text import BytePairTokenizer, Captions, WordTokenizer, open_text_tokenizer
 
 # Makes "cat", "the" and "'s" at the end of a word, and "ca" and "th" elsewhere.
 MERGES = [("c", "a"), ("ca", "t</w>"), ("t", "h"), ("th", "e</w>"), ("'", "s</w>"), ("a", "t</w>")]
@@ -19,7 +19,7 @@ CLIP = pathlib.Path(__file__).parents[2] / "shared" / "weights" / "bpe_simple_vo
 def clip():
   if not CLIP.exists():
     pytest.skip(f"{CLIP} is not there")
-  return open_tokenizer(f"bpe:{CLIP}")
+  return open_text_tokenizer(f"bpe:{CLIP}")
 
 
 def pieces(tokenizer: BytePairTokenizer, text: str) -> list[str]:
@@ -101,20 +101,20 @@ def test_files_of_hugging_face(tmp_path):
   assert (vocabulary["<|startoftext|>"], vocabulary["<|endoftext|>"]) == (518, 519)
   (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
   text = "The cat's bat"
-  assert open_tokenizer(f"bpe:{tmp_path}").encode(text) == tokenizer.encode(text)
+  assert open_text_tokenizer(f"bpe:{tmp_path}").encode(text) == tokenizer.encode(text)
   packed = tmp_path / "merges.txt.gz"
   packed.write_bytes(gzip.compress(f'"merges.txt#version: 0.2\n{lines}\n'.encode()))
-  assert open_tokenizer(f"bpe:{packed}").encode(text) == tokenizer.encode(text)
+  assert open_text_tokenizer(f"bpe:{packed}").encode(text) == tokenizer.encode(text)
 
   (tmp_path / "vocab.json").write_text(json.dumps(vocabulary | {"the</w>": 3}))
   with pytest.raises(UserError, match="its vocabulary does not have CLIP's ids"):
-    open_tokenizer(f"bpe:{tmp_path}")
+    open_text_tokenizer(f"bpe:{tmp_path}")
   (tmp_path / "vocab.json").write_text("{")
   with pytest.raises(UserError, match="is damaged"):
-    open_tokenizer(f"bpe:{tmp_path}")
+    open_text_tokenizer(f"bpe:{tmp_path}")
   packed.write_bytes(packed.read_bytes()[:-9])
   with pytest.raises(UserError, match="is damaged"):
-    open_tokenizer(f"bpe:{packed}")
+    open_text_tokenizer(f"bpe:{packed}")
 
 
 @pytest.mark.parametrize(
@@ -136,9 +136,9 @@ def test_padding_is_that_of_the_folder(tmp_path, files, padding):
     (tmp_path / name).write_text(json.dumps(content))
   if padding is None:
     with pytest.raises(UserError, match=r"padding '\?!\?' is not a token"):
-      open_tokenizer(f"bpe:{tmp_path}")
+      open_text_tokenizer(f"bpe:{tmp_path}")
   else:
-    tokenizer = open_tokenizer(f"bpe:{tmp_path}")
+    tokenizer = open_text_tokenizer(f"bpe:{tmp_path}")
     assert list(tokenizer.pad("cat", 5)) == [518, *tokenizer.encode("cat"), 519, padding, padding]
     assert tokenizer.decode(tokenizer.pad("cat", 5)) == "cat"
 
@@ -154,13 +154,13 @@ def test_padding_is_that_of_the_folder(tmp_path, files, padding):
 def test_wrong_merges(tmp_path, content, message):
   (tmp_path / "merges.txt").write_text(content)
   with pytest.raises(UserError, match=message):
-    open_tokenizer(f"bpe:{tmp_path / 'merges.txt'}")
+    open_text_tokenizer(f"bpe:{tmp_path / 'merges.txt'}")
 
 
 def test_word_files(tmp_path):
   path = tmp_path / "words.txt"
   path.write_text("a\ndog\n\n.\n")
-  assert open_tokenizer(f"words:{path}").encode("a cat.") == [4, 3, 6]
+  assert open_text_tokenizer(f"words:{path}").encode("a cat.") == [4, 3, 6]
   for content, message in (
     ("", "is empty"),
     ("a\nDog\n", "'Dog' in the list of words is not one lower-case word"),
@@ -169,17 +169,17 @@ def test_word_files(tmp_path):
   ):
     path.write_text(content)
     with pytest.raises(UserError, match=message):
-      open_tokenizer(f"words:{path}")
+      open_text_tokenizer(f"words:{path}")
 
 
 def test_lists_of_words():
-  assert open_tokenizer("list:a dog .").encode("a cat.") == [4, 3, 6]
+  assert open_text_tokenizer("list:a dog .").encode("a cat.") == [4, 3, 6]
   with pytest.raises(UserError, match="'a' occurs twice"):
-    open_tokenizer("list:a a")
+    open_text_tokenizer("list:a a")
 
 
 def test_prompts_are_read_or_refused():
-  captions = Captions("list:a red dog", 5)
+  captions = Captions(text_tokenizer="list:a red dog", length=5)
   np.testing.assert_array_equal(captions.read(["A dog", ""]), [[1, 4, 6, 2, 0], [1, 2, 0, 0, 0]])
   assert captions.opened.unknown("a dog") is None
   for prompt, message in (
@@ -189,7 +189,7 @@ def test_prompts_are_read_or_refused():
     with pytest.raises(UserError, match=message):
       captions.read(["a dog", prompt])
   with pytest.raises(UserError, match="length is 1"):
-    Captions("list:a", 1)
+    Captions(text_tokenizer="list:a", length=1)
 
 
 @pytest.mark.parametrize(
@@ -204,4 +204,4 @@ def test_prompts_are_read_or_refused():
 )
 def test_wrong_specification(spec, message):
   with pytest.raises(UserError, match=message):
-    open_tokenizer(spec)
+    open_text_tokenizer(spec)

@@ -26,7 +26,7 @@ DECODER = dict(
   name="diffusion",
   image_size=(SIZE, SIZE),
   patch=2,
-  captions=dict(tokenizer="list:a red blue cat on background", length=LENGTH),
+  captions=dict(text_tokenizer="list:a red blue cat on background", length=LENGTH),
   text_encoder=dict(width=8, depth=1, heads=2, hidden=8),
   unet=dict(channels=(4,), layers=1, depths=(1,), heads=(2,), groups=2),
   schedule=dict(prediction="v", betas="cosine"),
@@ -260,7 +260,9 @@ def test_images_replace_their_subject():
   """Captions without the subject do not change anything."""
   losses = []
   for subject in (("cat",), ("dog",)):
-    decoder = DECODER | dict(captions=dict(tokenizer="list:a red blue cat on background dog", length=LENGTH))
+    decoder = DECODER | dict(
+      captions=dict(text_tokenizer="list:a red blue cat on background dog", length=LENGTH)
+    )
     words = dict(share=1.0, place="within", subject=subject)
     objective, variables, _ = setup.__wrapped__(decoder=decoder, words=words)
     given = variables["params"], variables["frozen"], {}

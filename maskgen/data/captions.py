@@ -6,16 +6,16 @@ import numpy as np
 
 from maskgen.data.cpu_tf import tf
 from maskgen.data.ops import op
-from maskgen.numerics.text import open_tokenizer
+from maskgen.numerics.text import open_text_tokenizer
 
-_open = functools.cache(open_tokenizer)
+_open = functools.cache(open_text_tokenizer)
 
 
 @op
 def tokenize(caption: tf.Tensor, tokenizer: str, length: int, *, draw: tf.Tensor) -> tf.Tensor:
   """Tokenizes one caption to int32 [length]; successive draws of a record take its k captions in turn.
 
-  `tokenizer` is "words:/path/words.txt" or "bpe:/path", see `maskgen.numerics.text.open_tokenizer`.
+  `tokenizer` is "words:/path/words.txt" or "bpe:/path", see `maskgen.numerics.text.open_text_tokenizer`.
   """
   if not isinstance(tokenizer, str):
     raise ValueError(f"tokenizer is {tokenizer!r}, not a string such as 'bpe:/path'")

@@ -205,7 +205,8 @@ class Data:
   def captions(self) -> Captions | None:
     """How captions are tokenized; None if training or evaluation has no captions, or the two differ."""
     found = {
-      Captions(**op.arguments) if op else None for op in (_tokenizing(self._train), _tokenizing(self._eval))
+      Captions(text_tokenizer=op.arguments["tokenizer"], length=op.arguments["length"]) if op else None
+      for op in (_tokenizing(self._train), _tokenizing(self._eval))
     }
     return found.pop() if len(found) == 1 else None
 

@@ -27,7 +27,7 @@ from maskgen.importers.published import PUBLISHED
 from maskgen.models.remat import REMAT
 from maskgen.models.text_to_image import TEXT_PARTS, TextToImage
 from maskgen.models.vilex import FrozenTextToImage
-from maskgen.numerics.text import Captions, Tokenizer, open_tokenizer
+from maskgen.numerics.text import Captions, TextTokenizer, open_text_tokenizer
 
 FAMILIES = {
   "sd15": "Stable Diffusion 1 (one CLIP text encoder, quick-GELU)",
@@ -57,7 +57,7 @@ class Loaded(NamedTuple):
 
   model: TextToImage
   params: dict[str, Any]
-  tokenizers: tuple[Tokenizer, ...]
+  tokenizers: tuple[TextTokenizer, ...]
 
   def tokenize(self, texts: Sequence[str]) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
     """The ids of texts for each text encoder, int32 [b, l], and the positions of their ends, int32 [b]."""
@@ -139,7 +139,7 @@ def published_model(family: str, **options: Any) -> TextToImage:
   return _assemble(texts, unet, vae, scheduler, len(texts) > 1, **options)
 
 
-def read_tokenizers(root: pathlib.Path, model: TextToImage) -> tuple[Tokenizer, ...]:
+def read_tokenizers(root: pathlib.Path, model: TextToImage) -> tuple[TextTokenizer, ...]:
   """Reads the tokenizer of each text encoder; errors as for `load`."""
   parts = TEXT_PARTS[: len(model.text_encoders)]
   tokenizers = tuple(_tokenizer(root / part.replace("text_encoder", "tokenizer")) for part in parts)
@@ -206,7 +206,7 @@ def read_frozen(section: Mapping[str, Any]) -> tuple[FrozenTextToImage, Captions
   side, length = model.autoencoder.factor * model.unet.factor, model.text_encoders[0].positions
   if len(given.image_size) != 2 or any(size < 1 or size % side for size in given.image_size):
     raise UserError(f"image_size is {given.image_size}: give (height, width), multiples of {side}")
-  captions = Captions(f"bpe:{given.root / 'tokenizer'}", length)
+  captions = Captions(text_tokenizer=f"bpe:{given.root / 'tokenizer'}", length=length)
   ids = (start_id, end_id, paddings)
   return FrozenTextToImage(model, given.image_size, length, *ids, given.param_dtype), captions
 
@@ -318,7 +318,7 @@ def _check_widths(model: TextToImage, root: pathlib.Path) -> None:
     )
 
 
-def _tokenizer(folder: pathlib.Path) -> Tokenizer:
+def _tokenizer(folder: pathlib.Path) -> TextTokenizer:
   if not folder.is_dir():
     raise UserError(f"{folder} is missing: give the complete folder of a text-to-image model")
-  return open_tokenizer(f"bpe:{folder}")
+  return open_text_tokenizer(f"bpe:{folder}")

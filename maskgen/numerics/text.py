@@ -1,7 +1,7 @@
 """Text tokenizers: CLIP's byte pairs, or the words of a list.
 
 A tokenizer returns captions as int32 [length]: a start id, the caption, truncated so that an end id always
-fits, the end id, and padding. `open_tokenizer` opens the one that a config names.
+fits, the end id, and padding. `open_text_tokenizer` opens the one that a config names.
 """
 
 import abc
@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from maskgen.config import check_at_least
+from maskgen.config import check_at_least, fields
 from maskgen.errors import UserError, nearest
 
 # The number of merges that CLIP uses; its file contains more.
@@ -31,7 +31,7 @@ _START, _END = "<|startoftext|>", "<|endoftext|>"
 _PADDING_FILES = ("special_tokens_map.json", "tokenizer_config.json")
 
 
-class Tokenizer(abc.ABC):
+class TextTokenizer(abc.ABC):
   """Converts between texts and ids in [0, vocabulary_size).
 
   Attributes:
@@ -70,7 +70,7 @@ class Tokenizer(abc.ABC):
     return (i for i in before_end if i != self.start_id)
 
 
-class WordTokenizer(Tokenizer):
+class WordTokenizer(TextTokenizer):
   """Lower-case words and punctuation marks; ids are padding, start, end, unknown, then the words.
 
   Args:
@@ -106,7 +106,7 @@ class WordTokenizer(Tokenizer):
     return " ".join(filter(None, (self._words[i] for i in self._content(ids))))
 
 
-class BytePairTokenizer(Tokenizer):
+class BytePairTokenizer(TextTokenizer):
   """Byte pairs as in CLIP (Radford et al. 2021, section 2.4; Sennrich et al. 2016).
 
   Ids are the 256 bytes, the 256 bytes at the end of a word, the merges in order, start and end; with CLIP's
@@ -176,25 +176,25 @@ class BytePairTokenizer(Tokenizer):
     return tuple(self._ids[piece] for piece in pieces)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Captions:
   """How a model reads texts.
 
   Attributes:
-    tokenizer: see `open_tokenizer`.
+    text_tokenizer: see `open_text_tokenizer`.
     length: the number of ids in a caption, including special ones.
   """
 
-  tokenizer: str
+  text_tokenizer: str = fields.renamed(was="tokenizer")
   length: int
 
   def __post_init__(self):
     check_at_least(self, 2, "length")
 
   @functools.cached_property
-  def opened(self) -> Tokenizer:
+  def opened(self) -> TextTokenizer:
     """The tokenizer."""
-    return open_tokenizer(self.tokenizer)
+    return open_text_tokenizer(self.text_tokenizer)
 
   def word(self, word: str) -> int:
     """The id of a word.
@@ -204,7 +204,7 @@ class Captions:
     """
     ids = self.opened.encode(word)
     if len(ids) != 1 or self.opened.unknown(word):
-      raise UserError(f"'{word}' is not a single word of the tokenizer {self.tokenizer}: give another")
+      raise UserError(f"'{word}' is not a single word of the tokenizer {self.text_tokenizer}: give another")
     return ids[0]
 
   def read(self, prompts: Sequence[str]) -> np.ndarray:
@@ -225,7 +225,7 @@ class Captions:
     return np.stack([self.opened(prompt, self.length) for prompt in prompts])
 
 
-def open_tokenizer(spec: str) -> Tokenizer:
+def open_text_tokenizer(spec: str) -> TextTokenizer:
   """Opens a tokenizer.
 
   Args:

@@ -241,7 +241,7 @@ def _cards(
     texts[row] += [captions[row // source.size * views % len(captions)]] if captions else []
   for op in parse_preprocess(preprocess).ops:
     if op.name == "tokenize":
-      tokenizer = text.open_tokenizer(op.arguments["tokenizer"])
+      tokenizer = text.open_text_tokenizer(op.arguments["tokenizer"])
       for lines, ids in zip(texts, batch["caption"], strict=True):
         lines.append(f"tokens: {tokenizer.decode(ids)}")
   return [
