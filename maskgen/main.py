@@ -186,7 +186,7 @@ def check_same_run(root: epath.Path, config: Mapping[str, Any]) -> None:
 
 
 def write_config(workdir: epath.Path, config: Mapping[str, Any]) -> None:
-  """Writes `config.json` atomically, and copies the modules beside the config that the run imported."""
+  """Writes `config.json` atomically, and copies the imported modules that are beside the config."""
   import jax
 
   from maskgen import __version__, plugins

@@ -4,8 +4,8 @@ Objectives, evaluators, data sources and preprocessing ops are all found here. A
 module of maskgen; any other, such as `my_package.my_objective`, is a module on Python's path or else in a
 *code folder*. Code folders are the folders of the config files that this process has loaded, so that a module
 can be next to its config, and `code/` in models that were loaded with `trust_code`. A run copies the modules
-that it has imported from code folders to `code/` in its workdir; modules on Python's path belong to the
-environment and are not copied.
+that it has imported and that are in code folders to `code/` in its workdir, also if Python found them on its
+path, such as in the folder where it was started. Other modules belong to the environment and are not copied.
 """
 
 import dataclasses
@@ -43,19 +43,16 @@ class _CodeFolders:
 
   Attributes:
     folders: the code folders.
-    found: the folder of each module that was found.
   """
 
   def __init__(self):
     self.folders: list[str] = []
-    self.found: dict[str, str] = {}
 
   def find_spec(
     self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
   ) -> ModuleSpec | None:
     for folder in self.folders if path is None else ():
       if (spec := PathFinder.find_spec(name, [folder])) is not None:
-        self.found[name] = folder
         return spec
     return None
 
@@ -68,7 +65,7 @@ def add_code_folder(folder: os.PathLike | str) -> None:
   """Makes the modules in a local folder importable, after those on Python's path.
 
   Raises:
-    UserError: if it contains another version of a module that this process imported from a code folder.
+    UserError: if it contains another version of a module that was imported and is in a code folder.
   """
   root = pathlib.Path(folder).resolve()
   for name, file in _imported_files().items():
@@ -96,13 +93,21 @@ def trust(model: epath.PathLike) -> None:
 
 
 def write_code(model: epath.Path) -> None:
-  """Copies the modules that this process imported from code folders to `code/` in a model's folder."""
+  """Copies the imported modules that are in code folders to `code/` in a model's folder."""
   _copy({name: epath.Path(file) for name, file in _imported_files().items()}, model / CODE)
 
 
 def copy_code(source: epath.Path, model: epath.Path) -> None:
   """Copies `code/` from one model's folder to another's, if there is any."""
   _copy({name: source / CODE / name for name in _files(source / CODE)}, model / CODE)
+
+
+def has_code(model: epath.Path, name: str, package: str) -> bool:
+  """Whether a module that a config names is in `package` of maskgen or in `code/` of a model's folder."""
+  path = model / CODE / name.replace(".", "/")
+  return name in _names(package) or any(
+    file.exists() for file in (path.parent / f"{path.name}.py", path / "__init__.py")
+  )
 
 
 def find_module(name: str, package: str | None, where: str, attribute: str = "") -> ModuleType:
@@ -166,13 +171,18 @@ def _import(name: str) -> ModuleType | None:
 
 
 def _imported_files() -> dict[str, pathlib.Path]:
-  """The files that were imported from code folders, by path relative to the folder."""
-  files = {}
-  for name, module in tuple(sys.modules.items()):
-    folder = _code_folders.found.get(name.partition(".")[0])
-    file = getattr(module, "__file__", None)
-    if folder and file:
-      files[pathlib.Path(file).relative_to(folder).as_posix()] = pathlib.Path(file)
+  """The files of imported modules that are in code folders, by path relative to the folder."""
+  files: dict[str, pathlib.Path] = {}
+  for folder in map(pathlib.Path, _code_folders.folders):
+    if not folder.is_dir() or folder.name in ("site-packages", "dist-packages"):
+      continue
+    inside = {entry.stem for entry in folder.iterdir()} - {"maskgen"}
+    for name, module in tuple(sys.modules.items()):
+      if name.partition(".")[0] not in inside or not (file := getattr(module, "__file__", None)):
+        continue
+      path = name.replace(".", "/") + ("/__init__.py" if hasattr(module, "__path__") else ".py")
+      if (folder / path).is_file() and os.path.exists(file) and os.path.samefile(folder / path, file):
+        files.setdefault(path, folder / path)
   return files
 
 

@@ -25,7 +25,6 @@ def forget() -> None:
   for name in MODULES & set(sys.modules):
     del sys.modules[name]
   plugins._code_folders.folders.clear()
-  plugins._code_folders.found.clear()
   for registry in (ops.OPS, sources.SOURCES):
     for name in [name for name, known in registry.items() if _module_of(known) in MODULES]:
       del registry[name]
@@ -96,6 +95,16 @@ def test_what_python_finds_needs_no_trust(run, monkeypatch):
   forget()
   monkeypatch.syspath_prepend(EXAMPLE)
   assert maskgen.load(run / "mage").objective.bins == 8
+
+
+def test_an_export_warns_of_missing_code(run, tmp_path, monkeypatch, caplog):
+  forget()
+  monkeypatch.syspath_prepend(EXAMPLE)
+  export.main([f"--model={run / 'mage'}", f"--out={tmp_path / 'whole'}"])
+  assert not caplog.records
+  shutil.copytree(run / "mage", tmp_path / "mage", ignore=shutil.ignore_patterns("code"))
+  export.main([f"--model={tmp_path / 'mage'}", f"--out={tmp_path / 'part'}"])
+  assert "part does not contain the module 'colour_mage'" in caplog.text
 
 
 def test_the_page_shows_the_files_as_they_are():

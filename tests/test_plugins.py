@@ -1,6 +1,7 @@
 """Modules from outside the package: how they are found, and errors if they are not."""
 
 import importlib
+import pathlib
 import sys
 
 import pytest
@@ -100,6 +101,27 @@ def test_all_four_are_found(prefix, tmp_path):
   assert copied == (set() if prefix else {"objective.py", "evaluator.py", "source.py", "ops.py"})
 
 
+def test_what_is_beside_the_config_is_copied_even_if_python_finds_it(tmp_path, monkeypatch):
+  # `python -m` puts the folder where it starts on Python's path.
+  monkeypatch.syspath_prepend(tmp_path)
+  (tmp_path / "config.py").write_text("import theirs.part\nimport empty\n" + CONFIG)
+  (tmp_path / "empty.py").write_text("")
+  (tmp_path / "broken.py").write_text("")
+  (tmp_path / "theirs").mkdir()
+  for name in ("__init__", "part"):
+    (tmp_path / "theirs" / f"{name}.py").write_text("")
+  (tmp_path / "maskgen").symlink_to(pathlib.Path(plugins.__file__).parent)
+  config_lib.load(str(tmp_path / "config.py"))
+  run = epath.Path(tmp_path / "run")
+  plugins.write_code(run)
+  copied = {str(path.relative_to(tmp_path / "run" / "code")) for path in (tmp_path / "run").rglob("*.py")}
+  assert copied == {"empty.py", "theirs/__init__.py", "theirs/part.py"}
+  found = {
+    name: plugins.has_code(run, name, objectives.__name__) for name in ("theirs", "theirs.part", "mage")
+  }
+  assert all(found.values()) and not plugins.has_code(run, "broken", objectives.__name__)
+
+
 @pytest.mark.parametrize(
   ("build", "message"),
   [
@@ -130,7 +152,7 @@ def test_a_fault_within_a_module_is_its_own(prefix):
     (lambda: objectives.build({"name": "../mage"}), r"name '\.\./mage' cannot be imported"),
     (
       lambda: evaluators.build("mine", {"type": "zzz"}, CONTEXT),
-      r"mine\.type 'zzz' does not exist; known: accuracy, .*, loss, probe, reconstruction, samples$",
+      r"mine\.type 'zzz' does not exist; known: accuracy, .*, loss, probe, reconstruction, samples, vilex$",
     ),
     (
       lambda: evaluators.build("mine", {"type": "pictures"}, CONTEXT),

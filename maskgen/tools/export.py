@@ -1,5 +1,6 @@
 """Writes a run's model as safetensors: python -m maskgen.tools.export --model=DIR --out=DIR"""
 
+import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,8 @@ from maskgen.errors import UserError
 
 if TYPE_CHECKING:
   import maskgen
+
+log = logging.getLogger("maskgen")
 
 FORMATS = ("maskgen", "mage")
 DTYPES = ("float32", "float16")
@@ -41,7 +44,7 @@ def main(argv: Sequence[str]) -> None:
       raise UserError(f"--out={args.out} exists: give the name of a new file")
 
   import maskgen
-  from maskgen import __version__, plugins, storage, tree
+  from maskgen import __version__, objectives, plugins, storage, tree
 
   model = maskgen.load(args.model)
   if args.format == "mage":
@@ -51,6 +54,15 @@ def main(argv: Sequence[str]) -> None:
     config = {"objective": model.config["objective"], "version": __version__}
     storage.write_export(args.out, config, written, half=args.dtype == "float16")
     plugins.copy_code(epath.Path(args.model), epath.Path(args.out))
+    name = config["objective"]["name"]
+    if not plugins.has_code(epath.Path(args.out), name, objectives.__name__):
+      log.warning(
+        "%s does not contain the module '%s', because %s does not: whoever loads it needs that module on "
+        "Python's path",
+        args.out,
+        name,
+        epath.Path(args.model) / plugins.CODE,
+      )
   print(f"wrote {tree.count(written):,} parameters to {args.out}")
 
 
