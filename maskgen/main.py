@@ -3,11 +3,14 @@
 python -m maskgen.main --config=configs/quickstart.py --workdir=runs/quickstart
 """
 
+import contextlib
+import dataclasses
 import json
 import logging
+import re
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from etils import epath
@@ -67,23 +70,29 @@ def main(argv: Sequence[str]) -> None:
   from maskgen.training.experiment import Experiment
   from maskgen.training.workdir import only_run_in
 
+  def naming(workdir: epath.Path) -> contextlib.AbstractContextManager[None]:
+    return name_stage(workdir.name) if "stages" in config else contextlib.nullcontext()
+
   experiments: dict[epath.Path, Experiment] = {}
   for workdir, stage in stages.items():
     log.info("checking %s", workdir.name)
-    experiment = Experiment(stage)
-    if not (workdir / "checkpoints").exists():  # else everything needed is in the workdir
-      experiment.check_pretrained(workdir, pending=experiments)
-    if args.mode == "train" and train.read_results(workdir) is None:
-      experiment.check_data(workdir)
+    with naming(workdir):
+      experiment = Experiment(stage)
+      if not (workdir / "checkpoints").exists():  # else everything needed is in the workdir
+        experiment.check_pretrained(workdir, pending=experiments)
+      if args.mode == "train" and train.read_results(workdir) is None:
+        experiment.check_data(workdir)
     experiments[workdir] = experiment
   if args.mode == "check":
     for workdir, experiment in experiments.items():
-      check(experiment, workdir)
+      with naming(workdir):
+        check(experiment, workdir)
     log.info("check passed: nothing was trained")
     return
   if args.mode == "eval":
     for workdir, experiment in experiments.items():
-      train.evaluate_newest(experiment, workdir)
+      with naming(workdir):
+        train.evaluate_newest(experiment, workdir)
     return
   # Only now: an invalid config must not claim the workdir.
   with only_run_in(root):
@@ -96,7 +105,8 @@ def main(argv: Sequence[str]) -> None:
         write_config(workdir, stages[workdir])
         experiment.write_data(workdir)
         try:
-          results[workdir.name] = train.train(experiment, workdir)
+          with naming(workdir):
+            results[workdir.name] = train.train(experiment, workdir)
         except train.PreemptedError:
           log.info(
             "%s: stopped because it was preempted; the state is saved, run the same command to continue",
@@ -137,6 +147,18 @@ def split_stages(config: Mapping[str, Any], root: epath.Path) -> dict[epath.Path
     if key != "stages" and key not in config["stages"]:
       raise UserError(f"config has no key '{key}': with stages, each stage has its own section")
   return {root / stage: dict(config[stage]) for stage in config["stages"]}
+
+
+@contextlib.contextmanager
+def name_stage(stage: str) -> Iterator[None]:
+  """Adds the stage to the keys that errors name: `config.evals.loss` becomes `config.mage.evals.loss`."""
+  keys = "|".join(field.name for field in dataclasses.fields(config_lib.RunConfig))
+  try:
+    yield
+  except UserError as error:
+    named = re.sub(rf"\bconfig(?=\.({keys})\b| (has|needs) )", f"config.{stage}", str(error))
+    error.args = (named, *error.args[1:])
+    raise
 
 
 def check_workdir(root: epath.Path, config: Mapping[str, Any], *, create: bool) -> None:

@@ -123,17 +123,23 @@ def test_required_arguments(missing, tmp_path):
     ("optimizer.generator.lr = 1.0", r"config\.optimizer\.generator has no key 'lr'"),
     ("optimizer.generatr = dict(learning_rate=1.0)", r"'generatr'; did you mean 'generator'\?"),
     ("optimizer.generator.schedule = 'cosin'", r"'cosin' does not exist; did you mean 'cosine'\?"),
-    ("optimizer.generator.warmup_epochs = 1.0", r"warmup_steps or warmup_epochs, not both"),
+    (
+      "optimizer.generator.warmup_epochs = 1.0",
+      r"config\.optimizer\.generator\.warmup_steps and warmup_epochs are both set",
+    ),
     ("optimizer.generator.base_learning_rate = 1.0", r"learning_rate, or base_learning_rate"),
-    ("optimizer.generator.warmup_steps = 99", r"warm-up of 99 steps"),
+    (
+      "optimizer.generator.warmup_steps = 99",
+      r"config\.optimizer\.generator\.warmup_steps is 99: it must be less",
+    ),
     ("optimizer.generator.multipliers = (('nothing', 2.0),)", r"rule 'nothing' .* no parameter"),
     ("optimizer = dict(generator=dict(learning_rate=1.0))", r"config\.optimizer\.discriminator is missing"),
     ("ema.generatr = 0.9", r"config\.ema has no group 'generatr'; did you mean 'generator'\?"),
     ("evals.reconstruction.evry = 1", r"config\.evals\.reconstruction has no key 'evry'"),
     ("evals.reconstruction.type = 'recon'", r"type 'recon' does not exist"),
     ("evals.probe = dict(type='probe', every_steps=1)", r"config\.evals\.probe needs .* 'features'"),
-    ("evals.loss = dict(type='loss')", r"config\.evals\.loss needs the key 'every_steps'"),
-    ("evals.loss = dict(type='loss', every_steps=0)", r"config\.evals\.loss.*every_steps"),
+    ("evals.loss = dict(type='loss')", r"config\.evals\.loss\.every_steps is missing: set it to 1"),
+    ("evals.loss = dict(type='loss', every_steps=0)", r"config\.evals\.loss\.every_steps is 0: set it to 1"),
     ("evals.loss = dict(every_steps=1)", r"config\.evals\.loss needs the key 'type'"),
     ("mesh.dtaa = 8", r"config\.mesh has no key 'dtaa'; did you mean 'data'\?"),
     ("mesh.fsdp = 3", r"config\.mesh asks for .* devices, there are 8"),
@@ -144,7 +150,7 @@ def test_required_arguments(missing, tmp_path):
     ("batch_size = 12", r"config\.batch_size=12 is not divisible by 8 .* multiple of 8"),
     ("batch_size = 0", r"batch.size"),
     ("accumulation = 3", r"not divisible by 8 .* times 3 .* multiple of 24"),
-    ("total_epochs = 3.0", r"total_steps or total_epochs, not both"),
+    ("total_epochs = 3.0", r"total_steps and total_epochs are both set"),
     ("total_steps = 0", r"total_steps"),
     ("total_steps = -3", r"total_steps"),
     ("log_every_steps = 0", r"log_every_steps"),
@@ -211,6 +217,27 @@ def test_a_pretrained_model_of_another_shape(tmp_path, write_config, trained):
     run_main(tmp_path, "--mode=check", config=config)
   text = assert_clear(error)
   assert "48" in text and "32" in text
+
+
+@pytest.mark.parametrize(
+  ("override", "message"),
+  [
+    ("evals.few.type=loss", r"^config\.mage\.evals\.few\.every_steps is missing: set it to 1 or more$"),
+    ("optimizer.main.warmup_steps=50", r"^config\.mage\.optimizer\.main\.warmup_steps is 50: it must be"),
+    ("batch_size=12", r"^config\.mage\.batch_size=12 is not divisible"),
+  ],
+)
+def test_errors_name_the_stage(override, message, tmp_path):
+  with pytest.raises(UserError, match=message) as error:
+    main.main([f"--config={tiny.FILE}", f"--workdir={tmp_path / 'run'}", f"--config.mage.{override}"])
+  assert_clear(error)
+
+
+def test_only_keys_of_the_config_get_the_name_of_the_stage():
+  with pytest.raises(UserError) as error, main.name_stage("mage"):
+    raise UserError("config has no key 'sed', see config.json and my_config.seed: set --config.seed=1")
+  expected = "config.mage has no key 'sed', see config.json and my_config.seed: set --config.mage.seed=1"
+  assert str(error.value) == expected
 
 
 # Workdirs

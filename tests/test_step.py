@@ -472,7 +472,9 @@ def test_wrong_optimizers_are_refused():
       optim.Optimizer(**options)
   with pytest.raises(UserError, match=r"'cosinus'.*did you mean 'cosine'"):
     adam(schedule="cosinus")
-  with pytest.raises(UserError, match="warm-up of 100 steps is not shorter"):
+  with pytest.raises(UserError, match="warmup_steps is 100: it must be less than the 100 steps of the run"):
     adam(warmup_steps=100).make_schedule(100, 32, 1000)
-  with pytest.raises(UserError, match="warmup_steps or warmup_epochs, not both"):
+  with pytest.raises(UserError, match="warmup_epochs is 312 steps: it must be less than the 100 steps"):
+    adam(warmup_epochs=10).make_schedule(100, 32, 1000)
+  with pytest.raises(UserError, match="warmup_steps and warmup_epochs are both set"):
     adam(warmup_steps=1, warmup_epochs=1.0).make_schedule(100, 32, 1000)

@@ -99,7 +99,7 @@ def duration(section: Any, name: str, batch_size: int, num_examples: int, defaul
   """
   steps, epochs = getattr(section, f"{name}_steps"), getattr(section, f"{name}_epochs")
   if steps is not None and epochs is not None:
-    raise UserError(f"give {name}_steps or {name}_epochs, not both")
+    raise UserError(f"{name}_steps and {name}_epochs are both set: remove one")
   if epochs is not None:
     return round(epochs * num_examples / batch_size)
   steps = default if steps is None else steps

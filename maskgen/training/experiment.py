@@ -109,7 +109,10 @@ class Experiment:
     self._schedules, self._transforms = {}, {}
     for group, section in cfg.optimizer.items():
       optimizer = config_lib.build_dataclass(optim.Optimizer, section, f"config.optimizer.{group}")
-      schedule = optimizer.make_schedule(self.total_steps, cfg.batch_size, self.data.num_train)
+      try:
+        schedule = optimizer.make_schedule(self.total_steps, cfg.batch_size, self.data.num_train)
+      except UserError as error:
+        raise UserError(f"config.optimizer.{group}.{error}") from None
       self._schedules[group] = schedule
       encoder = getattr(self.objective, "image_encoder", None)
       layers = encoder.layers(group) if encoder else ()
@@ -310,7 +313,9 @@ class Experiment:
     self.evaluators: dict[str, tuple[int, evaluators.Evaluator]] = {}
     for name, section in self.config.evals.items():
       if section.get("every_steps", 0) < 1:
-        raise UserError(f"config.evals.{name} needs the key 'every_steps', at least 1")
+        key = f"config.evals.{name}.every_steps"
+        found = f"is {section['every_steps']}" if "every_steps" in section else "is missing"
+        raise UserError(f"{key} {found}: set it to 1 or more")
       if name in ("train", "timing"):
         raise UserError(f"config.evals.{name}: this name is taken by the metrics of training, give another")
       evaluator = evaluators.build(name, section, context)

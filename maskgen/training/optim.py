@@ -109,7 +109,8 @@ class Optimizer:
       peak = self.base_learning_rate * batch_size / 256
     warmup = config_lib.duration(self, "warmup", batch_size, num_examples, default=0)
     if warmup >= total_steps > 0:
-      raise UserError(f"the warm-up of {warmup} steps is not shorter than the run of {total_steps}")
+      given = f"steps is {warmup}" if self.warmup_epochs is None else f"epochs is {warmup} steps"
+      raise UserError(f"warmup_{given}: it must be less than the {total_steps} steps of the run")
     if self.schedule == "constant":
       return optax.warmup_constant_schedule(0.0 if warmup else peak, peak, warmup)
     return optax.warmup_cosine_decay_schedule(
