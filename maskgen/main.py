@@ -57,7 +57,7 @@ def main(argv: Sequence[str]) -> None:
   with stored_first(root):
     config = config_lib.to_dict(config_lib.load(args.config, overrides, find_type))
   config = complete(config, root)
-  check_workdir(root, config, create=args.mode == "train")
+  check_workdir(root, config, args.mode)
   stages = split_stages(config, root)
 
   # Importing these takes seconds: errors in flags, configs and workdirs are reported first.
@@ -161,7 +161,7 @@ def name_stage(stage: str) -> Iterator[None]:
     raise
 
 
-def check_workdir(root: epath.Path, config: Mapping[str, Any], *, create: bool) -> None:
+def check_workdir(root: epath.Path, config: Mapping[str, Any], mode: str) -> None:
   """Checks that the workdir can be created or written, and contains no run of another config.
 
   Raises:
@@ -169,9 +169,9 @@ def check_workdir(root: epath.Path, config: Mapping[str, Any], *, create: bool) 
     TransientError: if the failure may be temporary.
   """
   with storage_errors(root):
-    check_same_run(root, config)
+    check_same_run(root, config, mode)
     try:
-      if create:
+      if mode == "train":
         # A new workdir is not created yet: the config may still turn out to be invalid.
         probe = cli.nearest_existing(root) / f".writable-{uuid.uuid4().hex}"
         probe.write_text("")
@@ -184,7 +184,7 @@ def check_workdir(root: epath.Path, config: Mapping[str, Any], *, create: bool) 
       ) from None
 
 
-def check_same_run(root: epath.Path, config: Mapping[str, Any]) -> None:
+def check_same_run(root: epath.Path, config: Mapping[str, Any], mode: str) -> None:
   """Checks that a workdir is new, or belongs to a run of this config.
 
   Raises:
@@ -199,10 +199,10 @@ def check_same_run(root: epath.Path, config: Mapping[str, Any]) -> None:
     changes = config_lib.difference(stored, config, find_type)
     if changes:
       more = f" and {len(changes) - 3} more" if len(changes) > 3 else ""
-      raise UserError(
-        f"workdir {root} holds another config's run ({'; '.join(changes[:3])}{more}): give another "
-        "--workdir, or delete this one, or go back to its config"
-      )
+      remedy = "repeat the --config and the overrides of its training command, or give another --workdir"
+      if mode == "train":
+        remedy = "give another --workdir, or delete this one, or go back to its config"
+      raise UserError(f"workdir {root} holds another config's run ({'; '.join(changes[:3])}{more}): {remedy}")
   elif root.exists() and any((root / name).exists() for name in ("checkpoints", "metrics.jsonl")):
     raise UserError(f"workdir {root} holds a run without config.json: give another --workdir")
 

@@ -403,11 +403,11 @@ def test_how_nested_networks_are_run_does_not_matter(old, new, expected):
 def test_a_workdir_continues_with_other_remat(tmp_path):
   config = {"objective": {"name": "diffusion", "unet": {"width": 8}}, "seed": 1}
   (tmp_path / "config.json").write_text(json.dumps(config | {"version": "0.1"}))
-  main.check_same_run(tmp_path, config)
+  main.check_same_run(tmp_path, config, "train")
   changed = {"name": "diffusion", "unet": {"width": 8, "remat": "full"}}
-  main.check_same_run(tmp_path, config | {"objective": changed})
+  main.check_same_run(tmp_path, config | {"objective": changed}, "train")
   with pytest.raises(UserError, match=r"holds another config's run \(seed: 1 -> 2\)"):
-    main.check_same_run(tmp_path, config | {"seed": 2})
+    main.check_same_run(tmp_path, config | {"seed": 2}, "train")
 
 
 @pytest.mark.parametrize("written", ["channels", "width"])

@@ -251,7 +251,9 @@ def test_a_workdir_of_another_configs_run(mode, tmp_path, trained):
     UserError, match=r"holds another config's run \(seed: 0 -> 1\).*another --workdir"
   ) as error:
     run_main(tmp_path, f"--mode={mode}", "--config.seed=1")
-  assert_clear(error)
+  text = assert_clear(error)
+  assert ("delete" in text) == (mode == "train")
+  assert ("repeat the --config and the overrides" in text) == (mode != "train")
   assert sorted(p.name for p in (tmp_path / "run").iterdir()) == before
 
 
@@ -274,7 +276,7 @@ def test_a_workdir_that_cannot_be_written(mode, workdir, tmp_path):
 
 def test_processes_may_check_a_new_workdir_at_once(tmp_path):
   def check(index):
-    main.check_workdir(epath.Path(tmp_path / f"runs{index % 50}" / "run"), {}, create=True)
+    main.check_workdir(epath.Path(tmp_path / f"runs{index % 50}" / "run"), {}, "train")
 
   with concurrent.futures.ThreadPoolExecutor(8) as pool:
     list(pool.map(check, range(1000)))
