@@ -489,6 +489,7 @@ def test_eval_evaluates_the_newest_checkpoint(trained, tmp_path, caplog):
     main.main([f"--config={tiny.FILE}", f"--workdir={tmp_path / 'run'}", "--mode=eval"])
   results = json.loads((trained / "results.json").read_text())
   for stage in tiny.STAGES:
+    assert f"{stage} evaluation at step 6\n" in caplog.text
     for key, value in results[stage].items():
       assert [key, f"{value:.4g}"] in [line.split() for line in caplog.text.splitlines()]
   after = files_of(tmp_path / "run")

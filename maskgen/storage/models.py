@@ -106,7 +106,7 @@ def load_variables(path: epath.PathLike, target: Any) -> Any:
   Args:
     path: a workdir, an export, or the name of a model that comes with maskgen.
     target: the part that is wanted, a tree of shapes, with shardings or without, under `params`, `frozen` and
-      `extra`. An export's float32 is rounded where it is of a smaller type.
+      `extra`, and of a workdir also `step`. An export's float32 is rounded where it is of a smaller type.
 
   Raises:
     UserError: if the path is no model, has no checkpoint yet, or differs in a name, shape or dtype.
@@ -153,16 +153,18 @@ def _checkpoint_arrays(folder: epath.Path, flat: Mapping[str, Any]) -> dict[str,
       if name in stored and stored[name].shape == leaf.shape
     }
 
-  return shapes | _read_checkpoint(folder, choose)
+  return shapes | _read_checkpoint(folder, choose, ("params/", "extra/", "step"))
 
 
-def _read_checkpoint(folder: epath.Path, choose: Choose) -> dict[str, Any]:
+def _read_checkpoint(
+  folder: epath.Path, choose: Choose, parts: tuple[str, ...] = ("params/", "extra/")
+) -> dict[str, Any]:
   """What is chosen of a workdir's newest checkpoint, averages in the place of parameters that have one."""
   averages: dict[str, str] = {}
 
   def choose_stored(stored: dict[str, Any]) -> dict[str, Any]:
     averages.update({name.replace("ema/", "params/", 1): name for name in stored if name.startswith("ema/")})
-    wanted = choose({name: leaf for name, leaf in stored.items() if name.startswith(("params/", "extra/"))})
+    wanted = choose({name: leaf for name, leaf in stored.items() if name.startswith(parts)})
     return {averages.get(name, name): leaf for name, leaf in wanted.items()}
 
   with closing(open_to_read(folder)) as checkpoints:

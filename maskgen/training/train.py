@@ -136,6 +136,9 @@ def loop(experiment: Experiment, workdir: epath.Path, checkpoints: storage.Check
       batch = next(batches)
       window.waited += time.monotonic() - began
 
+      if step == first:
+        every = cfg.log_every_steps
+        log.info("%s: compiling the training step, then progress every %d steps", workdir.name, every)
       profiler.before(step)
       state, values = experiment.update(state, frozen, batch)
       step += 1
@@ -191,10 +194,12 @@ def evaluate_newest(experiment: Experiment, workdir: epath.Path) -> dict[str, fl
     "params": experiment.targets["state"].params,
     "frozen": experiment.targets["frozen"],
     "extra": experiment.targets["state"].model_state,
+    "step": experiment.targets["state"].step,
   }
   variables = storage.load_variables(workdir, parts)
+  step = int(variables.pop("step"))
   numbers, pictures = evaluate(experiment, variables, None)
-  show(workdir.name, "newest", numbers)
+  show(workdir.name, step, numbers)
   metrics_lib.write_pictures(workdir, "eval", pictures)
   return numbers
 
@@ -219,11 +224,11 @@ def describe(experiment: Experiment) -> str:
   )
 
 
-def show(name: str, step: int | str, numbers: Mapping[str, float]) -> None:
+def show(name: str, step: int, numbers: Mapping[str, float]) -> None:
   """Logs an evaluation, one line per number."""
   if jax.process_index() == 0:
     lines = "".join(f"\n  {key:<36} {value:.4g}" for key, value in sorted(numbers.items()))
-    log.info("%s evaluation at step %s%s", name, step, lines)
+    log.info("%s evaluation at step %d%s", name, step, lines)
 
 
 def read_results(workdir: epath.Path) -> dict[str, Any] | None:
