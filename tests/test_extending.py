@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import maskgen
 from maskgen import main, plugins
@@ -64,6 +65,8 @@ def test_it_trains_and_is_evaluated(run):
   assert any("train/histogram_loss" in line for line in lines)
   assert {"validation/histogram_loss", "colours/error", "few/error", "few/error_mean"} <= results.keys()
   assert 0 < results["few/error"] < 1
+  with Image.open(next((run / "mage" / "samples").glob("colours_histograms_*.png"))) as picture:
+    assert picture.mode == "RGB" and picture.width == picture.height  # 16 images, twice 8 bins
 
 
 def test_a_workdir_and_an_export_keep_the_code_and_run_it_when_trusted(run, tmp_path):

@@ -15,7 +15,8 @@ from maskgen.evaluators.batches import collect
 class Evaluator:
   """Compares histograms of the evaluation split, by the share of pixels that are in the wrong bin.
 
-  Numbers: `error`; `error_mean`, the same for the mean histogram of all pictures in place of predictions.
+  Numbers: `error`; `error_mean`, the same for the mean histogram of all images in place of predictions.
+  Picture: `histograms`, a row for each of 16 images, with a pixel for each bin, predicted and then true.
 
   Attributes:
     num_images: how many images are compared.
@@ -37,4 +38,6 @@ class Evaluator:
     def error(predicted: np.ndarray) -> float:
       return float(np.abs(predicted - true).sum(axis=-1).mean() / 2)
 
-    return Report({"error": error(found["predicted"]), "error_mean": error(true.mean(axis=0))})
+    numbers = {"error": error(found["predicted"]), "error_mean": error(true.mean(axis=0))}
+    rows = np.concatenate([found["predicted"], true], axis=-1)[:16].transpose(0, 2, 1)
+    return Report(numbers, {"histograms": (255 * rows).astype(np.uint8)})

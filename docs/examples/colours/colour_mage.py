@@ -23,11 +23,11 @@ def histogram(images: jax.Array, bins: int) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Objective(mage.Objective):
-  """Trains MAGE's network and the head, both in the parameter group `main`.
+  """Trains MAGE's network and the head; the parameters of both are in the group `main`.
 
   Attributes:
-    bins: ranges of each channel.
-    histogram_weight: of the head's loss, beside MAGE's.
+    bins: the number of ranges of each channel.
+    histogram_weight: the weight of the head's loss; that of MAGE's is 1.
   """
 
   bins: int = 8
