@@ -23,6 +23,8 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 import jax
 import pytest
 
+from maskgen.config import fields
+
 _CACHE = pathlib.Path(tempfile.gettempdir()) / "maskgen_test_compile_cache"
 
 # Arrays of different rank do not broadcast by accident. (Flax and Optax rule strict dtypes out.)
@@ -35,3 +37,9 @@ jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 @pytest.fixture(scope="session")
 def repository() -> pathlib.Path:
   return pathlib.Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def warn_again(monkeypatch: pytest.MonkeyPatch) -> None:
+  """Warnings that a process logs once do not depend on which tests ran before."""
+  monkeypatch.setattr(fields, "_warned", set())

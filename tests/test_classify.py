@@ -15,7 +15,6 @@ import maskgen
 from maskgen import config as config_lib
 from maskgen import main, objectives, sharding, storage, tree
 from maskgen.benchmarks import dataless
-from maskgen.config import fields
 from maskgen.errors import UserError
 from maskgen.evaluators.accuracy import Evaluator
 from maskgen.models.transformer import Transformer
@@ -386,8 +385,7 @@ def test_a_section_is_taken_from_the_pretrained_model_once(trained, tmp_path):
     complete(config | {"pretrained": {}}, epath.Path(tmp_path))
 
 
-def test_an_export_with_restated_fields_loads_with_one_warning(tmp_path, caplog, monkeypatch):
-  monkeypatch.setattr(fields, "_warned", set())
+def test_an_export_with_restated_fields_loads_with_one_warning(tmp_path, caplog):
   parts = make_parts(build())
   section = dict(name="classify", classes=CLASSES, **RESTATED)
   storage.write_export(tmp_path / "old", {"objective": section}, parts)

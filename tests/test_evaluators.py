@@ -101,7 +101,7 @@ def test_wrong_options_are_user_errors_that_name_the_section(noise, section, mes
 
 
 def test_samples_need_something_to_show(noise):
-  with pytest.raises(UserError, match="no pictures"):
+  with pytest.raises(UserError, match="no prediction function that makes images"):
     run("samples", make_context({"loss": lambda v, b, r: {}}, *noise))
 
 

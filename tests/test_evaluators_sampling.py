@@ -74,7 +74,10 @@ def test_keys_that_evaluations_had_before_are_read_with_a_warning(caplog):
     evaluator = build(mage(), **section)
   assert evaluator.sampling == dict(temperature=2.0, steps=5)
   (record,) = caplog.records
-  assert "config.evals.it: steps, schedule, temperature now belong in sampling" in record.getMessage()
+  assert (
+    "config.evals.it: steps, schedule, temperature now belong in config.evals.it.sampling"
+    in record.getMessage()
+  )
 
 
 def test_the_command_line_sets_options_and_adds_evaluations():

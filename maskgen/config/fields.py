@@ -119,7 +119,7 @@ def current_names(cls: type, options: Mapping[str, Any], where: str = "") -> dic
     if moved:
       kind = {"name": field.metadata["kind"]} if field.metadata["kind"] else {}
       given = {key: value for key, value in moved.items() if value is not None}
-      found[name] = kind | found.get(name, {}) | given
+      found[name] = kind | given | found.get(name, {})
     if moved and where and (cls, name) not in _warned:
       _warned.add((cls, name))
       log.warning("%s: %s now belong in %s.%s: move them there", where, ", ".join(moved), where, name)
