@@ -296,7 +296,7 @@ def test_durations_become_steps(lengths, default, expected):
 
 @pytest.mark.parametrize(
   ("lengths", "message"),
-  [(Lengths(1, 1.0), "not both"), (Lengths(), "needs the key 'total_steps' or 'total_epochs'")],
+  [(Lengths(1, 1.0), "are both set"), (Lengths(), "needs the key 'total_steps' or 'total_epochs'")],
 )
 def test_a_duration_is_given_once(lengths, message):
   with pytest.raises(UserError, match=message):

@@ -459,6 +459,7 @@ def test_a_save_in_the_background_that_fails_ends_the_run_with_one_error(tmp_pat
   assert error.endswith(f"; step {saved} is saved")
   process = tiny.python("-m", "maskgen.main", *arguments)
   assert any(f"starts from step {saved} of" in line for line in process.stderr)
+  assert any("compiling the training step, then progress every 50 steps" in line for line in process.stderr)
   process.kill()
   process.communicate()
 

@@ -332,9 +332,7 @@ def test_a_pretrained_vit():
   objective.check_pretrained("encoder", {"network": "vit", "vit": fields | dict(hidden=32)})
   with pytest.raises(UserError, match=r"it has encoder.network.hidden=40, config.objective has 32"):
     objective.check_pretrained("encoder", {"network": "vit", "vit": fields | dict(hidden=40)})
-  with pytest.raises(
-    UserError, match=r"its config\.objective\.name is 'diffusion', which has no image encoder"
-  ):
+  with pytest.raises(UserError, match=r"its objective\.name is 'diffusion', which has no image encoder"):
     objective.check_pretrained("encoder", {"objective": DECODER})
   ones = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), objective.pretrained_shapes())
   main = jax.jit(objective.init)(jax.random.key(0), ones)["params"]["main"]

@@ -166,7 +166,7 @@ class Objective:
     return {"encoder": self._source.shapes()}
 
   def check_pretrained(self, name: str, config: Mapping[str, Any]) -> None:
-    found = objectives.encoder_part(storage.model_section(config), "its config.objective")
+    found = objectives.encoder_part(storage.model_section(config), "its objective")
     objectives.check_same(dataclasses.replace(found, pooled=True), self._source)
 
   def init(self, rng: jax.Array, pretrained: Mapping[str, Tree]) -> dict[str, Tree]:

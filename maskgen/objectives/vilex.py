@@ -163,7 +163,7 @@ class Objective:
     elif name == "decoder":
       check_same(_read_decoder(section)[0], self.text_to_image)
     else:
-      check_same(objectives.encoder_part(storage.model_section(config), "its config.objective"), self._source)
+      check_same(objectives.encoder_part(storage.model_section(config), "its objective"), self._source)
 
   def init(self, rng: jax.Array, pretrained: Mapping[str, Tree]) -> dict[str, Tree]:
     encoder_rng, pool_rng = jax.random.split(rng)
