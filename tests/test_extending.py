@@ -14,7 +14,7 @@ import maskgen
 from maskgen import main, plugins
 from maskgen.data import ops, sources
 from maskgen.errors import UserError
-from maskgen.tools import export
+from maskgen.tools import export, generate
 
 DOCS = pathlib.Path(__file__).parents[1] / "docs"
 EXAMPLE = DOCS / "examples" / "colours"
@@ -82,6 +82,12 @@ def test_a_workdir_and_an_export_keep_the_code_and_run_it_when_trusted(run, tmp_
   with pytest.raises(UserError, match=r"if you trust the code in .*export/code, set trust_code$"):
     maskgen.load(exported)
   assert "colour_mage" not in sys.modules
+
+  arguments = [f"--model={exported}", f"--out={tmp_path / 'sheet.png'}", "--count=1", "--steps=2"]
+  with pytest.raises(UserError, match=r"if you trust the code in .*export/code, set trust_code$"):
+    generate.main(arguments)
+  generate.main([*arguments, "--trust_code"])
+  forget()
 
   model = maskgen.load(exported, trust_code=True)
   images = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)

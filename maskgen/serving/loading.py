@@ -1,6 +1,7 @@
 """`maskgen.load(path)`, which returns a callable model."""
 
 import importlib
+from typing import Any
 
 import jax
 from etils import epath
@@ -26,13 +27,22 @@ def load(path: epath.PathLike, *, trust_code: bool = False) -> Model:
     UserError: if there is no such model, its weights are damaged or do not fit its config, or Python does
       not find the module of its objective.
   """
+  config, objective = load_objective(path, trust_code=trust_code)
+  shapes = jax.eval_shape(objective.init, jax.random.key(0), objective.pretrained_shapes())
+  return find_class(objective)(config, objective, storage.load_variables(path, shapes))
+
+
+def load_objective(
+  path: epath.PathLike, *, trust_code: bool = False
+) -> tuple[dict[str, Any], objectives.Objective]:
+  """Returns the config and the objective of a model; arguments and errors are those of `load`."""
   config = storage.load_config(path)
   if "objective" not in config:
     raise UserError(f"{path} has a {storage.CONFIG} without an objective: give a model that maskgen trained")
   if trust_code:
     plugins.trust(path)
   try:
-    objective = objectives.build(config["objective"])
+    return config, objectives.build(config["objective"])
   except plugins.UnknownModuleError as error:
     code = epath.Path(path) / plugins.CODE
     trust = f", or, if you trust the code in {code}, set trust_code" if code.exists() else ""
@@ -40,8 +50,6 @@ def load(path: epath.PathLike, *, trust_code: bool = False) -> Model:
       f"{path} needs the module '{error.name}', which Python does not find: install it or add its folder to "
       f"PYTHONPATH{trust}"
     ) from None
-  shapes = jax.eval_shape(objective.init, jax.random.key(0), objective.pretrained_shapes())
-  return find_class(objective)(config, objective, storage.load_variables(path, shapes))
 
 
 def find_class(objective: objectives.Objective | type[objectives.Objective]) -> type[Model]:

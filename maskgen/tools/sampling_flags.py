@@ -37,16 +37,18 @@ def given(args: argparse.Namespace, sampling: Any) -> dict[str, Any]:
 
 def _defaults(argv: Sequence[str]) -> list[Any]:
   """The `sampling` of the model given on the command line, or of every objective."""
-  from maskgen import objectives, plugins, storage
+  from maskgen import objectives, plugins
+  from maskgen.serving.loading import load_objective
 
   first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
   first.add_argument("--model", nargs="?")
-  model = first.parse_known_args(argv)[0].model
-  if model is None:
+  first.add_argument("--trust_code", action="store_true")
+  known = first.parse_known_args(argv)[0]
+  if known.model is None:
     names = plugins.short_names(objectives.__name__, "Objective")
     found = [getattr(objectives.find({"name": name}), "sampling", None) for name in names]
   else:
-    found = [getattr(objectives.build(storage.load_config(model).get("objective", {})), "sampling", None)]
+    found = [getattr(load_objective(known.model, trust_code=known.trust_code)[1], "sampling", None)]
   return [sampling for sampling in found if sampling is not None]
 
 
