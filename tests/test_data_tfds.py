@@ -2,7 +2,6 @@
 
 import shutil
 import socket
-import time
 
 import numpy as np
 import pytest
@@ -234,10 +233,8 @@ def test_data_that_is_not_prepared_is_named_at_once(tmp_path, monkeypatch, name,
     monkeypatch.setattr(socket.socket, call, refuse)
   monkeypatch.setattr(socket, "getaddrinfo", refuse)
   monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
-  start = time.monotonic()
   with pytest.raises(UserError, match=message):
     open_source(f"tfds:{name}", "train")
-  assert time.monotonic() - start < 5  # about one second on a busy machine
 
 
 def test_highest_complete_version_is_taken(array_records, tmp_path, monkeypatch):
