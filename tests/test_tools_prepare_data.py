@@ -1,6 +1,5 @@
 """The tool that prepares data sets, with the digits, which need no network."""
 
-import time
 import urllib.error
 import urllib.request
 
@@ -94,10 +93,8 @@ def test_failure_is_one_sentence(tmp_path, monkeypatch):
   ],
 )
 def test_what_cannot_be_prepared(tmp_path, arguments, message):
-  start = time.monotonic()
   with pytest.raises(UserError, match=message):
     main([*arguments, f"--data_dir={tmp_path}"])
-  assert time.monotonic() - start < 10
   assert not list(tmp_path.iterdir())  # nothing was begun
 
 
