@@ -2,12 +2,14 @@
 
 import itertools
 import json
+import tarfile
 
 import numpy as np
 import pytest
 from etils import epath
 from PIL import Image
 
+from maskgen.data import reader
 from maskgen.data.pipeline import Data
 from maskgen.data.skipped import FILE
 from maskgen.errors import UserError
@@ -147,3 +149,47 @@ def test_a_file_that_vanished_is_skipped(folder):
   (folder / "train" / "020.png").unlink()
   records = np.concatenate([batch["record"] for batch in take(opened.train_batches(), 8)])
   assert len(opened.skipped) == len(DAMAGED) + 1 and 20 not in records
+
+
+def many(root, split, size, damaged):
+  (root / split).mkdir(parents=True, exist_ok=True)
+  for i in range(size):
+    file = root / split / f"{i:03d}.png"
+    Image.new("RGB", (12, 12), (i, i, i)).save(file)
+    if i in damaged:
+      file.write_text("<html>Not found</html>")
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+@pytest.mark.parametrize("cores", [8, 32])  # 16 and 64 threads
+def test_a_damaged_record_that_stands_several_times_in_a_batch_is_skipped_alone(
+  tmp_path, monkeypatch, cores, kind
+):
+  monkeypatch.setattr(reader, "_cores", lambda: cores)
+  many(tmp_path, "train", 130, {4, 129})
+  many(tmp_path, "test", 10, {4})
+  source = f"folder:{tmp_path}"
+  if kind == "tar":
+    for split in ("train", "test"):
+      with tarfile.open(tmp_path / f"{split}.tar", "w") as archive:
+        archive.add(tmp_path / split, split)
+    source = f"tar:{tmp_path}/{{split}}.tar"
+  found = []
+  for _ in range(2):
+    opened = Data(source, PLAIN, PLAIN, 400, eval_split="test")
+    (batch,) = opened.eval_batches("eval", 32)
+    assert sorted(batch["record"][batch["valid"]]) == [i for i in range(10) if i != 4]
+    assert opened.skipped.flush(0) == 1
+    train = take(opened.train_batches(), 1)[0]["record"]
+    assert set(train) == set(range(130)) - {4, 129}
+    assert opened.skipped.flush(9) == 3
+    found.append(train)
+  np.testing.assert_array_equal(*found)
+
+
+@pytest.mark.parametrize(("quota", "cores"), [("250000 100000", 2), ("50000 100000", 1), ("max 100000", 5)])
+def test_threads_follow_affinity_and_quota(tmp_path, monkeypatch, quota, cores):
+  (tmp_path / "cpu.max").write_text(quota)
+  monkeypatch.setattr(reader, "_QUOTA", str(tmp_path / "cpu.max"))
+  monkeypatch.setattr(reader.os, "sched_getaffinity", lambda _: set(range(5)), raising=False)
+  assert reader._cores() == cores

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import os
+import pathlib
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +23,8 @@ Locate = Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor]]
 # Enough that steps rarely wait, few enough that large images fit in memory.
 _BATCHES_AHEAD = 4
 _ATTEMPTS = 3
+# Microseconds of processor time per period, both numbers, or "max" and the period (cgroup v2).
+_QUOTA = "/sys/fs/cgroup/cpu.max"
 # Temporary failures of a store, not damaged records.
 _TEMPORARY = (
   tf.errors.UnavailableError,
@@ -89,18 +92,14 @@ class Reader:
       dataset = tf.data.Dataset.range(step * size, end)
       dataset = dataset.map(load, tf.data.AUTOTUNE, deterministic=True)
       dataset = dataset.batch(size, drop_remainder=True).prefetch(_BATCHES_AHEAD)
-      options = tf.data.Options()
-      # More threads than cores, since some wait for files or copy a batch.
-      options.threading.private_threadpool_size = 2 * (os.cpu_count() or 1)
-      options.threading.max_intra_op_parallelism = 1  # records are processed in parallel instead
-      batches = dataset.with_options(options).as_numpy_iterator()
+      batches = dataset.with_options(_options()).as_numpy_iterator()
       while True:
         try:
           batch = next(batches)
         except StopIteration:
           return
         except tf.errors.OpError as error:
-          found = self._find_damaged(load, locate, range(step * size, (step + 1) * size), step)
+          found = self._find_damaged(locate, range(step * size, (step + 1) * size), step)
           failures = 0 if found else failures + 1
           if failures == _ATTEMPTS:
             raise TransientError(
@@ -115,14 +114,14 @@ class Reader:
 
   def _make_load(self, locate: Locate) -> Callable[[tf.Tensor], Record]:
     def load(number: tf.Tensor) -> Record:
-      return self._load(*locate(number))
+      index, draw = locate(number)
+      return self._load(index, draw, self._substitutes.lookup(index))
 
     return tf.function(load, autograph=False, input_signature=[tf.TensorSpec((), tf.int64)])
 
   @tf.autograph.experimental.do_not_convert
-  def _load(self, index: tf.Tensor, draw: tf.Tensor) -> Record:
-    """Reads and preprocesses the record with an index, or its substitute."""
-    used = self._substitutes.lookup(index)
+  def _load(self, index: tf.Tensor, draw: tf.Tensor, used: tf.Tensor) -> Record:
+    """Reads and preprocesses the record `used` in the place of the one with an index."""
     record = self.source.fetch(used)
     result: Record = {}
     views = self.preprocess.views
@@ -138,21 +137,51 @@ class Reader:
     result = {k: tf.cast(v, tf.int32) if v.dtype == tf.int64 else v for k, v in result.items()}
     return result | {"record": tf.cast(used, tf.int32), "valid": used == index}
 
-  def _find_damaged(self, load: Callable, locate: Locate, numbers: range, step: int) -> bool:
-    """Records which of the rows of a batch fail; returns whether any does."""
-    found = False
-    rows = tf.data.Dataset.range(numbers.start, numbers.stop).map(load, tf.data.AUTOTUNE, deterministic=True)
-    results = iter(rows)  # iteration continues after an error
-    for number in numbers:
+  def _find_damaged(self, locate: Locate, numbers: range, step: int) -> bool:
+    """Records which records of a batch fail; returns whether any does.
+
+    Which record each row uses is looked up before any is read: a substitute chosen meanwhile must not be
+    blamed for the record that it replaces.
+    """
+
+    @tf.autograph.experimental.do_not_convert
+    def look_up(number: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+      index, draw = locate(number)
+      return index, draw, self._substitutes.lookup(index)
+
+    located = tf.data.Dataset.range(numbers.start, numbers.stop).map(look_up).batch(len(numbers))
+    located = located.get_single_element()
+    rows = tf.data.Dataset.from_tensor_slices(located).map(self._load, tf.data.AUTOTUNE, deterministic=True)
+    results = iter(rows.with_options(_options()))  # iteration continues after an error
+    reasons: dict[int, str] = {}
+    for used in located[2].numpy().tolist():
       try:
         next(results)
       except _TEMPORARY:
         continue
       except tf.errors.OpError as error:
-        index = self._substitutes.lookup(locate(tf.constant(number, tf.int64))[0])
-        self._substitutes.add(int(index), reason_of(error), step)
-        found = True
-    return found
+        reasons.setdefault(used, reason_of(error))
+    for used, reason in reasons.items():
+      self._substitutes.add(used, reason, step)
+    return bool(reasons)
+
+
+def _cores() -> int:
+  """The number of cores that this process may use, by its affinity and the quota of its container."""
+  cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+  try:
+    quota, period = pathlib.Path(_QUOTA).read_text().split()
+    return max(1, min(cores, int(quota) // int(period)))
+  except (OSError, ValueError):  # no quota
+    return cores
+
+
+def _options() -> tf.data.Options:
+  options = tf.data.Options()
+  # More threads than cores, since some wait for files or copy a batch.
+  options.threading.private_threadpool_size = 2 * _cores()
+  options.threading.max_intra_op_parallelism = 1  # records are processed in parallel instead
+  return options
 
 
 def reason_of(error: tf.errors.OpError) -> str:
