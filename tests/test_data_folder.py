@@ -133,6 +133,13 @@ class TestPictures:
     found = _records(tmp_path) | _records(tmp_path, "test")
     assert {name: record["image"].decode() for name, record in found.items()} == {n: n for n in names}
 
+  def test_named_pipes_are_ignored(self, tmp_path):
+    _write(tmp_path, _named("1.jpg", "2.jpg"))
+    os.mkfifo(tmp_path / "3.jpg")
+    (tmp_path / "4.jpg").symlink_to("3.jpg")
+    found = _records(tmp_path) | _records(tmp_path, "test")
+    assert found.keys() == {"1.jpg", "2.jpg"}
+
   def test_links(self, tmp_path):
     _write(tmp_path / "elsewhere", _named("1.jpg", "deep/2.jpg"))
     root = tmp_path / "root"

@@ -173,6 +173,11 @@ class TestShardPaths:
     with pytest.raises(UserError, match=r"is malformed: write \{000..099\}"):
       expand_braces(pattern)
 
+  @pytest.mark.parametrize("pattern", ["{0..99999999}", "{0..999}{0..999}", "{0..99999999999999999999}{a,b}"])
+  def test_too_many(self, pattern):
+    with pytest.raises(UserError, match=r"names 1[\d,]+ files: name at most 250,000"):
+      expand_braces(pattern)
+
   def test_files(self, root):
     for name in ("test-1", "test-0", "train-0", "we[i]rd", "ü"):
       _write(f"{root}/{name}", b"x")

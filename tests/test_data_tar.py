@@ -167,7 +167,10 @@ class TestJson:
     for record in _both(_tar(tmp_path / "x.tar", members)).values():
       assert record["label"] == 0 and record["caption"].tolist() == [b"from txt"]
 
-  @pytest.mark.parametrize("value", [b"", b"[]", b"{", b'{"caption": 3}', b'{"caption": ["a", 3]}', b"\xff"])
+  @pytest.mark.parametrize(
+    "value",
+    [b"", b"[]", b"{", b'{"caption": 3}', b'{"caption": ["a", 3]}', b"\xff", b'{"a":' + b"[" * 200_000],
+  )
   def test_malformed(self, value):
     with pytest.raises(ValueError):
       json_captions(value)
@@ -184,6 +187,7 @@ class TestErrors:
       ({"1.jpg": b"", "1.json": b'{"label": -1}'}, "'1.json' in .*-1 is not a label"),
       ({"1.jpg": b"", "1.json": b"{"}, "'1.json' in '.*x.tar' is malformed"),
       ({"1.jpg": b"", "1.json": b"[1]"}, "'1.json' in .* is not a JSON object"),
+      ({"1.jpg": b"", "1.json": b"[" * 200_000}, "'1.json' in .* is nested too deeply"),
       ({"1.jpg": b"", "1.PNG": b""}, "'1.PNG' in .* is the second picture of '1'"),
       ([("1.jpg", b""), ("./1.jpg", b"")], "'1.jpg' in .* is the second picture of '1'"),
       ({"1.jpg": b"", "2.jpg": b"", "2.cls": b"0"}, "1 of the 2 records .* no labels.* being 1 in x.tar"),
@@ -233,14 +237,28 @@ class TestErrors:
     with pytest.raises(UserError, match=r"/001.tar' and 98 more of the 100 files .* cannot be found"):
       _open(f"{tmp_path}/{{000..099}}.tar")
 
-  def test_sparse(self, tmp_path):
+  @pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+      (156, tarfile.GNUTYPE_SPARSE, r"'1.jpg' in .* is a sparse file"),
+      (124, tarfile.itn(-1024, 12, tarfile.GNU_FORMAT), r"x.tar' .* damaged .*'1.jpg' has a negative size"),
+      (124, tarfile.itn(-(2**60), 12, tarfile.GNU_FORMAT), r"'1.jpg' has a negative size"),
+    ],
+  )
+  def test_wrong_headers(self, tmp_path, field, value, message):
     path = _tar(tmp_path / "x.tar", {"1.jpg": bytes(512)})
     content = bytearray(Path(path).read_bytes())
-    content[156:157] = tarfile.GNUTYPE_SPARSE
+    content[field : field + len(value)] = value
     content[148:156] = b"%06o\0 " % tarfile.calc_chksums(_blank(content[:512]))[0]
     Path(path).write_bytes(content)
-    with pytest.raises(UserError, match=r"'1.jpg' in .* is a sparse file"):
+    with pytest.raises(UserError, match=message):
       _open(path)
+
+  @pytest.mark.parametrize("pattern", ["x.tar", "*.tar"])
+  def test_a_named_pipe(self, tmp_path, pattern):
+    os.mkfifo(tmp_path / "x.tar")
+    with pytest.raises(UserError, match="cannot be found"):
+      _open(tmp_path / pattern)
 
   def test_an_archive_cut_after_it_was_indexed_has_damaged_records(self, tmp_path):
     path = Path(_tar(tmp_path / "x.tar", {f"{i}.jpg": bytes(2000) for i in range(10)}))

@@ -204,10 +204,19 @@ def _is_file(name: str) -> bool:
 
 def _entries(folder: str) -> list[str]:
   """Returns the sorted names of files and folders that are not hidden."""
-  names = (
-    [name.rstrip("/") for name in tf.io.gfile.listdir(folder)] if _remote(folder) else os.listdir(folder)
-  )
+  if _remote(folder):
+    names = [name.rstrip("/") for name in tf.io.gfile.listdir(folder)]
+  else:
+    with os.scandir(folder) as entries:
+      names = [entry.name for entry in entries if not _is_special(entry)]
   return sorted(name for name in names if name and not name.startswith(".") and name != "__MACOSX")
+
+
+def _is_special(entry: os.DirEntry[str]) -> bool:
+  """Whether it is neither file nor folder, such as a named pipe, whose reader may wait forever."""
+  if entry.is_file(follow_symlinks=False) or entry.is_dir(follow_symlinks=False):
+    return False
+  return os.path.exists(entry) and not os.path.isfile(entry) and not os.path.isdir(entry)
 
 
 def _is_folder(path: str) -> bool:

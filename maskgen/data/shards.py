@@ -2,6 +2,8 @@
 
 import collections
 import concurrent.futures
+import itertools
+import math
 import os
 import re
 
@@ -9,6 +11,8 @@ from maskgen.data.cpu_tf import tf
 from maskgen.errors import UserError
 
 _THREADS = 16
+# Checking whether they exist takes seconds.
+_MOST_FILES = 250_000
 
 
 def shard_paths(pattern: str, split: str) -> list[str]:
@@ -37,20 +41,32 @@ def expand_braces(pattern: str) -> list[str]:
   """Expands `{000..099}` and `{a,b}` in a pattern; the leftmost changes slowest.
 
   Raises:
-    UserError: if braces contain anything else, or a range is decreasing.
+    UserError: if braces contain anything else, a range is decreasing, or there are too many names.
   """
-  match = re.search(r"\{(.*?)\}", pattern)
-  if not match:
-    return [pattern]
-  choices = match[1].split(",")
-  if bounds := re.fullmatch(r"(\d+)\.\.(\d+)", match[1]):
+  parts = re.split(r"(\{.*?\})", pattern)  # at odd indices those in braces
+  choices = [_choices(part, pattern) if i % 2 else [part] for i, part in enumerate(parts)]
+  _check_count(math.prod(map(len, choices)), pattern)
+  return ["".join(chosen) for chosen in itertools.product(*choices)]
+
+
+def _choices(braces: str, pattern: str) -> list[str]:
+  """Expands `{000..099}` or `{a,b}`, a part of a pattern."""
+  inner = braces[1:-1]
+  choices = inner.split(",")
+  if bounds := re.fullmatch(r"(\d+)\.\.(\d+)", inner):
     padded = any(len(bound) > 1 and bound.startswith("0") for bound in bounds.groups())
     width = max(map(len, bounds.groups())) if padded else 0
-    choices = [f"{number:0{width}}" for number in range(int(bounds[1]), int(bounds[2]) + 1)]
-  if not choices or "{" in match[1] or (len(choices) == 1 and not bounds):
-    raise UserError(f"'{match[0]}' of '{pattern}' is malformed: write {{000..099}}, {{a,b}} or {{split}}")
-  before, after = pattern[: match.start()], pattern[match.end() :]
-  return [path for choice in choices for path in expand_braces(f"{before}{choice}{after}")]
+    first, last = map(int, bounds.groups())
+    _check_count(last - first + 1, pattern)
+    choices = [f"{number:0{width}}" for number in range(first, last + 1)]
+  if not choices or "{" in inner or (len(choices) == 1 and not bounds):
+    raise UserError(f"'{braces}' of '{pattern}' is malformed: write {{000..099}}, {{a,b}} or {{split}}")
+  return choices
+
+
+def _check_count(count: int, pattern: str) -> None:
+  if count > _MOST_FILES:
+    raise UserError(f"'{pattern}' names {count:,} files: name at most {_MOST_FILES:,}")
 
 
 def _matches(path: str) -> list[str]:
@@ -59,7 +75,9 @@ def _matches(path: str) -> list[str]:
     return [path]
   try:
     if tf.io.gfile.exists(path):
-      return [] if tf.io.gfile.isdir(path) else [path]
-    return sorted(tf.io.gfile.glob(path)) if re.search(r"[*?[]", path) else []
+      found = [] if tf.io.gfile.isdir(path) else [path]
+    else:
+      found = sorted(tf.io.gfile.glob(path)) if re.search(r"[*?[]", path) else []
   except tf.errors.OpError as error:
     raise UserError(f"'{path}' cannot be read: {error.message or type(error).__name__}") from error
+  return found if "://" in path else [name for name in found if os.path.isfile(name)]  # no named pipes

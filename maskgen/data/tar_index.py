@@ -87,7 +87,10 @@ def json_captions(content: bytes) -> list[str]:
 
 
 def _json_object(content: bytes) -> dict:
-  value = json.loads(content)
+  try:
+    value = json.loads(content)
+  except RecursionError:
+    raise ValueError("it is nested too deeply") from None
   if not isinstance(value, dict):
     raise ValueError("it is not a JSON object")
   return value
@@ -150,6 +153,8 @@ def _members(path: str, file: BinaryIO) -> Iterator[tarfile.TarInfo]:
     with tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="surrogateescape") as archive:
       while member := archive.next():
         archive.members.clear()  # type: ignore[attr-defined]  # a million would exhaust memory
+        if member.size < 0:  # tarfile would go backwards and repeat it
+          raise tarfile.ReadError(f"'{member.name}' has a negative size")
         if member.issparse():
           raise UserError(
             f"'{member.name}' in '{path}' is a sparse file: create the archive without --sparse"

@@ -17,7 +17,7 @@ the splits, and each is laid out as above; tables may also be in the folder itse
 (`train/1.jpg,cat`).
 Otherwise a tenth of the pictures, chosen by hashes of their names, is held out.
 
-Hidden files, hidden folders, `__MACOSX` and files that are not pictures are ignored.
+Hidden files, hidden folders, `__MACOSX`, named pipes and files that are not pictures are ignored.
 """
 
 import hashlib
