@@ -140,6 +140,8 @@ def split_stages(config: Mapping[str, Any], root: epath.Path) -> dict[epath.Path
   """Returns the workdir and config of each stage; a config without stages is a single stage in the root."""
   if "stages" not in config:
     return {root: dict(config)}
+  if not config["stages"]:
+    raise UserError("config.stages is empty: name at least one stage, or remove the key")
   for stage in config["stages"]:
     if stage not in config:
       raise UserError(f"config.stages names '{stage}', which has no section in the config")

@@ -102,11 +102,23 @@ def test_a_missing_file_offers_the_nearest():
     config_lib.load("configs/quickstrat.py")
 
 
+STAGES = "import ml_collections\ndef get_config(arg): return ml_collections.ConfigDict({})"
+
+
 @pytest.mark.parametrize(
   ("name", "text", "message"),
   [
     ("a.py", "x = 1", r"has no function get_config\(arg\)"),
+    ("a.py", "get_config = 3", r"has no function get_config\(arg\)"),
+    ("a.py", "def get_config(): return None", r"has no function get_config\(arg\)"),
     ("a.py", "def get_config(:", "is not valid Python"),
+    ("a.py", "x = '\0'", "a.py (is not valid Python|fails)"),
+    ("a.py", "\nimport nothing_at_all", r"a\.py fails in line 2 \(ModuleNotFoundError: .*\): correct it"),
+    ("a.py", "def get_config(arg):\n  raise ValueError('a\\nb')", r"fails in line 2 \(ValueError: a b\)"),
+    ("a.py", "def get_config(arg): return None", "get_config of .* returns NoneType: let it return"),
+    ("a.py", "def get_config(arg): return {}", "get_config of .* returns dict: let it return"),
+    ("a.py", STAGES.format("dict(stages=3)"), "config.stages is 3: give a tuple"),
+    ("a.py", STAGES.format("dict(stages=('a',), a=None)"), "config.a is None: give the config"),
     ("a.txt", "x = 1", "is not a Python file"),
   ],
 )

@@ -186,14 +186,21 @@ def test_wrong_keys_and_values_of_mage(line, message, tmp_path, write_config, tr
   assert_clear(error)
 
 
-def test_a_stage_without_a_section(tmp_path):
+@pytest.mark.parametrize(
+  ("stages", "message"),
+  [
+    ("('tokenizer', 'mage')", r"config\.stages names 'mage', which has no section"),
+    ("()", r"config\.stages is empty: name at least one"),
+  ],
+)
+def test_wrong_stages(stages, message, tmp_path):
   file = tmp_path / "changed.py"
   file.write_text(
     "import ml_collections\n"
     "def get_config(arg=None):\n"
-    "  return ml_collections.ConfigDict(dict(stages=('tokenizer', 'mage'), tokenizer=dict()))\n"
+    f"  return ml_collections.ConfigDict(dict(stages={stages}, tokenizer=dict()))\n"
   )
-  with pytest.raises(UserError, match=r"config\.stages names 'mage', which has no section"):
+  with pytest.raises(UserError, match=message):
     run_main(tmp_path, config=str(file))
 
 

@@ -5,11 +5,14 @@ import and name modules next to it, see `maskgen.plugins`.
 """
 
 import ast
+import contextlib
 import dataclasses
 import importlib.util
+import inspect
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -102,7 +105,7 @@ def load(
     find_type: returns the dataclass of sections that `RunConfig` leaves open.
 
   Raises:
-    UserError: if the file does not exist or has no `get_config`, or a key or value is wrong.
+    UserError: if the file does not exist, fails or has no `get_config`, or a key or value is wrong.
   """
   path, _, arg = path_and_args.partition(":")
   file = find_file(path)
@@ -111,17 +114,20 @@ def load(
     raise UserError(f"config file {path} is not a Python file (.py)")
   module = importlib.util.module_from_spec(module_spec)
   plugins.add_code_folder(file.parent)
-  try:
+  with _failures(path, file):
     module_spec.loader.exec_module(module)
-  except SyntaxError as error:
-    raise UserError(f"config file {path} is not valid Python: {error}") from error
-  if not hasattr(module, "get_config"):
-    raise UserError(f"config file {path} has no function get_config(arg)")
-  config = _copy(module.get_config(arg or None))
+  get_config = getattr(module, "get_config", None)
+  if not _takes_argument(get_config):
+    raise UserError(f"config file {path} has no function get_config(arg): define it")
+  with _failures(path, file):
+    made = get_config(arg or None)
+  if not isinstance(made, ml_collections.ConfigDict):
+    raise UserError(
+      f"get_config of {path} returns {type(made).__name__}: let it return an ml_collections.ConfigDict"
+    )
+  config = _copy(made)
   plugins.add_code_folder(file.parent)  # before those of configs that it builds on
-  for run in (
-    [config[stage] for stage in config.stages if stage in config] if "stages" in config else [config]
-  ):
+  for run in _runs(config):
     _fill_in(run, RunConfig)
   config.lock()
   overrides = overrides or {}
@@ -129,6 +135,44 @@ def load(
   for key, text in overrides.items():
     _override(config, key, text, find_type)
   return config
+
+
+@contextlib.contextmanager
+def _failures(path: str, file: pathlib.Path) -> Iterator[None]:
+  """Converts any exception of a config file to one sentence."""
+  try:
+    yield
+  except UserError:
+    raise
+  except SyntaxError as error:
+    raise UserError(f"config file {path} is not valid Python: {error}") from error
+  except Exception as error:
+    lines = [at.lineno for at in traceback.extract_tb(error.__traceback__) if at.filename == str(file)]
+    where = f" in line {lines[-1]}" if lines else ""
+    said = " ".join(f"{type(error).__name__}: {error}".split())
+    raise UserError(f"config file {path} fails{where} ({said}): correct it") from error
+
+
+def _takes_argument(function: Any) -> bool:
+  """Whether it can be called with one argument."""
+  try:
+    inspect.signature(function).bind(None)
+  except TypeError:
+    return False
+  return True
+
+
+def _runs(config: ml_collections.ConfigDict) -> list[ml_collections.ConfigDict]:
+  """The sections that `RunConfig` describes: those of the stages, or the config itself."""
+  if "stages" not in config:
+    return [config]
+  if not isinstance(config.stages, tuple | list):
+    raise UserError(f"config.stages is {config.stages!r}: give a tuple of names of sections")
+  runs = {stage: config[stage] for stage in config.stages if stage in config}
+  for stage, run in runs.items():
+    if not isinstance(run, ml_collections.ConfigDict):
+      raise UserError(f"config.{stage} is {run!r}: give the config of this stage")
+  return list(runs.values())
 
 
 def load_beside(file: str, name: str, arg: str | None = None, **arguments: Any) -> ml_collections.ConfigDict:
