@@ -59,6 +59,39 @@ class TestFolder:
     for split in ("val", "test", "validation"):
       assert open_source(f"folder:{tmp_path}", split).size == 4
 
+  @pytest.mark.parametrize(
+    ("train", "test"),
+    [("Train", "Test"), ("training", "testing"), ("TRAINING", "Validation"), ("train", "eval")],
+  )
+  def test_other_names_of_splits(self, tmp_path, train, test):
+    names = [f"{split}/{name}/1.jpg" for split in (train, test) for name in ("a", "b")]
+    _write(tmp_path, _named(*names))
+    assert list(_records(tmp_path, "train")) == names[:2]
+    assert list(_records(tmp_path, "test")) == names[2:]
+    assert open_source(f"folder:{tmp_path}", "train").class_names == ("a", "b")
+
+  def test_several_folders_of_a_split(self, tmp_path):
+    _write(tmp_path, _named("train/1.jpg", "Test/1.jpg", "testing/1.jpg"))
+    with pytest.raises(UserError, match="has the folders 'Test' and 'testing' for the same split: rename"):
+      open_source(f"folder:{tmp_path}", "train")
+    _write(tmp_path, _named("test/2.jpg"))
+    assert list(_records(tmp_path, "test")) == ["test/2.jpg"]
+
+  def test_classes_named_by_numbers_are_in_numeric_order(self, tmp_path):
+    _write(
+      tmp_path / "folders", _named(*(f"{split}/{i}/1.jpg" for split in ("train", "val") for i in range(12)))
+    )
+    rows = "".join(f"{i}.jpg,{i}\n" for i in range(12))
+    _write(
+      tmp_path / "table", _named(*(f"{i}.jpg" for i in range(12))) | {"labels.csv": f"file,label\n{rows}"}
+    )
+    for root in (tmp_path / "folders", tmp_path / "table"):
+      opened = open_source(f"folder:{root}", "train")
+      assert opened.class_names == tuple(map(str, range(12)))
+      for name, record in _records(root).items():
+        assert record["label"] == int(name.removeprefix("train/").split("/")[0].split(".")[0])
+    assert tables.in_order(["10", "9", "x"]) == ["10", "9", "x"]
+
   def test_flat_folder_has_no_labels_and_holds_a_tenth_out(self, tmp_path):
     for i in range(41):
       _picture(tmp_path / f"{i}.jpg")

@@ -2,14 +2,14 @@
 
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
 
 from maskgen.data.cpu_tf import tf
 from maskgen.data.sources import check_split
-from maskgen.data.tables import Table, read_table
+from maskgen.data.tables import Table, in_order, read_table
 from maskgen.errors import UserError
 
 SUFFIXES = (
@@ -28,6 +28,8 @@ SUFFIXES = (
 )
 HELD_OUT = ("test", "val", "validation", "valid", "dev")
 SPLITS = ("train", *HELD_OUT)
+# Other names of split folders; all are matched in any case.
+_SYNONYMS = {"training": "train", "testing": "test", "eval": "val", "evaluation": "val"}
 
 
 class Listing(NamedTuple):
@@ -55,9 +57,9 @@ class Listing(NamedTuple):
 def list_pictures(root: str, split: str) -> Listing:
   """Lists one split of the folder `root`, in an order that depends only on the names.
 
-  `sources/folder.py` describes the layouts. If `root` has a sub-folder `train` and one of `HELD_OUT`, these
-  are the splits, and a held-out name that has no folder means the first one that has. Otherwise the tenth of
-  the pictures whose relative names have the smallest hashes is held out.
+  `sources/folder.py` describes the layouts. If `root` has a sub-folder `train` and one of `HELD_OUT`, or
+  synonyms of them in any case, these are the splits, and a held-out name that has no folder means the first
+  one that has. Otherwise the tenth of the pictures whose relative names have the smallest hashes is held out.
 
   Raises:
     UserError: if the folder is missing, unreadable or without pictures, the split is unknown, a table is
@@ -67,15 +69,17 @@ def list_pictures(root: str, split: str) -> Listing:
   if not _is_folder(root):
     raise UserError(f"'{root}' is not a folder: give the path of a folder of pictures")
   try:
-    held_out = [name for name in HELD_OUT if _is_folder(os.path.join(root, name))]
-    if held_out and _is_folder(os.path.join(root, "train")):
-      return _list_folder_of_split(root, split if split in ("train", *held_out) else held_out[0], held_out)
+    folders = _split_folders(root)
+    if "train" in folders and len(folders) > 1:
+      return _list_folder_of_split(root, folders, split)
     class_names, labels = _classes(root)
-    if "train" in class_names and labels is None and _classes(os.path.join(root, "train"))[0]:
-      raise UserError(
-        f"'{root}' has a folder 'train' with its own classes, but no other split: name the other one "
-        f"of {', '.join(HELD_OUT)}, or give '{os.path.join(root, 'train')}'"
-      )
+    if "train" in folders and labels is None:
+      train = os.path.join(root, folders["train"])
+      if _classes(train)[0]:
+        raise UserError(
+          f"'{root}' has a folder '{folders['train']}' with its own classes, but no other split: name the "
+          f"other one of {', '.join(HELD_OUT)}, or give '{train}'"
+        )
     return _tenth(_listing(root, class_names, labels, _table(root, "caption")), split != "train")
   except OSError as error:
     raise UserError(
@@ -98,18 +102,39 @@ def smallest_tenth(names: Sequence[bytes]) -> np.ndarray:
   return mask
 
 
-def _list_folder_of_split(root: str, split: str, held_out: Sequence[str]) -> Listing:
-  """Lists root/split; tables are either in `root` (and cover all splits) or in root/split."""
-  folder = os.path.join(root, split)
+def _split_folders(root: str) -> dict[str, str]:
+  """Returns the folder of each split that has one, by the names in `SPLITS` and in their order.
+
+  Raises:
+    UserError: if several folders are the same split, and none has exactly its name.
+  """
+  found: dict[str, str] = {}
+  for name in sorted(_entries(root), key=lambda name: name not in SPLITS):  # exact names first
+    split = _SYNONYMS.get(name.lower(), name.lower())
+    if split not in SPLITS or found.get(split) == split or not _is_folder(os.path.join(root, name)):
+      continue
+    if split in found:
+      raise UserError(
+        f"'{root}' has the folders '{found[split]}' and '{name}' for the same split: rename or remove one"
+      )
+    found[split] = name
+  return {split: found[split] for split in SPLITS if split in found}
+
+
+def _list_folder_of_split(root: str, folders: Mapping[str, str], split: str) -> Listing:
+  """Lists a split; tables are either in `root` (and cover all splits) or in the split's folder."""
+  train, *held_out = siblings = list(folders.values())
+  name = folders.get(split, held_out[0])
+  folder = os.path.join(root, name)
   captions = _table(root, "caption")
-  captions = captions.below(split, ("train", *held_out)) if captions else _table(folder, "caption")
+  captions = captions.below(name, siblings) if captions else _table(folder, "caption")
   if labels := _table(root, "label"):
-    return _listing(folder, labels.texts(), labels.below(split, ("train", *held_out)), captions)
+    return _listing(folder, labels.texts(), labels.below(name, siblings), captions)
   class_names, labels = _classes(folder)
-  classes_of_train = class_names if split == "train" else _classes(os.path.join(root, "train"))[0]
+  classes_of_train = class_names if name == train else _classes(os.path.join(root, train))[0]
   if different := set(class_names) ^ set(classes_of_train):
     raise UserError(
-      f"the classes of 'train' and '{split}' in '{root}' differ in '{min(different)}': give both splits "
+      f"the classes of '{train}' and '{name}' in '{root}' differ in '{min(different)}': give both splits "
       f"the same class folders, or write one labels.csv in '{root}' for both"
     )
   return _listing(folder, class_names, labels, captions)
@@ -125,11 +150,11 @@ def _classes(root: str) -> tuple[list[str], Table | None]:
   if table := _table(root, "label"):
     return table.texts(), table
   real = _real(root)
-  return [
+  return in_order(
     name
     for name in _entries(root)
     if not _is_file(name) and any(not file.endswith(".txt") for file in _below(root, name, {real}))
-  ], None
+  ), None
 
 
 def _listing(

@@ -5,7 +5,7 @@ import dataclasses
 import io
 import os
 import posixpath
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from maskgen.data.cpu_tf import tf
 from maskgen.errors import UserError
@@ -26,8 +26,8 @@ class Table:
   prefix: str = ""
 
   def texts(self) -> list[str]:
-    """Returns the distinct texts of all rows, sorted."""
-    return sorted({text for found in self.rows.values() for _, text in found})
+    """Returns the distinct texts of all rows, `in_order`."""
+    return in_order({text for found in self.rows.values() for _, text in found})
 
   def below(self, folder: str, siblings: Sequence[str]) -> "Table":
     """Returns the rows of the pictures in `folder`, with names relative to it.
@@ -71,6 +71,14 @@ class Table:
 
   def _error(self, line: int, problem: str) -> UserError:
     return UserError(f"'{self.path}', line {line}: {problem}")
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+  """Sorts names of classes: as numbers if all of them are whole numbers, else as texts."""
+  names = sorted(names)
+  if all(name.isascii() and name.isdecimal() for name in names):
+    names.sort(key=int)
+  return names
 
 
 def read_table(path: str, column: str) -> Table:

@@ -257,9 +257,13 @@ class Experiment:
       if before.get(use, now) != now:
         if not isinstance(before[use], dict) or not {"source", "size"} <= before[use].keys():
           raise files.damaged(workdir / DATA, f"of {use} it says {before[use]!r}", remedy)
+        change = (
+          f"{before[use]['source']} had {before[use]['size']} records, {now['source']} has {now['size']}"
+        )
+        if all(before[use][key] == now[key] for key in ("source", "size")):
+          change = f"{now['source']} has other files, labels or captions, or its classes are in another order"
         raise UserError(
-          f"the data for {use} has changed since this run began ({before[use]['source']} had "
-          f"{before[use]['size']} records, {now['source']} has {now['size']}): restore it, or start a new "
+          f"the data for {use} has changed since this run began ({change}): restore it, or start a new "
           f"workdir, or delete {workdir / DATA} to continue with the present data"
         )
 

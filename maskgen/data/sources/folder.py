@@ -7,6 +7,7 @@ Labels, if any, come from one of
 - sub-folders: each one that contains pictures is a class;
 - `labels.csv` in the folder, with the header `file,label` and a row for each picture, such as
   `some/where/1.jpg,cat`; sub-folders are then not classes.
+Label i is the class whose name is the i-th in alphabetical order, or in numeric order if all are numbers.
 
 Captions, if any, come from one of
 - `captions.csv` in the folder, with the header `file,caption` and one or more rows for each picture;
@@ -14,7 +15,7 @@ Captions, if any, come from one of
 
 Splits: if there is a sub-folder `train` and one of `test`, `val`, `validation`, `valid` and `dev`, these are
 the splits, and each is laid out as above; tables may also be in the folder itself and then cover all splits
-(`train/1.jpg,cat`).
+(`train/1.jpg,cat`). Upper case is the same, and so are `training`, `testing`, `eval` and `evaluation`.
 Otherwise a tenth of the pictures, chosen by hashes of their names, is held out.
 
 Hidden files, hidden folders, `__MACOSX`, named pipes and files that are not pictures are ignored.
