@@ -174,6 +174,9 @@ def test_tpus_that_are_not_attached(tmp_path, slices):
   "name,slices,message",
   [
     ("v5e16x16", 1, r"--topology=v5e16x16: give a TPU slice such as v5e:16x16"),
+    ("v5e:0x0", 1, r"--topology=v5e:0x0: give a TPU slice such as v5e:16x16"),
+    ("v5p:4x4x0", 1, r"--topology=v5p:4x4x0: give a TPU slice"),
+    ("v5e:99999x99999", 1, r"--topology=v5e:99999x99999: give a TPU slice"),
     ("cpu:0", 1, r"--topology=cpu:0: give the number of CPU devices"),
     ("cpu:2", 2, r"--slices=2: only TPU slices can be combined"),
     ("gpu:x", 1, r"--topology=gpu:x: give a TPU slice"),

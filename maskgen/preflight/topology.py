@@ -43,7 +43,7 @@ def devices(topology: str, slices: int = 1) -> Sequence[jax.Device]:
       raise UserError(f"--topology={topology}: give the number of CPU devices, such as cpu:8")
     jax.config.update("jax_num_cpu_devices", int(shape))
     return jax.devices()
-  if not re.fullmatch(r"v\d\w*:\d+x\d+(x\d+)?", topology):
+  if not re.fullmatch(r"v\d\w*:[1-9]\d{0,2}(x[1-9]\d{0,2}){1,2}", topology):
     raise UserError(
       f"--topology={topology}: give a TPU slice such as v5e:16x16 or v5p:4x4x4, or cpu:8, or local"
     )
