@@ -3,12 +3,18 @@
 import glob
 import hashlib
 import os
+import re
+import socket
+import time
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
 from maskgen.errors import TransientError, UserError
+
+# How long to wait for the name of the coordinator, which may have just been started.
+RESOLVE_SECONDS = 30.0
 
 
 def start(coordinator: str | None, process_count: int | None, process_index: int | None) -> None:
@@ -36,6 +42,8 @@ def start(coordinator: str | None, process_count: int | None, process_index: int
     )
   elif not (process_count or 0) > (process_index or 0) >= 0:
     raise UserError(f"--process_index={process_index}: give a number from 0 to --process_count - 1")
+  if coordinator is not None:
+    _resolve(coordinator)
   try:
     jax.distributed.initialize(*given)
   except ValueError as error:
@@ -48,6 +56,30 @@ def start(coordinator: str | None, process_count: int | None, process_index: int
       f"the processes of this run could not connect ({error}): check that all were started, and that "
       "process 0 is reachable"
     ) from None
+
+
+def _resolve(coordinator: str) -> None:
+  """Waits until the name of the coordinator can be resolved; JAX aborts the process if it cannot be.
+
+  Raises:
+    UserError: if it is not `host:port`.
+    TransientError: if the name cannot be resolved.
+  """
+  match = re.fullmatch(r"(\[[^\[\]]+\]|[^:\[\]]+):(\d{1,5})", coordinator)
+  if match is None or not 0 < int(match[2]) < 2**16:
+    raise UserError(f"--coordinator={coordinator}: give host:port of process 0, such as 10.0.0.1:8476")
+  host, deadline = match[1].strip("[]"), time.monotonic() + RESOLVE_SECONDS
+  while True:
+    try:
+      socket.getaddrinfo(host, int(match[2]))
+      return
+    except (OSError, UnicodeError) as error:
+      if time.monotonic() >= deadline:
+        raise TransientError(
+          f"--coordinator={coordinator}: the host cannot be resolved ({error}): check its name, and that "
+          "process 0 was started"
+        ) from None
+    time.sleep(1.0)
 
 
 def _is_multi_process() -> bool:

@@ -10,8 +10,8 @@ import tiny
 from etils import epath
 
 import maskgen
-from maskgen import main
-from maskgen.errors import UserError
+from maskgen import main, processes
+from maskgen.errors import TransientError, UserError
 from maskgen.tools import export, generate
 
 trained = tiny.trained
@@ -144,6 +144,12 @@ def test_required_arguments(missing, tmp_path):
     ("mesh.dtaa = 8", r"config\.mesh has no key 'dtaa'; did you mean 'data'\?"),
     ("mesh.fsdp = 3", r"config\.mesh asks for .* devices, there are 8"),
     ("sharding = (('nothing', ('fsdp',)),)", r"rule 'nothing' .* no parameter"),
+    ("sharding = ('nothing', ('fsdp',))", r"config: sharding has the rule 'nothing': give a regular"),
+    ("sharding = (('nothing',),)", r"sharding has the rule \('nothing',\)"),
+    ("sharding = (('nothing', 'fsdp'),)", r"sharding has the rule \('nothing', 'fsdp'\)"),
+    ("sharding = (('nothing', (3,)),)", r"sharding has the rule \('nothing', \(3,\)\)"),
+    ("sharding = (('(', ('fsdp',)),)", r"sharding has the rule \('\(', \('fsdp',\)\)"),
+    ("batch_size = 800_000_000_000", r"config\.data: a batch of 800000000000 records takes .* smaller"),
     ("checkpoint.save_every = 3", r"config\.checkpoint has no key 'save_every'"),
     ("profile = dict(stps=3)", r"config\.profile has no key 'stps'; did you mean 'steps'\?"),
     ("batchsize = 8", r"config has no key 'batchsize'; did you mean 'batch_size'\?"),
@@ -202,6 +208,31 @@ def test_wrong_stages(stages, message, tmp_path):
   )
   with pytest.raises(UserError, match=message):
     run_main(tmp_path, config=str(file))
+
+
+@pytest.mark.parametrize(
+  ("coordinator", "error", "message"),
+  [
+    ("nonsense", UserError, "--coordinator=nonsense: give host:port"),
+    ("10.0.0.1:", UserError, "give host:port"),
+    ("10.0.0.1:0", UserError, "give host:port"),
+    ("10.0.0.1:65536", UserError, "give host:port"),
+    (":8476", UserError, "give host:port"),
+    ("::1:8476", UserError, "give host:port"),
+    (
+      "nowhere.invalid:8476",
+      TransientError,
+      "--coordinator=nowhere.invalid:8476: the host cannot be resolved",
+    ),
+    (f"{'x' * 64}.com:8476", TransientError, "the host cannot be resolved"),
+  ],
+)
+def test_wrong_coordinators(coordinator, error, message, tmp_path, monkeypatch):
+  monkeypatch.setattr(processes, "RESOLVE_SECONDS", 0.0)
+  others = ("--process_count=2", "--process_index=1", "--mode=check")
+  with pytest.raises(error, match=message) as raised:
+    run_main(tmp_path, f"--coordinator={coordinator}", *others)
+  assert_clear(raised)
 
 
 # Pretrained models

@@ -116,7 +116,7 @@ def load(
   plugins.add_code_folder(file.parent)
   with _failures(path, file):
     module_spec.loader.exec_module(module)
-  get_config = getattr(module, "get_config", None)
+  get_config: Any = getattr(module, "get_config", None)
   if not _takes_argument(get_config):
     raise UserError(f"config file {path} has no function get_config(arg): define it")
   with _failures(path, file):

@@ -118,9 +118,29 @@ class RunConfig:
     for group, decay in self.ema.items():
       if not 0.0 <= decay < 1.0:
         raise UserError(f"ema.{group} is {decay}: it must be at least 0 and less than 1")
+    for rule in self.sharding:
+      if not _is_rule(rule):
+        raise UserError(
+          f"sharding has the rule {rule!r}: give a regular expression and a tuple of mesh axes or None, such "
+          "as ('up/kernel$', ('fsdp', None))"
+        )
     try:
       re.compile(self.init_fresh)
     except re.error as error:
       raise UserError(
         f"init_fresh is '{self.init_fresh}', which is not a regular expression: {error}"
       ) from None
+
+
+def _is_rule(rule: Any) -> bool:
+  """Whether it is a regular expression and a tuple with an axis, several axes or None for each dimension."""
+  if not (
+    isinstance(rule, tuple) and len(rule) == 2 and isinstance(rule[0], str) and isinstance(rule[1], tuple)
+  ):
+    return False
+  try:
+    re.compile(rule[0])
+  except re.error:
+    return False
+  axes = [axis for entry in rule[1] for axis in (entry if isinstance(entry, tuple) else (entry,))]
+  return all(axis is None or isinstance(axis, str) for axis in axes)

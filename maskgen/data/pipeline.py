@@ -8,6 +8,8 @@ constant time, and each process reads only its own rows of the global batch.
 import contextlib
 import dataclasses
 import functools
+import math
+import os
 import queue
 import threading
 from collections.abc import Generator, Iterator
@@ -103,6 +105,17 @@ class Data:
         f"'{self.eval_preprocess}' of shape {shapes['eval_preprocess']}: make them equal"
       )
     self._check_classes()
+    self._check_memory()
+
+  def _check_memory(self) -> None:
+    record = sum(math.prod(value.shape) * value.dtype.size for value in self._train.spec.values())
+    size = record * len(self._rows(self.batch_size))
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if size > memory:
+      raise UserError(
+        f"a batch of {self.batch_size} records takes {size / 1e9:,.0f} GB in each process, this machine has "
+        f"{memory / 1e9:,.0f} GB of memory: make batch_size smaller"
+      )
 
   def _check_subset(self) -> None:
     check_at_least(self, 0, "subset_seed")
