@@ -262,7 +262,7 @@ def test_the_same_width_everywhere_needs_no_shortcut():
     (lambda w: w.update({"norm.weight": np.ones(9, np.float32)}), HEADS, r"'norm.weight' has shape \(9,\)"),
     (lambda w: w["blocks.0.attn.qkv.bias"].fill(np.nan), HEADS, r"attn.qkv.bias' .*not finite"),
     (lambda w: w.update({"norm.weight": np.ones(8, np.int32)}), HEADS, "has type int32"),
-    (lambda w: w.update({"norm.weight": np.ones(8, jnp.bfloat16)}), HEADS, "type 'BF16': save them as"),
+    (lambda w: w.update({"norm.weight": np.ones(8, jnp.float8_e4m3fn)}), HEADS, "type 'F8_E4M3': save them"),
     (
       lambda w: w.update({"token_emb.word_embeddings.weight": np.ones((40, 8), np.float32)}),
       HEADS,
@@ -282,6 +282,26 @@ def test_a_wrong_mage_is_refused_in_one_sentence(tmp_path, change, options, mess
   with pytest.raises(UserError, match=message) as error:
     run_convert("mage", tmp_path / "wrong.safetensors", tmp_path / "out", *options)
   assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "_orig_mod.module."])
+def test_prefixes_of_all_names_are_dropped_and_bfloat16_is_read(tmp_path, prefix):
+  weights = {"a.weight": np.arange(6).reshape(2, 3).astype(jnp.bfloat16), "b": np.ones((), np.int64)}
+  save_file({f"{prefix}{name}": value for name, value in weights.items()}, tmp_path / "a.safetensors")
+  found = tensors.read(tmp_path / "a.safetensors")
+  tiny.assert_same_bits(found, {"a.weight": np.arange(6, dtype=np.float32).reshape(2, 3), "b": weights["b"]})
+
+
+def test_a_prefix_of_some_names_is_kept(tmp_path):
+  save_file({"module.a": np.ones(2), "b": np.ones(2)}, tmp_path / "a.safetensors")
+  assert tensors.read(tmp_path / "a.safetensors").keys() == {"module.a", "b"}
+
+
+@pytest.mark.parametrize("name", ["quant_conv.weight", "post_quant_conv.bias"])
+def test_a_tokenizer_with_convolutions_beside_its_codes_is_refused(tmp_path, name):
+  save_file(draw(tokenizer_shapes()) | draw({name: (4,)}), tmp_path / "tokenizer.safetensors")
+  with pytest.raises(UserError, match=f"has a tensor '{name}' for which this network has no layer"):
+    run_convert("vqgan_pytorch", tmp_path / "tokenizer.safetensors", tmp_path / "out")
 
 
 def test_a_null_class_that_does_not_exist_is_refused():
@@ -353,6 +373,7 @@ files = {
                                 for name, value in weights.items()}},
   "average": {"model": {}, "model_ema": weights},
   "parallel": {"model": {f"module.{name}": value for name, value in weights.items()}},
+  "compiled": {f"_orig_mod.{name}": value for name, value in weights.items()},
 }
 for name, content in files.items():
   torch.save(content, folder / f"{name}.pth")

@@ -406,6 +406,16 @@ def test_folders_round_trip(folders, name, model):
   assert half.model.unet.dtype == "bfloat16" and half.model.autoencoder.dtype == "float32"
 
 
+def test_bfloat16_files_are_read(folder):
+  def change(tensors):
+    tensors |= {name: value.astype(jnp.bfloat16) for name, value in tensors.items()}
+
+  retensor(folder / "vae" / "diffusion_pytorch_model.safetensors", change)
+  loaded = diffusers.load(folder).params["vae"]
+  expected = jax.tree.map(lambda leaf: np.asarray(leaf, jnp.bfloat16).astype(np.float32), params(TINY)["vae"])
+  jax.tree.map(np.testing.assert_array_equal, loaded, expected)
+
+
 def test_pictures_are_drawn(folders):
   loaded = diffusers.load(folders / "xl")
   model, noise = loaded.model, normal(2, 4, 4, 2)

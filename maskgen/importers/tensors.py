@@ -15,17 +15,20 @@ from typing import Any
 
 import flax.serialization
 import jax
+import jax.numpy as jnp
 import numpy as np
 import safetensors
-import safetensors.numpy
 from etils import epath
 from flax import traverse_util
 
 from maskgen import tree
 from maskgen.errors import UserError
+from maskgen.storage.tensors import parse
 
 # Keys under which checkpoints store their weights, in order of preference: averages first.
 WRAPPERS = ("model_ema", "model", "state_dict")
+# In front of every name if a model was saved inside DataParallel or after torch.compile.
+_PREFIXES = ("module.", "_orig_mod.")
 
 # What numpy and zipfile raise on bytes that are not an npz file, or a damaged one.
 DAMAGE = (ValueError, EOFError, NotImplementedError, RuntimeError, zipfile.BadZipFile, zlib.error)
@@ -36,7 +39,7 @@ Rename = Callable[[Any], dict[str, Any]]
 
 
 def read(path: epath.PathLike) -> Tensors:
-  """Reads a safetensors or PyTorch file; floats become float32.
+  """Reads a safetensors or PyTorch file; floats become float32, and prefixes of all names are dropped.
 
   A PyTorch file may wrap its weights in a dictionary (see `WRAPPERS`). Only tensors, containers and the
   arguments of the training command are unpickled; a file with anything else is rejected.
@@ -47,13 +50,16 @@ def read(path: epath.PathLike) -> Tensors:
   data = _bytes(path)
   if data[8:9] == b"{":
     try:
-      found: Mapping[str, Any] = safetensors.numpy.load(data)
-    except KeyError as error:  # a type that numpy lacks
-      raise UserError(f"{path} has numbers of type {error}: save them as float32 or float16") from None
+      found: Mapping[str, Any] = parse(data)
+    except KeyError as error:
+      raise UserError(
+        f"{path} has numbers of type {error}: save them as float32, float16 or bfloat16"
+      ) from None
     except (safetensors.SafetensorError, ValueError, TypeError) as error:
       raise UserError(f"{path} is not an intact safetensors file ({error}): download it again") from None
-    return {name: _float32(value) for name, value in found.items()}
-  return _read_torch(path, data)
+  else:
+    found = _read_torch(path, data)
+  return {name: _float32(value) for name, value in _without_prefixes(found).items()}
 
 
 def read_msgpack(path: epath.PathLike) -> Tensors:
@@ -150,9 +156,16 @@ def _bytes(path: epath.PathLike) -> bytes:
 
 
 def _float32(value: Any) -> np.ndarray:
-  """Converts floats to float32, which is exact for float16; leaves other types unchanged."""
+  """Converts floats to float32, exactly if they have 16 bits; leaves other types unchanged."""
   value = np.asarray(value)
-  return value.astype(np.float32) if np.issubdtype(value.dtype, np.floating) else value
+  return value.astype(np.float32, copy=False) if jnp.issubdtype(value.dtype, jnp.floating) else value
+
+
+def _without_prefixes(tensors: Mapping[str, Any]) -> Mapping[str, Any]:
+  for prefix in _PREFIXES * 2:  # in any order
+    if tensors and all(name.startswith(prefix) for name in tensors):
+      tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}
+  return tensors
 
 
 def _read_torch(path: epath.PathLike, data: bytes) -> Tensors:
@@ -184,8 +197,6 @@ def _read_torch(path: epath.PathLike, data: bytes) -> Tensors:
   if not isinstance(found, Mapping):
     raise UserError(f"{path} contains a {type(found).__name__}, not a dictionary of tensors")
   tensors = {str(name): value for name, value in found.items() if isinstance(value, torch.Tensor)}
-  if tensors and all(name.startswith("module.") for name in tensors):  # saved by DataParallel
-    tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
   return {
     name: value.detach().float().numpy() if value.is_floating_point() else value.numpy()
     for name, value in tensors.items()

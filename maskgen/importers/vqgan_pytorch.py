@@ -16,6 +16,8 @@ from maskgen.models.vqgan import VQGAN
 
 NORM_GROUPS = 32
 LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias"}
+# Prefixes of tensors that change what a tokenizer computes.
+PARTS = ("encoder.", "decoder.", "quantize.", "quant_conv.", "post_quant_conv.")
 # Our axes in their order: [in, out] and [h, w, in, out] to [out, in] and [out, in, h, w].
 AXES = {1: (0,), 2: (1, 0), 4: (3, 2, 0, 1)}
 BLOCK = {
@@ -39,7 +41,7 @@ def convert(path: epath.PathLike, image_size: int = 256) -> Converted:
   rename = functools.partial(to_reference, network=network)
   params = tensors.take(path, found, rename, shapes(network))
   unused = tuple(sorted(found.keys() - jax.eval_shape(rename, params).keys()))
-  refuse_left_over(path, unused, ("encoder.", "decoder.", "quantize."))
+  refuse_left_over(path, unused, PARTS)
   return tokenizer_export(section, params, image_size, unused)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -75,7 +76,12 @@ def _to_half(name: str, array: np.ndarray) -> np.ndarray:
 
 
 def parse(data: bytes) -> dict[str, np.ndarray]:
-  """The arrays of a safetensors file, bfloat16 included, which the library does not read as numpy."""
+  """Returns the arrays of a safetensors file, bfloat16 included.
+
+  Raises:
+    safetensors.SafetensorError: if it is damaged.
+    KeyError: with the type of numbers that NumPy and ml_dtypes lack.
+  """
   arrays = {
     name: np.frombuffer(found["data"], _dtype(found["dtype"])).reshape(found["shape"])
     for name, found in safetensors.deserialize(data)
@@ -111,6 +117,8 @@ def _parse_header(header: bytes) -> dict[str, jax.ShapeDtypeStruct]:
 
 def _dtype(name: str) -> Any:  # such as F32
   names = {"BF16": ml_dtypes.bfloat16, "BOOL": np.bool_}
+  if name not in names and not re.fullmatch(r"[FIU](8|16|32|64)", name):
+    raise KeyError(name)
   return names.get(name) or np.dtype(f"{name[0].lower()}{int(name[1:]) // 8}")
 
 
