@@ -49,6 +49,54 @@ def test_orientation_is_honoured(orientation, file_format):
   assert tuple(sides) == (SIZE if orientation < 5 else SIZE[::-1])
 
 
+def segment(kind: int, content: bytes) -> bytes:
+  return bytes([0xFF, kind]) + struct.pack(">H", len(content) + 2) + content
+
+
+def chunk(kind: bytes, content: bytes) -> bytes:
+  return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def rotated(file_format: str) -> tuple[bytes, bytes, bytes]:
+  """A file whose EXIF data turns it upside down, split around that data."""
+  exif = Image.Exif()
+  exif[0x0112] = 3
+  plain = encode(Image.fromarray(scene()), file_format)
+  if file_format == "JPEG":
+    return plain[:2], segment(0xE1, exif.tobytes()), plain[2:]
+  return plain[:33], chunk(b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0")), plain[33:]
+
+
+THUMBNAIL = b"Photoshop 3.0\0" + encode(Image.fromarray(scene()), "JPEG") + bytes(8000)
+
+
+@pytest.mark.parametrize(
+  ("file_format", "before"),
+  [
+    ("JPEG", segment(0xE1, b"http://ns.adobe.com/xap/1.0/\0" + b" " * 6000)),
+    ("JPEG", segment(0xED, THUMBNAIL)),
+    ("PNG", chunk(b"iCCP", b"x\0\0" + zlib.compress(np.random.default_rng(0).bytes(20_000)))),
+    ("PNG", chunk(b"zTXt", b"x\0\0" + bytes(5000))),
+  ],
+)
+def test_orientation_after_kilobytes_of_other_data_is_honoured(file_format, before):
+  start, exif, rest = rotated(file_format)
+  upright = shown(start + before + rest)
+  np.testing.assert_array_equal(upright, shown(start + rest))
+  assert difference(shown(start + before + exif + rest), upright[::-1, ::-1]) <= 3
+
+
+def test_orientation_after_the_pixels_of_a_png_is_honoured():
+  start, exif, rest = rotated("PNG")
+  after = start + rest[:-12] + exif + rest[-12:]
+  np.testing.assert_array_equal(shown(after), shown(start + rest)[::-1, ::-1])
+
+
+def test_transparency_after_kilobytes_of_other_data_is_shown_on_white():
+  data = encode(Image.fromarray(np.zeros((*SIZE, 3), np.uint8)), "PNG", transparency=(0, 0, 0))
+  assert (shown(data[:33] + chunk(b"zTXt", b"x\0\0" + bytes(5000)) + data[33:]) == 255).all()
+
+
 @pytest.mark.parametrize(
   ("mode", "file_format"),
   [
@@ -132,10 +180,6 @@ def test_crops_of_what_is_decoded_whole(file_format):
 
 def bomb(side: int) -> bytes:
   """A PNG that claims to have side x side pixels."""
-
-  def chunk(kind: bytes, content: bytes) -> bytes:
-    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
   header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
   return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0" * 99)) + chunk(b"IEND", b"")
 

@@ -3,7 +3,9 @@
 import contextlib
 import functools
 import io
+import re
 import warnings
+from collections.abc import Callable
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -15,8 +17,11 @@ MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 1 << 26)
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 _ORIENTATION = 0x0112  # the EXIF tag
-# The relevant metadata is at the start of a file, or after a colour profile of some kilobytes.
+# Ordinary metadata is in the first or last bytes of a file; to look further costs a call to Python.
 _HEAD = 4096
+# Of a PNG: a transparent colour, and orientation in a chunk of its own or in one of text.
+_PNG_METADATA = "tRNS|eXIf|Raw profile"
+_PNG_CHUNK = re.compile(rb"tRNS|eXIf|[tzi][ET]XtRaw profile")
 
 
 class Picture:
@@ -88,7 +93,9 @@ def _is_plain_jpeg(data: tf.Tensor) -> tf.Tensor:
 
   def look_inside() -> tf.Tensor:
     shape = tf.image.extract_jpeg_shape(data)
-    upright = tf.cond(_has(data, "Exif"), lambda: _ask_upright(data), lambda: tf.constant(True))
+    # Thumbnails, which are JPEG files themselves, may follow "Photoshop" and "JFXX".
+    doubtful = _has(_head(data), "Exif|Photoshop|JFXX") | ~_scan_begins(_head(data))
+    upright = tf.cond(doubtful, lambda: _ask(_is_upright, data), lambda: tf.constant(True))
     return upright & _is_small(shape[0], shape[1]) & ((shape[2] == 1) | (shape[2] == 3))
 
   return tf.cond(_is_framed(data, b"\xff\xd8\xff", b"\xff\xd9"), look_inside, lambda: tf.constant(False))
@@ -103,7 +110,10 @@ def _is_plain_png(data: tf.Tensor) -> tf.Tensor:
     )
     bits_and_colour = tf.strings.substr(data, 24, 2)
     ordinary = (bits_and_colour == b"\x08\x00") | (bits_and_colour == b"\x08\x02")
-    return ordinary & _is_small(height, width) & ~_has(data, "tRNS|eXIf|Raw profile")
+    head, tail = _head(data), tf.strings.substr(data, tf.maximum(tf.strings.length(data) - _HEAD, 0), _HEAD)
+    doubtful = ~_has(head, "IDAT") | _has(tail, _PNG_METADATA)
+    plain = tf.cond(doubtful, lambda: _ask(_is_without_metadata, data), lambda: tf.constant(True))
+    return ordinary & _is_small(height, width) & ~_has(head, _PNG_METADATA) & plain
 
   framed = _is_framed(data, b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR", b"IEND\xaeB`\x82")
   return tf.cond(framed, look_inside, lambda: tf.constant(False))
@@ -115,9 +125,19 @@ def _is_framed(data: tf.Tensor, first: bytes, last: bytes) -> tf.Tensor:
   return (tf.strings.substr(data, 0, len(first)) == first) & (end == last)
 
 
+def _head(data: tf.Tensor) -> tf.Tensor:
+  return tf.strings.substr(data, 0, _HEAD)
+
+
 def _has(data: tf.Tensor, words: str) -> tf.Tensor:
-  """Whether one of the `|`-separated words is in the first bytes of a file."""
-  return tf.strings.regex_full_match(tf.strings.substr(data, 0, _HEAD), rf"\C*({words})\C*")
+  """Whether one of the `|`-separated words is in a string."""
+  return tf.strings.regex_full_match(data, rf"\C*({words})\C*")
+
+
+def _scan_begins(data: tf.Tensor) -> tf.Tensor:
+  """Whether the marker that ends the metadata of a JPEG, and the two bytes of a length, are in a string."""
+  data = tf.io.decode_raw(data, tf.uint8)
+  return tf.reduce_any((data[:-3] == 0xFF) & (data[1:-2] == 0xDA) & (data[2:-1] == 0) & (data[3:] <= 14))
 
 
 def _is_small(height: tf.Tensor, width: tf.Tensor) -> tf.Tensor:
@@ -125,16 +145,28 @@ def _is_small(height: tf.Tensor, width: tf.Tensor) -> tf.Tensor:
 
 
 def _is_upright(data: bytes) -> np.bool_:
+  """Whether no EXIF data rotates a picture."""
   try:
-    return np.bool_(Image.open(io.BytesIO(data)).getexif().get(_ORIENTATION, 1) == 1)
+    image = Image.open(io.BytesIO(data))
+    return np.bool_("exif" not in image.info or image.getexif().get(_ORIENTATION, 1) == 1)
   except Exception:  # Unreadable metadata does not rotate a picture.
     return np.bool_(True)
 
 
+def _is_without_metadata(data: bytes) -> np.bool_:
+  """Whether no chunk of a PNG changes how it is shown."""
+  place = 8
+  while place + 8 <= len(data):
+    if _PNG_CHUNK.match(data, place + 4):
+      return np.bool_(False)
+    place += 12 + int.from_bytes(data[place : place + 4])
+  return np.bool_(True)
+
+
 # A graph even in eager execution, where `tf.numpy_function` would truncate strings at zeros.
 @functools.partial(tf.function, autograph=False)
-def _ask_upright(data: tf.Tensor) -> tf.Tensor:
-  return tf.ensure_shape(tf.numpy_function(_is_upright, [data], tf.bool), ())
+def _ask(question: Callable[[bytes], np.bool_], data: tf.Tensor) -> tf.Tensor:
+  return tf.ensure_shape(tf.numpy_function(question, [data], tf.bool), ())
 
 
 @functools.partial(tf.function, autograph=False)
