@@ -2,6 +2,8 @@
 
 import importlib.util
 import json
+import math
+import types
 
 import jax
 import pytest
@@ -9,6 +11,7 @@ import tiny
 
 from maskgen import tree
 from maskgen.benchmarks.dataless import build
+from maskgen.costs import chips
 from maskgen.errors import UserError
 from maskgen.preflight import estimate as estimate_lib
 from maskgen.preflight import remedies, table, topology
@@ -135,6 +138,19 @@ def test_the_first_remedy_that_fits_is_found_by_compiling(monkeypatch, tmp_path,
   preflight.main([*arguments, f"--json={tmp_path / 'report.json'}", "--config.mage.batch_size=8"])
   assert json.loads((tmp_path / "report.json").read_text())["remedy"] is None
   assert "use more or larger devices" in capsys.readouterr().out
+
+
+def test_a_gpu_offers_what_jax_takes_of_its_memory():
+  kind = "NVIDIA H200"
+
+  def limit(stats, platform="gpu", kind=kind):
+    device = types.SimpleNamespace(platform=platform, device_kind=kind, memory_stats=lambda: stats)
+    return estimate_lib._limit([device], chips.chip_of(device))
+
+  assert limit({"bytes_limit": 105e9}) == 105e9
+  assert limit(None) == 141e9
+  assert limit({}, kind="another GPU") == math.inf
+  assert limit(None, "tpu", "TPU v4") == 30.75 * 2**30
 
 
 # The command

@@ -124,11 +124,13 @@ def _local_bytes(leaf: Any) -> int:
 
 def _limit(devices: Sequence[Any], chip: chips.Chip | None) -> float:
   """The bytes that a program may use on each device."""
-  if chip is not None:
-    return chip.memory
-  if devices[0].platform == "cpu":  # virtual devices share what the machine has
+  device = devices[0]
+  if device.platform == "cpu":  # virtual devices share what the machine has
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / len(devices)
-  return (devices[0].memory_stats() or {}).get("bytes_limit", math.inf)
+  if device.platform == "tpu" and chip is not None:  # it may be elsewhere
+    return chip.memory
+  # JAX takes a part of a GPU's memory, three quarters unless told otherwise.
+  return (device.memory_stats() or {}).get("bytes_limit", math.inf if chip is None else chip.memory)
 
 
 def _least_communication(experiment: Experiment) -> float:
