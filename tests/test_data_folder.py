@@ -11,6 +11,7 @@ from PIL import Image
 from maskgen.data import listing, tables
 from maskgen.data.cpu_tf import tf
 from maskgen.data.listing import list_pictures
+from maskgen.data.reader import reason_of
 from maskgen.data.sources import Source, open_source
 from maskgen.errors import UserError
 
@@ -311,14 +312,23 @@ class TestCaptions:
     assert [text.decode() for text in found["a.b.jpg"]["caption"]] == ["one", "two", "three"]
     assert [text.decode() for text in found["d/ü.PNG"]["caption"]] == ["katze 猫"]
 
-  @pytest.mark.parametrize("content", [b"", b" \n\n", b"\xff\xfe"])
-  def test_a_damaged_text_file_is_a_damaged_record(self, tmp_path, content):
+  @pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+      (b"", "its caption is empty"),
+      (b" \n\n", "its caption is empty"),
+      (b"\xff\xfe", "its caption is not UTF-8 text"),
+      ("käse".encode("latin-1"), "its caption is not UTF-8 text"),
+    ],
+  )
+  def test_a_damaged_text_file_is_a_damaged_record(self, tmp_path, content, reason):
     _write(tmp_path, {"train/1.jpg": "", "train/1.txt": content, "test/1.jpg": ""})
     opened = open_source(f"folder:{tmp_path}", "train")
     with pytest.raises(tf.errors.OpError):
       _fetch(opened, 0)
-    with pytest.raises(tf.errors.OpError):
+    with pytest.raises(tf.errors.OpError) as error:
       next(tf.data.Dataset.range(1).map(opened.fetch).as_numpy_iterator())
+    assert reason_of(error.value) == reason
 
   def test_captions_of_some_pictures(self, tmp_path):
     _write(tmp_path, _named("1.jpg", "2.jpg") | {"captions.csv": "file,caption\n2.jpg,two\n"})

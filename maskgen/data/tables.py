@@ -123,7 +123,9 @@ def text_lines(text: tf.Tensor) -> tf.Tensor:
 
   Invalid UTF-8 and k = 0 raise `tf.errors`, as for a damaged record.
   """
-  text = tf.strings.unicode_transcode(text, "UTF-8", "UTF-8", errors="strict")
+  is_valid = tf.strings.unicode_transcode(text, "UTF-8", "UTF-8", errors="replace") == text
+  with tf.control_dependencies([tf.debugging.Assert(is_valid, ["its caption is not UTF-8 text"])]):
+    text = tf.identity(text)
   text = tf.strings.regex_replace(text, "^\ufeff", "")
   lines = tf.strings.strip(tf.strings.split(text, "\n"))
   lines = tf.boolean_mask(lines, lines != "")
