@@ -64,6 +64,7 @@ def write_config(tmp_path):
     (["stray"], r"argument 'stray' is not understood"),
     (["--config.seed", "3"], r"'--config\.seed' is not understood.*--config\.KEY=VALUE"),
     (["--mode=evaluate"], r"--mode: invalid choice: 'evaluate' .*train.*eval.*check"),
+    (["--config.seed=4294967301"], r"seed is 4294967301: it must be less than 2\*\*32"),
     (["--config.sed=3"], r"config has no key 'sed'; did you mean 'seed'\?"),
     (["--config.batch_sizes=3"], r"did you mean 'batch_size'\?"),
     (["--config.data.sorce=digits"], r"config\.data has no key 'sorce'; did you mean 'source'\?"),
@@ -477,6 +478,8 @@ def test_wrong_token_masks(mask, mage):
     (dict(seed=None), r"seed is None: give a whole number"),
     (dict(seed=1.5), r"seed is 1\.5: give a whole number"),
     (dict(seed=True), r"seed is True: give a whole number"),
+    (dict(seed=2**32 + 5), r"seed is 4294967301: give a whole number from 0 to 2\*\*32 - 1"),
+    (dict(seed=2**64), r"seed is 18446744073709551616: give a whole number"),
   ],
 )
 def test_wrong_sampling_options(options, message, mage):

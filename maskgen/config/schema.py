@@ -112,6 +112,8 @@ class RunConfig:
   def __post_init__(self):
     check_at_least(self, 1, "batch_size", "accumulation", "log_every_steps")
     check_at_least(self, 0, "seed")
+    if self.seed >= 2**32:  # JAX would use the last 32 bits
+      raise UserError(f"seed is {self.seed}: it must be less than 2**32")
     for length in ("total_steps", "total_epochs"):
       if getattr(self, length) is not None:
         check_at_least(self, 1, length)

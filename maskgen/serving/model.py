@@ -57,11 +57,11 @@ class Model:
       The results of the function, as NumPy arrays.
 
     Raises:
-      UserError: if the objective has no such function, or the seed is not a whole number.
+      UserError: if the objective has no such function, or the seed is not a whole number of 32 bits.
     """
     if name not in self._fns:
       raise UserError(self._cannot(name))
-    rng = jax.random.key(requests.whole("seed", seed))
+    rng = requests.key(seed)
     return jax.tree.map(np.asarray, self._fns[name](self.variables, batch, rng, **options))
 
   def features(self, images: np.ndarray) -> np.ndarray:

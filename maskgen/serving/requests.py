@@ -43,14 +43,26 @@ def count(batch: int | None, *conditions: Any) -> int:
   return whole("batch", batch, least=1)
 
 
+def key(seed: int) -> jax.Array:
+  """Returns the key of a seed.
+
+  Raises:
+    UserError: if the seed is not a whole number of 32 bits; JAX would use the last 32 bits of a larger one.
+  """
+  seed = whole("seed", seed)
+  if not -(2**31) <= seed < 2**32:
+    raise UserError(f"seed is {seed}: give a whole number from 0 to 2**32 - 1")
+  return jax.random.key(seed)
+
+
 def keys(seed: int, batch: int) -> jax.Array:
   """Returns one key per image; key i does not depend on `batch`.
 
   Raises:
-    UserError: if the seed is not a whole number.
+    UserError: as `key` does.
   """
-  seed = whole("seed", seed)
-  return jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.arange(batch))
+  root = key(seed)
+  return jax.vmap(lambda i: jax.random.fold_in(root, i))(jnp.arange(batch))
 
 
 def captions(prompt: Any, batch: int, reader: Captions | None) -> np.ndarray:
