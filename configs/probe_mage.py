@@ -9,7 +9,8 @@ export of a trained MAGE, or a converted one. For transfer to another data set t
 
 Hardware: 8 accelerators; there is no backward pass through the encoder. 90 epochs. The paper reports a top-1
 accuracy of 74.7% (78.9% for the large model). The authors of this file have only run `:tiny`, not the full
-recipe.
+recipe. In the reference implementation the dropout of 0.1 on the embedding stays active while the probe
+trains; here the frozen encoder has no dropout.
 
 Arguments:
   :size          the paper's recipe to use, base or large; by default that of `model`
@@ -52,8 +53,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         source=args.source or f"folder:{args.path}",
         split="train",
         eval_split=args.eval_split,
-        preprocess="decode(3)|random_resized_crop(256, (0.2, 1.0))|flip_lr",
-        eval_preprocess="decode(3)|resize_small(292)|center_crop(256)",
+        preprocess="decode(3)|random_resized_crop(256, (0.2, 1.0), 'bicubic', clamp=True)|flip_lr",
+        eval_preprocess="decode(3)|resize_small(292, 'bicubic')|center_crop(256)",
       ),
       pretrained=dict(encoder=args.model or f"runs/mage_{args.size}"),
       objective=dict(

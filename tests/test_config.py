@@ -10,6 +10,7 @@ import pytest
 from maskgen import config as config_lib
 from maskgen import main
 from maskgen.config import fields
+from maskgen.data.preprocess import parse_preprocess
 from maskgen.errors import UserError, nearest
 from maskgen.models.vqgan import VQGAN
 from maskgen.training import optim
@@ -161,6 +162,22 @@ def test_stages_share_no_section():
 def test_sizes_that_do_not_exist_are_named(name):
   with pytest.raises(UserError, match=r"':size=bsae' does not exist; did you mean 'base'\?"):
     config_lib.load(f"configs/{name}.py:size=bsae")
+
+
+def test_recipes_of_mage_augment_as_the_reference():
+  """`main_linprobe.py`, `util/datasets.py` and the flags of `main_finetune.py` in the authors' repository."""
+  probe, *finetune = (
+    config_lib.load(f"configs/{name}_mage.py").data for name in ("probe", "finetune", "fewshot")
+  )
+  assert probe.preprocess == "decode(3)|random_resized_crop(256, (0.2, 1.0), 'bicubic', clamp=True)|flip_lr"
+  for data in (probe, *finetune):
+    assert data.eval_preprocess == "decode(3)|resize_small(292, 'bicubic')|center_crop(256)"
+  for data in finetune:
+    _, crop, _, augment = parse_preprocess(data.preprocess).ops
+    arguments = dict(scale=(0.2, 1.0), method="bicubic", clamp=False)
+    assert arguments.items() <= crop.arguments.items()
+    arguments = dict(layers=2, magnitude=9.0, std=0.5, increasing=True, method="bicubic")
+    assert augment.arguments == arguments | {"fill": tuple(round(255 * x) for x in (0.485, 0.456, 0.406))}
 
 
 # Overrides

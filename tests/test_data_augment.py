@@ -19,7 +19,7 @@ OURS = {
   "color_jitter": augment.color_jitter,
   "grayscale": augment.grayscale,
   "blur": functools.partial(augment.blur, probability=0.8),
-  "rand_augment": rand_augment.rand_augment,
+  "rand_augment": functools.partial(rand_augment.rand_augment, increasing=True, method="bicubic"),
 }
 
 
@@ -127,6 +127,10 @@ def test_probability(name, others, probability):
     ("rand_augment", {"layers": 1.5}, "layers is 1.5"),
     ("rand_augment", {"magnitude": 11}, "magnitude is 11, not a number from 0 to 10"),
     ("rand_augment", {"std": -1}, "std is -1, not a number of at least 0"),
+    ("rand_augment", {"increasing": 1}, "increasing is 1, not True or False"),
+    ("rand_augment", {"method": "nearest"}, "method is 'nearest', not one of bilinear, bicubic"),
+    ("rand_augment", {"fill": (1, 2)}, r"fill is \(1, 2\), not a level from 0 to 255, or one for each"),
+    ("rand_augment", {"fill": 256}, "fill is 256"),
     ("rand_augment", {"std": True}, "std is True, not a number of at least 0"),
   ],
 )

@@ -1,6 +1,7 @@
 """Preprocessing ops: against Pillow, eager against tf.data, and as specifications."""
 
 import io
+import math
 
 import numpy as np
 import pytest
@@ -142,6 +143,21 @@ def test_random_resized_crop_samples_area_and_aspect_ratio():
 def test_random_resized_crop_falls_back_to_the_centre():
   start, extent = _crop_boxes((20, 200), (0.9, 1.0), count=5)  # nothing of this area fits
   assert (start == (0, 86)).all() and (np.abs(extent - (20, 27)) <= 1).all()
+
+
+def test_a_clamped_crop_is_the_first_draw_as_in_mae():
+  height, width = 20, 200
+  y, x = np.meshgrid(np.arange(height), np.arange(width), indexing="ij")
+  image = tf.constant(np.stack([y, x, 0 * x], -1).astype(np.uint8))
+  for seed in _seeds(20):
+    draws = tf.random.stateless_uniform([22], seed).numpy()
+    area = height * width * (0.2 + 0.8 * draws[0])
+    ratio = math.exp(math.log(3 / 4) + math.log(16 / 9) * draws[10])
+    h = min(round(math.sqrt(area / ratio)), height)
+    w = min(round(math.sqrt(area * ratio)), width)
+    top, left = int(draws[20] * (height - h + 1)), int(draws[21] * (width - w + 1))
+    crop = ops.random_resized_crop(image, (h, w), (0.2, 1.0), "nearest", False, clamp=True, seed=seed)
+    np.testing.assert_array_equal(crop, image[top : top + h, left : left + w])
 
 
 def test_preprocessing_agrees_with_ops_and_tf_data():

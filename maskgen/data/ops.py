@@ -117,6 +117,7 @@ def random_resized_crop(
   scale: tuple[float, float] = (0.2, 1.0),
   method: str = "bilinear",
   antialias: bool = True,
+  clamp: bool = False,
   *,
   seed: tf.Tensor,
 ) -> tf.Tensor:
@@ -124,7 +125,8 @@ def random_resized_crop(
 
   The rectangle's fraction of the area is uniform in `scale`, and the logarithm of its aspect ratio is
   uniform between those of 3/4 and 4/3. The first of ten draws that fits the image is used; if none
-  fits, the largest centred rectangle with an aspect ratio in that range.
+  fits, the largest centred rectangle with an aspect ratio in that range. With `clamp`, the first draw is
+  always used, its sides no longer than the image's (BYOL, Grill et al. 2020; MAE, He et al. 2022).
   """
   target = _height_width(size)
   if not (isinstance(scale, tuple) and len(scale) == 2 and 0.0 < scale[0] <= scale[1] <= 1.0):
@@ -139,6 +141,8 @@ def random_resized_crop(
   draws = tf.round(tf.sqrt(tf.stack([area / ratio, area * ratio], axis=1)))  # [10, (h, w)]
   largest = [tf.minimum(height, width / narrow), tf.minimum(width, height * wide)]
   candidates = tf.concat([draws, tf.round([largest])], axis=0)
+  if clamp:
+    candidates = tf.clip_by_value(candidates, 1.0, sides)
   fits = tf.reduce_all((candidates >= 1.0) & (candidates <= sides), axis=1)
   first = tf.argmax(tf.concat([fits[:-1], [True]], axis=0))  # the first True
   crop = tf.maximum(candidates[first], 1.0)
