@@ -119,6 +119,23 @@ def test_every_mode_is_shown_as_pillow_shows_it(mode, file_format):
   assert difference(shown(data, 1)[..., 0], np.asarray(expected.convert("L"))) <= 3
 
 
+@pytest.mark.parametrize("subsampling", [0, 2])
+@pytest.mark.parametrize("quality", [50, 75, 95])
+@pytest.mark.parametrize("orientation", [None, 6])
+def test_jpegs_are_decoded_as_by_pillow(orientation, quality, subsampling):
+  noise = np.random.default_rng(quality).normal(0, 25, (*SIZE, 3))
+  exif = Image.Exif()
+  if orientation:
+    exif[0x0112] = orientation
+  noisy = Image.fromarray(np.clip(scene() + noise, 0, 255).astype(np.uint8))
+  data = encode(noisy, "JPEG", quality=quality, subsampling=subsampling, exif=exif)
+  expected = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data)))).astype(int)
+  picture = Picture(tf.constant(data), 3)
+  assert np.abs(picture.pixels().numpy() - expected).mean() <= 0.05
+  crop = picture.crop(tf.constant([4, 6]), tf.constant([20, 24])).numpy()
+  assert np.abs(crop - expected[4:24, 6:30])[2:-2, 2:-2].mean() <= 0.05
+
+
 @pytest.mark.parametrize(
   ("mode", "file_format"), [("RGBA", "PNG"), ("LA", "PNG"), ("P", "PNG"), ("P", "GIF")]
 )

@@ -1,5 +1,6 @@
 """Token caches: training sees the same as live, however the cache was made."""
 
+import dataclasses
 import itertools
 import json
 import re
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import tiny
 from etils import epath
+from PIL import Image
 
 import maskgen
 from maskgen import config
@@ -285,6 +287,44 @@ def test_a_cache_without_checksums_is_read_with_a_warning_and_its_values_are_che
     with pytest.raises(UserError, match=rf"{kind}_00001.npy is damaged \(values from \d+ to {value} for "):
       sources.open_source(f"tokens:{out}", "train")
     shutil.copy(tmp_path / f"{kind}_00001.npy", out)
+
+
+def test_a_cache_of_an_older_version_is_read_with_a_warning(cache, tmp_path, caplog):
+  shutil.copytree(cache, out := tmp_path / "cache")
+  manifest = json.loads((out / "manifest.json").read_text())
+  assert manifest.pop("jpeg_decoding") == ""  # synthetic pictures are arrays
+  (out / "manifest.json").write_text(json.dumps(manifest))
+  old, new = (sources.open_source(f"tokens:{folder}", "train") for folder in (out, cache))
+  (record,) = caplog.records
+  assert "was made by an older version, which decoded JPEGs" in record.getMessage()
+  assert old.fingerprint == new.fingerprint  # runs on the cache continue
+  today = Cache.open(epath.Path(cache)).manifest
+  Cache.create(epath.Path(out), today)
+  with pytest.raises(UserError, match="jpeg_decoding=None, not INTEGER_ACCURATE: give another folder"):
+    Cache.create(epath.Path(out), dataclasses.replace(today, jpeg_decoding="INTEGER_ACCURATE"))
+
+
+def test_a_run_on_jpegs_of_an_older_version_continues_with_a_warning(tmp_path, caplog):
+  for number in range(8):
+    picture = Image.fromarray(np.full((16, 16, 3), 30 * number, np.uint8))
+    (tmp_path / "train" / str(number % 2)).mkdir(parents=True, exist_ok=True)
+    picture.save(tmp_path / "train" / str(number % 2) / f"{number}.jpg")
+  data = {"data__source": f"folder:{tmp_path}/train", "data__split": "train", "data__eval_split": "train"}
+  experiment = Experiment(tiny.stage("tokenizer", "", data__preprocess=PLAIN, **data))
+  workdir = epath.Path(tmp_path)
+  experiment.write_data(workdir)
+  experiment.check_data(workdir)
+  before = json.loads((tmp_path / "data.json").read_text())
+  for use in before.values():
+    assert use.pop("jpeg_decoding") == "INTEGER_ACCURATE"
+  (tmp_path / "data.json").write_text(json.dumps(before))
+  assert not caplog.records
+  experiment.check_data(workdir)
+  assert all("decoded the JPEGs of" in record.getMessage() for record in caplog.records)
+  assert len(caplog.records) == 2
+  experiment.write_data(workdir)
+  experiment.check_data(workdir)
+  assert len(caplog.records) == 2
 
 
 def test_a_damaged_shard_is_named(cache, tmp_path):

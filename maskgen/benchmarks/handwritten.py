@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from maskgen.data.cpu_tf import tf
+from maskgen.data.picture import JPEG_DECODING
 from maskgen.data.preprocess import parse_preprocess
 from maskgen.data.reader import reason_of
 from maskgen.data.sources import Source, open_source
@@ -74,7 +75,7 @@ class Handwritten:
 
   def _decode(self, file: tf.Tensor) -> tf.Tensor:
     if self._are_jpegs:
-      return tf.io.decode_jpeg(file, self._channels)
+      return tf.io.decode_jpeg(file, self._channels, dct_method=JPEG_DECODING)
     return tf.io.decode_image(file, self._channels, expand_animations=False)
 
   def _load(self, key: tf.Tensor) -> tf.Tensor:
@@ -82,7 +83,7 @@ class Handwritten:
     if self._are_jpegs and ops and ops[0][0] == _CROP:
       arguments = ops.pop(0)[1]
       rectangle = _random_rectangle(tf.io.extract_jpeg_shape(file), arguments["scale"])
-      image = tf.io.decode_and_crop_jpeg(file, rectangle, self._channels)
+      image = tf.io.decode_and_crop_jpeg(file, rectangle, self._channels, dct_method=JPEG_DECODING)
       image = _resize(image, _pair(arguments["size"]), arguments)
     else:
       image = self._decode(file)

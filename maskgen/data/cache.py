@@ -39,6 +39,7 @@ class Manifest:
     records: the number of records.
     class_names: the name of each label, or None.
     shard_records: the number of records per shard; the last shard may have fewer.
+    jpeg_decoding: how JPEGs were decoded; "" if there were none, None if an older version made the cache.
   """
 
   tokenizer: str
@@ -54,6 +55,7 @@ class Manifest:
   records: int
   class_names: tuple[str, ...] | None
   shard_records: int
+  jpeg_decoding: str | None = None
 
   @property
   def dtype(self) -> np.dtype:
@@ -88,7 +90,7 @@ class Cache:
       cache = cls.open(folder)
       for field in dataclasses.fields(Manifest):
         before, now = getattr(cache.manifest, field.name), getattr(manifest, field.name)
-        if before != now:
+        if before != now and not (before is None and now == ""):
           raise UserError(
             f"{folder} has a cache with {field.name}={before}, not {now}: give another folder, or delete it"
           )
@@ -157,6 +159,12 @@ class Cache:
       log.warning(
         "%d of the %d shards of the token cache %s have no checksums, as an older version wrote them",
         *(unchecked, len(read), self.folder),
+      )
+    if kind == "codes" and self.manifest.jpeg_decoding is None:
+      log.warning(
+        "the token cache %s was made by an older version, which decoded JPEGs about 1 of 255 levels "
+        "differently: if its pictures are JPEGs, regenerate it with maskgen.tools.tokenize",
+        self.folder,
       )
     return [array for array, _ in read]
 

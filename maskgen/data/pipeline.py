@@ -238,16 +238,14 @@ class Data:
 
   @property
   def fingerprints(self) -> dict[str, dict[str, str | int]]:
-    """What identifies the records of training and evaluation, to detect changes."""
-    readers = {"training": self._train, "evaluation": self._eval}
-    return {
-      use: {
-        "source": reader.source.name,
-        "size": reader.source.size,
-        "fingerprint": reader.source.fingerprint,
-      }
-      for use, reader in readers.items()
-    }
+    """What identifies the records of training and evaluation, and how JPEGs among them are decoded."""
+    found: dict[str, dict[str, str | int]] = {}
+    for use, reader in (("training", self._train), ("evaluation", self._eval)):
+      source = reader.source
+      found[use] = {"source": source.name, "size": source.size, "fingerprint": source.fingerprint}
+      if reader.jpeg_decoding:
+        found[use]["jpeg_decoding"] = reader.jpeg_decoding
+    return found
 
   def describe(self, records: np.ndarray) -> list[str]:
     """Returns the names of training records, given by index, int [b]."""

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from maskgen.data.cpu_tf import tf
+from maskgen.data.picture import JPEG_DECODING
 from maskgen.data.preprocess import Preprocess, Record
 from maskgen.data.skipped import Skipped
 from maskgen.data.sources import Source
@@ -82,6 +83,17 @@ class Reader:
           "it with an op that sets the size such as resize(256) or center_crop(256)"
         )
     return spec
+
+  @functools.cached_property
+  def jpeg_decoding(self) -> str:
+    """How JPEGs are decoded; "" if the first record is not one."""
+    try:
+      image = self.source.fetch(tf.constant(0, tf.int64)).get("image")
+    except tf.errors.OpError:
+      return ""
+    if image is None or image.dtype != tf.string or not image.numpy().startswith(b"\xff\xd8\xff"):
+      return ""
+    return JPEG_DECODING
 
   def batches(self, locate: Locate, size: int, *, start: int = 0, stop: int | None = None) -> Iterator[Batch]:
     """Yields batches `start` to `stop` (endlessly if None); batch i begins at row i * size."""

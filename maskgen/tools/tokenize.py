@@ -101,6 +101,7 @@ def main(argv: Sequence[str]) -> None:
     records=reader.source.size,
     class_names=reader.source.class_names,
     shard_records=args.shard_records,
+    jpeg_decoding=reader.jpeg_decoding,
   )
   cache = Cache.create(epath.Path(args.out), manifest)
   mine = [number for number in cache.missing() if number % count == index]

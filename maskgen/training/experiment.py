@@ -244,7 +244,7 @@ class Experiment:
       raise UserError(f"config.init_from={given}: {error}") from None
 
   def check_data(self, workdir: epath.Path) -> None:
-    """Checks that the records are those with which the run in this workdir began.
+    """Checks that the records are those with which the run in this workdir began; warns of another decoder.
 
     Raises:
       UserError: if they are not.
@@ -257,6 +257,13 @@ class Experiment:
       if before.get(use, now) != now:
         if not isinstance(before[use], dict) or not {"source", "size"} <= before[use].keys():
           raise files.damaged(workdir / DATA, f"of {use} it says {before[use]!r}", remedy)
+        if before[use] == {key: value for key, value in now.items() if key != "jpeg_decoding"}:
+          log.warning(
+            "this run began with an older version, which decoded the JPEGs of %s about 1 of 255 levels "
+            "differently: start a new workdir if all of its steps must see the same pixels",
+            now["source"],
+          )
+          continue
         change = (
           f"{before[use]['source']} had {before[use]['size']} records, {now['source']} has {now['size']}"
         )

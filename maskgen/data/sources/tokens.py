@@ -28,6 +28,9 @@ def open_tokens(path: str, split: str) -> Source:
   if manifest.class_names:
     labels = tf.constant(np.concatenate(cache.read("labels")), tf.int64)
   dtype = tf.as_dtype(manifest.dtype)
+  identity = dataclasses.astuple(manifest)
+  if not manifest.jpeg_decoding:
+    identity = identity[:-1]  # as before the manifest had it
 
   def read(index: np.int64) -> np.ndarray:
     shard, row = divmod(int(index), manifest.shard_records)
@@ -45,6 +48,6 @@ def open_tokens(path: str, split: str) -> Source:
     manifest.records,
     manifest.class_names,
     fetch,
-    hashlib.sha256(repr(dataclasses.astuple(manifest)).encode()).hexdigest(),
+    hashlib.sha256(repr(identity).encode()).hexdigest(),
     codes=Codes(manifest.tokenizer, manifest.image_shape),
   )
