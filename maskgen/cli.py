@@ -6,12 +6,14 @@ import os
 import sys
 import threading
 import traceback
+import uuid
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from etils import epath
 
 from maskgen import plugins
+from maskgen.config import MAX_SEED, check_seed
 from maskgen.errors import UserError, storage_errors
 
 EXIT_TIMEOUT = 10.0
@@ -33,6 +35,10 @@ class Parser(argparse.ArgumentParser):
     self.add_argument("--model", required=True, help=f"{help}; or a name of maskgen.available()")
     self.add_argument("--trust_code", action="store_true", help="run the code in the model's folder")
 
+  def add_seed(self, help: str) -> None:  # noqa: A002  (argparse's name)
+    """Adds `--seed`."""
+    self.add_argument("--seed", type=_seed, default=0, help=help)
+
   def parse_known_args(self, *args: Any, **options: Any) -> Any:
     parsed, rest = super().parse_known_args(*args, **options)
     if getattr(parsed, "trust_code", False):
@@ -41,6 +47,14 @@ class Parser(argparse.ArgumentParser):
 
   def error(self, message: str):
     raise UserError(f"{message} (see --help)")
+
+
+def _seed(text: str) -> int:
+  try:
+    check_seed("seed", number := int(text))
+  except ValueError:
+    raise argparse.ArgumentTypeError(f"'{text}' is not a whole number from 0 to {MAX_SEED}") from None
+  return number
 
 
 def check_out(path: str, flag: str = "out", kind: str = ".png") -> None:
@@ -52,25 +66,46 @@ def check_out(path: str, flag: str = "out", kind: str = ".png") -> None:
   folder = epath.Path(path).parent
   if not path.endswith(kind):
     raise UserError(f"--{flag}={path}: give the name of a {kind} file")
+  if epath.Path(path).is_dir():
+    raise UserError(f"--{flag}={path} is a folder: give the name of a {kind} file")
   if not folder.is_dir():
     raise UserError(f"--{flag}={path}: the folder {folder} does not exist, create it first")
   if not writable(folder):
     raise UserError(f"--{flag}={path}: the folder {folder} is not writable, give another")
 
 
+def check_out_folder(path: str, flag: str = "out") -> None:
+  """Checks before long work that a folder can be created or written.
+
+  Raises:
+    UserError: if not.
+  """
+  folder = epath.Path(path)
+  if not path or (folder.exists() and not folder.is_dir()) or not writable(folder):
+    raise UserError(f"--{flag}={path}: it is not a writable folder, give another")
+
+
 def writable(folder: epath.Path) -> bool:
   """Whether a local folder can be created or written; stores are not checked."""
-  if "://" in str(folder):
-    return True
-  folder = nearest_existing(folder)
-  return folder.is_dir() and os.access(folder, os.W_OK)
+  if "://" not in str(folder):
+    try:
+      probe(folder)
+    except (PermissionError, FileNotFoundError, NotADirectoryError):
+      return False
+  return True
 
 
-def nearest_existing(folder: epath.Path) -> epath.Path:
-  """Returns the nearest existing ancestor of a local folder, or itself; in stores all folders exist."""
+def probe(folder: epath.Path) -> None:
+  """Writes and removes a file in the nearest existing ancestor of a folder; in stores all folders exist.
+
+  Raises:
+    OSError: if that fails; permissions do not tell, as root has all of them.
+  """
   while "://" not in str(folder) and not folder.exists():
     folder = folder.parent
-  return folder
+  file = folder / f".writable-{uuid.uuid4().hex}"
+  file.write_text("")
+  file.unlink()
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:

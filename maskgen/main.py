@@ -9,7 +9,6 @@ import json
 import logging
 import re
 import time
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -173,13 +172,9 @@ def check_workdir(root: epath.Path, config: Mapping[str, Any], mode: str) -> Non
   with storage_errors(root):
     check_same_run(root, config, mode)
     try:
-      if mode == "train":
+      if mode == "train" or "://" not in str(root):
         # A new workdir is not created yet: the config may still turn out to be invalid.
-        probe = cli.nearest_existing(root) / f".writable-{uuid.uuid4().hex}"
-        probe.write_text("")
-        probe.unlink()
-      elif not cli.writable(root):
-        raise PermissionError("permission denied")
+        cli.probe(root)
     except (PermissionError, FileNotFoundError, NotADirectoryError) as error:
       raise UserError(
         f"workdir {root} is not writable ({error.strerror or error}): give another --workdir"

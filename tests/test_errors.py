@@ -1,6 +1,7 @@
 """Any wrong input ends with one sentence that names it and the remedy."""
 
 import concurrent.futures
+import importlib
 import json
 import shutil
 
@@ -64,7 +65,7 @@ def write_config(tmp_path):
     (["stray"], r"argument 'stray' is not understood"),
     (["--config.seed", "3"], r"'--config\.seed' is not understood.*--config\.KEY=VALUE"),
     (["--mode=evaluate"], r"--mode: invalid choice: 'evaluate' .*train.*eval.*check"),
-    (["--config.seed=4294967301"], r"seed is 4294967301: it must be less than 2\*\*32"),
+    (["--config.seed=4294967301"], r"seed is 4294967301: it must be a whole number from 0 to"),
     (["--config.sed=3"], r"config has no key 'sed'; did you mean 'seed'\?"),
     (["--config.batch_sizes=3"], r"did you mean 'batch_size'\?"),
     (["--config.data.sorce=digits"], r"config\.data has no key 'sorce'; did you mean 'source'\?"),
@@ -158,6 +159,8 @@ def test_required_arguments(missing, tmp_path):
     ("batch_size = 0", r"batch.size"),
     ("accumulation = 3", r"not divisible by 8 .* times 3 .* multiple of 24"),
     ("total_epochs = 3.0", r"total_steps and total_epochs are both set"),
+    ("seed = -1", r"config: seed is -1: it must be a whole number from 0 to 4294967295"),
+    ("seed = 2**64", r"config: seed is 18446744073709551616: it must be"),
     ("total_steps = 0", r"total_steps"),
     ("total_steps = -3", r"total_steps"),
     ("log_every_steps = 0", r"log_every_steps"),
@@ -183,6 +186,7 @@ def test_wrong_keys_and_values(line, message, tmp_path, write_config):
     ("objective.mask_ratio = dict(lo=0.5)", r"config\.objective\.mask_ratio has no key 'lo'"),
     ("pretrained = dict()", r"config\.pretrained\.tokenizer is missing"),
     ("pretrained.tokenizer = '/nowhere/at/all'", r"/nowhere/at/all does not exist"),
+    ("evals.samples.seed = 2**64", r"config\.evals\.samples\.seed is 18446744073709551616"),
     ("evals.samples.masks = ('middle',)", r"mask 'middle' does not exist"),
   ],
 )
@@ -372,6 +376,45 @@ def test_a_checkpoint_of_another_shape_gives_two_columns(tmp_path, trained, writ
   rows = [line.split(maxsplit=1) for line in assert_clear(error).split("\n")[1:]]
   assert rows[0][0] == "parameter" and rows[0][1].split() == ["found", "expected"]
   assert any(name.endswith("codebook") and "[32, 4]" in rest and "[32, 6]" in rest for name, rest in rows)
+
+
+# Tools
+
+
+@pytest.mark.parametrize("out", ["/proc/x", "file", "file/x"])
+@pytest.mark.parametrize("tool", ["tokenize", "sweep", "export", "convert", "bench"])
+def test_folders_that_cannot_be_written(tool, out, tmp_path, trained):
+  (tmp_path / "file").write_text("x")
+  arguments = {
+    "tokenize": ["--source=digits"],
+    "convert": ["--format=mage", "--weights=nowhere"],
+    "bench": ["step", f"--config={tiny.FILE}:only=tokenizer"],
+  }.get(tool, [])
+  model = [] if tool in ("convert", "bench") else [f"--model={trained / 'mage'}"]
+  flag = "profile" if tool == "bench" else "out"
+  with pytest.raises(UserError, match=f"--{flag}=.*: it is not a writable folder, give another") as error:
+    importlib.import_module(f"maskgen.tools.{tool}").main([*arguments, *model, f"--{flag}={tmp_path / out}"])
+  assert_clear(error)
+
+
+@pytest.mark.parametrize(
+  ("arguments", "message"),
+  [
+    (["--out=folder.png"], r"--out=folder\.png is a folder: give the name of a \.png file"),
+    (["--out=/proc/x.png"], r"the folder /proc is not writable"),
+    (["--out=a.png", "--trajectory=folder.png"], r"--trajectory=folder\.png is a folder"),
+    (["--out=a.png", "--seed=-1"], r"--seed: '-1' is not a whole number from 0 to 4294967295"),
+    (["--out=a.png", "--seed=4294967296"], r"--seed: '4294967296' is not a whole number"),
+    (["--out=a.png", f"--seed={2**64}"], r"--seed: '18446744073709551616' is not a whole number"),
+    (["--out=a.png", "--seed=x"], r"--seed: 'x' is not a whole number"),
+  ],
+)
+def test_wrong_files_and_seeds(arguments, message, tmp_path, trained, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "folder.png").mkdir()
+  with pytest.raises(UserError, match=message) as error:
+    generate.main([f"--model={trained / 'mage'}", *arguments])
+  assert_clear(error)
 
 
 # Models

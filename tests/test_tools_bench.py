@@ -429,7 +429,10 @@ def test_kinds_of_operations(function, shapes, kinds):
     (["step", TINY, "--batch_size=12"], "config.batch_size=12 is not divisible by 8 .* use a multiple of 8"),
     (["step", TINY, "--steps=0"], "--steps=0: give at least 1"),
     (["step", TINY, "--warmup=-1"], "--warmup=-1: give at least 0"),
-    (["step", TINY, f"{TINY}/x".replace("config", "profile")], "/x: not writable, give another folder"),
+    (
+      ["step", TINY, f"{TINY}/x".replace("config", "profile")],
+      "/x: it is not a writable folder, give another",
+    ),
     (["sample", TINY, "--stage=tokenizer"], "'tokenizer' does not generate: .* objective 'mage'"),
     (["sample", TINY, "--batch_size=12"], "config.batch_size=12 is not divisible by 8"),
     (["sample", TINY, "--sampling_steps=0"], "--sampling_steps=0: give at least 1"),

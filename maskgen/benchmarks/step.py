@@ -5,11 +5,8 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from etils import epath
-
 from maskgen import cli
 from maskgen.benchmarks import common
-from maskgen.errors import UserError
 
 # The number of steps in a profile.
 _PROFILED = 3
@@ -44,8 +41,8 @@ def main(argv: Sequence[str]) -> Iterator[dict[str, Any]]:
   common.check_at_least(args, 1, "steps")
   common.check_at_least(args, 0, "warmup")
   sizes = common.batch_sizes(args, config)
-  if args.profile is not None and not (args.profile and cli.writable(epath.Path(args.profile))):
-    raise UserError(f"--profile={args.profile}: not writable, give another folder")
+  if args.profile is not None:
+    cli.check_out_folder(args.profile, "profile")
 
   import jax
 

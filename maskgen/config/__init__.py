@@ -1,6 +1,15 @@
 """Configs: files that return a `ConfigDict`, and the dataclasses built from its sections."""
 
-from maskgen.config.build import DTYPES, build_dataclass, check_at_least, check_dtype, check_share, duration
+from maskgen.config.build import (
+  DTYPES,
+  MAX_SEED,
+  build_dataclass,
+  check_at_least,
+  check_dtype,
+  check_seed,
+  check_share,
+  duration,
+)
 from maskgen.config.changes import difference
 from maskgen.config.loading import choose, find_file, load, load_beside, parse_arg, to_dict
 from maskgen.config.rules import TRANSFORMER_RULES
@@ -8,6 +17,7 @@ from maskgen.config.schema import Checkpointing, Mesh, Profile, RunConfig
 
 __all__ = [
   "DTYPES",
+  "MAX_SEED",
   "TRANSFORMER_RULES",
   "Checkpointing",
   "Mesh",
@@ -16,6 +26,7 @@ __all__ = [
   "build_dataclass",
   "check_at_least",
   "check_dtype",
+  "check_seed",
   "check_share",
   "choose",
   "difference",

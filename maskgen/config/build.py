@@ -12,6 +12,7 @@ from typing import Any
 from maskgen.config import fields as fields_lib
 from maskgen.errors import UserError, nearest
 
+MAX_SEED = 2**32 - 1
 DTYPES = ("float32", "bfloat16", "float16")
 
 
@@ -26,6 +27,16 @@ def check_at_least(section: Any, least: float, *names: str) -> None:
     for number in value if isinstance(value, tuple) else (value,):
       if isinstance(number, bool) or not isinstance(number, int | float) or not number >= least:
         raise UserError(f"{name} is {value!r}: it must be a number of at least {least}")
+
+
+def check_seed(name: str, value: int) -> None:
+  """Checks a random seed; JAX's keys ignore all but its lowest 32 bits.
+
+  Raises:
+    UserError: naming the seed that is out of range.
+  """
+  if not 0 <= value <= MAX_SEED:
+    raise UserError(f"{name} is {value}: it must be a whole number from 0 to {MAX_SEED}")
 
 
 def check_share(section: Any, *names: str) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from maskgen.config import fields
-from maskgen.config.build import check_at_least
+from maskgen.config.build import check_at_least, check_seed
 from maskgen.errors import UserError
 
 
@@ -111,9 +111,7 @@ class RunConfig:
 
   def __post_init__(self):
     check_at_least(self, 1, "batch_size", "accumulation", "log_every_steps")
-    check_at_least(self, 0, "seed")
-    if self.seed >= 2**32:  # JAX would use the last 32 bits
-      raise UserError(f"seed is {self.seed}: it must be less than 2**32")
+    check_seed("seed", self.seed)
     for length in ("total_steps", "total_epochs"):
       if getattr(self, length) is not None:
         check_at_least(self, 1, length)

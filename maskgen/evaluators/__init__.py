@@ -62,7 +62,10 @@ def build(name: str, config: Mapping[str, Any], context: Context) -> Evaluator:
         f"{where} needs the prediction function '{function}', which the objective does not have "
         f"(it has {', '.join(sorted(context.predict))}): remove this evaluation"
       )
-  return config_lib.build_dataclass(cls, options, where, context=context)
+  built: Evaluator = config_lib.build_dataclass(cls, options, where, context=context)
+  if "seed" in options:
+    config_lib.check_seed(f"{where}.seed", options["seed"])
+  return built
 
 
 def trace(evaluator: Evaluator, call: Call, batch: Mapping[str, jax.ShapeDtypeStruct]) -> None:

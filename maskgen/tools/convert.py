@@ -46,6 +46,7 @@ def main(argv: Sequence[str]) -> None:
     if value < 1:
       raise UserError(f"--{name}={value}: give at least 1")
   _check_published(args.weights)
+  cli.check_out_folder(args.out)
 
   from maskgen import __version__, storage, tree
 

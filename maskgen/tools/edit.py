@@ -73,7 +73,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
   parser.add_argument(
     "--candidates", type=int, default=1, help="number of results; each in a file, and all on a contact sheet"
   )
-  parser.add_argument("--seed", type=int, default=0, help="random seed; candidate i uses seed + i")
+  parser.add_seed("random seed; candidate i uses seed + i")
   parser.add_argument("--label", type=int, help="class of the new content, for class-conditional models")
   sampling_flags.add(parser, argv)
   args = parser.parse_args(argv)

@@ -42,6 +42,8 @@ def main(argv: Sequence[str]) -> None:
     cli.check_out(args.out, kind=".safetensors")
     if epath.Path(args.out).exists():
       raise UserError(f"--out={args.out} exists: give the name of a new file")
+  else:
+    cli.check_out_folder(args.out)
 
   import maskgen
   from maskgen import __version__, objectives, plugins, storage, tree

@@ -23,7 +23,7 @@ def main(argv: Sequence[str]) -> None:
   parser.add_model("workdir of a run, or an export")
   parser.add_argument("--out", required=True, help="PNG file to write")
   parser.add_argument("--count", type=int, default=64, help="number of images")
-  parser.add_argument("--seed", type=int, default=0, help="random seed; image i depends only on it and i")
+  parser.add_seed("random seed; image i depends only on it and i")
   parser.add_argument("--label", help="class ids such as 3 or 0,4,7 or all, for models with classes")
   parser.add_argument("--prompt", action="append", help="a text, for models with captions; can be repeated")
   parser.add_argument("--trajectory", help="PNG file for the intermediate steps of the first images")

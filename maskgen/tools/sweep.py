@@ -50,17 +50,15 @@ def main(argv: Sequence[str]) -> None:
   args = parser.parse_args(argv)
   if args.num_images < 2:
     raise UserError(f"--num_images={args.num_images}: give at least 2")
+  cli.check_out_folder(args.out)
   config = storage.load_config(args.model)
-  out = epath.Path(args.out)
-  if not cli.writable(out) or (out.exists() and not out.is_dir()):
-    raise UserError(f"--out={args.out}: it is not a writable folder, give another")
 
   objective = objectives.build(config.get("objective", {}))
   if not hasattr(objective, "sampling"):
     raise UserError(
       f"--model={args.model} does not generate images: give a model of an objective such as 'mage'"
     )
-  sweep(args.model, config, settings(objective, args), out, args.num_images)
+  sweep(args.model, config, settings(objective, args), epath.Path(args.out), args.num_images)
 
 
 def settings(objective: Any, args: argparse.Namespace) -> list[Any]:

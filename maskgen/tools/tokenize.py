@@ -50,12 +50,7 @@ def main(argv: Sequence[str]) -> None:
     help="preprocessing of crops, as in config.data.preprocess; default random_resized_crop and flip_lr",
   )
   parser.add_argument("--crops", type=int, default=10, help="crops per record")
-  parser.add_argument(
-    "--seed",
-    type=int,
-    default=0,
-    help="as config.seed: live training with this seed sees the same crops",
-  )
+  parser.add_seed("as config.seed: live training with this seed sees the same crops")
   parser.add_argument("--batch_size", type=int, default=64, help="images per batch")
   parser.add_argument("--shard_records", type=int, default=4096, help="records per shard")
   parser.add_argument("--process_index", type=int, default=0, help="index of this process, from 0")
@@ -64,6 +59,7 @@ def main(argv: Sequence[str]) -> None:
   for name in ("crops", "batch_size", "shard_records"):
     if getattr(args, name) < 1:
       raise UserError(f"--{name}={getattr(args, name)}: give at least 1")
+  cli.check_out_folder(args.out)
 
   index, count = args.process_index, args.process_count
   if not 0 <= index < count:

@@ -72,7 +72,7 @@ def reconstruct(argv: Sequence[str]) -> None:
     "--num_tokens", help="numbers of tokens, such as 4 or 1,4,8; default powers of two and all"
   )
   parser.add_argument("--count", type=int, default=1, help="number of seeds")
-  parser.add_argument("--seed", type=int, default=0, help="the first random seed; the others follow")
+  parser.add_seed("the first random seed; the others follow")
   _add_sampling(parser)
   args = _parse(parser, argv, ".png")
   numbers = None if args.num_tokens is None else _whole_numbers("num_tokens", args.num_tokens)
@@ -104,7 +104,7 @@ def prompt(argv: Sequence[str]) -> None:
   parser.add_argument("--prompt", default="", help="text, with {} in place of each --image")
   _add_num_tokens(parser)
   parser.add_argument("--count", type=int, default=1, help="number of pictures")
-  parser.add_argument("--seed", type=int, default=0, help="random seed; picture i uses seed + i")
+  parser.add_seed("random seed; picture i uses seed + i")
   _add_sampling(parser)
   _add_words(parser)
   args = _parse(parser, argv, ".png")
@@ -134,7 +134,7 @@ def interpolate(argv: Sequence[str]) -> None:
   parser.add_argument(
     "--count", type=int, default=7, help="number of pictures, including both ends; default 7"
   )
-  parser.add_argument("--seed", type=int, default=0, help="random seed of all pictures")
+  parser.add_seed("random seed of all pictures")
   _add_sampling(parser)
   _add_words(parser)
   args = _parse(parser, argv, ".png")
@@ -197,7 +197,7 @@ COMMANDS: Mapping[str, tuple[Callable[[Sequence[str]], None], str]] = {
 }
 
 
-def _parser(what: str, example: str, *, image_is_required: bool = True) -> argparse.ArgumentParser:
+def _parser(what: str, example: str, *, image_is_required: bool = True) -> cli.Parser:
   """Returns a parser with the arguments of all commands."""
   parser = cli.Parser(what, f"python -m maskgen.tools.vilex {example}")
   parser.add_model("workdir of a run, or an export")
@@ -213,20 +213,20 @@ def _parser(what: str, example: str, *, image_is_required: bool = True) -> argpa
   return parser
 
 
-def _add_num_tokens(parser: argparse.ArgumentParser) -> None:
+def _add_num_tokens(parser: cli.Parser) -> None:
   parser.add_argument(
     "--num_tokens", type=int, help="number of tokens of images without :k; default all that fit"
   )
 
 
-def _add_sampling(parser: argparse.ArgumentParser) -> None:
+def _add_sampling(parser: cli.Parser) -> None:
   options = parser.add_argument_group("sampling, by default as in the config")
   options.add_argument("--steps", type=int, help="number of sampling steps")
   options.add_argument("--sampler", help="dpm or ddim")
   options.add_argument("--image_guidance", type=float, help="strength of the images; 1 is as trained")
 
 
-def _add_words(parser: argparse.ArgumentParser) -> None:
+def _add_words(parser: cli.Parser) -> None:
   options = parser.add_argument_group("words")
   options.add_argument(
     "--text_guidance", type=float, help="strength of the words; larger values reduce similarity to the images"
@@ -234,7 +234,7 @@ def _add_words(parser: argparse.ArgumentParser) -> None:
   options.add_argument("--negative_prompt", help="text that the pictures should not match")
 
 
-def _parse(parser: argparse.ArgumentParser, argv: Sequence[str], kind: str) -> argparse.Namespace:
+def _parse(parser: cli.Parser, argv: Sequence[str], kind: str) -> argparse.Namespace:
   """Parses the command line of a command whose output has the extension `kind`."""
   args = parser.parse_args(argv)
   cli.check_out(args.out, kind=kind)
