@@ -31,5 +31,5 @@ class Clock:
     return due
 
   def saved(self) -> None:
-    """Starts the minutes anew."""
+    """Restarts the minutes."""
     self._saved = time.monotonic()
