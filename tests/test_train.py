@@ -404,7 +404,8 @@ def test_results_are_the_newest_of_evaluations_alone(tmp_path):
 
 def test_a_workdir_is_laid_out_as_documented(trained):
   names = {stage: {p.name.split(".")[0] for p in (trained / stage).iterdir()} for stage in tiny.STAGES}
-  common = {"config", "data", "metrics", "events", "checkpoints", "samples", "results"}
+  # `code` has the config's neighbours that were imported, such as this file.
+  common = {"config", "data", "metrics", "events", "checkpoints", "samples", "results", "code"}
   assert names == {"tokenizer": common, "mage": common | {"frozen"}}
   assert {p.name for p in trained.iterdir()} == {*tiny.STAGES, "config.json", "results.json", ".lock"}
   config = json.loads((trained / "mage" / "config.json").read_text())
