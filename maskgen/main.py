@@ -60,7 +60,9 @@ def main(argv: Sequence[str]) -> None:
   stages = split_stages(config, root)
 
   # Importing these takes seconds: errors in flags, configs and workdirs are reported first.
-  from maskgen import processes
+  import jax
+
+  from maskgen import plugins, processes
 
   processes.start(args.coordinator, args.process_count, args.process_index)
   cpu.use_cores(stages.values())
@@ -73,15 +75,17 @@ def main(argv: Sequence[str]) -> None:
     return name_stage(workdir.name) if "stages" in config else contextlib.nullcontext()
 
   experiments: dict[epath.Path, Experiment] = {}
+  from_outside: set[str] = set()  # modules that the config names
   for workdir, stage in stages.items():
     log.info("checking %s", workdir.name)
-    with naming(workdir):
+    with naming(workdir), plugins.recording() as named:
       experiment = Experiment(stage)
       if not (workdir / "checkpoints").exists():  # else everything needed is in the workdir
         experiment.check_pretrained(workdir, pending=experiments)
       if args.mode == "train" and train.read_results(workdir) is None:
         experiment.check_data(workdir)
     experiments[workdir] = experiment
+    from_outside |= named
   if args.mode == "check":
     for workdir, experiment in experiments.items():
       with naming(workdir):
@@ -102,6 +106,8 @@ def main(argv: Sequence[str]) -> None:
         results[workdir.name] = finished
       else:
         write_config(workdir, stages[workdir])
+        if from_outside and jax.process_index() == 0:
+          plugins.write_code(workdir)
         experiment.write_data(workdir)
         try:
           with naming(workdir):
@@ -205,14 +211,13 @@ def check_same_run(root: epath.Path, config: Mapping[str, Any], mode: str) -> No
 
 
 def write_config(workdir: epath.Path, config: Mapping[str, Any]) -> None:
-  """Writes `config.json` atomically, and copies the imported modules that are beside the config."""
+  """Writes `config.json` atomically."""
   import jax
 
-  from maskgen import __version__, plugins
+  from maskgen import __version__
 
   if jax.process_index() == 0:
     workdir.mkdir(parents=True, exist_ok=True)
-    plugins.write_code(workdir)
     files.replace(workdir / "config.json", json.dumps({**config, "version": __version__}, indent=2))
 
 

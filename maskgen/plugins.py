@@ -3,11 +3,13 @@
 Objectives, evaluators, data sources and preprocessing ops are all found here. A name such as `mage` is a
 module of maskgen; any other, such as `my_package.my_objective`, is a module on Python's path or else in a
 *code folder*. Code folders are the folders of the config files that this process has loaded, so that a module
-can be next to its config, and `code/` in models that were loaded with `trust_code`. A run copies the modules
-that it has imported and that are in code folders to `code/` in its workdir, also if Python found them on its
-path, such as in the folder where it was started. Other modules belong to the environment and are not copied.
+can be next to its config, and `code/` in models that were loaded with `trust_code`. A run whose
+config names modules from outside maskgen copies those that it has imported and that are in code folders to
+`code/` in its workdir, also if Python found them on its path, such as in the folder where it was started. All
+other modules belong to the environment and are not copied.
 """
 
+import contextlib
 import dataclasses
 import importlib
 import os
@@ -15,7 +17,7 @@ import pathlib
 import pkgutil
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 
@@ -58,6 +60,7 @@ class _CodeFolders:
 
 
 _code_folders = _CodeFolders()
+_recorded: list[set[str]] = []
 sys.meta_path.append(_code_folders)
 
 
@@ -90,6 +93,17 @@ def trust(model: epath.PathLike) -> None:
     _copy({name: code / name for name in _files(code)}, local)
     code = local
   add_code_folder(code)
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[set[str]]:
+  """Collects the names of modules from outside maskgen that are found while the context lasts."""
+  names: set[str] = set()
+  _recorded.append(names)
+  try:
+    yield names
+  finally:
+    _recorded.pop()
 
 
 def write_code(model: epath.Path) -> None:
@@ -126,6 +140,8 @@ def find_module(name: str, package: str | None, where: str, attribute: str = "")
   inside = package is not None and name in _names(package)
   module = importlib.import_module(f"{package}.{name}") if inside else _import(name)
   if module is not None and (not attribute or _defines(module, attribute)):
+    for names in () if inside else _recorded:
+      names.add(name)
     return module
   if module is not None and not inside:
     raise UserError(f"{where} '{name}' is {module.__file__}, which has no dataclass {attribute}: add one")

@@ -404,8 +404,7 @@ def test_results_are_the_newest_of_evaluations_alone(tmp_path):
 
 def test_a_workdir_is_laid_out_as_documented(trained):
   names = {stage: {p.name.split(".")[0] for p in (trained / stage).iterdir()} for stage in tiny.STAGES}
-  # `code` has the config's neighbours that were imported, such as this file.
-  common = {"config", "data", "metrics", "events", "checkpoints", "samples", "results", "code"}
+  common = {"config", "data", "metrics", "events", "checkpoints", "samples", "results"}
   assert names == {"tokenizer": common, "mage": common | {"frozen"}}
   assert {p.name for p in trained.iterdir()} == {*tiny.STAGES, "config.json", "results.json", ".lock"}
   config = json.loads((trained / "mage" / "config.json").read_text())
