@@ -4,6 +4,7 @@ It only shuffles, decodes, augments and batches: it has no labels, cannot be res
 pictures and ignores orientation and transparency. It shares no op with the pipeline.
 """
 
+import functools
 import math
 from collections.abc import Callable, Generator
 from typing import Any
@@ -74,9 +75,14 @@ class Handwritten:
       ) from error
 
   def _decode(self, file: tf.Tensor) -> tf.Tensor:
-    if self._are_jpegs:
+    def as_jpeg() -> tf.Tensor:
       return tf.io.decode_jpeg(file, self._channels, dct_method=JPEG_DECODING)
-    return tf.io.decode_image(file, self._channels, expand_animations=False)
+
+    if self._are_jpegs:
+      return as_jpeg()
+    # `decode_image` does not take a `dct_method`.
+    others = functools.partial(tf.io.decode_image, file, self._channels, expand_animations=False)
+    return tf.cond(tf.io.is_jpeg(file), as_jpeg, others)
 
   def _load(self, key: tf.Tensor) -> tf.Tensor:
     file, ops = self._read(key), list(self._ops)
