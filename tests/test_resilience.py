@@ -22,11 +22,12 @@ import tiny
 from etils import epath
 
 import maskgen
-from maskgen import cli, main, processes, storage, tree
+from maskgen import cli, main, storage, tree
 from maskgen.config import Checkpointing
 from maskgen.errors import TransientError, UserError
 from maskgen.training import lock, metrics, train
 from maskgen.training.experiment import Experiment
+from maskgen.training.workdir import only_run_in
 
 trained = tiny.trained
 STEPS = 9  # saves at 4, 8 and 9
@@ -496,14 +497,14 @@ def test_a_loss_that_is_not_finite_names_its_records(experiment, tmp_path, monke
 
 def test_the_second_run_in_a_workdir_is_refused(tmp_path):
   folder = epath.Path(tmp_path) / "run"
-  with processes.only_run_in(folder):
+  with only_run_in(folder):
     with pytest.raises(
       TransientError, match=rf"run is active in .*run \(process {os.getpid()} on .*\): wait until it ends"
     ):
       main.main([f"--config={tiny.FILE}:only=tokenizer", f"--workdir={folder}"])
-    with processes.only_run_in(folder / "other"):
+    with only_run_in(folder / "other"):
       pass
-  with processes.only_run_in(folder):
+  with only_run_in(folder):
     pass
 
 
@@ -540,7 +541,7 @@ def test_a_signature_keeps_others_away_while_its_owner_lives(tmp_path):
 
 def test_the_signature_of_a_killed_process_is_taken_over(tmp_path):
   file, lost = epath.Path(tmp_path) / ".lock", threading.Event()
-  code = "import os, sys; from etils import epath; from maskgen import lock; "
+  code = "import os, sys; from etils import epath; from maskgen.training import lock; "
   code += f"lock.Signature(epath.Path(sys.argv[1]), print, {SECONDS}); os.kill(os.getpid(), 9)"
   tiny.python("-c", code, str(file)).communicate()
   assert file.exists()
