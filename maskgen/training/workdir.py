@@ -1,4 +1,4 @@
-"""The folder of a run: this run's alone, and seen by all of its processes."""
+"""The folder of a run: reserved for one run, and visible to all of its processes."""
 
 import contextlib
 import uuid
@@ -16,11 +16,11 @@ from maskgen.training import lock
 
 @contextlib.contextmanager
 def only_run_in(workdir: epath.Path) -> Iterator[None]:
-  """Makes a folder that all processes share the workdir of this run alone, while the context lasts.
+  """Reserves a folder that all processes share for this run while the context lasts.
 
   Raises:
     UserError: in every process, if one of them does not see the folder.
-    TransientError: in every process, if another run is at work in it.
+    TransientError: in every process, if another run is active in it.
   """
   refusal = None
   with contextlib.ExitStack() as stack:
