@@ -136,7 +136,7 @@ def test_fewer_tokens_are_a_shorter_prompt():
 def test_other_numbers_of_tokens_do_not_recompile():
   _, variables, predict = setup()
   vectors = predict["encode"](variables, batch(), None)
-  drawn = []
+  drawn, programs = [], set()
   for k in range(1, TOKENS + 1):
     number = np.full((4, 1), k, np.int32)
     images = [
@@ -145,7 +145,8 @@ def test_other_numbers_of_tokens_do_not_recompile():
     ]
     np.testing.assert_array_equal(*images)
     drawn.append(images[0])
-  assert predict["generate"]._cache_size() == 1
+    programs.add(predict["generate"]._cache_size())
+  assert len(programs) == 1
   assert all(np.abs(more - less).max() > 0 for less, more in itertools.pairwise(drawn))
 
 
