@@ -14,8 +14,9 @@ from maskgen import config as config_lib
 from maskgen import plugins
 from maskgen.errors import UserError
 from maskgen.evaluators.context import Call, Context, Evaluator, Report
+from maskgen.evaluators.frechet import frechet_distance
 
-__all__ = ["Call", "Context", "Evaluator", "Report", "build", "trace"]
+__all__ = ["Call", "Context", "Evaluator", "Report", "build", "frechet_distance", "trace"]
 
 log = logging.getLogger("maskgen")
 

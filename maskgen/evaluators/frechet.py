@@ -5,6 +5,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from maskgen.errors import UserError
+
 
 @dataclasses.dataclass(frozen=True)
 class Gaussian:
@@ -13,10 +15,12 @@ class Gaussian:
   Attributes:
     mean: float64 [d].
     covariance: float64 [d, d], the unbiased estimate.
+    count: the number of features, if it is known.
   """
 
   mean: np.ndarray
   covariance: np.ndarray
+  count: int | None = None
 
 
 def fit(batches: Iterable[np.ndarray]) -> Gaussian:
@@ -36,18 +40,38 @@ def fit(batches: Iterable[np.ndarray]) -> Gaussian:
     scatter = scatter + centred.T @ centred + np.outer(shift, shift) * (count * len(batch) / total)
     mean = mean + shift * (len(batch) / total)
     count = total
-  return Gaussian(mean, scatter / (count - 1))
+  return Gaussian(mean, scatter / (count - 1), count)
 
 
 def distance(a: Gaussian, b: Gaussian) -> float:
-  """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)), at least 0.
+  """The Frechet distance of two Gaussians; see `frechet_distance`."""
+  return frechet_distance(a.mean, a.covariance, b.mean, b.covariance)
 
-  The trace of the root is the sum of the singular values of R_a' R_b, where C = R R'. This also holds for
+
+def frechet_distance(mean1: np.ndarray, cov1: np.ndarray, mean2: np.ndarray, cov2: np.ndarray) -> float:
+  """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), at least 0, in float64.
+
+  The trace of the root is the sum of the singular values of R1' R2, where C = R R'. This also holds for
   singular covariances and needs no root of an unsymmetric product.
+
+  Args:
+    mean1: [d].
+    cov1: [d, d], symmetric.
+    mean2: [d].
+    cov2: [d, d], symmetric.
+
+  Raises:
+    UserError: if the shapes do not fit, or a number is not finite.
   """
-  overlap = np.linalg.svd(_root(a.covariance).T @ _root(b.covariance), compute_uv=False).sum()
-  squared = np.sum((a.mean - b.mean) ** 2)
-  return float(max(squared + np.trace(a.covariance) + np.trace(b.covariance) - 2 * overlap, 0.0))
+  mean1, cov1, mean2, cov2 = (np.asarray(x, np.float64) for x in (mean1, cov1, mean2, cov2))
+  if mean1.ndim != 1 or mean2.shape != mean1.shape or not cov1.shape == cov2.shape == (len(mean1),) * 2:
+    shapes = ", ".join(str(x.shape) for x in (mean1, cov1, mean2, cov2))
+    raise UserError(f"means and covariances have shapes {shapes}: give [d], [d, d], [d], [d, d]")
+  if not all(np.isfinite(x).all() for x in (mean1, cov1, mean2, cov2)):
+    raise UserError("a mean or covariance contains values that are not finite: check the features")
+  overlap = np.linalg.svd(_root(cov1).T @ _root(cov2), compute_uv=False).sum()
+  squared = np.sum((mean1 - mean2) ** 2)
+  return float(max(squared + np.trace(cov1) + np.trace(cov2) - 2 * overlap, 0.0))
 
 
 def _root(covariance: np.ndarray) -> np.ndarray:

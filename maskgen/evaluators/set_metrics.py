@@ -1,0 +1,148 @@
+"""Metrics that compare two sets of features, or describe one set of logits: NumPy, float64, on the host.
+
+docs/evaluation.md says which published tool each one equals.
+"""
+
+import itertools
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import numpy as np
+from scipy.special import log_softmax
+
+from maskgen.errors import UserError
+
+# Rows of a block of distances: with 50,000 columns, 400 MB.
+_BLOCK = 1000
+
+
+class Spread(NamedTuple):
+  """The mean of several estimates, and their standard deviation (ddof 0)."""
+
+  mean: float
+  std: float
+
+
+def inception_score(logits: np.ndarray, *, splits: int = 10, seed: int | None = 2020) -> Spread:
+  """Exp of the mean KL(p(y|x) || p(y)), over splits (Salimans et al. 2016, section 4).
+
+  Args:
+    logits: [n, classes], without the bias of the last layer if the score is to equal the published ones.
+    splits: the number of equal parts; part i begins at row i * n // splits.
+    seed: of the permutation before the rows are split, `np.random.RandomState(seed)`; None keeps their order.
+  """
+  order = np.arange(len(logits)) if seed is None else np.random.RandomState(seed).permutation(len(logits))
+  ends = [i * len(logits) // splits for i in range(splits + 1)]
+  return _score(logits[order[start:end]] for start, end in itertools.pairwise(ends))
+
+
+def inception_score_in_slices(logits: np.ndarray, rows: int = 5000) -> float:
+  """The mean of the scores of successive slices; the last one may have fewer rows."""
+  return _score(logits[start : start + rows] for start in range(0, len(logits), rows)).mean
+
+
+def _score(parts: Iterator[np.ndarray]) -> Spread:
+  scores = []
+  for part in parts:
+    log_p = log_softmax(part.astype(np.float64), axis=1)
+    p = np.exp(log_p)
+    scores.append(np.exp(np.sum(p * (log_p - np.log(p.mean(axis=0))), axis=1).mean()))
+  return Spread(float(np.mean(scores)), float(np.std(scores)))
+
+
+def kid(
+  generated: np.ndarray, real: np.ndarray, *, subsets: int = 100, size: int = 1000, seed: int = 2020
+) -> Spread:
+  """The kernel distance (Binkowski et al. 2018): unbiased MMD^2 with the kernel (a.b / d + 1)^3.
+
+  Args:
+    generated: features [n, d].
+    real: features [m, d].
+    subsets: the number of pairs of subsets, drawn without replacement from each set.
+    size: the rows of a subset.
+    seed: of the draws, `np.random.RandomState(seed)`.
+
+  Raises:
+    UserError: if a set has fewer rows than a subset.
+  """
+  check_count("KID", min(len(generated), len(real)), size, "samples of both sets")
+  rng = np.random.RandomState(seed)
+  values = []
+  for _ in range(subsets):
+    a = generated[rng.choice(len(generated), size, replace=False)].astype(np.float64)
+    b = real[rng.choice(len(real), size, replace=False)].astype(np.float64)
+    within = sum((k.sum() - np.trace(k)) for k in (_cubic(a, a), _cubic(b, b)))
+    values.append(within / (size * (size - 1)) - 2 * _cubic(a, b).mean())
+  return Spread(float(np.mean(values)), float(np.std(values)))
+
+
+def _cubic(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+  return (a @ b.T / a.shape[1] + 1) ** 3
+
+
+def manifold_metrics(generated: np.ndarray, real: np.ndarray, *, k: int, strict: bool) -> Mapping[str, float]:
+  """Precision and recall (Kynkaanniemi et al. 2019), density and coverage (Naeem et al. 2020).
+
+  The ball of a sample reaches to its k-th nearest neighbour in its own set.
+
+  Args:
+    generated: features [n, d].
+    real: features [m, d].
+    k: the number of neighbours; the papers use 3 for precision and recall, 5 for density and coverage.
+    strict: whether a sample on the surface of a ball is outside of it: so in the code of the second paper,
+      not so in that of the first.
+
+  Returns:
+    "precision": the share of generated samples in a ball of a real one; "recall": the share of real samples
+    in a ball of a generated one; "density": the mean number of real balls that a generated sample is in, over
+    k; "coverage": the share of real balls with a generated sample.
+
+  Raises:
+    UserError: if a set has no k neighbours.
+  """
+  check_count(f"{k} nearest neighbours", min(len(generated), len(real)), k + 1, "samples of both sets")
+  real_radii, generated_radii = _radii(real, k), _radii(generated, k)
+  holders = np.zeros(len(generated), np.int64)
+  in_generated = np.zeros(len(real), bool)
+  covered = np.zeros(len(real), bool)
+  inside = np.less if strict else np.less_equal
+  for rows, distances in _distances(real, generated):
+    in_real = inside(distances, real_radii[rows, None])
+    holders += in_real.sum(axis=0)
+    covered[rows] = in_real.any(axis=1)
+    in_generated[rows] = inside(distances, generated_radii).any(axis=1)
+  return {
+    "precision": float(np.mean(holders > 0)),
+    "recall": float(np.mean(in_generated)),
+    "density": float(holders.mean() / k),
+    "coverage": float(np.mean(covered)),
+  }
+
+
+def _radii(features: np.ndarray, k: int) -> np.ndarray:
+  """Squared distances to the k-th nearest other row, [n]."""
+  radii = np.empty(len(features))
+  for rows, distances in _distances(features, features):
+    distances[np.arange(len(distances)), np.arange(rows.start, rows.stop)] = 0.0  # despite rounding
+    radii[rows] = np.partition(distances, k, axis=1)[:, k]
+  return radii
+
+
+def _distances(a: np.ndarray, b: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
+  """Yields squared distances [rows, m] of blocks of rows of `a` from all rows of `b`."""
+  b = b.astype(np.float64)
+  squares = np.square(b).sum(axis=1)
+  for start in range(0, len(a), _BLOCK):
+    block = a[start : start + _BLOCK].astype(np.float64)
+    distances = np.square(block).sum(axis=1)[:, None] + squares - 2 * block @ b.T
+    yield slice(start, start + len(block)), np.maximum(distances, 0.0)
+
+
+def check_count(what: str, found: int, needed: int, of: str = "samples") -> None:
+  """Checks that there are enough samples.
+
+  Raises:
+    UserError: if not.
+  """
+  if found < needed:
+    raise UserError(f"{what} needs at least {needed:,} {of}, but there are {found:,}: give more")

@@ -1,0 +1,50 @@
+"""The same numbers as torch-fidelity and prdc.
+
+PyTorch computes them in a separate process (evaluation_reference.py), which needs the extra `parity`; without
+it, we compare with what that process once wrote.
+"""
+
+import importlib.util
+import pathlib
+import subprocess
+import sys
+
+import evaluation_reference as reference
+import numpy as np
+import pytest
+
+from maskgen.evaluators import frechet, set_metrics
+
+HERE = pathlib.Path(__file__).parent
+PACKAGES = ("torch", "torch_fidelity", "prdc")
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory):
+  path = HERE / "golden" / "evaluation.npz"
+  if all(importlib.util.find_spec(package) for package in PACKAGES):
+    path = tmp_path_factory.mktemp("evaluation") / "evaluation.npz"
+    program = [sys.executable, str(HERE / "evaluation_reference.py"), str(path)]
+    done = subprocess.run(program, capture_output=True, text=True)
+    assert not done.returncode, done.stderr[-3000:]
+  with np.load(path) as archive:
+    return dict(archive)
+
+
+@pytest.mark.parametrize("name", reference.FEATURES)
+def test_sets_of_features(expected, name):
+  generated, real = reference.features(name)
+  distance = frechet.distance(frechet.fit([generated]), frechet.fit([real]))
+  kid = set_metrics.kid(generated, real, subsets=20, size=30)
+  closed = set_metrics.manifold_metrics(generated, real, k=3, strict=False)
+  strict = set_metrics.manifold_metrics(generated, real, k=5, strict=True)
+  found = {"fid": distance, "kid": kid.mean, "kid_std": kid.std}
+  found |= {key: closed[key] for key in ("precision", "recall")}
+  found |= {f"prdc_{key}": value for key, value in strict.items()}
+  for key, value in found.items():
+    np.testing.assert_allclose(value, expected[f"{name}/{key}"], rtol=1e-5, err_msg=key)
+
+
+def test_inception_score(expected):
+  found = set_metrics.inception_score(reference.logits())
+  np.testing.assert_allclose(found, (expected["isc"], expected["isc_std"]), rtol=1e-5)
