@@ -31,7 +31,7 @@ from maskgen import config as config_lib
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   """`finetune_mage.py` on a subset of the data, for 100 epochs of the subset."""
-  given = dict(path="imagenet", source="", eval_split="val", classes=1000, batch_size=512)
+  given = dict(path="", source="", eval_split="val", classes=1000, batch_size=512)
   subset = dict(shots=10, share=0.0, subset_seed=0)
   args = vars(config_lib.parse_arg(arg, model="", size="", debug=False, tiny=False, **given, **subset))
   shots, share, seed = (args.pop(key) for key in subset)
@@ -39,7 +39,6 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   fewshot = config.classify if "stages" in config else config
   fewshot.data.update(**{"share": share} if share else {"shots": shots}, subset_seed=seed)
   if args["tiny"] or args["debug"]:
-    fewshot.data.eval_split = "test"
     fewshot.total_steps = min(fewshot.total_steps, 200)
     fewshot.evals.accuracy.every_steps = 100
   else:

@@ -18,7 +18,7 @@ Arguments:
   :classes       the number of classes in the data
   :batch_size, :accumulation   examples and micro-batches per step; the learning rate scales with the former
   :tiny          a tokenizer, MAGE and this recipe on the embedded digits, 10 minutes on 2 cores: expect 96%;
-                 with `model`, such as runs/quickstart/mage, only this recipe, in 2 minutes
+                 with `model`, such as runs/quickstart/mage, only this recipe, in 2 minutes, on any `path`
   :debug         2 steps of each on synthetic pictures
 """
 
@@ -36,7 +36,7 @@ SIZES = {
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   """`probe_mage.py` with everything trained, and with regularization."""
-  given = dict(path="imagenet", source="", eval_split="val", classes=1000, batch_size=1024, accumulation=1)
+  given = dict(path="", source="", eval_split="val", classes=1000, batch_size=1024, accumulation=1)
   args = config_lib.parse_arg(arg, model="", size="", debug=False, tiny=False, **given)
   args.size = args.size or ("large" if storage.find_section(args.model).get("width") == 1024 else "base")
   size = config_lib.choose("size", args.size, SIZES)
@@ -59,10 +59,10 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     recipe.update(base_learning_rate=2.5e-4, warmup_epochs=5.0)
     recipe["layer_decay"] = size["decay"]
     classify.total_epochs = size["epochs"]
-    # timm's rand-m9-mstd0.5-inc1, filled with the mean colour of ImageNet.
-    classify.data.preprocess = (
-      "decode(3)|random_resized_crop(256, (0.2, 1.0), 'bicubic')|flip_lr|"
-      "rand_augment(2, 9.0, 0.5, increasing=True, method='bicubic', fill=(124, 116, 104))"
+  if "random_resized_crop" in classify.data.preprocess:
+    # timm's rand-m9-mstd0.5-inc1, filled with the mean colour of ImageNet, on torchvision's crop.
+    classify.data.preprocess = classify.data.preprocess.replace(", clamp=True", "") + (
+      "|rand_augment(2, 9.0, 0.5, increasing=True, method='bicubic', fill=(124, 116, 104))"
     )
   classify.optimizer.main = recipe
   return config

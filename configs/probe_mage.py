@@ -19,7 +19,7 @@ Arguments:
   :classes       the number of classes in the data
   :batch_size, :accumulation   examples and micro-batches per step; the learning rate scales with the former
   :tiny          a tokenizer, MAGE and this recipe on the embedded digits, 10 minutes on 2 cores: expect 94%;
-                 with `model`, such as runs/quickstart/mage, only this recipe, in a minute
+                 with `model`, such as runs/quickstart/mage, only this recipe, in a minute, on any `path`
   :debug         2 steps of each on synthetic pictures
 """
 
@@ -33,9 +33,11 @@ LEARNING_RATES = {"base": 0.1, "large": 0.05}
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
-  given = dict(path="imagenet", source="", eval_split="val", classes=1000, batch_size=4096, accumulation=1)
+  given = dict(path="", source="", eval_split="val", classes=1000, batch_size=4096, accumulation=1)
   args = config_lib.parse_arg(arg, model="", size="", debug=False, tiny=False, **given)
-  args.size = args.size or ("large" if storage.find_section(args.model).get("width") == 1024 else "base")
+  found = storage.find_section(args.model)
+  args.size = args.size or ("large" if found.get("width") == 1024 else "base")
+  side = found.get("image_size", [256])[0]
   learning_rate = config_lib.choose("size", args.size, LEARNING_RATES)
   if args.model:
     encoder = dict(name="pretrained", **precision("bfloat16", args.model))
@@ -50,11 +52,11 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
       log_every_steps=100,
       checkpoint=dict(save_steps=5000, save_minutes=15.0, keep=2),
       data=dict(
-        source=args.source or f"folder:{args.path}",
+        source=args.source or f"folder:{args.path or 'imagenet'}",
         split="train",
         eval_split=args.eval_split,
-        preprocess="decode(3)|random_resized_crop(256, (0.2, 1.0), 'bicubic', clamp=True)|flip_lr",
-        eval_preprocess="decode(3)|resize_small(292, 'bicubic')|center_crop(256)",
+        preprocess=f"decode(3)|random_resized_crop({side}, (0.2, 1.0), 'bicubic', clamp=True)|flip_lr",
+        eval_preprocess=f"decode(3)|resize_small({round(side * 292 / 256)}, 'bicubic')|center_crop({side})",
       ),
       pretrained=dict(encoder=args.model or f"runs/mage_{args.size}"),
       objective=dict(
@@ -78,8 +80,11 @@ def precision(dtype: str, model: str) -> dict:
 
 
 def small_version(config: ml_collections.ConfigDict, args) -> ml_collections.ConfigDict:
-  """The recipe with data, network sizes and lengths from the quickstart, and its MAGE if none is given."""
+  """The recipe with network sizes and lengths from the quickstart, and its data or MAGE if none is given."""
   stages = config_lib.load_beside(__file__, "quickstart.py", debug=args.debug)
+  if args.debug or not (args.model and (args.path or args.source)):
+    config.data = stages.mage.data
+    config.objective.classes = 10
   shrink(config, stages.mage)
   if args.model:
     return config
@@ -89,11 +94,10 @@ def small_version(config: ml_collections.ConfigDict, args) -> ml_collections.Con
 
 
 def shrink(config: ml_collections.ConfigDict, small: ml_collections.ConfigDict) -> None:
-  """Keeps the recipe and takes data, network sizes and lengths from the quickstart."""
+  """Keeps the recipe and takes network sizes and lengths from the quickstart."""
   del config.total_epochs, config.optimizer.main.warmup_epochs
-  for key in ("batch_size", "total_steps", "checkpoint", "data", "log_every_steps"):
+  for key in ("batch_size", "total_steps", "checkpoint", "log_every_steps"):
     config[key] = small[key]
-  config.objective.classes = 10
   config.objective.encoder = dict(
     name="pretrained", scan=True, **precision("float32", config.pretrained.encoder)
   )

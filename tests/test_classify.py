@@ -420,6 +420,20 @@ def test_a_large_model_is_known_after_it_is_gone(tmp_path, name):
   assert load() == first
 
 
+@pytest.mark.parametrize("name", ["probe_mage", "finetune_mage", "fewshot_mage"])
+def test_recipes_follow_the_image_size_of_their_model(tmp_path, name):
+  """Also at `tiny`, if data is given; crops keep their proportions."""
+  (tmp_path / "config.json").write_text(json.dumps({"objective": ENCODER | dict(image_size=(32, 32))}))
+  data = "path=/pictures,eval_split=test,classes=5"
+  for form in ("", "tiny,"):
+    config = config_lib.load(f"configs/{name}.py:{form}model={tmp_path},{data}")
+    assert config.data.source == "folder:/pictures" and config.data.eval_split == "test"
+    assert "random_resized_crop(32, (0.2, 1.0), 'bicubic'" in config.data.preprocess
+    assert config.data.eval_preprocess == "decode(3)|resize_small(36, 'bicubic')|center_crop(32)"
+    assert ("clamp" in config.data.preprocess) == (name == "probe_mage")
+    assert config.objective.classes == 5
+
+
 def test_recipes_take_an_encoder_without_a_tokenizer(tmp_path):
   vit = dict(image_size=(8, 8), patch=4, width=16, depth=1, heads=2)
   (tmp_path / "config.json").write_text(json.dumps({"network": "vit", "vit": vit}))
