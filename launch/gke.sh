@@ -2,7 +2,7 @@
 # Trains on TPU slices of a GKE cluster, as a JobSet. Settings: launch/settings.sh.
 #
 # usage: launch/gke.sh [--dry-run] COMMAND [--worker=N] [-- arguments of maskgen.main]
-#   apply   starts the run; the cluster restarts it after preemptions and crashes
+#   apply   starts the run; the cluster restarts it after preemptions, which do not count, and crashes
 #   logs    follows the log of worker 0 of the first slice, or of another
 #   delete  lets the run save, and stops it
 #
@@ -36,7 +36,7 @@ count_hosts() {
 manifest() {
   local text name
   text=$(< "$(dirname "${BASH_SOURCE[0]}")/jobset.yaml")
-  for name in RUN_NAME NAMESPACE SERVICE_ACCOUNT MAX_RESTARTS SLICES HOSTS SAVE_SECONDS GKE_ACCELERATOR \
+  for name in RUN_NAME NAMESPACE SERVICE_ACCOUNT MAX_RESTARTS RESET_SECONDS SLICES HOSTS SAVE_SECONDS GKE_ACCELERATOR \
     TOPOLOGY IMAGE WORKER_ENV MAIN_LINE RESULTS CHIPS_PER_HOST; do
     text=${text//"\${$name}"/"${!name}"}
   done

@@ -11,8 +11,8 @@
 TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS=60 TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES=256}"
 
 # Restarts
-: "${MAX_RESTARTS:=10}"   # give up after this many consecutive crashes
-: "${RESET_SECONDS:=600}" # a crash after running this long starts a new count
+: "${MAX_RESTARTS:=10}"   # give up after this many consecutive crashes; preemptions and time limits do not count
+: "${RESET_SECONDS:=600}" # a crash after running this long starts a new count; on GKE, it does not count
 : "${SAVE_SECONDS:=120}"  # time for a run to save after a signal to stop
 : "${GRACE_SECONDS:=5}"   # local.sh: time for the other processes to exit when one has died
 

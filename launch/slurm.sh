@@ -39,18 +39,23 @@ submit() {
 # The job. Signals go to the job and not to srun, which would turn TERM into KILL.
 work() {
   eval "export $WORKER_ENV"
-  trap 'run scancel --signal=TERM "$SLURM_JOB_ID" || true' TERM
+  local told=no
+  trap 'told=yes; run scancel --signal=TERM "$SLURM_JOB_ID" || true' TERM
   run "${STEP[@]}" &
   local status=0 step=$!
   wait "$step" || status=$?
   while kill -0 "$step" 2> /dev/null; do
     wait "$step" && status=0 || status=$?
   done
+  # Beside the log, since Slurm counts all restarts, also those after time limits and preemptions.
+  local file=$RUN_NAME-$SLURM_JOB_ID.crashes crashes=0
+  if [[ -e $file && $SECONDS -lt $RESET_SECONDS ]]; then crashes=$(< "$file"); fi
+  if [[ $status == 0 || $told == yes ]]; then rm -f "$file"; else echo $((crashes + 1)) > "$file"; fi
   if [[ -e $WORKDIR/results.json ]]; then
     say "finished: $WORKDIR/results.json exists"
   elif [[ $status == 2 ]]; then
     die "status 2 is an error that a restart cannot fix"
-  elif [[ $status != 0 && ${SLURM_RESTART_COUNT:-0} -ge $MAX_RESTARTS ]]; then
+  elif [[ -e $file && $crashes -ge $MAX_RESTARTS ]]; then
     say "exited with status $status; giving up after $MAX_RESTARTS restarts"
     exit "$status"
   else

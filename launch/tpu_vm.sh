@@ -168,10 +168,15 @@ look_after_run() {
   esac
 }
 
+# Starts a slice of one host that somebody has stopped; larger ones cannot be stopped.
+boot() { run "${TPUS[@]}" tpu-vm start "$RUN_NAME" "${PLACE[@]}"; }
+
 watch() {
   need PACKAGE
   need_bucket
   local now before=
+  # Also after errors and Ctrl-C.
+  trap 'say "$RUN_NAME: the slice still costs money: delete it with launch/tpu_vm.sh delete"' EXIT
   until finished; do
     if now=$(state); then
       [[ $now == "$before" ]] || say "$RUN_NAME: ${now:-there is no slice}"
@@ -179,10 +184,12 @@ watch() {
       case $now in
         READY) look_after_run ;;
         '') step "$CREATE_WITH" || true ;;
-        PREEMPTED | TERMINATED | FAILED | SUSPENDED)
+        STOPPED) boot || say "$RUN_NAME: start failed with status $?" ;;
+        PREEMPTED | TERMINATED | UNKNOWN | FAILED | SUSPENDED)
           crashes=0
           if step delete; then step "$CREATE_WITH" || true; fi
           ;;
+        *) ;; # changes by itself, such as CREATING, REPAIRING and WAITING_FOR_RESOURCES
       esac
     else
       say "$RUN_NAME: the state cannot be read"
@@ -192,8 +199,7 @@ watch() {
   say "$RUN_NAME: finished: $WORKDIR/results.json exists"
   if [[ $DELETE_WHEN_FINISHED == yes ]]; then
     delete
-  else
-    say "$RUN_NAME: the slice still costs money: delete it with launch/tpu_vm.sh delete"
+    trap - EXIT
   fi
 }
 

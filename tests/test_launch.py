@@ -407,7 +407,7 @@ def test_watch_restarts_a_crashed_run_but_not_forever(tpu):
   answers = {"results.json": [1], "tpu-vm list": ["READY"], "else echo absent": ["ended 1"]}
   tpu.answer(answers)
   _, err = tpu.run("tpu_vm.sh watch", "--", BUCKET, status=2, MAX_RESTARTS="2")
-  assert "giving up after 2 restarts" in err
+  assert "giving up after 2 restarts" in err and "still costs money" in err
   assert [on_tpu(call) for call in tpu.calls()] == [
     *["storage ls", "list", "ask", "stop", "look", "start"] * 2,
     *["storage ls", "list", "ask"],
@@ -421,8 +421,34 @@ def test_watch_restarts_a_crashed_run_but_not_forever(tpu):
   ]
   tpu.answer(answers | {"else echo absent": ["ended 2"]})
   _, err = tpu.run("tpu_vm.sh watch", "--", BUCKET, status=2)
-  assert "a restart cannot fix" in err
+  assert "a restart cannot fix" in err and "still costs money" in err
   assert len(tpu.calls()) == 28
+
+
+def test_watch_that_is_stopped_says_that_the_slice_still_costs_money(tpu):
+  tpu.answer({"results.json": [1], "tpu-vm list": ["READY"], "else echo absent": ["running"]})
+  process = tpu.start("tpu_vm.sh watch", "--", BUCKET)
+  tpu.wait_for_calls(3)
+  os.killpg(process.pid, signal.SIGINT)  # as Ctrl-C does
+  _, err = process.communicate(timeout=10)
+  assert "still costs money" in err
+
+
+@pytest.mark.parametrize("create_with", ["create", "queue"])
+def test_watch_starts_a_slice_that_was_stopped_and_replaces_one_that_cannot_be_repaired(tpu, create_with):
+  tpu.answer(
+    {
+      "results.json": [1, 1, 1, 1, 1, 0],
+      "queued-resources list": ["ACTIVE"],
+      "tpu-vm list": ["STOPPING", "STOPPED", "STOPPED", "STARTING", "UNKNOWN"],
+      "tpu-vm start": [1, 0],
+    }
+  )
+  _, err = tpu.run("tpu_vm.sh watch", "--", BUCKET, CREATE_WITH=create_with, DELETE_WHEN_FINISHED="yes")
+  assert "start failed with status 1" in err and "still costs money" not in err
+  calls = [on_tpu(call) for call in tpu.calls()]
+  changes = [call.split()[-1] for call in calls if not call.endswith(("ls", "list"))]
+  assert changes == ["start", "start", "delete", "create", "delete"]
 
 
 def test_watch_does_nothing_while_it_cannot_see(tpu):
@@ -498,14 +524,64 @@ def test_the_manifest(place):
   assert shlex.split(line)[:-1] == [*MAIN[:-1], BUCKET, "--config.note=it's & ${RUN_NAME}"]
 
 
-@pytest.mark.parametrize(
-  "do, finished, status",
-  [("exit 0", True, 0), ("exit 0", False, 75), ("exit 2", False, 2), ("exit 75", False, 75)],
-)
-def test_a_pod_succeeds_only_when_the_run_has_finished(place, tmp_path, do, finished, status):
+def dry_jobset(place, **settings: str) -> dict:
   yaml = pytest.importorskip("yaml")
-  out, _ = place.run("gke.sh apply --dry-run", "--", BUCKET, IMAGE="x")
-  manifest = yaml.safe_load(out.partition("\n")[2].rpartition("JOBSET")[0])
+  out, _ = place.run("gke.sh apply --dry-run", "--", BUCKET, IMAGE="x", **settings)
+  return yaml.safe_load(out.partition("\n")[2].rpartition("JOBSET")[0])
+
+
+@pytest.mark.parametrize(
+  ("code", "condition", "action"),
+  [
+    (2, None, "FailJobSet"),
+    (1, None, "RestartJobSet"),
+    (75, None, "RestartJobSet"),
+    (20, None, "RestartJobSet"),
+    (102, None, "RestartJobSet"),
+    (100, None, "RestartJobSetAndIgnoreMaxRestarts"),
+    (100, "DisruptionTarget", "RestartJobSetAndIgnoreMaxRestarts"),
+    (137, "DisruptionTarget", "RestartJobSetAndIgnoreMaxRestarts"),
+    (2, "DisruptionTarget", "FailJobSet"),
+  ],
+)
+def test_preemptions_do_not_count_as_crashes(place, code, condition, action):
+  """Applies the manifest's rules as the controllers of Jobs and JobSets do."""
+  jobset = dry_jobset(place)
+  reason, message = "BackoffLimitExceeded", "Job has reached the specified backoff limit"
+  for index, rule in enumerate(
+    jobset["spec"]["replicatedJobs"][0]["template"]["spec"]["podFailurePolicy"]["rules"]
+  ):
+    assert rule["action"] == "FailJob"
+    if code in rule.get("onExitCodes", {}).get("values", ()):
+      said = f"Container maskgen for pod default/run1-0 failed with exit code {code}"
+    elif {"type": condition, "status": "True"} in rule.get("onPodConditions", ()):
+      said = f"Pod default/run1-0 has condition {condition}"
+    else:
+      continue
+    reason, message = "PodFailurePolicy", f"{said} matching FailJob rule at index {index}"
+    break
+  found = "RestartJobSet"
+  for rule in jobset["spec"]["failurePolicy"]["rules"]:
+    patterns = rule.get("onJobFailureMessagePatterns", [""])
+    if reason in rule["onJobFailureReasons"] and any(re.search(pattern, message) for pattern in patterns):
+      found = rule["action"]
+      break
+  assert found == action
+
+
+@pytest.mark.parametrize(
+  "do, finished, reset, status",
+  [
+    ("exit 0", True, "600", 0),
+    ("exit 0", False, "600", 100),
+    ("exit 2", False, "0", 2),
+    ("exit 75", False, "600", 75),
+    ("exit 75", False, "0", 100),  # not soon after the start
+    ("exit 1", False, "0", 100),
+  ],
+)
+def test_a_pod_succeeds_only_when_the_run_has_finished(place, tmp_path, do, finished, reset, status):
+  manifest = dry_jobset(place, RESET_SECONDS=reset)
   (container,) = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"]
   (variable,) = container["env"]
   script = container["args"][0].replace("gs://bucket/run1/results.json", str(tmp_path / "results.json"))
@@ -520,10 +596,8 @@ def test_a_pod_succeeds_only_when_the_run_has_finished(place, tmp_path, do, fini
   assert done.returncode == status, done.stderr
 
 
-def test_a_pod_passes_sigterm_on_and_waits_for_the_save(place, tmp_path):
-  yaml = pytest.importorskip("yaml")
-  out, _ = place.run("gke.sh apply --dry-run", "--", BUCKET, IMAGE="x")
-  manifest = yaml.safe_load(out.partition("\n")[2].rpartition("JOBSET")[0])
+def test_a_pod_passes_sigterm_on_and_waits_for_the_save(place):
+  manifest = dry_jobset(place)
   (container,) = manifest["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]["containers"]
   place.plan(p0=["sleep", "exit 1"])  # the run, and whether it has finished
   process = subprocess.Popen(
@@ -535,7 +609,7 @@ def test_a_pod_passes_sigterm_on_and_waits_for_the_save(place, tmp_path):
   place.wait_for_calls(1)
   process.terminate()
   assert "told to stop" in process.communicate(timeout=10)[0]
-  assert process.returncode == 75
+  assert process.returncode == 100
   place.assert_nothing_is_left()
 
 
@@ -559,13 +633,14 @@ def test_a_submission_has_one_task_per_gpu_and_a_signal_to_save(place):
   assert step[step.index("python") :] == [*MAIN[:-1], "--workdir=/shared/run1"]
 
 
-def job(place, status: int = 0, **environment: str) -> subprocess.Popen:
-  """The job as Slurm runs it: a copy of the script, in the repository's folder."""
+def job(place, **environment: str) -> subprocess.Popen:
+  """The job as Slurm runs it: a copy of the script, in the repository's folder, of which this is a copy."""
   copy = place.folder / "slurm_script"
   shutil.copy(LAUNCH / "slurm.sh", copy)
+  (place.folder / "launch").exists() or (place.folder / "launch").symlink_to(LAUNCH)
   process = subprocess.Popen(
     ["bash", str(copy), "--", f"--workdir={place.folder}"],
-    cwd=LAUNCH.parent,
+    cwd=place.folder,
     env=place.environment | {"SLURM_JOB_ID": "77"} | environment,
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
@@ -576,26 +651,41 @@ def job(place, status: int = 0, **environment: str) -> subprocess.Popen:
 
 
 @pytest.mark.parametrize(
-  "ends, finished, restarts, status, queued",
+  ("ends", "finished", "before", "status", "after"),
   [
-    (0, True, 0, 0, False),
-    (0, False, 99, 0, True),  # told to stop, how often does not matter
-    (1, False, 9, 0, True),
-    (1, False, 10, 1, False),
-    (75, False, 9, 0, True),
-    (2, False, 0, 2, False),
+    (0, True, 3, 0, None),
+    (0, False, 10, 0, None),  # told to stop
+    (1, False, 0, 0, 1),
+    (1, False, 9, 0, 10),
+    (1, False, 10, 1, 11),
+    (75, False, 9, 0, 10),
+    (2, False, 0, 2, 1),
   ],
 )
-def test_a_job_is_requeued_until_the_run_has_finished(place, ends, finished, restarts, status, queued):
+def test_a_job_is_requeued_until_the_run_has_finished(place, ends, finished, before, status, after):
   place.answer({"srun": [ends]})
+  crashes = place.folder / "maskgen-77.crashes"
+  if before:
+    crashes.write_text(f"{before}\n")
   if finished:
     (place.folder / "results.json").touch()
-  process = job(place, SLURM_RESTART_COUNT=str(restarts))
+  process = job(place, SLURM_RESTART_COUNT="99")  # mostly time limits
   _, err = process.communicate(timeout=20)
   assert process.returncode == status, err
   step, *others = place.calls()
   assert step[0] == "srun" and step[step.index("python") :] == [*MAIN[:-1], f"--workdir={place.folder}"]
+  queued = not finished and status == 0
   assert others == ([["scontrol", "requeue", "Incomplete", "77"]] if queued else [])
+  assert (int(crashes.read_text()) if crashes.exists() else None) == after
+
+
+def test_crashes_of_a_job_that_are_far_apart_are_not_in_a_row(place):
+  place.answer({"srun": [1]})
+  (place.folder / "maskgen-77.crashes").write_text("10\n")
+  process = job(place, RESET_SECONDS="0")
+  _, err = process.communicate(timeout=20)
+  assert process.returncode == 0, err
+  assert (place.folder / "maskgen-77.crashes").read_text() == "1\n"
 
 
 def test_the_signal_before_the_end_goes_to_the_tasks_and_not_to_srun(place):
