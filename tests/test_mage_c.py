@@ -207,8 +207,9 @@ def test_without_weight_it_is_mage_on_both_views():
   np.testing.assert_allclose(values["main"], expected["main"], rtol=1e-6)
   for name, value in means.items():
     np.testing.assert_allclose(metrics[name], value, rtol=1e-6)
+  assert set(metrics) == {*means, "reconstructive_loss"}
   weighted, _ = both(contrastive_weight=0.5)
-  more, _, _ = weighted.losses(params, {}, {}, batch, *rest, train=True)
+  more, metrics, _ = weighted.losses(params, {}, {}, batch, *rest, train=True)
   np.testing.assert_allclose(more["main"] - values["main"], 0.5 * metrics["contrastive_loss"], rtol=1e-4)
 
 

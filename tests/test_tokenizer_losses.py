@@ -8,6 +8,7 @@ import tiny
 
 from maskgen import objectives, sharding, tree
 from maskgen.benchmarks.dataless import random_state
+from maskgen.costs import flops
 from maskgen.errors import UserError
 from maskgen.numerics import losses
 from maskgen.objectives import tokenizer
@@ -37,6 +38,13 @@ def test_a_hinge_leaves_alone_what_is_beyond_its_margin():
 def test_lecam_penalty():
   found = losses.lecam_penalty(REAL, FAKE, jnp.float32(0.6), jnp.float32(-0.4))
   np.testing.assert_allclose(found, (REAL + 0.4) ** 2 + (FAKE - 0.6) ** 2, rtol=1e-6)
+
+
+def test_rectified_lecam_penalty_counts_means_on_the_right_side():
+  found = losses.rectified_lecam_penalty(REAL, FAKE, jnp.float32(0.6), jnp.float32(-0.4))
+  np.testing.assert_allclose(found, (REAL.mean() + 0.4) ** 2 + (0.6 - FAKE.mean()) ** 2, rtol=1e-6)
+  confused = jax.grad(lambda x: losses.rectified_lecam_penalty(*x, jnp.float32(-9.0), jnp.float32(9.0)))
+  np.testing.assert_array_equal(confused((jnp.array(REAL), jnp.array(FAKE))), np.zeros((2, len(REAL))))
 
 
 # The objective
@@ -103,8 +111,41 @@ def test_lecam_adds_to_the_discriminator_alone(plain, regularised):
   np.testing.assert_allclose(logistic["adversarial"], np.log1p(np.exp(-logistic["logit_fake"])), rtol=1e-3)
 
 
-def test_a_step_asks_for_the_opposite_anchor():
-  objective = objectives.build(tiny.stage("tokenizer")["objective"] | {"lecam_weight": 1.0})
+def test_a_loss_without_weight_is_not_computed():
+  named = ("r1_weight", "entropy_weight", "revive_weight", "lecam_weight")
+
+  def trace(**fields):
+    """FLOPs of all gradients, and the names of the metrics."""
+    objective = objectives.build(tiny.stage("tokenizer")["objective"] | dict.fromkeys(named, 0.0) | fields)
+    parts = jax.eval_shape(objective.init, jax.random.key(0), {})
+    batch = {"image": jax.ShapeDtypeStruct((4, *objective.image_shape), jnp.float32)}
+    names = set()
+
+    def gradients(parts, batch):
+      def values(params):
+        found, metrics, _ = objective.losses(
+          params, {}, parts["extra"], batch, jax.random.key(0), jnp.int32(0), train=True
+        )
+        names.update(metrics)
+        return found
+
+      found, pull_back = jax.vjp(values, parts["params"])
+      return [pull_back({name: jnp.float32(name == group) for name in found})[0][group] for group in found]
+
+    return flops.count(gradients, parts, batch), names
+
+  cost, names = trace()
+  assert not names & {"r1", "entropy", "revive", "lecam", "perceptual"}
+  penalised, more = trace(r1_weight=1.0)
+  assert more == names | {"r1"} and penalised > 1.05 * cost
+  _, every = trace(**dict.fromkeys(named, 1.0))
+  assert every == names | {"r1", "entropy", "revive", "lecam"}
+
+
+@pytest.mark.parametrize("form", losses.LECAM)
+def test_a_step_asks_for_the_opposite_anchor(form):
+  fields = {"lecam_weight": 1.0, "lecam_loss": form}
+  objective = objectives.build(tiny.stage("tokenizer")["objective"] | fields)
   parts = objective.init(jax.random.key(0), {})
   parts["extra"]["anchors"] = {"real": jnp.float32(2.0), "fake": jnp.float32(-3.0)}
   images = jax.random.uniform(jax.random.key(1), (4, *objective.image_shape))
@@ -112,9 +153,13 @@ def test_a_step_asks_for_the_opposite_anchor():
     parts["params"], {}, parts["extra"], {"image": images}, jax.random.key(2), jnp.int32(10**6), train=True
   )
   real = objective.discriminator.apply({"params": parts["params"]["discriminator"]}, images)
-  off = metrics["lecam"] - np.square(np.asarray(real) + 3.0).mean()
-  spread = off - (metrics["logit_fake"] - 2.0) ** 2  # the variance of the fakes' logits
-  assert -1e-4 < spread < 1.0
+  if form == "squared":
+    off = metrics["lecam"] - np.square(np.asarray(real) + 3.0).mean()
+    spread = off - (metrics["logit_fake"] - 2.0) ** 2  # the variance of the fakes' logits
+    assert -1e-4 < spread < 1.0
+  else:
+    expected = (real.mean() + 3.0) ** 2 + (2.0 - metrics["logit_fake"]) ** 2
+    np.testing.assert_allclose(metrics["lecam"], expected, rtol=1e-5)
   # Old averages move by a thousandth.
   np.testing.assert_allclose(extra["anchors"]["real"], 2.0 + 0.001 * (real.mean() - 2.0), rtol=1e-6)
 
@@ -149,6 +194,7 @@ def test_anchors_move_with_every_micro_batch():
   "fields,message",
   [
     (dict(adversarial_loss="hing"), "adversarial_loss 'hing' does not exist; did you mean 'hinge'"),
+    (dict(lecam_loss="rectify"), "lecam_loss 'rectify' does not exist; did you mean 'rectified'"),
     (dict(lecam_weight=-1.0), "lecam_weight is -1.0"),
     (dict(lecam_weight=1.0, adversarial_weight=0.0), "set adversarial_weight above 0"),
   ],

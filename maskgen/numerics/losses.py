@@ -110,6 +110,22 @@ def lecam_penalty(
   return jnp.square(real_logits - fake_anchor) + jnp.square(fake_logits - real_anchor)
 
 
+def rectified_lecam_penalty(
+  real_logits: jax.Array, fake_logits: jax.Array, real_anchor: jax.Array, fake_anchor: jax.Array
+) -> jax.Array:
+  """LeCAM as in MAGVIT's published code: on batch means, and only where real images score higher.
+
+  max(0, mean D(real) - fake anchor)^2 + max(0, real anchor - mean D(fake))^2, a scalar. The spread within a
+  batch does not count, nor does a discriminator that confuses the two.
+  """
+  real, fake = real_logits.mean(), fake_logits.mean()
+  return jnp.square(jax.nn.relu(real - fake_anchor)) + jnp.square(jax.nn.relu(real_anchor - fake))
+
+
+# The forms of LeCAM's regularisation.
+LECAM = {"squared": lecam_penalty, "rectified": rectified_lecam_penalty}
+
+
 def r1_penalty(discriminate: Callable[[jax.Array], jax.Array], real: jax.Array) -> jax.Array:
   """Squared gradient norm of the discriminator at real images (R1 of Mescheder et al. 2018, equation 9).
 

@@ -29,7 +29,7 @@ class Objective(mage.Objective):
   of its record, among both views of all records of the global batch. Predictions do not use the head.
 
   Attributes:
-    contrastive_weight: of the contrastive loss, lambda.
+    contrastive_weight: of the contrastive loss, lambda; 0 does not compute it.
     temperature: of the contrastive loss, tau.
     projection_hidden, projection_width: of the head; not given in the paper, the defaults are SimCLR's.
   """
@@ -74,19 +74,18 @@ class Objective(mage.Objective):
     views = _both_views(batch)
     found = self.predict_masked(params, frozen, views, rng if train else None)
     values = self.scores(params, frozen, views, found)
-    pooled = found.latents[:, 1:].astype(jnp.float32).mean(axis=1)
-    embeddings: Any = self.projection.apply({"params": params["main"]["projection"]}, pooled)
-    embeddings = sharding.constrain_batch(embeddings.reshape(-1, _VIEWS, self.projection_width))
-    # Only embeddings cross devices, not the activations that they are computed from.
-    contrastive, nearest = losses_lib.nt_xent(embeddings, sharding.gather(embeddings), self.temperature)
     means = {name: value.mean() for name, value in values.items()}
-    reconstructive = means.pop("loss")
-    metrics = means | {
-      "reconstructive_loss": reconstructive,
-      "contrastive_loss": contrastive.mean(),
-      "contrastive_accuracy": nearest.mean(),
-    }
-    return {"main": reconstructive + self.contrastive_weight * contrastive.mean()}, metrics, model_state
+    loss = means.pop("loss")
+    metrics = means | {"reconstructive_loss": loss}
+    if self.contrastive_weight:
+      pooled = found.latents[:, 1:].astype(jnp.float32).mean(axis=1)
+      embeddings: Any = self.projection.apply({"params": params["main"]["projection"]}, pooled)
+      embeddings = sharding.constrain_batch(embeddings.reshape(-1, _VIEWS, self.projection_width))
+      # Only embeddings cross devices, not the activations that they are computed from.
+      contrastive, nearest = losses_lib.nt_xent(embeddings, sharding.gather(embeddings), self.temperature)
+      metrics |= {"contrastive_loss": contrastive.mean(), "contrastive_accuracy": nearest.mean()}
+      loss += self.contrastive_weight * contrastive.mean()
+    return {"main": loss}, metrics, model_state
 
 
 def _both_views(batch: Batch) -> dict[str, jax.Array]:

@@ -30,7 +30,8 @@ DEAD_SHARE = 0.1
 class Objective:
   """Trains `generator` (encoder, codebook, decoder) and, with an adversarial loss, `discriminator`.
 
-  All losses are means over examples, except `entropy` and `revive`, which depend on the whole (micro-)batch.
+  All losses are means over examples, except `entropy`, `revive` and a rectified `lecam`, which depend on the
+  whole (micro-)batch. A loss whose weight is 0 is not computed, and has no metric, except `l1` and `l2`.
 
   Attributes:
     image_size: (h, w) of the images.
@@ -48,8 +49,10 @@ class Objective:
     adversarial_start: the step from which that loss applies. The discriminator is trained from step 0: with
       Adam, one that started later would begin with updates many times its learning rate.
     r1_weight: of the squared gradient norm at real images.
-    lecam_weight: of the squared distances between the discriminator's logits for real images and the moving
-      average for fake ones, and vice versa. Every (micro-)batch updates the averages.
+    lecam_loss: "squared", the distances between the discriminator's logits for real images and the moving
+      average for fake ones, and vice versa (LeCAM's equation 4), or "rectified", only as far as the (micro-)
+      batch's means are on the right side of these averages (MAGVIT's code).
+    lecam_weight: of that loss; every (micro-)batch updates the averages.
     remat: what the backward pass recomputes, "none" or "full" (the residual blocks of the network); results
       do not depend on it.
   """
@@ -72,6 +75,7 @@ class Objective:
   adversarial_weight: float = 0.1
   adversarial_start: int = 0
   r1_weight: float = 10.0
+  lecam_loss: str = "squared"
   lecam_weight: float = 0.0
   remat: str = fields.operational("none", less_memory=("full",))
 
@@ -79,11 +83,10 @@ class Objective:
     check_image_size(self.image_size)
     weights = [field.name for field in dataclasses.fields(self) if field.name.endswith("_weight")]
     config_lib.check_at_least(self, 0, *weights, "adversarial_start")
-    if self.adversarial_loss not in losses_lib.ADVERSARIAL:
-      raise UserError(
-        f"adversarial_loss '{self.adversarial_loss}' does not exist"
-        f"{nearest(self.adversarial_loss, losses_lib.ADVERSARIAL)}"
-      )
+    for name, known in (("adversarial_loss", losses_lib.ADVERSARIAL), ("lecam_loss", losses_lib.LECAM)):
+      value = getattr(self, name)
+      if value not in known:
+        raise UserError(f"{name} '{value}' does not exist{nearest(value, known)}")
     if self.lecam_weight and not self.adversarial_weight:
       raise UserError(
         "lecam_weight needs a discriminator: set adversarial_weight above 0 or lecam_weight to 0"
@@ -230,19 +233,19 @@ class Objective:
     # Both losses share one pass over the fake images: each group's pull-back keeps its own gradient.
     real_logits, fake_logits = discriminate(real), discriminate(fake)
     generator = generator_loss(fake_logits).mean()
-    r1 = losses_lib.r1_penalty(discriminate, real).mean()
     discriminator = discriminator_loss(real_logits, fake_logits).mean()
     metrics = {
       "adversarial": generator,
-      "r1": r1,
       "logit_real": real_logits.mean(),
       "logit_fake": fake_logits.mean(),
     }
-    discriminator += self.r1_weight * r1
+    if self.r1_weight:
+      metrics["r1"] = losses_lib.r1_penalty(discriminate, real).mean()
+      discriminator += self.r1_weight * metrics["r1"]
     if self.lecam_weight:
-      lecam = losses_lib.lecam_penalty(real_logits, fake_logits, anchors["real"], anchors["fake"]).mean()
-      discriminator += self.lecam_weight * lecam
-      metrics["lecam"] = lecam
+      penalty = losses_lib.LECAM[self.lecam_loss]
+      metrics["lecam"] = penalty(real_logits, fake_logits, anchors["real"], anchors["fake"]).mean()
+      discriminator += self.lecam_weight * metrics["lecam"]
     return generator, discriminator, metrics
 
   def _usage(self, tokens: jax.Array) -> tuple[jax.Array, Metrics]:
