@@ -10,6 +10,7 @@ import importlib.util
 import io
 import pathlib
 import sys
+from unittest import mock
 
 import numpy as np
 
@@ -31,6 +32,31 @@ def logits() -> np.ndarray:
   rng = np.random.default_rng(8)
   classes = np.sort(rng.integers(11, size=203))
   return (rng.normal(size=(203, 11)) + 4 * np.eye(11)[classes]).astype(np.float32)
+
+
+def weights(shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+  """Random weights of a network in PyTorch's names and layout, whose activations keep their size."""
+  rng = np.random.default_rng(9)
+  made = {}
+  for name, shape in sorted(shapes.items()):
+    if len(shape) > 1:
+      value = rng.normal(size=shape, scale=(2 / np.prod(shape[1:])) ** 0.5)
+    elif name.endswith(("bias", "mean")):
+      value = rng.normal(size=shape, scale=0.1)
+    else:
+      value = rng.uniform(0.5, 1.5, size=shape)
+    made[name] = value.astype(np.float32)
+  return made
+
+
+def images() -> np.ndarray:
+  """uint8 [1, 96, 80, 3]."""
+  return np.random.default_rng(10).integers(256, size=(1, 96, 80, 3), dtype=np.uint8)
+
+
+def sampled(features: np.ndarray) -> np.ndarray:
+  """At most 256 features per image, which keeps the stored file small."""
+  return features[:, :: -(-features.shape[1] // 256)]
 
 
 def import_torchvision() -> None:
@@ -73,6 +99,29 @@ def set_metrics() -> dict[str, float]:
   return found | {"isc": isc[metric_isc.KEY_METRIC_ISC_MEAN], "isc_std": isc[metric_isc.KEY_METRIC_ISC_STD]}
 
 
+def load(network) -> None:
+  import torch
+
+  shapes = {name: tuple(value.shape) for name, value in network.state_dict().items()}
+  made = weights({name: shape for name, shape in shapes.items() if not name.endswith("num_batches_tracked")})
+  network.load_state_dict({name: torch.from_numpy(value) for name, value in made.items()})
+
+
+def inception() -> dict[str, np.ndarray]:
+  import torch
+  from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+
+  names = FeatureExtractorInceptionV3.get_provided_features_list()
+  with mock.patch.object(torch, "load"), mock.patch.object(torch.nn.Module, "load_state_dict"):
+    network = FeatureExtractorInceptionV3("inception", list(names), "no file")
+  load(network)
+  spatial = []
+  network.Mixed_6d.register_forward_hook(lambda module, inputs, output: spatial.append(output[:, :7]))
+  found = dict(zip(names, network(torch.from_numpy(images()).permute(0, 3, 1, 2)), strict=True))
+  found["spatial"] = spatial[0].permute(0, 2, 3, 1).flatten(1)
+  return {f"inception/{name}": sampled(value.numpy()) for name, value in found.items()}
+
+
 if __name__ == "__main__":
   import_torchvision()
-  np.savez(sys.argv[1], **set_metrics())
+  np.savez(sys.argv[1], **set_metrics(), **inception())

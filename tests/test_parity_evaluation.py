@@ -10,10 +10,13 @@ import subprocess
 import sys
 
 import evaluation_reference as reference
+import jax
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
-from maskgen.evaluators import frechet, set_metrics
+from maskgen.evaluators import frechet, protocols, set_metrics
+from maskgen.importers import inception, tensors
 
 HERE = pathlib.Path(__file__).parent
 PACKAGES = ("torch", "torch_fidelity", "prdc")
@@ -48,3 +51,27 @@ def test_sets_of_features(expected, name):
 def test_inception_score(expected):
   found = set_metrics.inception_score(reference.logits())
   np.testing.assert_allclose(found, (expected["isc"], expected["isc_std"]), rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def inception_file(tmp_path_factory):
+  """Random weights in the published layout."""
+  path = tmp_path_factory.mktemp("weights") / "inception.safetensors"
+  expected = jax.eval_shape(inception.to_pytorch, inception.shapes())
+  save_file(reference.weights({name: leaf.shape for name, leaf in expected.items()}), path)
+  return path
+
+
+def test_inception(expected, inception_file):
+  """Every tap, at random weights."""
+  assert len(tensors.read(inception_file)) == 472
+  extract = protocols.open_inception(inception.load(inception_file), "torch-fidelity")
+  found = extract(reference.images())
+  taps = dict(zip(("64", "192", "768", "2048", "spatial", "logits_unbiased", "logits"), found, strict=True))
+  for name, value in taps.items():
+    check(reference.sampled(np.asarray(value)), expected[f"inception/{name}"], name)
+
+
+def check(found, expected, name):
+  """Compares relative to the largest value."""
+  assert np.abs(found - expected).max() <= 1e-5 * np.abs(expected).max(), name
