@@ -82,6 +82,8 @@ def main(argv: Sequence[str]) -> None:
       experiment = Experiment(stage)
       if not (workdir / "checkpoints").exists():  # else everything needed is in the workdir
         experiment.check_pretrained(workdir, pending=experiments)
+      if args.mode != "eval":
+        experiment.check_precision()
       if args.mode == "train" and train.read_results(workdir) is None:
         experiment.check_data(workdir)
     experiments[workdir] = experiment

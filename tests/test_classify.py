@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import scipy.stats
 import tiny
 from etils import epath
 
@@ -19,6 +20,7 @@ from maskgen.errors import UserError
 from maskgen.evaluators.accuracy import Evaluator
 from maskgen.models.transformer import Transformer
 from maskgen.numerics import losses
+from maskgen.objectives import classify
 from maskgen.training import optim
 from maskgen.training.experiment import Experiment
 from maskgen.training.pretrained import complete, stored_first
@@ -91,7 +93,7 @@ def test_both_agree_on_the_features():
   np.testing.assert_array_equal(*features)
 
 
-def test_loss_of_labels_is_the_smoothed_cross_entropy():
+def test_labels_are_smoothed_in_training_alone():
   objective = build(label_smoothing=0.1)
   parts = make_parts(objective)
   kernel = parts["params"]["main"]["head"]["logits"]["kernel"]
@@ -99,13 +101,26 @@ def test_loss_of_labels_is_the_smoothed_cross_entropy():
     jax.random.key(1), kernel.shape
   )
   batch = make_batch()
-  values, metrics, _ = compute(objective, parts, batch, train=False)
   p = objective.predict_fns()["classify"](parts, batch, jax.random.key(0))
   assert p.dtype == jnp.float32 and p.shape == (BATCH, CLASSES)
   np.testing.assert_allclose(p.sum(axis=1), 1.0, rtol=1e-5)
-  expected = losses.cross_entropy(jnp.log(p), batch["label"], 0.1).mean()
-  np.testing.assert_allclose(values["main"], expected, rtol=1e-5)
-  np.testing.assert_allclose(metrics["accuracy"], (p.argmax(axis=1) == batch["label"]).mean())
+  plain = losses.cross_entropy(jnp.log(p), batch["label"])
+  for train, expected in ((True, losses.cross_entropy(jnp.log(p), batch["label"], 0.1)), (False, plain)):
+    values, metrics, _ = compute(objective, parts, batch, train=train)
+    np.testing.assert_allclose(values["main"], expected.mean(), rtol=1e-5)
+    np.testing.assert_allclose(metrics["accuracy"], (p.argmax(axis=1) == batch["label"]).mean())
+  scores = objective.predict_fns()["loss"](parts, batch, jax.random.key(0))
+  np.testing.assert_allclose(scores["loss"], plain, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("norm", "std"), [("layer", 2e-5), ("batch", 0.01)])
+def test_heads_start_from_a_plain_normal(norm, std):
+  """As timm's truncated normal, whose limits of -2 and 2 cut nothing off."""
+  head = classify.Head(1000, norm, std)
+  params = head.init(jax.random.key(0), jnp.zeros((1, 64)), train=False)["params"]
+  kernel = np.asarray(params["logits"]["kernel"]).ravel() / std
+  assert scipy.stats.kstest(kernel, "norm").pvalue > 0.01
+  assert np.abs(kernel).max() > 3.5
 
 
 @pytest.mark.parametrize("alphas", [(0.8, 0.0), (0.0, 1.0), (0.8, 1.0)], ids=str)

@@ -165,6 +165,10 @@ def test_required_arguments(missing, tmp_path):
     ("total_steps = -3", r"total_steps"),
     ("log_every_steps = 0", r"log_every_steps"),
     ("checkpoint.save_steps = 0", r"save_steps"),
+    (
+      "objective.tokenizer.dtype = 'float16'",
+      r"config\.objective\.tokenizer\.dtype makes gradients float16, .* bfloat16",
+    ),
     ("objective.image_size = (18, 16)", r"18x16 pixels is not divisible by .* factor 4"),
     ("objective.image_size = (20, 20)", r"config\.data provides .*config\.objective takes"),
     ("pretrained = dict(perceptual='/nowhere')", r"config\.pretrained has no key 'perceptual'"),

@@ -20,7 +20,7 @@ from maskgen.models import perceptual
 from maskgen.numerics.text import Captions
 from maskgen.training import optim
 from maskgen.training.state import TrainState
-from maskgen.training.step import make_update
+from maskgen.training.step import gradient_dtypes, make_update
 
 NETWORK = dict(
   channels=8, multipliers=(1, 2), strides=(4,), blocks=1, norm_groups=2, codebook_size=8, code_width=8
@@ -263,6 +263,24 @@ def test_the_perceptual_network_is_asked_for_and_its_distance_teaches(monkeypatc
 
   found, distance = gradient(jnp.zeros(3), state.params, frozen)
   assert distance > 0 and (np.abs(found) > 0).all()
+
+
+HALF_UNET = DIFFUSION | dict(name="diffusion", unet=DIFFUSION["unet"] | dict(dtype="float16"))
+
+
+@pytest.mark.parametrize(
+  ("name", "changes", "expected"),
+  [
+    ("mage", dict(dtype="float16"), {"float16", "float32"}),
+    ("mage", dict(tokenizer=NETWORK | dict(dtype="float16")), {"float32"}),  # codes have no gradient
+    ("vilex", dict(decoder=HALF_UNET), {"float16", "float32"}),  # gradients pass through a frozen decoder
+  ],
+)
+def test_dtypes_of_gradients(name, changes, expected):
+  objective = build(name, **changes)
+  shapes = jax.eval_shape(objective.init, jax.random.key(0), objective.pretrained_shapes())
+  parts = shapes["params"], shapes["frozen"], shapes["extra"], jax.eval_shape(make_batch)
+  assert gradient_dtypes(objective, *parts) == expected
 
 
 @every_objective

@@ -19,7 +19,7 @@ from maskgen.errors import UserError, nearest
 from maskgen.importers.published import PUBLISHED
 from maskgen.training import optim
 from maskgen.training.state import TrainState
-from maskgen.training.step import Update, make_update
+from maskgen.training.step import Update, gradient_dtypes, make_update
 from maskgen.training.warm_start import WarmStart
 
 log = logging.getLogger("maskgen")
@@ -302,6 +302,23 @@ class Experiment:
     """A table of how `config.sharding` shards the state and the frozen parts."""
     targets = {name: self.targets[name] for name in ("state", "frozen")}
     return sharding.coverage(targets, self.config.sharding)
+
+  def check_precision(self) -> None:
+    """Checks that no gradient is computed in float16, where small ones become 0: losses are not scaled.
+
+    Raises:
+      UserError: naming the fields that say so.
+    """
+    walked = fields.walk(type(self.objective), self.config.objective)
+    dtypes = {path: value for path, field, value in walked if field.metadata.get("precision")}
+    half = [".".join(path) for path, value in dtypes.items() if value == "float16"]
+    state, frozen = self.targets["state"], self.targets["frozen"]
+    parts = (state.params, frozen, state.model_state, self.data.spec)
+    if half and "float16" in gradient_dtypes(self.objective, *parts):
+      raise UserError(
+        f"config.objective.{' and '.join(half)} makes gradients float16, in which small ones become 0: "
+        "set it to bfloat16 or float32"
+      )
 
   def check_predict_fns(self) -> None:
     """Traces the prediction functions that the evaluations call, with their batches and options."""

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.extend import core
 
 from maskgen.objectives import Objective
 from maskgen.training.state import TrainState
@@ -21,6 +22,27 @@ def step_keys(seed: int, step: jax.Array | int, batch_size: int) -> tuple[jax.Ar
   """The randomness of a step: one key per example [b], and one for the model."""
   example_rng, model_rng = jax.random.split(jax.random.fold_in(jax.random.key(seed), step))
   return jax.random.split(example_rng, batch_size), model_rng
+
+
+def gradient_dtypes(objective: Objective, params: Any, frozen: Any, model_state: Any, batch: Any) -> set[str]:
+  """The names of all dtypes in a step's backward pass. Nothing is computed: arguments may be shapes."""
+  found: set[str] = set()
+
+  def collect(jaxpr: core.Jaxpr) -> None:
+    for equation in jaxpr.eqns:
+      found.update(str(getattr(variable.aval, "dtype", "")) for variable in equation.outvars)
+      for leaf in jax.tree.leaves(equation.params):
+        if isinstance(leaf, core.Jaxpr | core.ClosedJaxpr):
+          collect(leaf.jaxpr if isinstance(leaf, core.ClosedJaxpr) else leaf)
+
+  def trace(params: Any, frozen: Any, model_state: Any, batch: Any) -> None:
+    keys, rng = step_keys(0, 0, jax.tree.leaves(batch)[0].shape[0])
+    rest = (frozen, model_state, {**batch, "key": keys}, rng, jnp.int32(0))
+    values, pull_back = jax.vjp(lambda params: objective.losses(params, *rest, train=True)[0], params)
+    collect(jax.make_jaxpr(pull_back)(values).jaxpr)
+
+  jax.eval_shape(trace, params, frozen, model_state, batch)
+  return found
 
 
 def make_update(
