@@ -185,8 +185,23 @@ def enlarge(picture: np.ndarray, smallest: int = 512) -> np.ndarray:
   return np.repeat(np.repeat(picture, factor, axis=0), factor, axis=1)
 
 
-def write_png(path: epath.PathLike, picture: np.ndarray) -> None:
-  """Writes one picture [h, w, 3], uint8 or float in [0, 1], as a PNG file."""
+def metadata(picture: Image.Image) -> dict[str, Any]:
+  """What an edited copy of a picture needs to be shown and printed alike, as options of `write_png`.
+
+  Returns:
+    "icc_profile", if the picture has a colour profile of RGB pixels; "dpi" (x, y), if it has a resolution.
+  """
+  found: dict[str, Any] = {}
+  profile, dpi = (picture.info.get(name) for name in ("icc_profile", "dpi"))
+  if profile and profile[16:20] == b"RGB ":  # the pixels of others are converted
+    found["icc_profile"] = profile
+  if dpi and all(0 < float(number) < 1e6 for number in dpi):
+    found["dpi"] = tuple(map(float, dpi))
+  return found
+
+
+def write_png(path: epath.PathLike, picture: np.ndarray, **options: Any) -> None:
+  """Writes one picture [h, w, 3], uint8 or float in [0, 1], as a PNG file; for options see `metadata`."""
   buffer = io.BytesIO()
-  Image.fromarray(to_uint8(picture)).save(buffer, format="PNG")
+  Image.fromarray(to_uint8(picture)).save(buffer, format="PNG", **options)
   epath.Path(path).write_bytes(buffer.getvalue())

@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 import tiny
-from PIL import Image
+from PIL import Image, ImageCms
 
 import maskgen
+from maskgen import images
 from maskgen.errors import UserError
 from maskgen.numerics import editing
 from maskgen.numerics.editing import Window
@@ -336,6 +337,27 @@ def test_pictures_are_turned_upright(trained, tmp_path):
   run(trained, tmp_path, tmp_path / "out.png", "--box=0,0,4,4")
   edited = read(tmp_path / "out.png")
   np.testing.assert_array_equal(edited[4:, 4:], np.rot90(picture(20, 30), -1)[4:, 4:])
+
+
+@pytest.mark.parametrize(("name", "mode"), [("in.jpg", "RGB"), ("in.tif", "RGB"), ("in.png", "L")])
+def test_profiles_and_resolutions_are_kept(name, mode, trained, tmp_path):
+  profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+  if mode == "L":
+    profile = profile[:16] + b"GRAY" + profile[20:]
+  given = Image.fromarray(picture(20, 20)).convert(mode)
+  given.save(tmp_path / name, icc_profile=profile, dpi=(300, 150))
+  run(trained, tmp_path, tmp_path / "out.png", "--box=0,0,4,4", "--candidates=2", image=name)
+  for path in tmp_path.glob("out*.png"):
+    with Image.open(path) as edited:
+      assert np.rint(edited.info["dpi"]).tolist() == [300, 150]
+      assert edited.info.get("icc_profile") == (profile if mode == "RGB" else None)
+
+
+@pytest.mark.parametrize("dpi", [(0, 0), (float("nan"), 1), (1e12, 1e12)])
+def test_impossible_resolutions_are_dropped(dpi, tmp_path):
+  given = Image.new("RGB", (2, 2))
+  given.info["dpi"] = dpi
+  assert images.metadata(given) == {}
 
 
 @pytest.mark.parametrize("mode", ["L", "P", "CMYK", "LA"])

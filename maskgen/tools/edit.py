@@ -1,7 +1,8 @@
 """Edits a picture: python -m maskgen.tools.edit --model=DIR --image=FILE --mask=FILE --out=FILE.png"""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -25,7 +26,9 @@ def main(argv: Sequence[str]) -> None:
   """
   args = _parse(argv)
   stem = args.out.removesuffix(".png")
-  image, hole = _find_hole(args, *_read_picture(args.image))
+  picture = images.open_picture(args.image, f"--image={args.image}")
+  metadata = images.metadata(picture)
+  image, hole = _find_hole(args, picture)
 
   import maskgen
 
@@ -38,15 +41,16 @@ def main(argv: Sequence[str]) -> None:
     for i in tqdm(range(args.candidates), desc="editing", disable=args.candidates == 1)
   ]
   if args.candidates == 1:
-    _write(args.out, edited[0])
+    _write(args.out, edited[0], metadata)
     print(f"wrote {args.out}: {image.shape[1]} x {image.shape[0]} pixels, {hole.mean():.1%} of them new")
     return
   for i, candidate in enumerate(edited):
-    _write(f"{stem}_{i}.png", candidate)
+    _write(f"{stem}_{i}.png", candidate, metadata)
   holed = np.where(hole[..., None], np.array(_HOLE_COLOUR, np.uint8), image)
   shown = {"input": image, "hole": holed} | {f"{i}: --seed={args.seed + i}": e for i, e in enumerate(edited)}
   cards = [sheet.Card([sheet.fit(shown[text])], [text], "") for text in shown]
-  images.write_png(args.out, sheet.draw({f"{args.image}, {hole.mean():.1%} regenerated": cards}))
+  title = f"{args.image}, {hole.mean():.1%} regenerated"
+  _write(args.out, sheet.draw({title: cards}), metadata)
   print(f"wrote {stem}_0.png to {stem}_{args.candidates - 1}.png, and a contact sheet to {args.out}")
 
 
@@ -103,10 +107,9 @@ def _numbers(name: str, text: str, what: str, counts: Sequence[int], *, whole: b
   return numbers
 
 
-def _find_hole(
-  args: argparse.Namespace, image: np.ndarray, transparent: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-  """The picture [h, w, 3], extended by outpainting, and the pixels to regenerate, bool [h, w]."""
+def _find_hole(args: argparse.Namespace, picture: Image.Image) -> tuple[np.ndarray, np.ndarray]:
+  """The picture on white, uint8 [h, w, 3], extended by outpainting; and what to regenerate, bool [h, w]."""
+  image = np.asarray(images.on_white(picture))
   shape = image.shape[:2]
   if args.outpaint is not None:
     sides = args.outpaint * (4 // len(args.outpaint))
@@ -122,7 +125,8 @@ def _find_hole(
         "make them equal"
       )
   else:
-    hole, source = transparent, f"--image={args.image}"
+    hole = np.asarray(picture.convert("RGBA").getchannel("A")) < _HALF
+    source = f"--image={args.image}"
     if not hole.any():
       raise UserError(f"{source} has no transparent pixels to regenerate: give --mask, --box or --outpaint")
   if not hole.any():
@@ -133,13 +137,6 @@ def _find_hole(
   return image, hole
 
 
-def _read_picture(path: str) -> tuple[np.ndarray, np.ndarray]:
-  """A picture as viewers show it, on white, uint8 [h, w, 3], and its transparent pixels, bool [h, w]."""
-  picture = images.open_picture(path, f"--image={path}")
-  transparent = np.asarray(picture.convert("RGBA").getchannel("A")) < _HALF
-  return np.asarray(images.on_white(picture)), transparent
-
-
 def _read_mask(path: str) -> np.ndarray:
   """The white pixels of a picture, bool [h, w]; transparent pixels count as black."""
   mask = images.open_picture(path, f"--mask={path}").convert("RGBA")
@@ -147,8 +144,8 @@ def _read_mask(path: str) -> np.ndarray:
   return np.asarray(mask.convert("L")) >= _HALF
 
 
-def _write(path: str, image: np.ndarray) -> None:
-  images.write_png(path, np.broadcast_to(image, (*image.shape[:2], 3)))
+def _write(path: str, image: np.ndarray, metadata: Mapping[str, Any]) -> None:
+  images.write_png(path, np.broadcast_to(image, (*image.shape[:2], 3)), **metadata)
 
 
 if __name__ == "__main__":
