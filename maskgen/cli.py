@@ -20,7 +20,10 @@ EXIT_TIMEOUT = 10.0
 
 
 class Parser(argparse.ArgumentParser):
-  """An argument parser that prints its example verbatim and accepts no abbreviations."""
+  """An argument parser that prints its example verbatim and accepts no abbreviations.
+
+  A value that begins with `~` is a path in a home folder: shells do not expand it in `--flag=~/path`.
+  """
 
   def __init__(self, description: str, example: str):
     super().__init__(
@@ -41,12 +44,18 @@ class Parser(argparse.ArgumentParser):
 
   def parse_known_args(self, *args: Any, **options: Any) -> Any:
     parsed, rest = super().parse_known_args(*args, **options)
+    for name, value in vars(parsed).items():
+      setattr(parsed, name, [*map(_at_home, value)] if isinstance(value, list) else _at_home(value))
     if getattr(parsed, "trust_code", False):
       plugins.trust(parsed.model)
     return parsed, rest
 
   def error(self, message: str):
     raise UserError(f"{message} (see --help)")
+
+
+def _at_home(value: Any) -> Any:
+  return os.path.expanduser(value) if isinstance(value, str) else value
 
 
 def _seed(text: str) -> int:

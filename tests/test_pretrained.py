@@ -11,10 +11,11 @@ import tiny
 from test_errors import assert_clear
 
 import maskgen
+from maskgen import cli, storage, tree
 from maskgen import config as config_lib
-from maskgen import storage, tree
 from maskgen.errors import UserError
 from maskgen.tools import export, generate
+from maskgen.training.experiment import Experiment
 
 trained = tiny.trained
 
@@ -35,6 +36,20 @@ def test_names_are_listed():
 def test_all_of_them_are_small():
   sizes = {name: sum(map(len, files_of(name).values())) for name in maskgen.available()}
   assert sum(sizes.values()) < 20e6, sizes
+
+
+def test_a_home_folder_is_found(trained, tmp_path, monkeypatch):
+  monkeypatch.setenv("HOME", str(trained))
+  assert maskgen.load("~/tokenizer").config["objective"]["name"] == "tokenizer"
+  assert storage.resolve("~/mage", tmp_path) == trained / "mage"
+  parser = cli.Parser("Reads.", "read")
+  parser.add_argument("--workdir")
+  parser.add_argument("--text", action="append")
+  args, rest = parser.parse_known_args(["--workdir=~/run", "--text=a~", "--text=~/b", "--config.resume=~/x"])
+  assert args.workdir == f"{trained}/run" and args.text == ["a~", f"{trained}/b"]
+  assert rest == ["--config.resume=~/x"]  # stored as it is written
+  resumed = config_lib.to_dict(config_lib.load(f"{tiny.FILE}:only=mage", {"resume": "~/mage"}))
+  Experiment(resumed).check_pretrained(trained / "longer")
 
 
 @pytest.mark.parametrize("name", maskgen.available())

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import inspect
+import os
 import pathlib
 import re
 import traceback
@@ -83,7 +84,7 @@ def _parse(name: str, text: str, like: Any) -> Any:
 
 def find_file(path: str) -> pathlib.Path:
   """Finds a config file by path, or by name among the configs that maskgen ships."""
-  given = pathlib.Path(path)
+  given = pathlib.Path(os.path.expanduser(path))
   candidates = [given, *(folder / given.name for folder in _CONFIG_FOLDERS)]
   if given.parent not in (pathlib.Path("."), pathlib.Path("configs")):
     candidates = [given]

@@ -84,7 +84,7 @@ def read_npz(path: epath.PathLike) -> Tensors:
     UserError: if the file cannot be read, or is not an npz file.
   """
   try:
-    with epath.Path(path).open("rb") as file:
+    with epath.Path(path).expanduser().open("rb") as file:
       archive = np.load(file, allow_pickle=False)
       if not isinstance(archive, np.lib.npyio.NpzFile):
         raise ValueError("a single array")
@@ -149,7 +149,7 @@ def take(path: epath.PathLike, tensors: Mapping[str, np.ndarray], rename: Rename
 
 def _bytes(path: epath.PathLike) -> bytes:
   try:
-    return epath.Path(path).read_bytes()
+    return epath.Path(path).expanduser().read_bytes()
   except OSError as error:
     reason = error.strerror or error
     raise UserError(f"{path} cannot be read ({reason}): give the path of a weights file") from None

@@ -20,6 +20,6 @@ def is_name(model: epath.PathLike) -> bool:
 
 
 def find(model: epath.PathLike) -> epath.Path:
-  """The folder of a model that is given as a path or, if nothing is there, by name."""
+  """The folder of a model that is given as a path, also below `~`, or, if nothing is there, by name."""
   known = is_name(model) and os.fspath(model) in available()
-  return epath.Path(FOLDER / model if known else model)
+  return epath.Path(FOLDER / model if known else os.path.expanduser(model))

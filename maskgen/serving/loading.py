@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from maskgen import objectives, plugins, storage
+from maskgen import objectives, plugins, pretrained, storage
 from maskgen.errors import UserError
 from maskgen.serving.model import Model
 
@@ -40,11 +40,11 @@ def load_objective(
   if "objective" not in config:
     raise UserError(f"{path} has a {storage.CONFIG} without an objective: give a model that maskgen trained")
   if trust_code:
-    plugins.trust(path)
+    plugins.trust(pretrained.find(path))
   try:
     return config, objectives.build(config["objective"])
   except plugins.UnknownModuleError as error:
-    code = epath.Path(path) / plugins.CODE
+    code = pretrained.find(path) / plugins.CODE
     trust = f", or, if you trust the code in {code}, set trust_code" if code.exists() else ""
     raise UserError(
       f"{path} needs the module '{error.name}', which Python does not find: install it or add its folder to "

@@ -90,6 +90,6 @@ def _names(widths: Sequence[int]) -> tuple[str, ...]:
 def _write(path: epath.PathLike, data: dict[str, np.ndarray]) -> None:
   saved = safetensors.numpy.save({name: np.ascontiguousarray(value) for name, value in data.items()})
   try:
-    epath.Path(path).write_bytes(saved)
+    epath.Path(path).expanduser().write_bytes(saved)
   except OSError as error:
     raise UserError(f"{path} is not writable ({error.strerror or error}): give another path") from None

@@ -189,7 +189,7 @@ class Experiment:
       UserError: if one does not.
     """
     if self.config.resume:
-      storage.open_to_read(epath.Path(self.config.resume)).close()
+      storage.open_to_read(epath.Path(self.config.resume).expanduser()).close()
     else:
       self._check_init_from(workdir, pending)
     for name, given in self.config.pretrained.items():

@@ -65,7 +65,7 @@ def start(
     frozen = read_frozen(workdir, targets["frozen"])
     return checkpoints.restore(targets["state"]), frozen, f"step {checkpoints.latest()} of {workdir}"
   if resume:
-    other = epath.Path(resume)
+    other = epath.Path(resume).expanduser()
     with closing(open_to_read(other)) as others:
       state = others.restore(targets["state"])
     frozen, origin = read_frozen(other, targets["frozen"]), f"the newest checkpoint of {resume}"
