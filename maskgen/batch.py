@@ -85,7 +85,8 @@ def check_data(wanted: BatchSpec, data: Any, name: str, source: str) -> None:
 
   Args:
     wanted: what the objective reads.
-    data: a `data.pipeline.Data`, or a substitute with its `spec`, `image_shape`, `class_names`, `captions`.
+    data: a `data.pipeline.Data`, or a substitute with its `spec`, `image_shape`, `class_names`, `captions`
+      and `lacks`.
     name: the objective's name, for errors.
     source: the data's source, for errors.
 
@@ -109,9 +110,9 @@ def check_data(wanted: BatchSpec, data: Any, name: str, source: str) -> None:
       f"{wanted.image_shape}: change config.data.preprocess or config.objective.image_size"
     )
   if wanted.num_classes and "label" not in spec:
+    remedy = data.lacks.get("label", "use data with classes")
     raise UserError(
-      f"config.data.source={source} provides no labels, but objective '{name}' needs them: use data with "
-      "classes"
+      f"config.data.source={source} provides no labels, but objective '{name}' needs them: {remedy}"
     )
   found = len(data.class_names or ())
   if wanted.num_classes not in (0, found):

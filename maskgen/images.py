@@ -12,6 +12,16 @@ from PIL import Image, ImageOps
 
 from maskgen.errors import UserError
 
+# Pictures of phones, which Pillow opens if the extra `heif` is installed.
+HEIF_SUFFIXES = (".heic", ".heif", ".hif")
+try:
+  import pillow_heif
+except ImportError:
+  HAS_HEIF = False
+else:
+  pillow_heif.register_heif_opener()
+  HAS_HEIF = True
+
 # How far floats may leave [0, 1]: resizing white gives a little more than 1.
 _ROUNDING = 1e-3
 

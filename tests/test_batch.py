@@ -29,6 +29,7 @@ def data(wanted: BatchSpec, **changes):
     image_shape=wanted.image_shape,
     class_names=tuple("abcdefgh"[: wanted.num_classes]) or None,
     captions=wanted.captions,
+    lacks={},
   )
   return SimpleNamespace(**(given | changes))
 
@@ -63,6 +64,10 @@ def without(*names):
       r"provides images of shape \(4, 4, 3\), but config.objective takes \(4, 6, 3\)",
     ),
     (without("label"), "config.data.source=folder:x provides no labels, but objective 'mine' needs them"),
+    (
+      without("label") | dict(lacks={"label": "'x.jpg' is loose: move it"}),
+      "provides no labels, but objective 'mine' needs them: 'x.jpg' is loose: move it",
+    ),
     (dict(class_names=("a", "b")), "has 2 classes, but config.objective.classes is 5"),
     (dict(captions=None), "provides no captions, but objective 'mine' reads Captions"),
     (without("depth"), r"provides nothing as 'depth', but objective 'mine' needs float32\[4, 6\]"),

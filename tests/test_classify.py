@@ -497,7 +497,7 @@ def test_accuracy_counts_valid_examples(classes, numbers):
   )
   assert Evaluator(context).run(None, jax.random.key(0)).numbers == pytest.approx(numbers)
   with pytest.raises(UserError, match="no labels"):
-    Evaluator(SimpleNamespace(class_names=None))
+    Evaluator(SimpleNamespace(class_names=None, lacks={}))
 
 
 # Whole runs

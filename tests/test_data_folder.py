@@ -2,13 +2,15 @@
 
 import os
 import pathlib
+import re
 import time
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from maskgen.data import listing, tables
+from maskgen import images
+from maskgen.data import listing, pipeline, subset, tables
 from maskgen.data.cpu_tf import tf
 from maskgen.data.listing import list_pictures
 from maskgen.data.reader import reason_of
@@ -136,9 +138,6 @@ class TestFolder:
     ("files", "split", "message"),
     [
       ([], "train", "has no pictures: put .jpg"),
-      (["train/a/1.png", "test/b/1.png"], "test", "'train' and 'test'.*differ in 'a'"),
-      (["train/a/1.png", "test/1.png"], "test", "'train' and 'test'.*differ in 'a'"),
-      (["a/1.png", "loose.png"], "train", "'loose.png' is next to the class folders"),
       (["1.png"], "train", "split 'train' of data source .* is empty"),
       (["1.png"], "trian", "split 'trian' .* is unknown; did you mean 'train'"),
     ],
@@ -148,6 +147,25 @@ class TestFolder:
       _picture(tmp_path / name)
     with pytest.raises(UserError, match=message):
       open_source(f"folder:{tmp_path}", split)
+
+  @pytest.mark.parametrize(
+    ("files", "reason"),
+    [
+      (["train/a/1.png", "test/b/1.png"], "classes of 'train' and 'test' in .* differ in 'a': give both"),
+      (["train/a/1.png", "test/1.png"], "classes of 'train' and 'test' in .* differ in 'a': give both"),
+      (["a/1.png", "b/2.png", "loose.png"], "'loose.png' is next to the folders .* move it into one"),
+    ],
+  )
+  def test_folders_that_are_no_classes(self, tmp_path, caplog, files, reason):
+    _write(tmp_path, _named(*files))
+    caplog.set_level("INFO")
+    opened = open_source(f"folder:{tmp_path}", "test")
+    assert opened.class_names is None and "label" not in _fetch(opened, 0)
+    assert re.search(reason, opened.lacks["label"]) and re.search(
+      f"labels cannot be used: .*{reason}", caplog.text
+    )
+    with pytest.raises(UserError, match=f"has no labels to choose by: .*{reason}"):
+      subset.take(opened, shots=1, share=None, seed=0)
 
   def test_missing(self, tmp_path):
     with pytest.raises(UserError, match="/nothing' is not a folder"):
@@ -163,9 +181,40 @@ class TestPictures:
   def test_suffixes_in_any_case_and_strange_names(self, tmp_path):
     names = ["a b.jpg", "a,b.JPEG", "line\nbreak.Png", "猫.TIFF", "é.webp", "x.y.avif", "q\"'.gif"]
     ignored = [".hidden.jpg", ".git/x.jpg", "__MACOSX/x.jpg", "deep/__MACOSX/x.jpg", "notes", "x.jpg.part"]
+    folders = ["@eaDir", "@Recycle", "lost+found", "$RECYCLE.BIN", "System Volume Information", "#recycle"]
+    ignored += [f"{name}/x.jpg" for name in (*folders, ".ipynb_checkpoints", "__pycache__")]
     _write(tmp_path, _named(*names, *ignored))
+    assert open_source(f"folder:{tmp_path}", "train").class_names is None
     found = _records(tmp_path) | _records(tmp_path, "test")
     assert {name: record["image"].decode() for name, record in found.items()} == {n: n for n in names}
+
+  def test_a_folder_named_like_a_picture_is_a_folder(self, tmp_path):
+    _write(tmp_path, _named("x.jpg/1.jpg", "x.jpg/2.jpg", "y/3.jpg"))
+    (tmp_path / "y" / "empty.png").mkdir()
+    found = _records(tmp_path) | _records(tmp_path, "test")
+    assert {name: int(record["label"]) for name, record in found.items()} == {
+      "x.jpg/1.jpg": 0,
+      "x.jpg/2.jpg": 0,
+      "y/3.jpg": 1,
+    }
+
+  def test_what_is_ignored_is_said_once(self, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(listing, "SUFFIXES", tuple(set(listing.SUFFIXES) - {*images.HEIF_SUFFIXES}))
+    caplog.set_level("INFO")
+    names = [f"{i}.jpg" for i in range(9)] + ["a/1.MOV", "a/2.mov", "3.Heic", "labels.xls", "README", "1.txt"]
+    _write(tmp_path, _named(*names))
+    _write(tmp_path / "split", _named("train/1.jpg", "test/1.jpg", "later/2.jpg", "3.jpg", "labels.txt"))
+    for split in ("train", "test", "train"):
+      open_source(f"folder:{tmp_path}/split", split)
+    open_source(f"folder:{tmp_path}/split/later", "test")
+    open_source(f"folder:{tmp_path}", "test")
+    beside, ignored, *others = [record.message for record in caplog.records]
+    assert beside == f"folder '{tmp_path}/split': ignored '3.jpg', 'labels.txt', 'later' beside train, test"
+    assert ignored == (
+      f"folder '{tmp_path}': ignored files that are no pictures, 2 .mov, 2 .txt, 1 without an extension, "
+      "1 .heic, 1 .xls (to read .heic: pip install -e '.[heif]')"
+    )
+    assert [other.split(":")[0] for other in others] == ["labels cannot be used", "captions cannot be used"]
 
   def test_named_pipes_are_ignored(self, tmp_path):
     _write(tmp_path, _named("1.jpg", "2.jpg"))
@@ -258,8 +307,8 @@ class TestLabels:
     _write(tmp_path, {"val/labels.csv": "file,label\nx.jpg,c\ny.jpg,b\n"})
     assert [record["label"] for record in _records(tmp_path, "val").values()] == [1, 0]
     _write(tmp_path, {"val/labels.csv": "file,label\nx.jpg,c\ny.jpg,d\n"})
-    with pytest.raises(UserError, match=r"classes of 'train' and 'val' .* differ in 'b'.*labels.csv"):
-      open_source(f"folder:{tmp_path}", "val")
+    reason = open_source(f"folder:{tmp_path}", "val").lacks["label"]
+    assert re.search("classes of 'train' and 'val' .* differ in 'b'.*labels.csv", reason)
 
   @pytest.mark.parametrize(
     ("content", "message"),
@@ -290,6 +339,11 @@ class TestLabels:
     _write(tmp_path, {"labels.csv": "file,label\ntrain/1.jpg,a\ntest/2.jpg,b\n"})
     with pytest.raises(UserError, match=r"line 3: there is no picture 'test/2.jpg'"):
       open_source(f"folder:{tmp_path}", "test")
+
+
+def _data(path, op: str = "", batch_size: int = 1) -> pipeline.Data:
+  preprocess = f"decode(3)|resize(4){op}"
+  return pipeline.Data(f"folder:{path}", preprocess, preprocess, batch_size, process_index=0, process_count=1)
 
 
 class TestCaptions:
@@ -330,14 +384,29 @@ class TestCaptions:
       next(tf.data.Dataset.range(1).map(opened.fetch).as_numpy_iterator())
     assert reason_of(error.value) == reason
 
-  def test_captions_of_some_pictures(self, tmp_path):
-    _write(tmp_path, _named("1.jpg", "2.jpg") | {"captions.csv": "file,caption\n2.jpg,two\n"})
-    with pytest.raises(UserError, match=r"captions.csv' has no row for 1 of 2 pictures.*'1.jpg'"):
-      open_source(f"folder:{tmp_path}", "train")
+  @pytest.mark.parametrize("table", [False, True])
+  def test_captions_of_some_pictures(self, tmp_path, table):
+    beside = {"captions.csv": "file,caption\n2.jpg,two\n"} if table else {"2.txt": "two"}
+    _write(tmp_path, _named(*(f"{i}.jpg" for i in range(8))) | beside)
+    data = _data(tmp_path)
+    assert data.num_train == 7 and data.captions is None
+    with pytest.raises(
+      UserError,
+      match=r"tokenize in .* needs captions: 7 of the 8 pictures .* '0.jpg', '1.jpg', '3.jpg': write",
+    ):
+      _data(tmp_path, "|tokenize('list:a', 4)")
 
-    _write(tmp_path / "d", _named("1.jpg", "1.txt", "2.jpg", "3.jpg"))
-    with pytest.raises(UserError, match=r"2 of the 3 pictures .* have no .txt .* '2.jpg'"):
-      open_source(f"folder:{tmp_path}/d", "train")
+  def test_captions_are_read_where_they_are_used(self, tmp_path):
+    names = [
+      f"{split}/{i}.{kind}" for split in ("train", "test") for i in range(4) for kind in ("jpg", "txt")
+    ]
+    _write(tmp_path, _named(*names) | {"train/1.txt": b"\xff"})
+    for name in names[::2]:
+      _picture(tmp_path / name)
+    for op, damaged in (("", 0), ("|tokenize('list:a', 4)", 1)):
+      data = _data(tmp_path, op, batch_size=4)
+      batch = next(data.train_batches())
+      assert ("caption" in batch) == bool(damaged) and len(data.skipped) == damaged
 
   def test_none(self, tmp_path):
     _write(tmp_path, _named("1.jpg", "2.jpg", "notes.txt"))

@@ -49,6 +49,14 @@ def test_orientation_is_honoured(orientation, file_format):
   assert tuple(sides) == (SIZE if orientation < 5 else SIZE[::-1])
 
 
+def test_pictures_of_phones():
+  pytest.importorskip("pillow_heif", reason="pillow-heif (the extra heif) is not installed")
+  data = encode(Image.fromarray(scene()), "HEIF", quality=95, chroma=444)
+  assert difference(shown(data), scene()) <= 12
+  with pytest.raises(tf.errors.OpError):
+    shown(data[: len(data) // 2])
+
+
 def segment(kind: int, content: bytes) -> bytes:
   return bytes([0xFF, kind]) + struct.pack(">H", len(content) + 2) + content
 

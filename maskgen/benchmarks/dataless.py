@@ -40,6 +40,10 @@ class NoData:
     return tuple(map(str, range(self.objective.batch_spec().num_classes))) or None
 
   @property
+  def lacks(self) -> dict[str, str]:
+    return {}
+
+  @property
   def captions(self) -> Captions | None:
     return self.objective.batch_spec().captions
 

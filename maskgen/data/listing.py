@@ -1,12 +1,16 @@
 """Lists the pictures in a folder with their labels, captions and splits."""
 
+import collections
+import functools
 import hashlib
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
 
+from maskgen import images
 from maskgen.data.cpu_tf import tf
 from maskgen.data.sources import check_split
 from maskgen.data.tables import Table, in_order, read_table
@@ -25,11 +29,20 @@ SUFFIXES = (
   ".avif",
   ".ppm",
   ".pgm",
+  *(images.HEIF_SUFFIXES if images.HAS_HEIF else ()),
 )
 HELD_OUT = ("test", "val", "validation", "valid", "dev")
 SPLITS = ("train", *HELD_OUT)
 # Other names of split folders; all are matched in any case.
 _SYNONYMS = {"training": "train", "testing": "test", "eval": "val", "evaluation": "val"}
+# Folders of operating systems and storage devices, in any case: thumbnails, deleted files, snapshots.
+_SYSTEM_FOLDERS = {
+  *("__macosx", "$recycle.bin", "recycler", "system volume information", "lost+found", "__pycache__"),
+  *("@eadir", "@tmp", "@recycle", "@recently-snapshot", "#recycle", "#snapshot"),
+}
+_MOST_EXTENSIONS, _MOST_NAMES = 8, 3
+
+log = logging.getLogger("maskgen")
 
 
 class Listing(NamedTuple):
@@ -41,6 +54,7 @@ class Listing(NamedTuple):
     labels: int [n], or None.
     class_names: the name of each label, or None without labels.
     captions: of each picture; "beside" if they are in text files next to the pictures; or None.
+    lacks: why there are no labels or captions although some pictures have them, by "label" and "caption".
   """
 
   root: str
@@ -48,6 +62,7 @@ class Listing(NamedTuple):
   labels: list[int] | None
   class_names: tuple[str, ...] | None
   captions: list[list[str]] | Literal["beside"] | None
+  lacks: dict[str, str]
 
   @property
   def paths(self) -> list[str]:
@@ -60,10 +75,11 @@ def list_pictures(root: str, split: str) -> Listing:
   `sources/folder.py` describes the layouts. If `root` has a sub-folder `train` and one of `HELD_OUT`, or
   synonyms of them in any case, these are the splits, and a held-out name that has no folder means the first
   one that has. Otherwise the tenth of the pictures whose relative names have the smallest hashes is held out.
+  Logs which files are ignored.
 
   Raises:
-    UserError: if the folder is missing, unreadable or without pictures, the split is unknown, a table is
-      wrong, only some pictures have captions, or the classes differ between the splits.
+    UserError: if the folder is missing, unreadable or without pictures, the split is unknown, or a table is
+      wrong.
   """
   check_split(f"folder '{root}'", split, SPLITS)
   if not _is_folder(root):
@@ -90,8 +106,32 @@ def list_pictures(root: str, split: str) -> Listing:
 
 
 def is_picture(name: str) -> bool:
-  """Whether a file name (without folder) is that of a picture."""
-  return name.lower().endswith(SUFFIXES) and not name.startswith(".")
+  """Whether a file name is that of a picture."""
+  return name.lower().endswith(SUFFIXES)
+
+
+def is_hidden(name: str) -> bool:
+  """Whether a file or folder of this name (without its folder) is not one of a user."""
+  return name.startswith(".") or name.lower() in _SYSTEM_FOLDERS
+
+
+@functools.cache  # each split of a data set, and each use of it, lists the same files
+def say(message: str) -> None:
+  """Logs a message, unless this process has already logged it."""
+  log.info("%s", message)
+
+
+def say_ignored(where: str, extensions: Mapping[str, int]) -> None:
+  """Logs the numbers of ignored files by extension, such as ".heic", if there are any."""
+  counts = sorted(extensions.items(), key=lambda item: (-item[1], item[0]))
+  parts = [f"{count:,} {extension or 'without an extension'}" for extension, count in counts]
+  if len(parts) > _MOST_EXTENSIONS:
+    rest = sum(count for _, count in counts[_MOST_EXTENSIONS:])
+    parts[_MOST_EXTENSIONS:] = [f"{rest:,} of other extensions"]
+  unread = {*extensions} & {*images.HEIF_SUFFIXES} - {*SUFFIXES}
+  hint = f" (to read {min(unread)}: pip install -e '.[heif]')" if unread else ""
+  if parts:
+    say(f"{where}: ignored files that are no pictures, {', '.join(parts)}{hint}")
 
 
 def smallest_tenth(names: Sequence[bytes]) -> np.ndarray:
@@ -109,9 +149,10 @@ def _split_folders(root: str) -> dict[str, str]:
     UserError: if several folders are the same split, and none has exactly its name.
   """
   found: dict[str, str] = {}
-  for name in sorted(_entries(root), key=lambda name: name not in SPLITS):  # exact names first
+  names = (name for name, is_folder in _entries(root) if is_folder)
+  for name in sorted(names, key=lambda name: name not in SPLITS):  # exact names first
     split = _SYNONYMS.get(name.lower(), name.lower())
-    if split not in SPLITS or found.get(split) == split or not _is_folder(os.path.join(root, name)):
+    if split not in SPLITS or found.get(split) == split:
       continue
     if split in found:
       raise UserError(
@@ -126,18 +167,27 @@ def _list_folder_of_split(root: str, folders: Mapping[str, str], split: str) -> 
   train, *held_out = siblings = list(folders.values())
   name = folders.get(split, held_out[0])
   folder = os.path.join(root, name)
+  beside = [f"'{other}'" for other, _ in _entries(root) if other not in (*siblings, *_TABLES)]
+  if beside:
+    more = f" and {len(beside) - _MOST_NAMES} others" if len(beside) > _MOST_NAMES else ""
+    say(f"folder '{root}': ignored {', '.join(beside[:_MOST_NAMES])}{more} beside {', '.join(siblings)}")
   captions = _table(root, "caption")
   captions = captions.below(name, siblings) if captions else _table(folder, "caption")
   if labels := _table(root, "label"):
     return _listing(folder, labels.texts(), labels.below(name, siblings), captions)
   class_names, labels = _classes(folder)
   classes_of_train = class_names if name == train else _classes(os.path.join(root, train))[0]
+  lacks = {}
   if different := set(class_names) ^ set(classes_of_train):
-    raise UserError(
+    class_names, labels = [], None
+    lacks["label"] = (
       f"the classes of '{train}' and '{name}' in '{root}' differ in '{min(different)}': give both splits "
       f"the same class folders, or write one labels.csv in '{root}' for both"
     )
-  return _listing(folder, class_names, labels, captions)
+  return _listing(folder, class_names, labels, captions, lacks)
+
+
+_TABLES = ("labels.csv", "captions.csv")
 
 
 def _table(folder: str, column: str) -> Table | None:
@@ -152,47 +202,61 @@ def _classes(root: str) -> tuple[list[str], Table | None]:
   real = _real(root)
   return in_order(
     name
-    for name in _entries(root)
-    if not _is_file(name) and any(not file.endswith(".txt") for file in _below(root, name, {real}))
+    for name, is_folder in _entries(root)
+    if is_folder and any(map(is_picture, _files(os.path.join(root, name), {real})))
   ), None
 
 
 def _listing(
-  root: str, class_names: Sequence[str], labels_table: Table | None, captions_table: Table | None
+  root: str,
+  class_names: Sequence[str],
+  labels_table: Table | None,
+  captions_table: Table | None,
+  lacks: Mapping[str, str] | None = None,
 ) -> Listing:
-  """Lists all pictures below `root` with their labels and captions."""
-  real = _real(root)
-  files = [file for name in _entries(root) for file in _below(root, name, {real})]
-  names = [name for name in files if not name.endswith(".txt")]
-  if not names:
-    raise UserError(f"folder '{root}' has no pictures: put {', '.join(SUFFIXES)} files there")
+  """Lists all pictures below `root` with their labels and captions; `lacks` is the one so far."""
+  files, lacks = list(_files(root, set())), dict(lacks or {})
+  names = [name for name in files if is_picture(name)]
+  others = {name for name in files if not is_picture(name)} - set(_TABLES)
   labels: list[int] | None = None
-  captions: list[list[str]] | Literal["beside"] | None = None
+  if labels_table:
+    classes = labels_table.one_for_each(names)
+  else:
+    classes = [name.partition("/")[0] for name in names]
+    loose = [name for name in names if "/" not in name]
+    if class_names and loose:
+      class_names = []
+      lacks["label"] = (
+        f"'{loose[0]}' is next to the folders of '{root}', which are therefore no classes: move it into one"
+      )
   if class_names:
-    if labels_table:
-      classes = labels_table.one_for_each(names)
-    else:
-      classes = [name.partition("/")[0] for name in names]
-      loose = [name for name in names if "/" not in name]
-      if loose:
-        raise UserError(f"'{loose[0]}' is next to the class folders of '{root}': move it into one")
     number = {name: label for label, name in enumerate(class_names)}
     labels = [number[name] for name in classes]
+  captions: list[list[str]] | Literal["beside"] | None
   if captions_table:
-    captions = captions_table.all_for_each(names)
-  elif _has_caption_files(root, names, set(files)):
+    captions = captions_table.some_for_each(names)
+    without = [name for name, texts in zip(names, captions, strict=True) if not texts]
+  else:
+    beside = {name: f"{os.path.splitext(name)[0]}.txt" for name in names}
+    without = [name for name in names if beside[name] not in others]
     captions = "beside"
-  return Listing(root, names, labels, tuple(class_names) or None, captions)
-
-
-def _has_caption_files(root: str, names: Sequence[str], files: set[str]) -> bool:
-  without = [name for name in names if f"{os.path.splitext(name)[0]}.txt" not in files]
+    if not without:
+      others -= set(beside.values())
+  if without:
+    captions = None
   if 0 < len(without) < len(names):
-    raise UserError(
-      f"{len(without)} of the {len(names)} pictures of '{root}' have no .txt file with captions next to "
-      f"them, the first being '{without[0]}': give all of them captions, or none"
+    first = ", ".join(f"'{name}'" for name in without[:_MOST_NAMES])
+    lacks["caption"] = (
+      f"{len(without):,} of the {len(names):,} pictures of '{root}' have no caption, the first being "
+      f"{first}: write captions for them, or move them elsewhere"
     )
-  return not without
+  extensions = collections.Counter(os.path.splitext(name)[1].lower() for name in others)
+  say_ignored(f"folder '{root}'", extensions)
+  for key, reason in lacks.items():
+    say(f"{key}s cannot be used: {reason}")
+  if not names:
+    raise UserError(f"folder '{root}' has no pictures: put {', '.join(SUFFIXES)} files there")
+  return Listing(root, names, labels, tuple(class_names) or None, captions, lacks)
 
 
 def _tenth(listing: Listing, held_out: bool) -> Listing:
@@ -208,40 +272,43 @@ def _tenth(listing: Listing, held_out: bool) -> Listing:
   )
 
 
-def _below(folder: str, name: str, seen: set[str]) -> Iterator[str]:
-  """Yields a picture or text file, or all those below a sub-folder that was not visited before."""
-  if _is_file(name):
-    yield name
-    return
-  path = os.path.join(folder, name)
-  if not _is_folder(path) or (real := _real(path)) in seen:
+def _files(folder: str, seen: set[str]) -> Iterator[str]:
+  """Yields the names of all files in a folder and below, but none of a folder in `seen`, which grows."""
+  if (real := _real(folder)) in seen:
     return
   seen.add(real)
-  for child in _entries(path):
-    for file in _below(path, child, seen):
-      yield f"{name}/{file}"
+  for name, is_folder in _entries(folder):
+    if is_folder:
+      yield from (f"{name}/{file}" for file in _files(os.path.join(folder, name), seen))
+    else:
+      yield name
 
 
-def _is_file(name: str) -> bool:
-  """Whether this is a picture or text file, judging by its name, as requests to remote stores are slow."""
-  return is_picture(name) or name.endswith(".txt")
-
-
-def _entries(folder: str) -> list[str]:
-  """Returns the sorted names of files and folders that are not hidden."""
+def _entries(folder: str) -> list[tuple[str, bool]]:
+  """Returns the sorted names of files and folders, and whether each is a folder."""
   if _remote(folder):
-    names = [name.rstrip("/") for name in tf.io.gfile.listdir(folder)]
+    found = {}
+    for name in filter(None, tf.io.gfile.listdir(folder)):
+      plain = name.rstrip("/")
+      # Files are told by their names where possible: requests to stores are slow.
+      is_file = is_picture(name) or name.endswith(".txt") or is_hidden(plain)
+      found[plain] = name != plain or (not is_file and _is_folder(os.path.join(folder, name)))
   else:
     with os.scandir(folder) as entries:
-      names = [entry.name for entry in entries if not _is_special(entry)]
-  return sorted(name for name in names if name and not name.startswith(".") and name != "__MACOSX")
+      kinds = {entry.name: _kind(entry) for entry in entries}
+    found = {name: kind == "folder" for name, kind in kinds.items() if kind}
+  return sorted((name, is_folder) for name, is_folder in found.items() if not is_hidden(name))
 
 
-def _is_special(entry: os.DirEntry[str]) -> bool:
-  """Whether it is neither file nor folder, such as a named pipe, whose reader may wait forever."""
-  if entry.is_file(follow_symlinks=False) or entry.is_dir(follow_symlinks=False):
-    return False
-  return os.path.exists(entry) and not os.path.isfile(entry) and not os.path.isdir(entry)
+def _kind(entry: os.DirEntry[str]) -> str:
+  """Returns "file", "folder", or "" for neither, such as a named pipe, whose reader may wait forever."""
+  if entry.is_symlink():
+    if os.path.isdir(entry):
+      return "folder"
+    return "file" if os.path.isfile(entry) or not os.path.exists(entry) else ""
+  if entry.is_dir(follow_symlinks=False):
+    return "folder"
+  return "file" if entry.is_file(follow_symlinks=False) else ""
 
 
 def _is_folder(path: str) -> bool:

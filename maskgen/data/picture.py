@@ -10,6 +10,7 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from maskgen import images
 from maskgen.data.cpu_tf import tf
 
 # Larger pictures are rejected, as many are decoded at once; Pillow's limit against decompression bombs.
@@ -201,8 +202,7 @@ def _decode_as_shown(data: bytes, channels: int) -> np.ndarray:
     image = ImageOps.exif_transpose(image)
   image = _to_8_bits(image)
   if image.has_transparency_data:
-    image = image.convert("RGBA")
-    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    image = images.on_white(image)
   pixels = np.asarray(image.convert("L" if channels == 1 else "RGB"))
   return pixels.reshape(*pixels.shape[:2], channels)
 

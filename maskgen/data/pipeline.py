@@ -138,10 +138,9 @@ class Data:
       check_at_least(self, 1, "num_classes")
       found = 0 if names is None else len(names)
       if found != self.num_classes:
-        raise UserError(
-          f"{self._train.source.name} has {found} classes, but data.num_classes is {self.num_classes}: "
-          "change one of them"
-        )
+        remedy = self.lacks.get("label", "change one of them")
+        name = self._train.source.name
+        raise UserError(f"{name} has {found} classes, but data.num_classes is {self.num_classes}: {remedy}")
 
   @functools.cached_property
   def skipped(self) -> Skipped:
@@ -213,6 +212,11 @@ class Data:
   def class_names(self) -> tuple[str, ...] | None:
     """The class names, or None if training or evaluation has no labels."""
     return self._train.source.class_names if self._eval.source.class_names else None
+
+  @property
+  def lacks(self) -> dict[str, str]:
+    """Why there are no labels or captions, see `Source.lacks`."""
+    return {**self._eval.source.lacks, **self._train.source.lacks}
 
   @property
   def captions(self) -> Captions | None:

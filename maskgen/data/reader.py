@@ -75,6 +75,9 @@ class Reader:
     Raises:
       UserError: if the preprocessing does not fit the source, or returns varying shapes.
     """
+    for op in self.preprocess.ops:
+      if reason := self.source.lacks.get(op.key):
+        raise UserError(f"{op.name} in preprocessing '{self.preprocess.text}' needs {op.key}s: {reason}")
     spec = dict(tf.data.Dataset.range(1).map(self._make_load(lambda number: (number, number))).element_spec)
     for key, value in spec.items():
       if not value.shape.is_fully_defined():

@@ -31,7 +31,8 @@ def take(source: Source, *, shots: int | None, share: float | None, seed: int) -
   """
   names = source.class_names
   if names is None:
-    raise UserError(f"{source.name} has no labels to choose by: remove data.shots and data.share")
+    remedy = source.lacks.get("label", "remove data.shots and data.share")
+    raise UserError(f"{source.name} has no labels to choose by: {remedy}")
   chosen = _choose(_labels(source), names, source.name, shots, share, seed)
   table = tf.constant(chosen, tf.int64)
   return dataclasses.replace(

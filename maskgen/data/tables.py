@@ -2,10 +2,13 @@
 
 import csv
 import dataclasses
+import functools
 import io
 import os
 import posixpath
 from collections.abc import Iterable, Sequence
+
+import numpy as np
 
 from maskgen.data.cpu_tf import tf
 from maskgen.errors import UserError
@@ -51,23 +54,24 @@ class Table:
         raise self._error(
           found[1][0], f"'{self.prefix}{name}' is already listed in line {found[0][0]}: remove one"
         )
-    return [texts[0] for texts in self.all_for_each(names)]
+    given = self.some_for_each(names)
+    missing = [name for name, texts in zip(names, given, strict=True) if not texts]
+    if missing:
+      raise UserError(
+        f"'{self.path}' has no row for {len(missing)} of {len(names)} pictures, the first being "
+        f"'{self.prefix}{missing[0]}': add rows for them"
+      )
+    return [texts[0] for texts in given]
 
-  def all_for_each(self, names: Sequence[str]) -> list[list[str]]:
-    """Returns the texts of each picture; the table must have rows for each, and no others."""
+  def some_for_each(self, names: Sequence[str]) -> list[list[str]]:
+    """Returns the texts of each picture, none without a row; the table must have rows for no others."""
     known = set(names)
     for name, found in self.rows.items():
       if name not in known:
         raise self._error(
           found[0][0], f"there is no picture '{self.prefix}{name}': remove the row or add the picture"
         )
-    missing = [name for name in names if name not in self.rows]
-    if missing:
-      raise UserError(
-        f"'{self.path}' has no row for {len(missing)} of {len(names)} pictures, the first being "
-        f"'{self.prefix}{missing[0]}': add rows for them"
-      )
-    return [[text for _, text in self.rows[name]] for name in names]
+    return [[text for _, text in self.rows.get(name, ())] for name in names]
 
   def _error(self, line: int, problem: str) -> UserError:
     return UserError(f"'{self.path}', line {line}: {problem}")
@@ -118,16 +122,22 @@ def read_table(path: str, column: str) -> Table:
   return table
 
 
+# A graph even in eager execution, so that errors are always `tf.errors`.
+@functools.partial(tf.function, autograph=False)
 def text_lines(text: tf.Tensor) -> tf.Tensor:
   """Returns the lines of a UTF-8 text, strings [k], stripped and without blank ones.
 
-  Invalid UTF-8 and k = 0 raise `tf.errors`, as for a damaged record.
+  Invalid UTF-8 and k = 0 raise `tf.errors`, as for a damaged record, if the lines are used.
   """
-  is_valid = tf.strings.unicode_transcode(text, "UTF-8", "UTF-8", errors="replace") == text
-  with tf.control_dependencies([tf.debugging.Assert(is_valid, ["its caption is not UTF-8 text"])]):
-    text = tf.identity(text)
-  text = tf.strings.regex_replace(text, "^\ufeff", "")
-  lines = tf.strings.strip(tf.strings.split(text, "\n"))
-  lines = tf.boolean_mask(lines, lines != "")
-  with tf.control_dependencies([tf.debugging.Assert(tf.size(lines) > 0, ["its caption is empty"])]):
-    return tf.identity(lines)
+  # Unlike assertions, this does not run where nothing reads the lines.
+  return tf.ensure_shape(tf.numpy_function(_split, [text], tf.string, stateful=False), [None])
+
+
+def _split(text: bytes) -> np.ndarray:
+  try:
+    lines = [line.strip().encode() for line in text.decode("utf-8-sig").split("\n")]
+  except UnicodeDecodeError:
+    raise ValueError("its caption is not UTF-8 text") from None
+  if not any(lines):
+    raise ValueError("its caption is empty")
+  return np.array([line for line in lines if line], object)

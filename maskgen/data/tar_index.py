@@ -1,5 +1,6 @@
 """Locates the records of a tar archive in WebDataset's layout by reading its headers."""
 
+import collections
 import json
 import posixpath
 import tarfile
@@ -9,11 +10,11 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from maskgen.data.cpu_tf import tf
-from maskgen.data.listing import SUFFIXES
+from maskgen.data.listing import SUFFIXES, is_hidden
 from maskgen.errors import UserError
 
-# Identifies the arrays that `scan` returns: change both together.
-LAYOUT = "tar 1"
+# Identifies the arrays that `scan` returns, and what it takes for pictures: change all together.
+LAYOUT = f"tar 2 {' '.join(SUFFIXES)}"
 
 _PACKERS = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 # A limit because there is a class name for each number up to the largest label.
@@ -41,16 +42,18 @@ def scan(path: str) -> dict[str, np.ndarray]:
     "label" int64 [n], -1 if there is none;
     "caption_offset", "caption_length" int64 [n], length 0 if there is none;
     "caption_json" bool [n], whether these bytes are JSON for `json_captions`;
-    "ignored" bytes [m], the keys of records without a picture.
+    "ignored" bytes [m], the keys of records without a picture;
+    "extension" bytes [k], "extension_count" int64 [k], how many members of which extensions are ignored.
 
   Raises:
     UserError: if the archive is damaged, truncated or compressed, or a member malformed or duplicated.
   """
   samples: dict[str, dict[str, _Member]] = {}
+  extensions: collections.Counter[str] = collections.Counter()
   with tf.io.gfile.GFile(path, "rb") if "://" in path else open(path, "rb", buffering=0) as file:
     for info in _members(path, file):
       name = posixpath.normpath(info.name)
-      if any(part.startswith(".") or part == "__MACOSX" for part in name.split("/")):
+      if any(map(is_hidden, name.split("/"))):
         continue
       folder, base = posixpath.split(name)
       stem, _, extension = base.partition(".")
@@ -59,6 +62,7 @@ def scan(path: str) -> dict[str, np.ndarray]:
       if f".{kind}" in SUFFIXES:
         kind = "picture"
       elif kind not in ("cls", "txt", "json"):
+        extensions[f".{kind}" if kind else ""] += 1
         continue
       if kind in sample:
         raise UserError(f"'{name}' in '{path}' is the second {kind} of '{key}': give each record its own key")
@@ -70,7 +74,10 @@ def scan(path: str) -> dict[str, np.ndarray]:
         except ValueError as error:
           raise UserError(f"'{name}' in '{path}' is malformed ({error}): repair or remove it") from error
       sample[kind] = member
-  return _arrays(samples)
+  return _arrays(samples) | {
+    "extension": np.array([*map(_encode, extensions)], np.bytes_),
+    "extension_count": np.array([*extensions.values()], np.int64),
+  }
 
 
 def json_captions(content: bytes) -> list[str]:
@@ -117,7 +124,7 @@ def _read_label(member: _Member, kind: str, content: bytes) -> _Member:
 
 
 def _arrays(samples: dict[str, dict[str, _Member]]) -> dict[str, np.ndarray]:
-  """Builds the arrays that `scan` returns."""
+  """Builds the arrays of records that `scan` returns."""
   keys, rows = [], []
   for key, sample in samples.items():
     if "picture" not in sample:

@@ -25,7 +25,8 @@ class Evaluator:
 
   def __post_init__(self):
     if self.context.class_names is None:
-      raise UserError("the data has no labels: remove this evaluation")
+      remedy = self.context.lacks.get("label", "remove this evaluation")
+      raise UserError(f"the data has no labels: {remedy}")
 
   def run(self, variables: Any, rng: jax.Array) -> Report:
     """Evaluates; `rng` is a typed key that is not used."""

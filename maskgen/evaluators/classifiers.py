@@ -23,7 +23,8 @@ def check(name: str | None, context: Context) -> None:
   if name is not None and name not in CLASSIFIERS:
     raise UserError(f"classifier '{name}' does not exist{nearest(name, CLASSIFIERS)}")
   if name is not None and context.class_names is None:
-    raise UserError(f"the data has no labels for the classifier '{name}': set classifier=None")
+    remedy = context.lacks.get("label", "set classifier=None")
+    raise UserError(f"the data has no labels for the classifier '{name}': {remedy}")
 
 
 def train(name: str, context: Context, space: Space, num_images: int | None = None) -> Any:

@@ -27,6 +27,7 @@ class Context:
       batches have the same size.
     fresh_variables: (seed, frozen) -> untrained variables of the same shapes, with these frozen parts.
     class_names: the classes, or None if the data has no labels.
+    lacks: why it has none, if some records could have some: `{"label": problem and remedy}`.
   """
 
   objective: Any
@@ -34,6 +35,7 @@ class Context:
   batches: Callable[[str], Iterable[Batch]]
   fresh_variables: Callable[[int, Any], Any]
   class_names: tuple[str, ...] | None
+  lacks: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
   @property
   def codebook_size(self) -> int:

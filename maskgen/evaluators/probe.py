@@ -118,7 +118,8 @@ class Evaluator:
 
   def __post_init__(self):
     if self.context.class_names is None:
-      raise UserError("the data has no labels to probe: remove this evaluation")
+      remedy = self.context.lacks.get("label", "remove this evaluation")
+      raise UserError(f"the data has no labels to probe: {remedy}")
     images = 1 if self.num_images is None else self.num_images
     if min(images, self.draws, self.random_encoders, *self.shots, 1) < 1:
       raise UserError("num_images, shots, draws and random_encoders must be at least 1")

@@ -335,8 +335,9 @@ class Experiment:
         raise UserError(f"config.evals.{name}: {error}") from error
 
   def _build_evaluators(self) -> None:
+    data = self.data
     context = evaluators.Context(
-      self.objective, self.predict, self._eval_batches, self._fresh_variables, self.data.class_names
+      self.objective, self.predict, self._eval_batches, self._fresh_variables, data.class_names, data.lacks
     )
     self.evaluators: dict[str, tuple[int, evaluators.Evaluator]] = {}
     for name, section in self.config.evals.items():

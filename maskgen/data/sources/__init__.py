@@ -11,7 +11,7 @@ sources of maskgen are the modules in this folder.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from maskgen import plugins
 from maskgen.data.cpu_tf import tf
@@ -51,6 +51,8 @@ class Source:
     fingerprint: a text that changes with the records, so that a resumed run detects it.
     describe: returns the name of a record for messages, such as its file path.
     codes: the origin of the codes, for a token cache.
+    lacks: why records have no "label" or "caption" although some could, by these keys: the problem and the
+      remedy, for errors where they are needed.
   """
 
   name: str
@@ -60,6 +62,7 @@ class Source:
   fingerprint: str
   describe: Callable[[int], str] = _record_number
   codes: Codes | None = None
+  lacks: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 Open = Callable[[str, str], Source]

@@ -9,16 +9,20 @@ Labels, if any, come from one of
   `some/where/1.jpg,cat`; sub-folders are then not classes.
 Label i is the class whose name is the i-th in alphabetical order, or in numeric order if all are numbers.
 
+There are no labels if a picture lies next to the sub-folders, or if those of two splits differ.
+
 Captions, if any, come from one of
 - `captions.csv` in the folder, with the header `file,caption` and one or more rows for each picture;
 - text files next to the pictures: `1.txt` has the captions of `1.jpg`, one per line.
+There are none if one picture has none. They are read only if the preprocessing uses them.
 
 Splits: if there is a sub-folder `train` and one of `test`, `val`, `validation`, `valid` and `dev`, these are
 the splits, and each is laid out as above; tables may also be in the folder itself and then cover all splits
 (`train/1.jpg,cat`). Upper case is the same, and so are `training`, `testing`, `eval` and `evaluation`.
 Otherwise a tenth of the pictures, chosen by hashes of their names, is held out.
 
-Hidden files, hidden folders, `__MACOSX`, named pipes and files that are not pictures are ignored.
+Hidden files and folders, those of operating systems (`__MACOSX`, `@eaDir`, `lost+found` and so on), named
+pipes and files that are not pictures are ignored; the log counts the latter.
 """
 
 import hashlib
@@ -70,6 +74,7 @@ def open_folder(argument: str, split: str) -> Source:
     fetch=fetch,
     fingerprint=_fingerprint(listing),
     describe=lambda index: os.path.join(listing.root, listing.names[index]),
+    lacks=listing.lacks,
   )
 
 

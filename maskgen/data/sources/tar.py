@@ -9,8 +9,9 @@ The members `KEY.EXT` of an archive with the same KEY, the file name up to its f
 - `KEY.txt`, if there are captions: one per line;
 - `KEY.json`, instead of the two above or in addition: an object with the number "cls" or "label" and the
   string or list of strings "caption"; other keys are ignored.
-Records without a picture are ignored, as are hidden files, links and folders. Class names are the lines of
-`classes.txt` in the folder of the first archive, or else the numbers up to the largest label.
+Records without a picture are ignored, as are hidden files, links and folders. Labels and captions that only
+some records have are not used. Class names are the lines of `classes.txt` in the folder of the first archive,
+or else the numbers up to the largest label.
 
 Splits: `{split}` in the path stands for the name of the split, as in `tar:/path/{split}-{000..009}.tar`.
 Without it a tenth of the records, chosen by hashes of their keys, is held out.
@@ -18,15 +19,15 @@ Without it a tenth of the records, chosen by hashes of their keys, is held out.
 The first use scans the headers of each archive and writes the index `<archive>.index.npz` next to it.
 """
 
+import collections
 import hashlib
-import logging
 import os
 from collections.abc import Callable
 
 import numpy as np
 
 from maskgen.data.cpu_tf import tf
-from maskgen.data.listing import SPLITS, smallest_tenth
+from maskgen.data.listing import SPLITS, say, say_ignored, smallest_tenth
 from maskgen.data.ranges import Ranges, cached_indices
 from maskgen.data.shards import shard_paths
 from maskgen.data.sources import Source, check_split, source
@@ -41,7 +42,7 @@ def open_tar(pattern: str, split: str) -> Source:
 
   Raises:
     UserError: if archives are missing, damaged or compressed, a member is malformed, two pictures of an
-      archive have the same key, only some records have labels or captions, or none has a picture.
+      archive have the same key, or no record has a picture.
   """
   name = f"tar '{pattern}'"
   if "{split}" not in pattern:
@@ -56,21 +57,24 @@ def open_tar(pattern: str, split: str) -> Source:
     for kind in ("image", "caption")
   )
   keys, labels, ignored = index["key"], index["label"], index["ignored"]
+  extensions: collections.Counter[str] = collections.Counter()
+  for extension, count in zip(index.pop("extension"), index.pop("extension_count"), strict=True):
+    extensions[os.fsdecode(extension)] += int(count)
 
   def describe(number: int) -> str:
     return f"{os.fsdecode(keys[number])} in {os.path.basename(images.path(number))}"
 
   if len(ignored):
-    logging.getLogger("maskgen").info(
-      "%s: %d records without a picture are ignored, such as %s", name, len(ignored), os.fsdecode(ignored[0])
-    )
+    say(f"{name}: ignored {len(ignored):,} records without a picture, such as {os.fsdecode(ignored[0])}")
+  say_ignored(name, extensions)
   if not len(keys):
     raise UserError(f"{name} has no pictures: give archives with members such as 0001.jpg")
+  has = {"label": labels >= 0, "caption": texts.length > 0}
+  lacks = {key: _only_some(name, key, given, describe) for key, given in has.items()}
   class_names = None
-  if _all_or_none(name, "labels", labels >= 0, describe):
+  if has["label"].all():
     largest = _largest_label(pattern, split, int(labels.max()))
     class_names = _class_names(os.path.dirname(paths[0]), largest)
-  has_captions = _all_or_none(name, "captions", texts.length > 0, describe)
   numbers = np.arange(len(keys))
   if "{split}" not in pattern:
     numbers = numbers[smallest_tenth(list(keys)) == (split != "train")]
@@ -89,7 +93,7 @@ def open_tar(pattern: str, split: str) -> Source:
     record = {"image": images.read(number)}
     if class_names:
       record["label"] = tf.gather(label_table, number)
-    if has_captions:
+    if has["caption"].all():
       text = tf.numpy_function(read_text, [number], tf.string, stateful=False)
       record["caption"] = text_lines(tf.ensure_shape(text, ()))
     return record
@@ -98,22 +102,26 @@ def open_tar(pattern: str, split: str) -> Source:
   for key, value in sorted(index.items()):
     digest.update(f"{key} {value.dtype} ".encode() + value.tobytes())
   return Source(
-    name, len(numbers), class_names, fetch, digest.hexdigest(), lambda index: describe(numbers[index])
+    name,
+    len(numbers),
+    class_names,
+    fetch,
+    digest.hexdigest(),
+    lambda index: describe(numbers[index]),
+    lacks={key: reason for key, reason in lacks.items() if reason},
   )
 
 
-def _all_or_none(name: str, what: str, given: np.ndarray, describe: Callable[[int], str]) -> bool:
-  """Whether all records have labels (or captions), given a mask [n].
-
-  Raises:
-    UserError: if only some have.
-  """
-  if given.any() and not given.all():
-    raise UserError(
-      f"{np.count_nonzero(~given)} of the {len(given)} records of {name} have no {what}, the first "
-      f"being {describe(int(np.argmin(given)))}: give all of them {what}, or none"
-    )
-  return bool(given.all())
+def _only_some(name: str, key: str, given: np.ndarray, describe: Callable[[int], str]) -> str:
+  """Says that only some records have a label (or a caption), given a mask [n]; "" if all or none have."""
+  if given.all() or not given.any():
+    return ""
+  reason = (
+    f"{np.count_nonzero(~given):,} of the {len(given):,} records of {name} have no {key}, the first being "
+    f"{describe(int(np.argmin(given)))}: give one to all of them"
+  )
+  say(f"{key}s cannot be used: {reason}")
+  return reason
 
 
 def _largest_label(pattern: str, split: str, largest: int) -> int:
