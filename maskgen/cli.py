@@ -14,7 +14,7 @@ from etils import epath
 
 from maskgen import plugins
 from maskgen.config import MAX_SEED, check_seed
-from maskgen.errors import UserError, storage_errors
+from maskgen.errors import UserError, is_permanent, storage_errors
 
 EXIT_TIMEOUT = 10.0
 
@@ -99,7 +99,9 @@ def writable(folder: epath.Path) -> bool:
   if "://" not in str(folder):
     try:
       probe(folder)
-    except (PermissionError, FileNotFoundError, NotADirectoryError):
+    except OSError as error:
+      if not is_permanent(error):
+        raise
       return False
   return True
 

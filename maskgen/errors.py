@@ -31,6 +31,11 @@ _PERMANENT = {
 }
 
 
+def is_permanent(error: Exception) -> bool:
+  """Whether an exception of a file system or store is one that retrying does not fix."""
+  return bool(_PERMANENT & {getattr(error, "errno", None), type(error).__name__})
+
+
 @contextlib.contextmanager
 def storage_errors(place: object = "a file or store") -> Generator[None]:
   """Converts exceptions of file systems and stores within the context to errors that a user can act on.
@@ -52,7 +57,7 @@ def storage_errors(place: object = "a file or store") -> Generator[None]:
       reason = " ".join(str(getattr(error, "message", error)).split())
     if not reason:
       raise
-    if _PERMANENT & {getattr(error, "errno", None), type(error).__name__}:
+    if is_permanent(error):
       raise UserError(
         f"{place} cannot be read or written ({reason}): check the path, its permissions, and that this "
         "machine supports such paths"

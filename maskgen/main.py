@@ -16,7 +16,7 @@ from etils import epath
 
 from maskgen import cli, files
 from maskgen import config as config_lib
-from maskgen.errors import UserError, storage_errors
+from maskgen.errors import UserError, is_permanent, storage_errors
 from maskgen.training import cpu
 from maskgen.training.pretrained import complete, stored_first
 from maskgen.training.sections import find_type
@@ -183,7 +183,9 @@ def check_workdir(root: epath.Path, config: Mapping[str, Any], mode: str) -> Non
       if mode == "train" or "://" not in str(root):
         # A new workdir is not created yet: the config may still turn out to be invalid.
         cli.probe(root)
-    except (PermissionError, FileNotFoundError, NotADirectoryError) as error:
+    except OSError as error:
+      if not is_permanent(error):
+        raise
       raise UserError(
         f"workdir {root} is not writable ({error.strerror or error}): give another --workdir"
       ) from None

@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import resource
 import sys
 import time
 from collections.abc import Iterator
@@ -13,6 +12,11 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from maskgen.errors import UserError, out_of_memory
+
+try:
+  import resource
+except ImportError:  # on Windows
+  resource = None  # type: ignore[assignment]
 
 # Sizes of square matrices, from fast on any machine to large enough to saturate any accelerator.
 _SIZES = tuple(2**power for power in range(9, 15))
@@ -71,11 +75,13 @@ def _normal(shape: tuple[int, int], scale: float, dtype: str, where: NamedShardi
 
 
 def peak_memory() -> dict[str, Any]:
-  """The peak of bytes in use so far, of the fullest device or else of this process."""
+  """The peak of bytes in use so far, of the fullest device or else of this process; unknown on Windows."""
   stats = [device.memory_stats() or {} for device in jax.local_devices()]
   peaks = [entry["peak_bytes_in_use"] for entry in stats if "peak_bytes_in_use" in entry]
   if peaks:
     return {"peak_memory_bytes": max(peaks), "peak_memory_of": "device"}
+  if resource is None:
+    return {}
   unit = 1 if sys.platform == "darwin" else 1024
   resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
   return {"peak_memory_bytes": resident, "peak_memory_of": "process"}

@@ -82,6 +82,13 @@ def _parse(name: str, text: str, like: Any) -> Any:
   return value
 
 
+def split_path(path_and_args: str) -> tuple[str, str]:
+  r"""Splits `FILE[:arguments]` at its first colon, or at the second after a drive as in `C:\x.py:tiny`."""
+  start = 2 if re.match(r"[A-Za-z]:[\\/]", path_and_args) else 0
+  path, _, arg = path_and_args[start:].partition(":")
+  return path_and_args[:start] + path, arg
+
+
 def find_file(path: str) -> pathlib.Path:
   """Finds a config file by path, or by name among the configs that maskgen ships."""
   given = pathlib.Path(os.path.expanduser(path))
@@ -108,7 +115,7 @@ def load(
   Raises:
     UserError: if the file does not exist, fails or has no `get_config`, or a key or value is wrong.
   """
-  path, _, arg = path_and_args.partition(":")
+  path, arg = split_path(path_and_args)
   file = find_file(path)
   module_spec = importlib.util.spec_from_file_location(f"maskgen_config_{file.stem}", file)
   if module_spec is None or module_spec.loader is None:

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import fcntl
 import os
 import socket
 import sys
@@ -16,6 +15,11 @@ from etils import epath
 
 from maskgen.errors import TransientError
 
+try:
+  import fcntl
+except ImportError:  # on Windows
+  fcntl = None  # type: ignore[assignment]
+
 LOCK = ".lock"
 # Stores accept one write per second and file, and a stale lock costs two intervals.
 SECONDS = 20.0
@@ -25,9 +29,9 @@ SECONDS = 20.0
 def hold(folder: epath.Path) -> Generator[None]:
   """Holds an existing folder exclusively while the context lasts.
 
-  A local file system releases the lock when the process ends for any reason. In a store, or on a file system
-  without locks, a lock that has not been signed for a while is taken over; a process that finds its own lock
-  taken over ends immediately, as if killed, because further writes would do harm.
+  A local file system releases the lock when the process ends for any reason. In a store, on Windows, or on a
+  file system without locks, a lock that has not been signed for a while is taken over; a process that finds
+  its own lock taken over ends immediately, as if killed, because further writes would do harm.
 
   Raises:
     TransientError: if another process holds the folder.
@@ -42,11 +46,13 @@ def hold(folder: epath.Path) -> Generator[None]:
 
 
 def _lock(file: IO[str], folder: epath.Path) -> bool:
-  """Locks a file of a folder until it is closed; returns False if the file system has no locks.
+  """Locks a file of a folder until it is closed; returns False if the file system or Python has no locks.
 
   Raises:
     TransientError: if another process holds it.
   """
+  if fcntl is None:
+    return False
   try:
     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
   except BlockingIOError:
