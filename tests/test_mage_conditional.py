@@ -231,6 +231,23 @@ def test_without_a_label_there_is_nothing_to_be_guided_by(guided):
   np.testing.assert_array_equal(guided(3.0, label=None), guided(1.0, label=None))
 
 
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_features_are_reused_with_guidance(objective, variables, scale):
+  given = example(objective)
+  tokens, mask = given["tokens"], given["token_mask"]
+  everything = jnp.tile(jnp.arange(tokens.shape[1])[None], (len(tokens), 1))
+  reusing = objective.reusing_fn(variables, given, scale, "linear")
+  full = objective.logits_fn(variables, given, scale, "linear")
+  first, again = reusing(tokens, mask, jnp.float32(0.5))
+  np.testing.assert_array_equal(first, full(tokens, mask, jnp.float32(0.5)))
+  # With one block, what the condition adds to the cache does not depend on the tokens.
+  after = again(tokens, ~mask, everything, jnp.float32(0.75))
+  np.testing.assert_allclose(after, full(tokens, ~mask, jnp.float32(0.75)), atol=2e-3)
+  some = again(tokens, ~mask, everything[:, 1:4], jnp.float32(0.75))
+  assert some.shape == (len(tokens), 3, objective.codebook_size)
+  assert np.abs(some - after[:, 1:4]).max() > 1e-3
+
+
 # A run, and the model that it gives
 
 
@@ -304,6 +321,10 @@ def test_an_image_depends_on_seed_number_and_label_alone(model):
   np.testing.assert_allclose(few, many[:2], atol=1e-4)
   one = model.generate(seed=3, batch=1, label=5, guidance=2.0, **OPTIONS)
   np.testing.assert_allclose(one, many[:1], atol=1e-4)
+  options = dict(seed=3, guidance=20.0, reuse=2, **OPTIONS)
+  reused = [model.generate(label=label, **options) for label in ([5, 1], [5, 9])]
+  np.testing.assert_array_equal(reused[0][0], reused[1][0])
+  assert np.abs(reused[0][1] - reused[1][1]).max() > 1e-3
 
 
 def test_inpaint_takes_a_label_and_keeps_known_pixels(model):

@@ -44,8 +44,10 @@ def problem(unknown_counts, seed: int = 0):
 SEEN: list[tuple[np.ndarray, np.ndarray]] = []
 
 
-@functools.partial(jax.jit, static_argnames=("logits_fn", "steps", "schedule", "order", "reuse"))
-def compiled(keys, tokens, unknown, temperature, softmax_temperature, *, logits_fn, **options):
+@functools.partial(
+  jax.jit, static_argnames=("logits_fn", "steps", "schedule", "order", "reuse", "top_k", "top_p")
+)
+def compiled(keys, tokens, unknown, temperature, softmax_temperature, softmax_ramp, *, logits_fn, **options):
   def watched(tokens, unknown, t):
     seen = (tokens, unknown, t)
     jax.debug.callback(lambda *seen: SEEN.append(tuple(map(np.asarray, seen))), *seen, ordered=True)
@@ -57,7 +59,9 @@ def compiled(keys, tokens, unknown, temperature, softmax_temperature, *, logits_
 
     return watched(tokens, unknown, t), again
 
-  temperatures = dict(temperature=temperature, softmax_temperature=softmax_temperature)
+  temperatures = dict(
+    temperature=temperature, softmax_temperature=softmax_temperature, softmax_ramp=softmax_ramp
+  )
   return sampling.decode(watched, keys, tokens, unknown, GRID, reusing, **temperatures, **options)
 
 
@@ -71,13 +75,16 @@ def run(
   schedule="cosine",
   temperature=4.0,
   softmax_temperature=1.0,
+  softmax_ramp=1.0,
   order="confidence",
   reuse=1,
+  **likely,
 ):
   """Decodes under jit; returns the result and what the model saw: tokens and masks [steps, b, n]."""
   SEEN.clear()
-  options = dict(logits_fn=logits_fn, steps=steps, schedule=schedule, order=order, reuse=reuse)
-  result = np.asarray(compiled(keys, tokens, unknown, temperature, softmax_temperature, **options))
+  options = dict(logits_fn=logits_fn, steps=steps, schedule=schedule, order=order, reuse=reuse, **likely)
+  temperatures = temperature, softmax_temperature, softmax_ramp
+  result = np.asarray(compiled(keys, tokens, unknown, *temperatures, **options))
   jax.effects_barrier()
   seen_tokens, seen_masks, shares = (np.stack(arrays) for arrays in zip(*SEEN, strict=True))
   np.testing.assert_allclose(shares, np.arange(steps) / steps, rtol=1e-6)
@@ -146,7 +153,11 @@ def test_what_stands_at_unknown_positions_does_not_matter():
   np.testing.assert_array_equal(run(keys, tokens, unknown)[0], run(keys, other, unknown)[0])
 
 
-@pytest.mark.parametrize("options", [{}, dict(order="random"), dict(reuse=2)], ids=str)
+@pytest.mark.parametrize(
+  "options",
+  [{}, dict(order="random"), dict(reuse=2), dict(order="halton_rolled", top_k=5, top_p=0.9)],
+  ids=str,
+)
 def test_an_image_depends_on_its_key_alone(options):
   keys, tokens, unknown = problem([12, 5, 12, 9])
   together = run(keys, tokens, unknown, **options)[0]
@@ -248,6 +259,78 @@ def test_a_softmax_temperature_sharpens_the_probabilities():
   assert scipy.stats.chisquare(found, expected * found.sum()).pvalue > 0.01
 
 
+def test_a_ramp_sharpens_the_probabilities_step_by_step():
+  keys, tokens, unknown = problem([NUM_TOKENS] * 400)
+  options = dict(order="halton", steps=4, schedule="linear", softmax_temperature=2.0, softmax_ramp=5.0)
+  result = run(keys, tokens, unknown, uneven, **options)[0]
+  for step, places in enumerate(np.split(sampling.halton(GRID), 4)):
+    found = np.bincount(result[:, places].ravel(), minlength=CODES)
+    expected = PROBABILITIES ** ((1 + 4 * step / 3) / 2)
+    expected *= found.sum() / expected.sum()
+    common = expected > 5
+    pairs = ([*array[common], array[~common].sum() + 1] for array in (found, expected))
+    assert scipy.stats.chisquare(*pairs).pvalue > 0.01
+
+
+def likely(p, top_k, top_p):
+  """The codes that can be sampled: the k most probable, and of these the fewest that sum to top_p."""
+  falling = sorted(range(len(p)), key=lambda code: -p[code])[: top_k or len(p)]
+  total, kept = sum(p[code] for code in falling), []
+  for code in falling:
+    kept.append(code)
+    if sum(p[one] for one in kept) >= top_p * total:
+      break
+  return set(kept)
+
+
+@pytest.mark.parametrize(
+  ("top_k", "top_p"), [(0, 1.0), (1, 1.0), (3, 1.0), (9, 1.0), (0, 0.5), (0, 1e-6), (4, 0.8)]
+)
+def test_top_k_and_top_p_keep_the_likely_codes(top_k, top_p):
+  p = np.random.default_rng(0).dirichlet(np.ones(CODES), (5, 3))
+  kept = np.isfinite(sampling.keep_likely(jnp.log(jnp.asarray(p, jnp.float32)), top_k, top_p))
+  for row, mask in zip(p.reshape(-1, CODES), kept.reshape(-1, CODES), strict=True):
+    assert {*np.flatnonzero(mask)} == likely(row, top_k, top_p)
+
+
+def test_samples_are_likely_codes():
+  keys, tokens, unknown = problem([NUM_TOKENS] * 100)
+  result = run(keys, tokens, unknown, uneven, steps=4, temperature=1e9, top_k=5, top_p=0.75)[0]
+  found = np.bincount(result.ravel(), minlength=CODES)
+  kept = sorted(likely(PROBABILITIES, 5, 0.75))
+  expected = PROBABILITIES[kept] / PROBABILITIES[kept].sum()
+  assert found[kept].sum() == result.size
+  assert scipy.stats.chisquare(found[kept], expected * result.size).pvalue > 0.01
+
+
+@pytest.mark.parametrize("order", ["confidence", "halton"])
+def test_greedy_decoding_takes_the_best_code_of_the_most_certain_token(order):
+  keys, tokens, unknown = problem([12, 7])
+  options = dict(steps=6, schedule="linear", order=order, temperature=0.0, top_k=1)
+  result = run(keys, tokens, unknown, **options)[0]
+  now, masked = np.array(tokens), np.array(unknown)
+  for step in range(6):
+    log_p = np.asarray(jax.nn.log_softmax(hiding(jnp.asarray(now), jnp.asarray(masked), None)))
+    for i, count in enumerate((12, 7)):
+      score = log_p[i].max(axis=-1) if order == "confidence" else -np.argsort(sampling.halton(GRID))
+      falling = sorted(np.flatnonzero(masked[i]), key=lambda place: -score[place])
+      left = ([*oracle("linear", 6, count), 0])[step + 1]
+      for place in falling[: len(falling) - left]:
+        now[i, place], masked[i, place] = log_p[i, place].argmax(), False
+  np.testing.assert_array_equal(result, now)
+
+
+def test_a_rolled_sequence_begins_anywhere():
+  options = dict(order="halton_rolled", steps=NUM_TOKENS, schedule="linear")
+  masks = run(*problem([NUM_TOKENS] * 300), **options)[2].swapaxes(0, 1)
+  found = np.argsort(masks.sum(axis=1), axis=-1)  # by how long each stays masked
+  sequence = sampling.halton(GRID)
+  shifts = [int(np.flatnonzero(sequence == row[0])[0]) for row in found]
+  for row, shift in zip(found, shifts, strict=True):
+    np.testing.assert_array_equal(row, np.roll(sequence, -shift))
+  assert scipy.stats.chisquare(np.bincount(shifts, minlength=NUM_TOKENS)).pvalue > 0.01
+
+
 @pytest.mark.parametrize("grid", [(1, 1), (1, 7), (3, 4), (4, 9), (16, 16), (24, 10)])
 def test_halton_meets_each_cell_once(grid):
   np.testing.assert_array_equal(np.sort(sampling.halton(grid)), np.arange(grid[0] * grid[1]))
@@ -339,6 +422,11 @@ def test_values_out_of_range_are_refused():
     (dict(softmax_temperature=0.0), "softmax_temperature is 0"),
     (dict(softmax_temperature=-1.0), "softmax_temperature is -1.0"),
     (dict(reuse=0), "reuse is 0"),
+    (dict(softmax_ramp=-1.0), "softmax_ramp is -1.0"),
+    (dict(top_k=-1), "top_k is -1"),
+    (dict(top_k=2.5), "top_k is 2.5: give a whole number"),
+    (dict(top_p=0.0), "top_p is 0.0: give a probability above 0"),
+    (dict(top_p=1.5), "top_p is 1.5"),
   ):
     with pytest.raises(UserError, match=message):
       sampling.MaskedSampling(**options)

@@ -177,7 +177,7 @@ class Mage(Encoder):
   ) -> jax.Array:
     """Logits float32 [b, 1 + n, v] from latents [b, 1 + k, d] and the same mask and kept positions.
 
-    If `cached`, logits [b, 1 + k, v], without a condition.
+    If `cached`, logits [b, 1 + k, v], given without a condition: that of the earlier call is in the cache.
 
     The class position's feature replaces every masked token, dropped or not (section 3.1). A condition, float
     [b, l, c] of any l, is projected and appended to the sequence (appendix A.2) without positions: where the
@@ -222,9 +222,17 @@ class Mage(Encoder):
     *,
     train: bool = False,
     cached: bool = False,
+    branches: int = 1,
   ) -> jax.Array:
-    """Logits over the codes only, float32 [b, n, codebook]; if `cached`, [b, k, codebook] of the kept."""
+    """Logits over the codes only, float32 [b, n, codebook]; if `cached`, [b, k, codebook] of the kept.
+
+    With several branches the encoder, which takes no condition, runs once for all of them: the condition and
+    the logits have b * branches rows, those of one example adjacent and therefore on one device.
+    """
     latents = self.encode(tokens, mask, kept, train=train, cached=cached)
+    if branches > 1:
+      latents, mask = jnp.repeat(latents, branches, axis=0), jnp.repeat(mask, branches, axis=0)
+      kept = None if kept is None else jnp.repeat(kept, branches, axis=0)
     logits = self.decode(latents, mask, kept, condition, train=train, cached=cached)
     return logits[:, 1:, : self.vocab.codebook]
 
@@ -234,16 +242,35 @@ class Mage(Encoder):
     return self.code_logits(tokens, mask, condition=jnp.zeros((len(tokens), 1, width)) if width else None)
 
 
-def reusing(model: Mage, params: Any) -> Callable[..., Any]:
-  """The network for `sampling.decode` that reuses cached features of the positions it skips."""
+def decoding_fns(
+  model: Mage,
+  params: Any,
+  condition: jax.Array | None = None,
+  branches: int = 1,
+  join: Callable[[jax.Array, jax.Array], jax.Array] = lambda logits, t: logits,
+) -> tuple[Callable[..., jax.Array], Callable[..., Any]]:
+  """The network for `sampling.decode`: a function to logits, and one that reuses features where it can.
 
-  def all_positions(tokens, unknown, t):
-    first, cache = model.apply({"params": params}, tokens, unknown, method="code_logits", mutable=["cache"])
+  Args:
+    model: the network.
+    params: its parameters.
+    condition: see `Mage.code_logits`.
+    branches: likewise.
+    join: (logits [b * branches, q, codebook], t) -> logits [b, q, codebook].
+  """
+
+  def run(variables, *args, **options):
+    return model.apply(variables, *args, branches=branches, method="code_logits", **options)
+
+  def logits_fn(tokens, unknown, t):
+    return join(run({"params": params}, tokens, unknown, condition=condition), t)
+
+  def reusing_fn(tokens, unknown, t):
+    first, cache = run({"params": params}, tokens, unknown, condition=condition, mutable=["cache"])
 
     def again(tokens, unknown, where, t):
-      known = {"params": params, **cache}
-      return model.apply(known, tokens, unknown, where, cached=True, method="code_logits")
+      return join(run({"params": params, **cache}, tokens, unknown, where, cached=True), t)
 
-    return first, again
+    return join(first, t), again
 
-  return all_positions
+  return logits_fn, reusing_fn

@@ -24,7 +24,7 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
   "cubic": lambda t: 1 - t**3,
   "arccos": lambda t: math.acos(t) / (math.pi / 2),
 }
-ORDERS = ("confidence", "halton", "random")
+ORDERS = ("confidence", "halton", "halton_rolled", "random")
 
 # (tokens int32 [b, n], unknown bool [b, n], t float32 scalar) -> logits [b, n, K].
 LogitsFn = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
@@ -50,8 +50,13 @@ class MaskedSampling:
     temperature: scale of the Gumbel noise on the confidence, annealed to 0 at the last step; 0 unmasks the
       most confident tokens first. Quality and variety depend on it strongly. Other orders ignore it.
     order: which tokens are unmasked first: "confidence", those with the most probable samples; "halton", a
-      fixed sequence that covers the image evenly, see `halton`; or "random".
+      fixed sequence that covers the image evenly, see `halton`; "halton_rolled", the same sequence from a
+      random place on, another for each image; or "random".
     softmax_temperature: divides the logits that tokens are sampled from; values below 1 favour likely codes.
+    softmax_ramp: multiplies the logits, too, by a factor that grows linearly from 1 at the first step to this
+      at the last; 1 is no ramp.
+    top_k: samples only from the k most probable codes of each token; 0 means all codes, 1 is greedy.
+    top_p: samples only from the fewest codes whose probabilities sum to at least this; 1 means all codes.
     reuse: a full evaluation every `reuse` steps; the steps in between evaluate only the tokens to be unmasked
       and reuse the features of the others. 1 makes every evaluation a full one; it must divide `steps`.
     guidance: the scale s, for models with a condition: 0 ignores the condition, 1 is the model as trained,
@@ -64,15 +69,24 @@ class MaskedSampling:
   temperature: float = 6.0
   order: str = fields.static("confidence")
   softmax_temperature: float = 1.0
+  softmax_ramp: float = 1.0
+  top_k: int = fields.static(0)
+  top_p: float = fields.static(1.0)
   reuse: int = fields.static(1)
   guidance: float = 1.0
   guidance_schedule: str = fields.static("constant")
 
   def __post_init__(self):
     remaining_table(self.schedule, self.steps, 0)
-    config_lib.check_at_least(self, 0, "temperature", "softmax_temperature", "guidance")
+    config_lib.check_at_least(
+      self, 0, "temperature", "softmax_temperature", "softmax_ramp", "top_k", "top_p", "guidance"
+    )
     if not self.softmax_temperature:
-      raise UserError("softmax_temperature is 0: it must be greater, and 0.1 is nearly greedy")
+      raise UserError("softmax_temperature is 0: it must be greater, and top_k=1 is greedy")
+    if not isinstance(self.top_k, int):
+      raise UserError(f"top_k is {self.top_k!r}: give a whole number, or 0 for all codes")
+    if not 0 < self.top_p <= 1:
+      raise UserError(f"top_p is {self.top_p}: give a probability above 0, or 1 for all codes")
     for name, known in (("order", ORDERS), ("guidance_schedule", GUIDANCE_SCHEDULES)):
       if getattr(self, name) not in known:
         raise UserError(f"{name} '{getattr(self, name)}' does not exist{nearest(getattr(self, name), known)}")
@@ -175,13 +189,18 @@ def decode(
   temperature: float | jax.Array,
   order: str = "confidence",
   softmax_temperature: float | jax.Array = 1.0,
+  softmax_ramp: float | jax.Array = 1.0,
+  top_k: int = 0,
+  top_p: float = 1.0,
   reuse: int = 1,
 ) -> jax.Array:
   """Fills in unknown tokens, by default the most confident first.
 
   Each step samples every unknown token, adds Gumbel noise annealed by (1 - t) to the log-probability of the
   sample, and masks the least confident ones again; the schedule and the example's number of initially
-  unknown tokens determine how many. Other orders use neither noise nor confidence.
+  unknown tokens determine how many. Other orders use neither noise nor confidence. The confidence of a sample
+  is its probability among all codes, also where `top_k` or `top_p` exclude some: of greedy samples, too, some
+  are more certain than others.
 
   With `reuse`, a full evaluation selects all tokens that it and the partial evaluations after it unmask
   (ReCAP, Liu et al. 2025, section 4); each partial evaluation samples them again, given the earlier ones.
@@ -201,6 +220,9 @@ def decode(
     temperature: see `MaskedSampling`.
     order: see `MaskedSampling`.
     softmax_temperature: see `MaskedSampling`.
+    softmax_ramp: see `MaskedSampling`.
+    top_k: see `MaskedSampling`.
+    top_p: see `MaskedSampling`.
     reuse: see `MaskedSampling`.
 
   Returns:
@@ -221,6 +243,9 @@ def decode(
     temperature=temperature,
     order=order,
     softmax_temperature=softmax_temperature,
+    softmax_ramp=softmax_ramp,
+    top_k=top_k,
+    top_p=top_p,
     reuse=reuse,
   )[0][-1]
 
@@ -238,6 +263,9 @@ def trajectory(
   temperature: float | jax.Array,
   order: str = "confidence",
   softmax_temperature: float | jax.Array = 1.0,
+  softmax_ramp: float | jax.Array = 1.0,
+  top_k: int = 0,
+  top_p: float = 1.0,
   reuse: int = 1,
 ) -> tuple[jax.Array, jax.Array]:
   """The intermediate states of `decode`, with the same arguments.
@@ -260,8 +288,10 @@ def trajectory(
   def draw(logits: jax.Array, step: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Codes [b, m] and log-probabilities [b, m, K] of logits [b, m, K], and keys [b] for more."""
     step_keys = jax.vmap(lambda key: jax.random.split(jax.random.fold_in(key, step)))(keys)  # [b, 2]
-    log_p = jax.nn.log_softmax(logits.astype(jnp.float32) / softmax_temperature)
-    sampled = jax.vmap(jax.random.categorical)(step_keys[:, 0], log_p).astype(jnp.int32)
+    sharpness = 1.0 + (softmax_ramp - 1.0) * (step / max(steps - 1, 1))
+    log_p = jax.nn.log_softmax(logits.astype(jnp.float32) / softmax_temperature * sharpness)
+    likely = keep_likely(log_p, top_k, top_p)
+    sampled = jax.vmap(jax.random.categorical)(step_keys[:, 0], likely).astype(jnp.int32)
     return sampled, log_p, step_keys[:, 1]
 
   def full(tokens: jax.Array, unknown: jax.Array, logits: jax.Array, step: jax.Array):
@@ -307,13 +337,33 @@ def trajectory(
   return jax.tree.map(lambda array: array.reshape(steps, *tokens.shape), groups)
 
 
+def keep_likely(log_p: jax.Array, top_k: int, top_p: float) -> jax.Array:
+  """Sets the log-probabilities [..., K] of unlikely codes to -inf; equally probable codes share one fate.
+
+  Args:
+    log_p: log-probabilities.
+    top_k: keeps the k most probable codes; 0 keeps all.
+    top_p: of these, keeps each that, renormalised, has less than this probability before it; 1 keeps all
+      (nucleus sampling, Holtzman et al. 2020, section 3.1).
+  """
+  if 0 < top_k < log_p.shape[-1]:
+    least = jax.lax.top_k(log_p, top_k)[0][..., -1:]
+    log_p = jnp.where(log_p >= least, log_p, -jnp.inf)
+  if top_p < 1:
+    falling = jnp.sort(log_p, axis=-1, descending=True)
+    p = jax.nn.softmax(falling)
+    before = jnp.cumsum(p, axis=-1) - p
+    least = jnp.where(before < top_p, falling, jnp.inf).min(axis=-1, keepdims=True)
+    log_p = jnp.where(log_p >= least, log_p, -jnp.inf)
+  return log_p
+
+
 def most_unmasked(remaining: np.ndarray, reuse: int) -> int:
   """The largest number of tokens that `reuse` steps, starting at a full one, can unmask.
 
   Args:
     remaining: the table int32 [steps, n + 1] of `remaining_table`.
     reuse: number of steps.
-
 
   Raises:
     UserError: if `reuse` does not divide the number of steps.
@@ -329,8 +379,12 @@ def _priority(order: str, grid: tuple[int, int], keys: jax.Array, steps: int) ->
   if order == "confidence":
     return None
   count = grid[0] * grid[1]
-  if order == "halton":
-    return jnp.tile(-jnp.argsort(jnp.asarray(halton(grid)))[None], (len(keys), 1)).astype(jnp.float32)
+  keys = jax.vmap(lambda key: jax.random.fold_in(key, steps))(keys)  # `draw` uses 0 to steps - 1
   if order == "random":
-    return jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, steps), (count,)))(keys)
-  raise UserError(f"order '{order}' does not exist{nearest(order, ORDERS)}")
+    return jax.vmap(lambda key: jax.random.uniform(key, (count,)))(keys)
+  if order not in ("halton", "halton_rolled"):
+    raise UserError(f"order '{order}' does not exist{nearest(order, ORDERS)}")
+  place = jnp.tile(jnp.argsort(jnp.asarray(halton(grid)))[None], (len(keys), 1))
+  if order == "halton_rolled":
+    place = (place + jax.vmap(lambda key: jax.random.randint(key, (1,), 0, count))(keys)) % count
+  return -place.astype(jnp.float32)

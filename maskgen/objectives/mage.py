@@ -12,7 +12,7 @@ from maskgen import images as images_lib
 from maskgen.config import fields
 from maskgen.errors import UserError
 from maskgen.models.image_encoder import EncoderPart, MageEncoder
-from maskgen.models.mage import Encoder, Mage, Prediction, reusing
+from maskgen.models.mage import Encoder, Mage, Prediction, decoding_fns
 from maskgen.models.remat import REMAT, check_remat
 from maskgen.models.transformer import check_attention
 from maskgen.models.vqgan import VQGAN
@@ -260,9 +260,11 @@ class Objective:
     params, frozen = variables["params"], variables["frozen"]
     return self.logits(params, frozen, batch, self.latents(params, frozen, tokens, mask), mask)
 
-  def reusing_fn(self, variables: Tree) -> sampling_lib.ReusingFn | None:
-    """The function for `sampling.decode` that reuses features; None if the model does not support it."""
-    return reusing(self.model, variables["params"]["main"])
+  def reusing_fn(
+    self, variables: Tree, batch: Batch, guidance: float | jax.Array, guidance_schedule: str
+  ) -> sampling_lib.ReusingFn:
+    """Like `logits_fn`, the function for `sampling.decode` that reuses features."""
+    return decoding_fns(self.model, self.network_params(variables["params"], variables["frozen"]))[1]
 
   def predict_fns(self) -> dict[str, PredictFn]:
     def loss(variables, batch, rng):

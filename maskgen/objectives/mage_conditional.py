@@ -16,7 +16,7 @@ from maskgen import config as config_lib
 from maskgen import objectives, sharding
 from maskgen.errors import UserError
 from maskgen.models.image_encoder import EncoderPart
-from maskgen.models.mage import Mage
+from maskgen.models.mage import Mage, decoding_fns
 from maskgen.models.transformer import embedding_init
 from maskgen.numerics import sampling as sampling_lib
 from maskgen.objectives import Batch, BatchSpec, Tree, mage
@@ -130,42 +130,43 @@ class Conditional(mage.Objective, abc.ABC):
     if rng is not None:
       drop = jax.vmap(self._drops)(batch["key"])
       condition = jnp.where(drop[:, None, None], nothing, condition)
-    return self._conditional_logits(params, frozen, latents, mask, kept, condition, rng=rng)
+    decoded = self.apply("decode", params, frozen, latents, mask, kept, condition, rng=rng)
+    return decoded[:, 1:, : self.codebook_size]
 
   def _drops(self, key: jax.Array) -> jax.Array:
     """Whether the example with this key is trained without its condition, a bool scalar."""
     return jax.random.bernoulli(jax.random.fold_in(key, _DROPOUT), self.condition_dropout)
 
-  def _conditional_logits(
-    self, params: Mapping[str, Tree], frozen: Tree, *args: Any, rng: Any = None
-  ) -> jax.Array:
-    return self.apply("decode", params, frozen, *args, rng=rng)[:, 1:, : self.codebook_size]
-
   def logits_fn(
     self, variables: Tree, batch: Batch, guidance: float | jax.Array, guidance_schedule: str
   ) -> sampling_lib.LogitsFn:
-    unguided = isinstance(guidance, int | float) and guidance == 1  # a traced value can be anything
-    if unguided or self.condition_key not in batch:
-      return super().logits_fn(variables, batch, guidance, guidance_schedule)
-    params, frozen = variables["params"], variables["frozen"]
-    condition = self._condition(params, batch)
-    both = jnp.stack([condition, jnp.broadcast_to(self._no_condition(params), condition.shape)], axis=1)
-    both = both.reshape(-1, *condition.shape[1:])
+    return self._decoding_fns(variables, batch, guidance, guidance_schedule)[0]
 
-    def guided(tokens: jax.Array, unknown: jax.Array, t: jax.Array) -> jax.Array:
-      # The encoder takes no condition and runs once for both branches, which are adjacent rows on one device.
-      latents = self.latents(params, frozen, tokens, unknown)
-      latents, unknown = jnp.repeat(latents, 2, axis=0), jnp.repeat(unknown, 2, axis=0)
-      logits = self._conditional_logits(params, frozen, latents, unknown, None, both)
+  def reusing_fn(
+    self, variables: Tree, batch: Batch, guidance: float | jax.Array, guidance_schedule: str
+  ) -> sampling_lib.ReusingFn:
+    return self._decoding_fns(variables, batch, guidance, guidance_schedule)[1]
+
+  def _decoding_fns(
+    self, variables: Tree, batch: Batch, guidance: float | jax.Array, guidance_schedule: str
+  ) -> tuple[Any, Any]:
+    params = variables["params"]
+    network = self.model, self.network_params(params, variables["frozen"])
+    nothing = jnp.repeat(self._no_condition(params), len(batch["key"]), axis=0)
+    if self.condition_key not in batch:
+      return decoding_fns(*network, nothing)
+    condition = self._condition(params, batch)
+    if isinstance(guidance, int | float) and guidance == 1:  # a traced value can be anything
+      return decoding_fns(*network, condition)
+    both = jnp.stack([condition, nothing], axis=1).reshape(-1, *condition.shape[1:])
+
+    def guided(logits: jax.Array, t: jax.Array) -> jax.Array:
       logits = logits.reshape(-1, 2, *logits.shape[1:])
       return sampling_lib.guide(
         logits[:, 0], logits[:, 1], t, guidance=guidance, guidance_schedule=guidance_schedule
       )
 
-    return guided
-
-  def reusing_fn(self, variables: Tree) -> None:
-    """Not supported: features would have to be cached for both branches of guidance."""
+    return decoding_fns(*network, both, 2, guided)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -34,8 +34,10 @@ class MaskedModel(Protocol):
   ) -> sampling_lib.LogitsFn:
     """The logits function for `sampling.decode`, guided by the conditions in `batch`."""
 
-  def reusing_fn(self, variables: Tree) -> sampling_lib.ReusingFn | None:
-    """The function for `sampling.decode` that reuses features; None if the model does not support it."""
+  def reusing_fn(
+    self, variables: Tree, batch: Batch, guidance: float | jax.Array, guidance_schedule: str
+  ) -> sampling_lib.ReusingFn:
+    """Likewise, the function that reuses features."""
 
 
 def tokenizer_fns(
@@ -77,7 +79,8 @@ def sampling_fns(model: MaskedModel, encode: PredictFn, decode: PredictFn) -> di
     chosen = dataclasses.asdict(model.sampling) | options
     guidance = {name: chosen.pop(name) for name in ("guidance", "guidance_schedule")}
     logits_fn = model.logits_fn(variables, batch, **guidance)
-    return sampler(logits_fn, batch["key"], tokens, unknown, grid, model.reusing_fn(variables), **chosen)
+    reusing_fn = model.reusing_fn(variables, batch, **guidance)
+    return sampler(logits_fn, batch["key"], tokens, unknown, grid, reusing_fn, **chosen)
 
   def fill_all(sampler, variables, batch, options: dict[str, Any]):
     tokens = jnp.zeros((batch["key"].shape[0], num_tokens), jnp.int32)
