@@ -123,6 +123,29 @@ def test_bfloat16_keeps_parameters_codes_and_pixels_float32():
   assert dtypes(latents, method="quantize") == {"int32", "float32"}
 
 
+def test_fewer_codes_flip_in_bfloat16_without_a_gradient():
+  """At 1,024 codes, which are themselves latents, so that neighbours are as near as in a trained codebook."""
+  network = tiny_vqgan(channels=8, multipliers=(1, 2, 4), strides=(2, 2), codebook_size=1024)
+  noise = jax.random.normal(jax.random.key(0), (48, 8, 8, 3))
+  images = jax.nn.sigmoid(jax.image.resize(noise, (48, 32, 32, 3), "cubic"))
+  params = random_variables(network, images)["params"]
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def codes(dtype, codebook):
+    """Latents, their codes, and those of `tokenize`."""
+    chosen, variables = network.clone(dtype=dtype), {"params": {**params, "codebook": codebook}}
+    latents = chosen.apply(variables, images, method="encode")
+    trained = chosen.apply(variables, latents, method="quantize").tokens
+    return latents, trained.reshape(48, -1), chosen.apply(variables, images, method="tokenize")
+
+  drawn = codes("float32", params["codebook"])[0].reshape(-1, network.code_width)[::3]
+  _, expected, frozen = codes("float32", drawn)
+  np.testing.assert_array_equal(frozen, expected)
+  _, *found = codes("bfloat16", drawn)
+  before, after = ((tokens != expected).mean() for tokens in found)
+  assert before > 0.002 and after < 0.7 * before, (before, after)
+
+
 @pytest.mark.parametrize(
   "changes,message",
   [

@@ -58,7 +58,11 @@ def residual_block(remat: str) -> type[ResidualBlock]:
 
 
 class Encoder(nn.Module):
-  """Images [b, h, w, c] to latents [b, h', w', d]."""
+  """Images [b, h, w, c] to latents [b, h', w', d].
+
+  With `exact`, the first layer, those at the coarsest resolution and the sums of residual blocks are float32,
+  whatever `dtype` is. This costs little without a backward pass, and fewer latents change their nearest code.
+  """
 
   channels: int
   multipliers: tuple[int, ...]
@@ -70,22 +74,24 @@ class Encoder(nn.Module):
   dtype: str
 
   @nn.compact
-  def __call__(self, x: jax.Array, remat: str = "none") -> jax.Array:
-    x = conv(self.channels, 3, self.dtype, "conv_in", use_bias=False)(x)
+  def __call__(self, x: jax.Array, remat: str = "none", exact: bool = False) -> jax.Array:
+    ends = "float32" if exact else self.dtype
+    x = conv(self.channels, 3, ends, "conv_in", use_bias=False)(x)
     for level, multiplier in enumerate(self.multipliers):
+      dtype = ends if level == len(self.strides) else self.dtype
       for i in range(self.blocks):
-        x = self.block(multiplier, f"level_{level}_block_{i}", remat)(x)
+        x = self.block(multiplier, f"level_{level}_block_{i}", remat, dtype)(x).astype(ends)
       if level < len(self.strides):
         window = (self.strides[level],) * 2
         x = nn.avg_pool(x, window, window)
     for i in range(2):
-      x = self.block(self.multipliers[-1], f"middle_block_{i}", remat)(x)
-    x = nn.swish(norm(self.norm_groups, self.dtype, "norm_out")(x))
+      x = self.block(self.multipliers[-1], f"middle_block_{i}", remat, ends)(x)
+    x = nn.swish(norm(self.norm_groups, ends, "norm_out")(x))
     return conv(self.code_width, 1, "float32", "conv_out")(x)
 
-  def block(self, multiplier: int, name: str, remat: str) -> nn.Module:
+  def block(self, multiplier: int, name: str, remat: str, dtype: str) -> nn.Module:
     channels = self.channels * multiplier
-    return residual_block(remat)(channels, self.norm_groups, self.shortcut, self.dtype, name=name)
+    return residual_block(remat)(channels, self.norm_groups, self.shortcut, dtype, name=name)
 
 
 class Decoder(nn.Module):
@@ -134,7 +140,7 @@ class VQGAN(nn.Module):
     norm_groups: groups of the group normalisation.
     shortcut: "input", or "reference" for the published networks (see `ResidualBlock`).
     image_channels: c.
-    dtype: the type of the computation; parameters, codes and distances are float32.
+    dtype: the type of the computation; parameters, codes and distances are float32, and of `tokenize` more.
   """
 
   channels: int = 128
@@ -200,15 +206,16 @@ class VQGAN(nn.Module):
       raise UserError(f"images have {channels} channels, but the tokenizer takes {self.image_channels}")
     return height // self.factor, width // self.factor
 
-  def encode(self, images: jax.Array, remat: str = "none") -> jax.Array:
+  def encode(self, images: jax.Array, remat: str = "none", exact: bool = False) -> jax.Array:
     """Images float32 [b, h, w, c] in [0, 1] to latents float32 [b, h', w', d].
 
-    `remat` determines what a backward pass recomputes in each block, see `maskgen.models.remat`.
+    `remat` determines what a backward pass recomputes in each block, see `maskgen.models.remat`, and `exact`
+    which layers are float32, see `Encoder`.
     """
     if images.dtype != jnp.float32:
       raise TypeError(f"the tokenizer takes float32 images in [0, 1], not {images.dtype}")
     self.token_grid(images.shape[1:])
-    latents = self.encoder(images, remat)
+    latents = self.encoder(images, remat, exact)
     return unit(latents) if self.normalize_codes else latents
 
   def quantize(self, latents: jax.Array) -> Quantized:
@@ -231,8 +238,8 @@ class VQGAN(nn.Module):
     return self.decoder(codes, remat)
 
   def tokenize(self, images: jax.Array) -> jax.Array:
-    """Images float32 [b, h, w, c] in [0, 1] to tokens int32 [b, h' * w'], row by row."""
-    return self.quantize(self.encode(images)).tokens.reshape(images.shape[0], -1)
+    """Images float32 [b, h, w, c] in [0, 1] to tokens int32 [b, h' * w'], row by row; without a gradient."""
+    return self.quantize(self.encode(images, exact=True)).tokens.reshape(images.shape[0], -1)
 
   def detokenize(self, tokens: jax.Array, grid: tuple[int, int]) -> jax.Array:
     """Tokens int32 [b, h' * w'] to images float32 [b, h, w, c], clipped to [0, 1]."""
