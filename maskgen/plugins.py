@@ -9,9 +9,11 @@ config names modules from outside maskgen copies those that it has imported and 
 other modules belong to the environment and are not copied.
 """
 
+import collections
 import contextlib
 import dataclasses
 import importlib
+import itertools
 import os
 import pathlib
 import pkgutil
@@ -188,13 +190,16 @@ def _import(name: str) -> ModuleType | None:
 
 def _imported_files() -> dict[str, pathlib.Path]:
   """The files of imported modules that are in code folders, by path relative to the folder."""
+  modules = collections.defaultdict(list)  # by top-level name: there are thousands, and many code folders
+  for name, module in tuple(sys.modules.items()):
+    modules[name.partition(".")[0]].append((name, module))
   files: dict[str, pathlib.Path] = {}
   for folder in map(pathlib.Path, _code_folders.folders):
     if not folder.is_dir() or folder.name in ("site-packages", "dist-packages"):
       continue
     inside = {entry.stem for entry in folder.iterdir()} - {"maskgen"}
-    for name, module in tuple(sys.modules.items()):
-      if name.partition(".")[0] not in inside or not (file := getattr(module, "__file__", None)):
+    for name, module in itertools.chain.from_iterable(modules[top] for top in inside & modules.keys()):
+      if not (file := getattr(module, "__file__", None)):
         continue
       path = name.replace(".", "/") + ("/__init__.py" if hasattr(module, "__path__") else ".py")
       if (folder / path).is_file() and os.path.exists(file) and os.path.samefile(folder / path, file):
