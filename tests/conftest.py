@@ -1,5 +1,6 @@
 """Eight virtual CPU devices, strict numerics, a compile cache, no network."""
 
+import gc
 import os
 import pathlib
 import tempfile
@@ -32,6 +33,11 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_compilation_cache_dir", str(_CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def pytest_collection_finish() -> None:
+  """What is imported by now stays, so garbage collection need not visit it."""
+  gc.freeze()
 
 
 @pytest.fixture(scope="session")
