@@ -1,6 +1,5 @@
 """MAGE-C: the contrastive loss, over the global batch for any placement of its rows."""
 
-import os
 import pathlib
 
 import jax
@@ -140,16 +139,13 @@ import test_mage_c
 np.savez(sys.argv[4], **test_mage_c.loss_and_gradients(test_mage_c.experiment((8, 1, 1))))
 """
 
-# Compiled as here, with as many devices as the script says.
-FLAGS = os.environ["XLA_FLAGS"].replace("--xla_force_host_platform_device_count=8", "")
-
 
 def test_two_processes_give_the_same_loss_and_gradients(alone, tmp_path):
   address = f"127.0.0.1:{tiny.free_port()}"
   folder = str(pathlib.Path(__file__).parent)
   files = [tmp_path / f"{index}.npz" for index in range(2)]
   processes = [
-    tiny.python("-c", SCRIPT, address, str(index), folder, str(file), env={"XLA_FLAGS": FLAGS})
+    tiny.python("-c", SCRIPT, address, str(index), folder, str(file), env={"XLA_FLAGS": tiny.XLA_FLAGS})
     for index, file in enumerate(files)
   ]
   for process, file in zip(processes, files, strict=True):

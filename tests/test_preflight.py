@@ -160,9 +160,8 @@ def test_virtual_cpus(tmp_path):
   """In a separate process, since devices are chosen once."""
   arguments = (f"--config={tiny.FILE}", "--stage=tokenizer", "--topology=cpu:4")
   file = tmp_path / "report.json"
-  process = tiny.python(
-    "-m", "maskgen.tools.preflight", *arguments, f"--json={file}", env={"XLA_FLAGS": "", "JAX_PLATFORMS": ""}
-  )
+  env = {"XLA_FLAGS": tiny.XLA_FLAGS, "JAX_PLATFORMS": ""}
+  process = tiny.python("-m", "maskgen.tools.preflight", *arguments, f"--json={file}", env=env)
   out, err = process.communicate()
   assert process.returncode == 0, err
   report = json.loads(file.read_text())

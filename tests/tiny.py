@@ -150,6 +150,10 @@ def free_port() -> int:
     return probe.getsockname()[1]
 
 
+# Compiles as the tests do; the process chooses the number of its devices.
+XLA_FLAGS = os.environ.get("XLA_FLAGS", "").replace("--xla_force_host_platform_device_count=8", "")
+
+
 def python(*arguments: str, env: dict[str, str] | None = None, **options) -> subprocess.Popen:
   """Starts Python as a user would, with the tests' compile cache and, unless `env` says else, devices."""
   cache = {
