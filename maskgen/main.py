@@ -3,6 +3,7 @@
 python -m maskgen.main --config=configs/quickstart.py --workdir=runs/quickstart
 """
 
+import argparse
 import contextlib
 import dataclasses
 import json
@@ -16,7 +17,7 @@ from etils import epath
 
 from maskgen import cli, files
 from maskgen import config as config_lib
-from maskgen.errors import UserError, is_permanent, storage_errors
+from maskgen.errors import UserError, is_permanent, nearest, storage_errors
 from maskgen.training import cpu
 from maskgen.training.pretrained import complete, stored_first
 from maskgen.training.sections import find_type
@@ -44,6 +45,12 @@ def main(argv: Sequence[str]) -> None:
     choices=("train", "eval", "check"),
     help="eval: evaluate the newest checkpoint; check: build all and compile the step, without training",
   )
+  parser.add_argument(
+    "--checkpoint",
+    help="with --mode=eval: a model to evaluate on the config's data: a workdir, WORKDIR/checkpoints/STEP, "
+    "an export, converted weights or a name of maskgen.available(); --workdir is where pictures go",
+  )
+  parser.add_argument("--stage", help="with --checkpoint: a stage of the config, by default the last")
   others = parser.add_argument_group("multi-process runs outside Cloud TPU, GKE, Slurm and Open MPI")
   others.add_argument("--coordinator", help="host:port of process 0")
   others.add_argument("--process_count", type=int, help="number of processes")
@@ -52,6 +59,11 @@ def main(argv: Sequence[str]) -> None:
   overrides = parse_overrides(rest)
   if not args.workdir:
     raise UserError("--workdir is empty: give the folder of the run")
+  if args.checkpoint is not None:
+    evaluate_checkpoint(args, overrides)
+    return
+  if args.stage is not None:
+    raise UserError(f"--stage={args.stage} needs --checkpoint: give both, or leave it out")
   root = epath.Path(args.workdir)
   with stored_first(root):
     config = config_lib.to_dict(config_lib.load(args.config, overrides, find_type))
@@ -67,7 +79,7 @@ def main(argv: Sequence[str]) -> None:
   processes.start(args.coordinator, args.process_count, args.process_index)
   cpu.use_cores(stages.values())
 
-  from maskgen.training import train
+  from maskgen.training import evaluation, train
   from maskgen.training.experiment import Experiment
   from maskgen.training.workdir import only_run_in
 
@@ -97,7 +109,7 @@ def main(argv: Sequence[str]) -> None:
   if args.mode == "eval":
     for workdir, experiment in experiments.items():
       with naming(workdir):
-        train.evaluate_newest(experiment, workdir)
+        evaluation.evaluate_model(experiment, workdir, workdir)
     return
   # Only now: an invalid config must not claim the workdir.
   with only_run_in(root):
@@ -126,6 +138,66 @@ def main(argv: Sequence[str]) -> None:
       results["run"] = describe_run(stages, time.monotonic() - began)
       train.write_results(root, results)
       log.info("all stages finished, results in %s", root / train.RESULTS)
+
+
+def evaluate_checkpoint(args: argparse.Namespace, overrides: Mapping[str, str]) -> None:
+  """Evaluates the model at `--checkpoint` with a config's data and evaluations.
+
+  Raises:
+    UserError: if the flags contradict each other, or model and config do not fit.
+  """
+  if args.mode != "eval":
+    raise UserError(
+      f"--checkpoint={args.checkpoint} needs --mode=eval: to train from it, set config.init_from instead"
+    )
+  cli.check_out_folder(args.workdir, "workdir")
+  stage, config = choose_stage(args.config, overrides, args.stage, args.checkpoint)
+
+  from maskgen import processes
+  from maskgen.training import evaluation
+  from maskgen.training.experiment import Experiment
+
+  processes.start(args.coordinator, args.process_count, args.process_index)
+  cpu.use_cores([config])
+  with name_stage(stage) if stage else contextlib.nullcontext():
+    evaluation.evaluate_model(Experiment(config), args.checkpoint, epath.Path(args.workdir))
+
+
+def choose_stage(
+  path_and_args: str, overrides: Mapping[str, str], stage: str | None = None, model: str | None = None
+) -> tuple[str | None, dict[str, Any]]:
+  """Loads the config of one stage.
+
+  Args:
+    path_and_args: see `config.load`.
+    overrides: likewise.
+    stage: its name, by default that of the last stage.
+    model: a trained model whose objective replaces the config's, or None.
+
+  Returns:
+    The name of the stage, None for a config without stages, and its plain config.
+
+  Raises:
+    UserError: if the config is wrong or has no such stage, or by `of_model`.
+  """
+  config = config_lib.to_dict(config_lib.load(path_and_args, overrides, find_type))
+  config = config if model else complete(config)
+  if stage is not None and "stages" not in config:
+    raise UserError(f"--stage={stage}: {path_and_args} has no stages, remove the flag")
+  stages = {path.name: run for path, run in split_stages(config, epath.Path("run")).items()}
+  name = stage if stage is not None else list(stages)[-1]
+  if name not in stages:
+    raise UserError(f"--stage={name}: {path_and_args} has no such stage{nearest(name, stages)}")
+  chosen = stages[name]
+  if model:
+    for key in overrides:
+      if "objective" in key.split(".")[:2]:
+        raise UserError(f"--config.{key}: the objective is that of {model}, leave it out")
+
+    from maskgen.training.of_model import of_model  # takes seconds
+
+    chosen = of_model(chosen, model)
+  return name if "stages" in config else None, chosen
 
 
 def parse_overrides(arguments: Sequence[str]) -> dict[str, str]:

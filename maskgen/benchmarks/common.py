@@ -8,13 +8,9 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from etils import epath
 
 from maskgen import cli, main
-from maskgen import config as config_lib
-from maskgen.errors import UserError, nearest
-from maskgen.training.pretrained import complete
-from maskgen.training.sections import find_type
+from maskgen.errors import UserError
 
 # Calls that take longer are logged.
 _SECONDS_TO_LOG = 2.0
@@ -25,6 +21,10 @@ def add_config(parser: cli.Parser) -> None:
   """Adds the flags that `parse` reads."""
   parser.add_argument("--config", required=True, help="config file, FILE[:key=value,...]")
   parser.add_argument("--stage", help="which stage of the config, by default the last")
+  parser.add_argument(
+    "--checkpoint",
+    help="a workdir, export or converted model whose sizes replace those of the config's",
+  )
 
 
 def parse(parser: cli.Parser, argv: Sequence[str]) -> tuple[argparse.Namespace, dict[str, Any]]:
@@ -37,16 +37,9 @@ def parse(parser: cli.Parser, argv: Sequence[str]) -> tuple[argparse.Namespace, 
     UserError: if a flag or the config is wrong.
   """
   args, rest = parser.parse_known_args(argv)
-  config = config_lib.to_dict(config_lib.load(args.config, main.parse_overrides(rest), find_type))
-  config = complete(config)
-  if args.stage is not None and "stages" not in config:
-    raise UserError(f"--stage={args.stage}: {args.config} has no stages, remove the flag")
-  stages = {path.name: stage for path, stage in main.split_stages(config, epath.Path("run")).items()}
-  name = args.stage if args.stage is not None else list(stages)[-1]
-  if name not in stages:
-    raise UserError(f"--stage={name}: {args.config} has no such stage{nearest(name, stages)}")
-  args.stage = name if "stages" in config else None
-  return args, stages[name]
+  overrides = main.parse_overrides(rest)
+  args.stage, config = main.choose_stage(args.config, overrides, args.stage, args.checkpoint)
+  return args, config
 
 
 def add_batch_sizes(parser: cli.Parser) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from maskgen import objectives, plugins, pretrained, storage
+from maskgen import objectives, plugins, storage
 from maskgen.errors import UserError
 from maskgen.serving.model import Model
 
@@ -15,8 +15,9 @@ def load(path: epath.PathLike, *, trust_code: bool = False) -> Model:
   """Loads a trained model from the workdir of a run or from an export.
 
   Args:
-    path: a folder, local or on any store that `etils.epath` supports; or the name of a model that comes with
-      maskgen, one of `maskgen.available()`. A folder of this name comes first.
+    path: a folder, local or on any store that `etils.epath` supports, or a step in a workdir,
+      `WORKDIR/checkpoints/STEP`; or the name of a model that comes with maskgen, one of
+      `maskgen.available()`. A folder of this name comes first.
     trust_code: whether code in the folder may run. A model whose objective is a module of your own needs it
       unless Python finds that module elsewhere.
 
@@ -40,11 +41,11 @@ def load_objective(
   if "objective" not in config:
     raise UserError(f"{path} has a {storage.CONFIG} without an objective: give a model that maskgen trained")
   if trust_code:
-    plugins.trust(pretrained.find(path))
+    plugins.trust(storage.locate(path)[0])
   try:
     return config, objectives.build(config["objective"])
   except plugins.UnknownModuleError as error:
-    code = pretrained.find(path) / plugins.CODE
+    code = storage.locate(path)[0] / plugins.CODE
     trust = f", or, if you trust the code in {code}, set trust_code" if code.exists() else ""
     raise UserError(
       f"{path} needs the module '{error.name}', which Python does not find: install it or add its folder to "

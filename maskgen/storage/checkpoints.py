@@ -15,7 +15,7 @@ from maskgen import config as config_lib
 from maskgen import processes, tree
 from maskgen.errors import TransientError, UserError
 
-DAMAGED = "damaged"
+CHECKPOINTS, DAMAGED = "checkpoints", "damaged"
 # TensorStore's status codes for files with wrong content, or missing from a checkpoint.
 _DAMAGE = ("DATA_LOSS", "FAILED_PRECONDITION", "INVALID_ARGUMENT", "NOT_FOUND", "OUT_OF_RANGE")
 _ELSEWHERE = "another process found it damaged"
@@ -46,7 +46,7 @@ class Checkpoints:
     self._checksums = ocp.JsonCheckpointHandler()
     items = {"state": self._state, "checksums": self._checksums}
     self._manager = ocp.CheckpointManager(
-      (workdir / "checkpoints").absolute(), options=options, item_handlers=items
+      (workdir / CHECKPOINTS).absolute(), options=options, item_handlers=items
     )
     self._writes = section is not None
 
@@ -64,18 +64,25 @@ class Checkpoints:
     except Exception as error:  # Orbax and its stores raise many kinds.
       raise self._not_written(error) from error
 
-  def read(self, choose: Callable[[dict[str, Any]], Mapping[str, Any]]) -> dict[str, Any]:
+  def read(
+    self, choose: Callable[[dict[str, Any]], Mapping[str, Any]], only: int | None = None
+  ) -> dict[str, Any]:
     """Reads arrays of the newest intact checkpoint; newer damaged ones are moved aside.
 
     Args:
       choose: maps the names of all arrays, with shapes and dtypes, to targets for those to read.
+      only: the step to read instead of the newest.
 
     Raises:
-      UserError: if none is intact, or by `choose`.
+      UserError: if none is intact or there is no such step, or by `choose`.
       TransientError: if one cannot be read, which says nothing about its content.
     """
     damaged: dict[int, str] = {}
-    for step in sorted(self._manager.all_steps(), reverse=True):
+    steps = sorted(self._manager.all_steps(), reverse=True)
+    if only is not None and only not in steps:
+      known = ", ".join(map(str, reversed(steps)))
+      raise UserError(f"{self._manager.directory} holds no step {only}: give one of {known}")
+    for step in steps if only is None else [only]:
       found, reason = self._read_intact(step, choose)
       if found is not None:
         self._move_aside(damaged)
@@ -227,7 +234,7 @@ def open_to_read(workdir: epath.Path) -> Checkpoints:
   Raises:
     UserError: if there is none.
   """
-  if not list(workdir.glob("checkpoints/*")):
+  if not list(workdir.glob(f"{CHECKPOINTS}/*")):
     raise UserError(f"{workdir} holds no checkpoint yet: train it first, or give another path")
   checkpoints = Checkpoints(workdir)
   if checkpoints.latest() is None:

@@ -14,7 +14,7 @@ from etils import epath
 
 from maskgen import files, pretrained, tree
 from maskgen.errors import UserError, nearest
-from maskgen.storage.checkpoints import open_to_read
+from maskgen.storage.checkpoints import CHECKPOINTS, open_to_read
 from maskgen.storage.frozen import read_frozen_arrays
 from maskgen.storage.tensors import (
   WEIGHTS,
@@ -38,16 +38,29 @@ def resolve(path: str, workdir: epath.Path) -> epath.Path:
   return workdir.parent / name if kind == "stage" else pretrained.find(path)
 
 
+def locate(path: epath.PathLike) -> tuple[epath.Path, int | None]:
+  """The folder of a model, and the step that `WORKDIR/checkpoints/STEP` names; None for the newest."""
+  folder = pretrained.find(path)
+  is_step = folder.parent.name == CHECKPOINTS and folder.name.isdecimal()
+  return (folder.parent.parent, int(folder.name)) if is_step else (folder, None)
+
+
+def is_export(path: epath.PathLike) -> bool:
+  """Whether a model is an export, and no run."""
+  return has_weights(locate(path)[0])
+
+
 def load_config(path: epath.PathLike) -> dict[str, Any]:
   """Reads the `config.json` of a trained model.
 
   Args:
-    path: a workdir, an export, or the name of a model that comes with maskgen.
+    path: a workdir, a step in it (`WORKDIR/checkpoints/STEP`), an export, or the name of a model that comes
+      with maskgen.
 
   Raises:
     UserError: if there is no such model, or the folder holds several stages.
   """
-  folder = pretrained.find(path)
+  folder = locate(path)[0]
   if not folder.exists():
     choices = ", or an export"
     if pretrained.is_name(path):
@@ -104,20 +117,20 @@ def load_variables(path: epath.PathLike, target: Any) -> Any:
   """Reads a model's variables, with moving averages in the place of the parameters that have one.
 
   Args:
-    path: a workdir, an export, or the name of a model that comes with maskgen.
+    path: see `load_config`.
     target: the part that is wanted, a tree of shapes, with shardings or without, under `params`, `frozen` and
       `extra`, and of a workdir also `step`. An export's float32 is rounded where it is of a smaller type.
 
   Raises:
     UserError: if the path is no model, has no checkpoint yet, or differs in a name, shape or dtype.
   """
-  folder = pretrained.find(path).absolute()
-  load_config(folder)
+  load_config(path)
+  folder, step = locate(path)
   flat = tree.flatten(target)
   if has_weights(folder):
     arrays: dict[str, Any] = read_weights(folder)
   else:
-    arrays = read_frozen_arrays(folder) | _checkpoint_arrays(folder, flat)
+    arrays = read_frozen_arrays(folder) | _checkpoint_arrays(folder, step, flat)
   found = {
     name: _rounded(array, flat.get(name))
     for name, array in arrays.items()
@@ -140,8 +153,8 @@ def _beside(name: str, flat: Mapping[str, Any]) -> bool:
   return any(other.split("/")[:3] == module for other in flat)
 
 
-def _checkpoint_arrays(folder: epath.Path, flat: Mapping[str, Any]) -> dict[str, Any]:
-  """The wanted arrays of a workdir's newest checkpoint, averages substituted; shapes alone of the others."""
+def _checkpoint_arrays(folder: epath.Path, step: int | None, flat: Mapping[str, Any]) -> dict[str, Any]:
+  """The wanted arrays of a workdir's checkpoint, averages substituted; shapes alone of the others."""
   default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   shapes: dict[str, Any] = {}
 
@@ -153,13 +166,13 @@ def _checkpoint_arrays(folder: epath.Path, flat: Mapping[str, Any]) -> dict[str,
       if name in stored and stored[name].shape == leaf.shape
     }
 
-  return shapes | _read_checkpoint(folder, choose, ("params/", "extra/", "step"))
+  return shapes | _read_checkpoint(folder, step, choose, ("params/", "extra/", "step"))
 
 
 def _read_checkpoint(
-  folder: epath.Path, choose: Choose, parts: tuple[str, ...] = ("params/", "extra/")
+  folder: epath.Path, step: int | None, choose: Choose, parts: tuple[str, ...] = ("params/", "extra/")
 ) -> dict[str, Any]:
-  """What is chosen of a workdir's newest checkpoint, averages in the place of parameters that have one."""
+  """What is chosen of a workdir's checkpoint, averages in the place of parameters that have one."""
   averages: dict[str, str] = {}
 
   def choose_stored(stored: dict[str, Any]) -> dict[str, Any]:
@@ -167,8 +180,8 @@ def _read_checkpoint(
     wanted = choose({name: leaf for name, leaf in stored.items() if name.startswith(parts)})
     return {averages.get(name, name): leaf for name, leaf in wanted.items()}
 
-  with closing(open_to_read(folder)) as checkpoints:
-    restored = checkpoints.read(choose_stored)
+  with closing(open_to_read(folder.absolute())) as checkpoints:
+    restored = checkpoints.read(choose_stored, step)
   names = {average: name for name, average in averages.items()}
   return {names.get(name, name): array for name, array in restored.items()}
 
@@ -177,17 +190,17 @@ def read_chosen(path: epath.PathLike, choose: Choose) -> dict[str, Any]:
   """Reads arrays of a model by path name, with moving averages in the place of parameters that have one.
 
   Args:
-    path: a workdir, an export, or the name of a model that comes with maskgen.
+    path: see `load_config`.
     choose: from the shapes of all trained arrays, under `params/` and `extra/`, to targets for those to read,
       shapes with shardings; nothing is read for none.
 
   Raises:
     UserError: if the path is no model or has no checkpoint yet, or by `choose`.
   """
-  folder = pretrained.find(path).absolute()
-  load_config(folder)
+  load_config(path)
+  folder, step = locate(path)
   if not has_weights(folder):
-    return _read_checkpoint(folder, choose)
+    return _read_checkpoint(folder, step, choose)
   shapes = read_shapes(folder / WEIGHTS)
   wanted = choose({name: leaf for name, leaf in shapes.items() if not name.startswith("frozen/")})
   arrays = read_weights(folder) if wanted else {}

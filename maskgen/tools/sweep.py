@@ -3,8 +3,10 @@
 import argparse
 import csv
 import dataclasses
+import hashlib
 import io
 import itertools
+import json
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,10 +16,12 @@ import numpy as np
 from etils import epath
 
 from maskgen import cli, files
+from maskgen import main as main_lib
 from maskgen.errors import UserError
 from maskgen.tools import sampling_flags
 
 TABLE, SHEET, PICTURES = "sweep.csv", "sweep.png", "pictures"
+BASE = ("weights", "num_images", "features", "data")  # the columns in which all rows of a table agree
 _SHOWN = 16  # images of each setting, in one row
 _CALLS = 3  # timed calls; the fastest counts
 log = logging.getLogger("maskgen")
@@ -29,7 +33,7 @@ def main(argv: Sequence[str]) -> None:
   Raises:
     UserError: if the model, a setting or the folder is wrong.
   """
-  from maskgen import objectives, storage
+  from maskgen import objectives
 
   parser = cli.Parser(
     "Generates images with every combination of the given sampling options, compares them with the data that "
@@ -38,8 +42,14 @@ def main(argv: Sequence[str]) -> None:
     "python -m maskgen.tools.sweep --model=runs/quickstart/mage --temperature=1,2.5,6 --steps=8,16 "
     "--order=confidence,halton --out=runs/sweep",
   )
-  parser.add_model("workdir of a run, or an export; its data must be available")
+  parser.add_model("workdir of a run, an export, or converted weights; the data must be available")
   parser.add_argument("--out", required=True, help="folder to write, or to continue")
+  parser.add_argument(
+    "--config",
+    help="config file, FILE[:key=value,...], with the data and the evaluation; by default the model's own",
+  )
+  parser.add_argument("--stage", help="which stage of --config, by default the last")
+  parser.add_argument("--features", help="feature space of the distance, by default that of the evaluation")
   parser.add_argument(
     "--num_images",
     type=int,
@@ -47,18 +57,35 @@ def main(argv: Sequence[str]) -> None:
     help="images per setting; distances for different numbers are not comparable",
   )
   sampling_flags.add(parser, argv, several=True)
-  args = parser.parse_args(argv)
+  args, rest = parser.parse_known_args(argv)
   if args.num_images < 2:
     raise UserError(f"--num_images={args.num_images}: give at least 2")
   cli.check_out_folder(args.out)
-  config = storage.load_config(args.model)
-
+  config = _config(args, main_lib.parse_overrides(rest))
   objective = objectives.build(config.get("objective", {}))
   if not hasattr(objective, "sampling"):
     raise UserError(
       f"--model={args.model} does not generate images: give a model of an objective such as 'mage'"
     )
-  sweep(args.model, config, settings(objective, args), epath.Path(args.out), args.num_images)
+  out, wanted = epath.Path(args.out), settings(objective, args)
+  sweep(args.model, config, wanted, out, args.num_images, args.features)
+
+
+def _config(args: argparse.Namespace, overrides: Mapping[str, str]) -> dict[str, Any]:
+  """The config of the model, with the data and the evaluations of `--config`, if it is given.
+
+  Raises:
+    UserError: if neither has data.
+  """
+  from maskgen import storage
+
+  if args.config is not None:
+    return main_lib.choose_stage(args.config, overrides, args.stage, args.model)[1]
+  config = storage.load_config(args.model)
+  if "data" not in config or overrides or args.stage is not None:
+    reason = "has no data of its own" if "data" not in config else "is given with flags of a config"
+    raise UserError(f"--model={args.model} {reason}: add --config=FILE")
+  return {key: value for key, value in config.items() if key != "version"}  # of maskgen, not of the run
 
 
 def settings(objective: Any, args: argparse.Namespace) -> list[Any]:
@@ -96,7 +123,12 @@ def settings(objective: Any, args: argparse.Namespace) -> list[Any]:
 
 
 def sweep(
-  model: str, config: Mapping[str, Any], wanted: Sequence[Any], out: epath.Path, num_images: int
+  model: str,
+  config: Mapping[str, Any],
+  wanted: Sequence[Any],
+  out: epath.Path,
+  num_images: int,
+  features: str | None = None,
 ) -> None:
   """Measures the settings that are not in the table yet, then sorts the table and draws the sheet."""
   import jax
@@ -110,14 +142,25 @@ def sweep(
   section = next(sections, {"type": "generation", "every_steps": 1}) | {"num_images": num_images}
   if objectives.build(config["objective"]).captions is not None:
     section["captions"] = True  # guidance needs captions
-  own = {key: value for key, value in config.items() if key != "version"}  # of maskgen, not of the run
-  experiment = Experiment({**own, "evals": {"sweep": section}})
+  if features is not None:
+    section["features"] = features
+  experiment = Experiment({**config, "evals": {"sweep": section}})
   evaluator: Any = experiment.evaluators["sweep"][1]
   variables = storage.load_variables(
     model, experiment.targets["state"].variables(experiment.targets["frozen"])
   )
-  base = {"weights": tree.fingerprint(variables)[:12], "num_images": num_images}
+  rank = f"frechet_{name_of(evaluator.features)}"
+  reference = json.dumps([experiment.data.fingerprints, config["data"].get("eval_preprocess")])
+  values = (
+    tree.fingerprint(variables)[:12],
+    num_images,
+    evaluator.features,
+    hashlib.sha256(reference.encode()).hexdigest()[:12],
+  )
+  base = dict(zip(BASE, values, strict=True))
   rows = read_table(out / TABLE, base)
+  if any(rank not in row for row in rows):
+    raise UserError(f"{out / TABLE} has measurements without {rank}: give another --out")
   (out / PICTURES).mkdir(parents=True, exist_ok=True)
   todo = [setting for setting in wanted if not find(rows, setting)]
   log.info("%d settings, %d of them already measured", len(wanted), len(wanted) - len(todo))
@@ -134,7 +177,6 @@ def sweep(
     left = (time.monotonic() - began) / number * (len(todo) - number)
     shown = ", ".join(f"{name} {value:.4g}" for name, value in measured.items())
     log.info("%d of %d: %s: %s; %.0f s left", number, len(todo), _name(options), shown, left)
-  rank = f"frechet_{name_of(evaluator.features)}"
   rows.sort(key=lambda row: float(row[rank]))
   write_table(out / TABLE, rows)
   chosen = [row for row in rows if any(find([row], setting) for setting in wanted)]
@@ -171,14 +213,14 @@ def read_table(path: epath.Path, base: Mapping[str, Any]) -> list[dict[str, str]
   """Returns the rows of the table of an earlier sweep, if there is one.
 
   Raises:
-    UserError: if it was measured with other weights or another number of images.
+    UserError: if it differs in one of the columns `BASE`.
   """
   if not path.exists():
     return []
   rows = list(csv.DictReader(io.StringIO(path.read_text())))
   for row in rows:
     for name, value in base.items():
-      if row.get(name) != str(value):
+      if row.get(name, str(value)) != str(value):  # older tables have no features and data
         raise UserError(
           f"{path} has measurements with {name} {row.get(name)}, this sweep has {value}: give another --out"
         )
@@ -213,10 +255,7 @@ def _varied(wanted: Sequence[Any]) -> list[str]:
 
 
 def _markdown(rows: Sequence[Mapping[str, str]], wanted: Sequence[Any]) -> Iterator[str]:
-  hidden = {field.name for field in dataclasses.fields(wanted[0])} - {*_varied(wanted)} | {
-    "weights",
-    "num_images",
-  }
+  hidden = {field.name for field in dataclasses.fields(wanted[0])} - {*_varied(wanted)} | {*BASE}
   names = [name for name in rows[0] if name not in hidden]
   yield "| " + " | ".join(names) + " |"
   yield "|" + " --- |" * len(names)

@@ -8,15 +8,14 @@ from contextlib import closing
 from typing import Any
 
 import jax
-import numpy as np
 from etils import epath
 
 from maskgen import files, storage, tree
 from maskgen.errors import UserError, out_of_memory, storage_errors
-from maskgen.evaluators import Evaluator
 from maskgen.evaluators.batches import gather
 from maskgen.training import metrics as metrics_lib
 from maskgen.training.clock import Clock
+from maskgen.training.evaluation import due_evaluators, evaluate, show
 from maskgen.training.experiment import Experiment
 from maskgen.training.preemption import Preemption
 from maskgen.training.profiler import Profiler
@@ -125,7 +124,7 @@ def loop(experiment: Experiment, workdir: epath.Path, checkpoints: storage.Check
             skipped.flush(step)
             writer.pictures(step, pictures)
             writer.numbers(step, numbers | {"timing/seconds": clock.seconds()})  # marks it as written
-            show(workdir.name, step, numbers)
+            show(workdir.name, f"at step {step}", numbers)
         progress.pause(time.monotonic() - began)
       if stop:
         raise PreemptedError
@@ -150,60 +149,6 @@ def loop(experiment: Experiment, workdir: epath.Path, checkpoints: storage.Check
         write_averages()
 
 
-def evaluate(
-  experiment: Experiment, variables: Any, step: int | None
-) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-  """Runs the evaluations of `due_evaluators`.
-
-  Raises:
-    UserError: naming the evaluation, if it raises one or exhausts the devices' memory.
-  """
-  numbers: dict[str, float] = {}
-  pictures: dict[str, np.ndarray] = {}
-  for name, evaluator in due_evaluators(experiment, step).items():
-    try:
-      report = evaluator.run(variables, jax.random.key(experiment.config.seed))
-    except UserError as error:
-      error.args = (f"config.evals.{name}: {error}",)
-      raise
-    except Exception as error:
-      if found := out_of_memory(error):
-        raise UserError(
-          f"config.evals.{name}: the memory of the devices is exhausted ({found}): raise config.accumulation "
-          "for smaller batches, or remove it"
-        ) from error
-      error.add_note(f"in config.evals.{name}")
-      raise
-    numbers |= {f"{name}/{key}": float(value) for key, value in report.numbers.items()}
-    pictures |= {f"{name}/{key}": picture for key, picture in report.pictures.items()}
-  return numbers, pictures
-
-
-def due_evaluators(experiment: Experiment, step: int | None) -> dict[str, Evaluator]:
-  """The evaluators that run at a step, by name; all of them at the last step and for `step=None`."""
-  return {
-    name: evaluator
-    for name, (every, evaluator) in experiment.evaluators.items()
-    if step is None or step == experiment.total_steps or step % every == 0
-  }
-
-
-def evaluate_newest(experiment: Experiment, workdir: epath.Path) -> dict[str, float]:
-  """Runs all evaluations on the newest checkpoint of a workdir; only writes to `samples/`."""
-  parts = {
-    "params": experiment.targets["state"].params,
-    "frozen": experiment.targets["frozen"],
-    "extra": experiment.targets["state"].model_state,
-    "step": experiment.targets["state"].step,
-  }
-  variables = storage.load_variables(workdir, parts)
-  step = int(variables.pop("step"))
-  numbers, pictures = evaluate(experiment, variables, None)
-  show(workdir.name, step, numbers)
-  metrics_lib.write_pictures(workdir, "eval", pictures)
-  return numbers
-
-
 def final_results(workdir: epath.Path, evals: list[str]) -> dict[str, float]:
   """The newest value of every evaluation's metrics, from `metrics.jsonl`."""
   results: dict[str, float] = {}
@@ -222,13 +167,6 @@ def describe(experiment: Experiment) -> str:
     f"{experiment.data.num_eval:,} for evaluation; "
     f"{experiment.total_steps:,} steps of {experiment.config.batch_size}; mesh {mesh}"
   )
-
-
-def show(name: str, step: int, numbers: Mapping[str, float]) -> None:
-  """Logs an evaluation, one line per number."""
-  if jax.process_index() == 0:
-    lines = "".join(f"\n  {key:<36} {value:.4g}" for key, value in sorted(numbers.items()))
-    log.info("%s evaluation at step %d%s", name, step, lines)
 
 
 def read_results(workdir: epath.Path) -> dict[str, Any] | None:

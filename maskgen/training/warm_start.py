@@ -138,7 +138,7 @@ class WarmStart:
 
   def _frozen_rows(self, frozen: Any) -> list[Row]:
     """Whether the frozen parts that both have are the same."""
-    theirs = storage.read_frozen_arrays(self._path)
+    theirs = storage.read_frozen_arrays(storage.locate(self._path)[0])
     rows: list[Row] = []
     for part in frozen:
       ours = storage.to_host(tree.flatten({"frozen": {part: frozen[part]}}))

@@ -1,0 +1,102 @@
+"""Trained, exported and converted models with the data and evaluations of a config."""
+
+import json
+
+import pytest
+import tiny
+
+from maskgen import main, storage
+from maskgen.errors import UserError
+from maskgen.evaluators import feature_spaces
+from maskgen.tools import bench, export, sweep
+from maskgen.training import evaluation
+
+trained = tiny.trained
+
+CONFIG = f"--config={tiny.FILE}"
+# Data of another size than the models'.
+SMALL = [f"--config.tokenizer.data.{key}=decode(3)|resize(8)" for key in ("preprocess", "eval_preprocess")]
+
+
+@pytest.fixture
+def numbers(monkeypatch):
+  """The numbers of each evaluation, as they are shown."""
+  shown = {}
+  monkeypatch.setattr(evaluation, "show", lambda name, where, found: shown.update({where: found}))
+  return shown
+
+
+@pytest.fixture(scope="module")
+def exported(trained, tmp_path_factory):
+  out = tmp_path_factory.mktemp("export") / "mage"
+  export.main([f"--model={trained / 'mage'}", f"--out={out}"])
+  return out
+
+
+def evaluate(model, workdir, *flags):
+  main.main([CONFIG, "--mode=eval", f"--checkpoint={model}", f"--workdir={workdir}", *flags])
+
+
+def test_a_checkpoint_and_an_export_have_the_numbers_of_training(trained, exported, tmp_path, numbers):
+  run, results = trained / "mage", json.loads((trained / "mage" / "results.json").read_text())
+  evaluate(exported, tmp_path / "exported")
+  evaluate(run / "checkpoints" / "4", tmp_path / "fourth")
+  assert numbers[f"of {exported}"] == results
+  lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+  (fourth,) = (line for line in lines if line["step"] == 4 and "validation/loss" in line)
+  assert numbers["at step 4"] == {key: fourth[key] for key in results} != results
+  assert all(file.parent.name == "samples" for file in tmp_path.rglob("*") if file.is_file())
+
+
+def test_a_model_of_another_stage(trained, tmp_path, numbers):
+  evaluate(trained / "tokenizer", tmp_path / "out", "--stage=tokenizer", "--config.tokenizer.seed=1")
+  results = json.loads((trained / "tokenizer" / "results.json").read_text())
+  assert numbers["at step 6"] == results
+
+
+@pytest.mark.parametrize(
+  ("flags", "message"),
+  [
+    (["--checkpoint=nowhere"], "model nowhere does not exist"),
+    (["--checkpoint=RUN/checkpoints/5"], r"checkpoints holds no step 5: give one of 4, 6"),
+    (
+      ["--checkpoint=RUN", "--mode=train"],
+      "needs --mode=eval: to train from it, set config.init_from instead",
+    ),
+    (["--checkpoint=RUN", "--stage=mag"], "has no such stage; did you mean 'mage'"),
+    (
+      ["--checkpoint=RUN", "--config.mage.objective.width=8"],
+      "the objective is that of .*mage, leave it out",
+    ),
+    (["--checkpoint=RUN", "--stage=tokenizer", *SMALL], r"config\.tokenizer\.data provides images of shape"),
+    (["--stage=mage"], "--stage=mage needs --checkpoint"),
+  ],
+)
+def test_what_does_not_fit_is_refused(flags, message, trained, tmp_path):
+  flags = [flag.replace("RUN", str(trained / "mage")) for flag in flags]
+  with pytest.raises(UserError, match=message):
+    main.main([CONFIG, "--mode=eval", f"--workdir={tmp_path / 'out'}", *flags])
+  assert not (tmp_path / "out").exists()
+
+
+def test_an_export_is_swept_in_a_feature_space_with_a_path(exported, tmp_path, monkeypatch):
+  with pytest.raises(UserError, match=r"has no data of its own: add --config=FILE"):
+    sweep.main([f"--model={exported}", f"--out={tmp_path}"])
+  monkeypatch.setitem(feature_spaces.SPACES, "network", feature_spaces.SPACES["pixels"])
+  arguments = [f"--model={exported}", CONFIG, f"--out={tmp_path}", "--num_images=8", "--steps=1,2"]
+  sweep.main([*arguments, "--features=network:/a/path.npz"])
+  table = (tmp_path / sweep.TABLE).read_text()
+  assert table.count("network:/a/path.npz") == 2 and "frechet_network" in table.splitlines()[0]
+  with pytest.raises(UserError, match=r"features network:/a/path\.npz, this sweep has pixels"):
+    sweep.main(arguments)
+  other = "--config.mage.data.eval_preprocess=decode(3)|resize(20)|center_crop(16)"
+  with pytest.raises(UserError, match=r"with data \w+, this sweep has \w+: give another --out"):
+    sweep.main([*arguments, "--features=network:/a/path.npz", other])
+
+
+def test_a_benchmark_measures_the_model(exported, tmp_path, capsys):
+  config = storage.load_config(exported)
+  config["objective"]["sampling"]["steps"] = 1
+  (exported / "config.json").write_text(json.dumps(config))
+  bench.main(["sample", CONFIG, f"--checkpoint={exported}", "--batch_size=8", "--repeats=1"])
+  assert json.loads(capsys.readouterr().out)["sampling_steps"] == 1
