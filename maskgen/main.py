@@ -79,7 +79,7 @@ def main(argv: Sequence[str]) -> None:
   processes.start(args.coordinator, args.process_count, args.process_index)
   cpu.use_cores(stages.values())
 
-  from maskgen.training import evaluation, train
+  from maskgen.training import evaluation, memory, train
   from maskgen.training.experiment import Experiment
   from maskgen.training.workdir import only_run_in
 
@@ -96,6 +96,8 @@ def main(argv: Sequence[str]) -> None:
         experiment.check_pretrained(workdir, pending=experiments)
       if args.mode != "eval":
         experiment.check_precision()
+      if args.mode != "train" or train.read_results(workdir) is None:
+        memory.check(experiment, workdir.name)
       if args.mode == "train" and train.read_results(workdir) is None:
         experiment.check_data(workdir)
     experiments[workdir] = experiment
@@ -154,13 +156,15 @@ def evaluate_checkpoint(args: argparse.Namespace, overrides: Mapping[str, str]) 
   stage, config = choose_stage(args.config, overrides, args.stage, args.checkpoint)
 
   from maskgen import processes
-  from maskgen.training import evaluation
+  from maskgen.training import evaluation, memory
   from maskgen.training.experiment import Experiment
 
   processes.start(args.coordinator, args.process_count, args.process_index)
   cpu.use_cores([config])
   with name_stage(stage) if stage else contextlib.nullcontext():
-    evaluation.evaluate_model(Experiment(config), args.checkpoint, epath.Path(args.workdir))
+    experiment = Experiment(config)
+    memory.check(experiment, args.checkpoint)
+    evaluation.evaluate_model(experiment, args.checkpoint, epath.Path(args.workdir))
 
 
 def choose_stage(

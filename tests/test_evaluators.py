@@ -156,7 +156,7 @@ def test_codebook_numbers_count_only_valid_images(noise):
 
 
 def test_perplexity_of_one_code_is_one():
-  assert reconstruction.codebook_statistics(np.full((3, 4), 2), 8) == {
+  assert reconstruction.codebook_statistics(12 * (np.arange(8) == 2)) == {
     "codebook_usage": 0.125,
     "perplexity": 1.0,
   }
@@ -304,8 +304,27 @@ def test_probe_baselines_run_once_and_can_be_left_out(digits):
   assert first["top1"] == first["top1_pixels"] == first["top1_random_encoder"]
   assert 0.5 < first["top1_token_onehot"] < 1.0
   assert all(type(value) is float for value in first.values())
+  capped = run("probe", context, scale(1.0), shots=(), random_encoders=1, baseline_width=40).numbers
+  assert 0.6 < capped["top1_pixels"] < first["top1_pixels"]  # 6 x 6 pixels of 8 x 8
+  assert 0.5 < capped["top1_token_onehot"] != first["top1_token_onehot"]  # 40 features of 64
   numbers = run("probe", context, scale(1.0), shots=(1,), baselines=False).numbers
   assert set(numbers) == {"top1", "top1_ridge", "top1_knn", "top1_1shot", "top1_1shot_std"}
+
+
+def test_baselines_are_reduced_only_where_they_are_too_wide(noise):
+  images = jnp.asarray(noise[0][0])
+  flat = to_float(images).reshape(len(images), -1)
+  np.testing.assert_array_equal(probe.pooled_pixels(images, 432), flat)
+  small = to_float(images).reshape(-1, 4, 3, 4, 3, 3).mean(axis=(2, 4))
+  pooled = probe.pooled_pixels(images, 60)  # 4 x 4 of 3 channels are 48
+  np.testing.assert_allclose(pooled, small.reshape(len(images), -1), atol=1e-6)
+  tokens = jnp.asarray(np.random.default_rng(0).integers(0, 50, (200, 64)))
+  onehot = probe.hashed_onehot(tokens, 50, 3200)
+  np.testing.assert_array_equal(onehot, jax.nn.one_hot(tokens, 50).reshape(200, -1))
+  hashed = np.asarray(probe.hashed_onehot(tokens, 50, 1000))
+  assert hashed.shape == (200, 1000)
+  exact, about = np.asarray(onehot @ onehot.T), hashed @ hashed.T
+  assert abs(about - exact).mean() < 3 and abs((about - exact).mean()) < 0.1
 
 
 def test_a_probe_of_some_training_images_is_one_of_less_data(digits):

@@ -93,3 +93,16 @@ class Evaluator(Protocol):
       call: (name of a prediction function, batch of shapes, **options) -> shapes of what it returns.
       batch: the shapes of an evaluation batch.
     """
+
+  def memory(
+    self, call: Call, batch: Mapping[str, jax.ShapeDtypeStruct], num_images: Mapping[str, int]
+  ) -> int:
+    """The memory of a host that `run` needs for what it collects, in bytes; by default 0, for a few batches.
+
+    A run that does not have it is refused before its first step.
+
+    Args:
+      call: see `trace`.
+      batch: likewise.
+      num_images: the number of images of each split.
+    """

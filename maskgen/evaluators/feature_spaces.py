@@ -30,13 +30,17 @@ def area_weights(size: int, target: int) -> np.ndarray:
   return np.maximum(overlap, 0.0) * (target / size)
 
 
+def area_average(images: jax.Array, height: int, width: int) -> jax.Array:
+  """Images float32 [b, h, w, c] averaged over equal areas to [b, height, width, c]."""
+  rows = area_weights(images.shape[1], height).astype(np.float32)
+  columns = area_weights(images.shape[2], width).astype(np.float32)
+  return jnp.einsum("yh,bhwc,xw->byxc", rows, images, columns, precision="highest")
+
+
 @jax.jit
 def pixels(images: jax.Array) -> jax.Array:
   """Images averaged over areas to 8 x 8: float32 [b, 64 * c]."""
-  images = images_lib.to_float(images)
-  rows = area_weights(images.shape[1], _PIXELS_SIDE).astype(np.float32)
-  columns = area_weights(images.shape[2], _PIXELS_SIDE).astype(np.float32)
-  small = jnp.einsum("yh,bhwc,xw->byxc", rows, images, columns, precision="highest")
+  small = area_average(images_lib.to_float(images), _PIXELS_SIDE, _PIXELS_SIDE)
   return small.reshape(len(images), -1)
 
 

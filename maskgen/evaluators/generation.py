@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -99,6 +100,14 @@ class Evaluator:
       call("generate_uniform", inputs)
     wanted = ("label",) * bool(self.context.num_classes) + ("caption",) * self.captions
     call("generate", inputs | {name: batch[name] for name in wanted}, **self.sampling)
+
+  def memory(
+    self, call: Call, batch: Mapping[str, jax.ShapeDtypeStruct], num_images: Mapping[str, int]
+  ) -> int:
+    if self.classifier is None:
+      return 0
+    # Pixels in float64, in batches and put together.
+    return 16 * math.prod(batch["image"].shape[1:]) * max(num_images.values())
 
   @one_blas_thread
   def run(self, variables: Any, rng: jax.Array) -> Report:

@@ -1,10 +1,12 @@
 """Linear, nearest-neighbour and few-shot probes of a frozen encoder's features, with three baselines."""
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
@@ -14,8 +16,14 @@ from maskgen import images as images_lib
 from maskgen.errors import UserError
 from maskgen.evaluators.batches import collect, one_blas_thread
 from maskgen.evaluators.context import Call, Context, Report
+from maskgen.evaluators.feature_spaces import area_average
 
 _NEIGHBOURS = 5
+# Copies of a representation in float32 that standardisation and the classifiers hold at once.
+_COPIES = 5
+# Matrices [d, d] in float64 that ridge regression holds at once.
+_MATRICES = 3
+_MIN_WIDTH = 16
 
 
 def ridge(features: np.ndarray, targets: np.ndarray, penalty: float) -> tuple[np.ndarray, np.ndarray]:
@@ -31,12 +39,45 @@ def ridge(features: np.ndarray, targets: np.ndarray, penalty: float) -> tuple[np
   """
   x, y = features.astype(np.float64), targets.astype(np.float64)
   x_mean, y_mean = x.mean(axis=0), y.mean(axis=0)
-  x, y = x - x_mean, y - y_mean
+  x -= x_mean
+  y -= y_mean
   if len(x) < x.shape[1]:  # the same weights, from the smaller of the two systems
     weights = x.T @ np.linalg.solve(x @ x.T + penalty * np.eye(len(x)), y)
   else:
     weights = np.linalg.solve(x.T @ x + penalty * np.eye(x.shape[1]), x.T @ y)
   return weights, y_mean - x_mean @ weights
+
+
+def pooled_pixels(images: jax.Array, width: int) -> jax.Array:
+  """The pixels of images [b, h, w, c], averaged over areas if they are more than `width`: float32 [b, d]."""
+  _, rows, columns, channels = images.shape
+  side = math.isqrt(width // channels)
+  small = images_lib.to_float(images)
+  if rows * columns * channels > width:
+    small = area_average(small, min(side, rows), min(side, columns))
+  return small.reshape(len(images), -1)
+
+
+def hashed_onehot(tokens: jax.Array, codes: int, width: int) -> jax.Array:
+  """One-hot codes of each position, float32 [b, n * codes], or at most `width` random signed sums of them.
+
+  Inner products stay the same in expectation (Weinberger et al. 2009). The sums are fixed, so that all
+  batches and both splits have the same.
+
+  Args:
+    tokens: int32 [b, n].
+    codes: the size of the codebook.
+    width: the largest number of features.
+  """
+  b, n = tokens.shape
+  if n * codes <= width:
+    return jax.nn.one_hot(tokens, codes).reshape(b, -1)
+  place, sign = jax.random.split(jax.random.key(0))
+  bucket = jax.random.randint(place, (n * codes,), 0, width)
+  signs = jax.random.rademacher(sign, (n * codes,), jnp.float32)
+  at = jnp.arange(n)[None] * codes + tokens
+  rows = jnp.arange(b)[:, None]
+  return jnp.zeros((b, width)).at[rows, bucket[at]].add(signs[at])
 
 
 def balanced_draw(labels: np.ndarray, shots: int, classes: int, seed: int) -> np.ndarray:
@@ -88,7 +129,7 @@ class Evaluator:
   """Fits simple classifiers to frozen features of the training split and tests them on the evaluation split.
 
   All representations are first standardized with the statistics of the training split. All features must fit
-  in memory.
+  in memory; wider baselines are reduced batch by batch, see `baseline_width`.
 
   Metrics (fractions in [0, 1]): `top1` (logistic regression); `top1_ridge`; `top1_knn` (5 neighbours,
   cosine); `top1_<k>shot` and `top1_<k>shot_std` (ridge regression on k labels per class, mean and standard
@@ -101,7 +142,9 @@ class Evaluator:
     shots: labels per class of the few-shot metrics; skipped if a class has fewer examples.
     draws: the number of draws that each few-shot metric averages.
     random_encoders: the number of untrained encoders that the baseline averages.
-    baselines: whether to measure the baselines, which are too large for logistic regression on large images.
+    baselines: whether to measure the baselines.
+    baseline_width: the largest number of features of the baselines on pixels and codes. Images with more
+      pixels are averaged over areas, and more one-hot codes are summed at random, see `hashed_onehot`.
     seed: of the draws and the untrained encoders.
   """
 
@@ -113,6 +156,7 @@ class Evaluator:
   draws: int = 5
   random_encoders: int = 3
   baselines: bool = True
+  baseline_width: int = 4096
   seed: int = 0
   _baselines: dict[str, float] = dataclasses.field(default_factory=dict, init=False, repr=False)
 
@@ -123,11 +167,30 @@ class Evaluator:
     images = 1 if self.num_images is None else self.num_images
     if min(images, self.draws, self.random_encoders, *self.shots, 1) < 1:
       raise UserError("num_images, shots, draws and random_encoders must be at least 1")
+    if self.baseline_width < _MIN_WIDTH:
+      raise UserError(f"baseline_width is {self.baseline_width}: give at least {_MIN_WIDTH}")
 
   def trace(self, call: Call, batch: Mapping[str, jax.ShapeDtypeStruct]) -> None:
     call("features", batch)
-    if self.baselines and self.context.codebook_size and "encode" in self.context.predict:
+    if self.baselines and self._has_codes:
       call("encode", batch)
+
+  def memory(
+    self, call: Call, batch: Mapping[str, jax.ShapeDtypeStruct], num_images: Mapping[str, int]
+  ) -> int:
+    train, test = num_images["train"], num_images["eval"]
+    train = train if self.num_images is None else min(train, self.num_images)
+    widths = [call("features", batch).shape[-1]]
+    if self.baselines:
+      widths.append(min(math.prod(batch["image"].shape[1:]), self.baseline_width))
+      if self._has_codes:
+        tokens = call("encode", batch).shape[-1]
+        widths.append(min(tokens * self.context.codebook_size, self.baseline_width))
+    return 4 * _COPIES * (train + test) * max(widths) + 8 * _MATRICES * max(widths) ** 2
+
+  @property
+  def _has_codes(self) -> bool:
+    return "encode" in self.context.predict and self.context.codebook_size > 0
 
   @one_blas_thread
   def run(self, variables: Any, rng: jax.Array) -> Report:
@@ -168,21 +231,20 @@ class Evaluator:
   def _measure_baselines(self, variables, rng) -> dict[str, float]:
     context = self.context
     fresh = (context.fresh_variables(self.seed + i, variables["frozen"]) for i in range(self.random_encoders))
-    pixels = self._split(lambda batch: _flat(images_lib.to_float(batch["image"])))
+    width = self.baseline_width
+    pixels = self._split(lambda batch: pooled_pixels(batch["image"], width))
     numbers = {
       "top1_random_encoder": float(np.mean([self._features(v, rng).logistic() for v in fresh])),
       "top1_pixels": pixels.logistic(),
     }
-    codes = context.codebook_size
-    if "encode" in context.predict and codes:
+    if self._has_codes:
 
       def onehot(batch):
         tokens = context.predict["encode"](variables, batch, rng)
-        return _flat(jax.nn.one_hot(tokens, codes))
+        return _hashed_onehot(tokens, context.codebook_size, width)
 
       numbers["top1_token_onehot"] = self._split(onehot).logistic()
     return numbers
 
 
-def _flat(array: jax.Array) -> jax.Array:
-  return array.reshape(len(array), -1)
+_hashed_onehot = jax.jit(hashed_onehot, static_argnums=(1, 2))

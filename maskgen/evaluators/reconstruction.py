@@ -12,7 +12,7 @@ import numpy as np
 from maskgen import images as images_lib
 from maskgen.errors import UserError
 from maskgen.evaluators import pictures
-from maskgen.evaluators.batches import collect
+from maskgen.evaluators.batches import stream
 from maskgen.evaluators.context import Call, Context, Report
 
 _MAX_PSNR = 100.0  # replaces the infinite PSNR of a perfect reconstruction
@@ -35,17 +35,16 @@ def compare(originals: jax.Array, reconstructions: jax.Array) -> dict[str, jax.A
   }
 
 
-def codebook_statistics(tokens: np.ndarray, codebook_size: int) -> dict[str, float]:
-  """Describes the histogram of codes, int32 of any shape.
+def codebook_statistics(counts: np.ndarray) -> dict[str, float]:
+  """Describes a histogram of codes, int [K].
 
   Returns:
     "codebook_usage": the fraction of codes that occur; "perplexity": exp of the histogram's entropy, from 1
     to the codebook's size.
   """
-  counts = np.bincount(tokens.ravel(), minlength=codebook_size)
   shares = counts[counts > 0] / counts.sum()
   return {
-    "codebook_usage": float(np.count_nonzero(counts) / codebook_size),
+    "codebook_usage": float(np.count_nonzero(counts) / len(counts)),
     "perplexity": float(np.exp(-np.sum(shares * np.log(shares)))),
   }
 
@@ -87,10 +86,14 @@ class Evaluator:
         results["tokens"] = predict["encode"](variables, batch, rng)
       return results
 
-    results = collect(self.context, "eval", evaluate)
-    tokens = results.pop("tokens", None)
+    counts, parts = np.zeros(codebook_size, np.int64), []
+    for part in stream(self.context, "eval", evaluate):
+      if has_codes:
+        counts += np.bincount(part.pop("tokens").ravel(), minlength=codebook_size)
+      parts.append(part)
+    results = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     numbers = {name: float(values.mean(dtype="float64")) for name, values in results.items()}
-    if tokens is not None:
-      numbers |= codebook_statistics(tokens, codebook_size)
+    if has_codes:
+      numbers |= codebook_statistics(counts)
     picture = pictures.reconstructions(self.context, variables, rng, self.num_pictures)
     return Report(numbers, {"reconstructions": picture})

@@ -320,17 +320,17 @@ class Experiment:
         "set it to bfloat16 or float32"
       )
 
+  def call_shapes(self, name: str, batch: Any, **options: Any) -> Any:
+    """The shapes that a prediction function returns for a batch of shapes; see `evaluators.Call`."""
+    variables = self.targets["state"].variables(self.targets["frozen"])
+    fn = functools.partial(self.predict[name], **options)
+    return jax.eval_shape(fn, variables, batch, jax.random.key(0))
+
   def check_predict_fns(self) -> None:
     """Traces the prediction functions that the evaluations call, with their batches and options."""
-    variables = self.targets["state"].variables(self.targets["frozen"])
-
-    def call(name: str, batch: Any, **options: Any) -> Any:
-      fn = functools.partial(self.predict[name], **options)
-      return jax.eval_shape(fn, variables, batch, jax.random.key(0))
-
     for name, (_, evaluator) in self.evaluators.items():
       try:
-        evaluators.trace(evaluator, call, self.data.eval_spec(self.eval_batch_size))
+        evaluators.trace(evaluator, self.call_shapes, self.data.eval_spec(self.eval_batch_size))
       except UserError as error:
         raise UserError(f"config.evals.{name}: {error}") from error
 
