@@ -96,9 +96,10 @@ def main(argv: Sequence[str]) -> None:
         experiment.check_pretrained(workdir, pending=experiments)
       if args.mode != "eval":
         experiment.check_precision()
-      if args.mode != "train" or train.read_results(workdir) is None:
+      if args.mode != "train":
         memory.check(experiment, workdir.name)
-      if args.mode == "train" and train.read_results(workdir) is None:
+      elif train.read_results(workdir) is None:
+        memory.check(experiment, workdir.name)
         experiment.check_data(workdir)
     experiments[workdir] = experiment
     from_outside |= named
