@@ -56,23 +56,23 @@ def _pooled(params, images: jax.Array) -> jax.Array:
   return maps[-1].mean(axis=(1, 2))
 
 
-def _open_pixels(path: str, context: Context) -> Space:
+def _open_pixels(path: str, context: Context | None) -> Space:
   return pixels
 
 
-def _open_glyphs(path: str, context: Context) -> Space:
-  if context.class_names != scenes.KINDS["class"]:
+def _open_glyphs(path: str, context: Context | None) -> Space:
+  if context is None or context.class_names != scenes.KINDS["class"]:
     raise UserError("feature space 'glyphs' is for data.source='captioned_digits': use 'pixels'")
   return glyphs
 
 
-def _open_mobilenet(path: str, context: Context) -> Space:
+def _open_mobilenet(path: str, context: Context | None) -> Space:
   if not path:
     raise UserError("feature space 'mobilenet_v2' needs weights: write it as 'mobilenet_v2:/path/to.npz'")
   return functools.partial(_pooled, mobilenet_v2.load(path))
 
 
-SPACES: dict[str, Callable[[str, Context], Space]] = {
+SPACES: dict[str, Callable[[str, Context | None], Space]] = {
   "pixels": _open_pixels,
   "glyphs": _open_glyphs,
   "mobilenet_v2": _open_mobilenet,
@@ -84,13 +84,13 @@ def name_of(spec: str) -> str:
   return spec.partition(":")[0]
 
 
-def open_space(spec: str, context: Context) -> Space:
+def open_space(spec: str, context: Context | None) -> Space:
   """Opens a feature space.
 
   Args:
     spec: "pixels"; "glyphs" for captioned digits; or "mobilenet_v2:/path/to.npz", the last hidden layer of a
       network for photographs, see `importers.mobilenet_v2`.
-    context: the context of the run whose images are compared.
+    context: the context of the run whose images are compared, if it is a run.
 
   Raises:
     UserError: if the space does not exist, its file is missing or malformed, or it is for other data.

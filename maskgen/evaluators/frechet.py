@@ -23,24 +23,40 @@ class Gaussian:
   count: int | None = None
 
 
-def fit(batches: Iterable[np.ndarray]) -> Gaussian:
-  """Fits a Gaussian to features [b, d] that arrive in batches, at least two rows in all.
+class Moments:
+  """Fits a Gaussian to features that arrive in batches, in float64.
 
   Means and scatter matrices of the batches are merged pairwise (Chan et al. 1979), which avoids the
   cancellation of sums of squares.
   """
-  count, mean, scatter = 0, np.zeros(()), np.zeros(())
-  for batch in batches:
+
+  def __init__(self) -> None:
+    self._count, self._mean, self._scatter = 0, np.zeros(()), np.zeros(())
+
+  def add(self, batch: np.ndarray) -> None:
+    """Adds features [b, d]."""
     if not len(batch):
-      continue
+      return
     batch = batch.astype(np.float64)
     batch_mean = batch.mean(axis=0)
-    centred, shift = batch - batch_mean, batch_mean - mean
-    total = count + len(batch)
-    scatter = scatter + centred.T @ centred + np.outer(shift, shift) * (count * len(batch) / total)
-    mean = mean + shift * (len(batch) / total)
-    count = total
-  return Gaussian(mean, scatter / (count - 1), count)
+    centred, shift = batch - batch_mean, batch_mean - self._mean
+    total = self._count + len(batch)
+    weight = self._count * len(batch) / total
+    self._scatter = self._scatter + centred.T @ centred + np.outer(shift, shift) * weight
+    self._mean = self._mean + shift * (len(batch) / total)
+    self._count = total
+
+  def gaussian(self) -> Gaussian:
+    """The Gaussian of all features so far, at least two."""
+    return Gaussian(self._mean, self._scatter / (self._count - 1), self._count)
+
+
+def fit(batches: Iterable[np.ndarray]) -> Gaussian:
+  """Fits a Gaussian to features [b, d] that arrive in batches, at least two rows in all."""
+  moments = Moments()
+  for batch in batches:
+    moments.add(batch)
+  return moments.gaussian()
 
 
 def distance(a: Gaussian, b: Gaussian) -> float:

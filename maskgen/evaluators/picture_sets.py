@@ -1,0 +1,152 @@
+"""Pictures to evaluate: folders, and npz files in the layout of ADM's evaluator."""
+
+import concurrent.futures
+import contextlib
+import pathlib
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from maskgen.data.listing import SUFFIXES, is_picture
+from maskgen.errors import UserError
+
+IMAGES = "arr_0"
+# What reading or decompressing a damaged member of an npz file raises.
+_DAMAGE = (ValueError, EOFError, OSError, NotImplementedError, zipfile.BadZipFile, zlib.error)
+
+
+class PictureSet(NamedTuple):
+  """Pictures of one size.
+
+  Attributes:
+    name: of the folder or file, for messages.
+    names: of each picture, sorted; the order of the pictures.
+    shape: (height, width).
+    read: (batch size) -> batches uint8 [b, h, w, 3] in order; the last one may be smaller.
+  """
+
+  name: str
+  names: tuple[str, ...]
+  shape: tuple[int, int]
+  read: Callable[[int], Iterator[np.ndarray]]
+
+  def __len__(self) -> int:
+    return len(self.names)
+
+
+def open_pictures(path: str) -> PictureSet:
+  """Opens a local folder, with its sub-folders, or an npz file with the array `arr_0` uint8 [n, h, w, 3].
+
+  Files are read as published tools read them: as RGB, whatever their orientation and transparency.
+
+  Raises:
+    UserError: if there are no pictures, one is damaged or of another size, or the npz file has no such array.
+      Damage that does not show in the first bytes of a file is found by `read`.
+  """
+  root = pathlib.Path(path)
+  if root.is_dir():
+    return _open_folder(path, root)
+  if not root.exists():
+    raise UserError(f"'{path}' does not exist: give a folder of pictures, or an npz file")
+  if not path.endswith(".npz"):
+    raise UserError(f"'{path}' is neither a folder nor an npz file: give one of them")
+  return _open_npz(path, root)
+
+
+def has_pictures(path: str) -> bool:
+  """Whether an npz file has the array of pictures."""
+  with _npz_damage(path), pathlib.Path(path).open("rb") as file:
+    return f"{IMAGES}.npy" in zipfile.ZipFile(file).namelist()
+
+
+def _open_folder(path: str, root: pathlib.Path) -> PictureSet:
+  names = sorted(
+    file.relative_to(root).as_posix() for file in root.rglob("*") if is_picture(file.name) and file.is_file()
+  )
+  if not names:
+    raise UserError(f"folder '{path}' has no pictures: put {', '.join(SUFFIXES)} files there")
+
+  def header(name: str) -> tuple[int, int]:
+    with _damage(root / name), (root / name).open("rb") as file, Image.open(file) as picture:
+      return picture.height, picture.width
+
+  def pixels(name: str) -> np.ndarray:
+    with _damage(root / name), (root / name).open("rb") as file, Image.open(file) as picture:
+      return np.asarray(picture.convert("RGB"))
+
+  def read(batch_size: int) -> Iterator[np.ndarray]:
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+      for start in range(0, len(names), batch_size):
+        yield np.stack(list(pool.map(pixels, names[start : start + batch_size])))
+
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    shapes = list(pool.map(header, names))
+  for name, shape in zip(names, shapes, strict=True):
+    if shape != shapes[0]:
+      raise UserError(
+        f"{root / name} has {_size(shape)} pixels, but {root / names[0]} has {_size(shapes[0])}: give "
+        "pictures of one size"
+      )
+  return PictureSet(path, tuple(names), shapes[0], read)
+
+
+@contextlib.contextmanager
+def _damage(file: pathlib.Path) -> Iterator[None]:
+  try:
+    yield
+  except Exception as error:  # Pillow's plugins raise many kinds.
+    raise UserError(f"{file} cannot be read as a picture ({error}): make it again, or remove it") from error
+
+
+def _open_npz(path: str, root: pathlib.Path) -> PictureSet:
+  with _npz_damage(path), root.open("rb") as file, zipfile.ZipFile(file) as archive:
+    members = [name.removesuffix(".npy") for name in archive.namelist()]
+    if IMAGES not in members:
+      raise UserError(
+        f"{path} has no array '{IMAGES}' (it has {', '.join(members)}): save images uint8 [n, h, w, 3] as it"
+      )
+    with archive.open(f"{IMAGES}.npy") as member:
+      shape, fortran, dtype = _read_header(member)
+  if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or fortran or not all(shape):
+    raise UserError(f"{path}: '{IMAGES}' is {dtype}{list(shape)}: save images uint8 [n, h, w, 3], in C order")
+  count, height, width, _ = shape
+
+  def read(batch_size: int) -> Iterator[np.ndarray]:
+    """Reads the array in pieces, as it may not fit in memory."""
+    with (
+      _npz_damage(path),
+      root.open("rb") as file,
+      zipfile.ZipFile(file) as archive,
+      archive.open(f"{IMAGES}.npy") as member,
+    ):
+      _read_header(member)
+      for start in range(0, count, batch_size):
+        rows = min(batch_size, count - start)
+        data = member.read(rows * height * width * 3)
+        yield np.frombuffer(data, np.uint8).reshape(rows, height, width, 3)
+
+  return PictureSet(path, tuple(f"{IMAGES}[{i}]" for i in range(count)), (height, width), read)
+
+
+@contextlib.contextmanager
+def _npz_damage(path: str) -> Iterator[None]:
+  try:
+    yield
+  except UserError:
+    raise
+  except _DAMAGE as error:
+    raise UserError(f"{path} is not an intact npz file ({error}): make or download it again") from error
+
+
+def _read_header(member) -> tuple[tuple[int, ...], bool, np.dtype]:
+  version = np.lib.format.read_magic(member)
+  read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+  return read(member)
+
+
+def _size(shape: tuple[int, int]) -> str:
+  return f"{shape[1]} x {shape[0]}"

@@ -1,0 +1,99 @@
+"""Command-line flags for feature networks, and features of pictures on all devices."""
+
+import argparse
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from tqdm import tqdm
+
+from maskgen import cli
+from maskgen.errors import UserError, nearest
+
+if TYPE_CHECKING:
+  from maskgen.evaluators.comparison import Network
+
+INCEPTION = "inception_v3"
+
+
+def add(parser: cli.Parser) -> None:
+  """Adds `--features`, `--protocol`, `--weights` and `--batch_size`."""
+  parser.add_argument(
+    "--features",
+    default=INCEPTION,
+    help=f"feature network: {INCEPTION}, or as in config.evals.generation.features, mobilenet_v2 or pixels",
+  )
+  parser.add_argument("--protocol", help="how pictures are prepared for Inception-v3; default adm")
+  parser.add_argument(
+    "--weights", help="file of the network's weights; those of Inception-v3 are downloaded by default"
+  )
+  parser.add_argument("--batch_size", type=int, default=64, help="pictures per batch")
+
+
+def check(args: argparse.Namespace) -> None:
+  """Checks the flags before anything is loaded.
+
+  Raises:
+    UserError: if one is wrong.
+  """
+  from maskgen.evaluators.protocols import PROTOCOLS
+
+  if args.batch_size < 1:
+    raise UserError(f"--batch_size={args.batch_size}: give at least 1")
+  if args.features != INCEPTION and args.protocol is not None:
+    raise UserError(f"--protocol={args.protocol} is for Inception-v3, not for {args.features}: leave it out")
+  if args.features == INCEPTION:
+    args.protocol = args.protocol or "adm"
+    if args.protocol not in PROTOCOLS:
+      raise UserError(f"--protocol={args.protocol} does not exist{nearest(args.protocol, PROTOCOLS)}")
+
+
+def open_network(args: argparse.Namespace) -> "Network":
+  """Opens the network on all devices of this process; errors are those of importers."""
+  import jax
+
+  from maskgen.evaluators import comparison
+  from maskgen.importers import inception
+
+  if args.features != INCEPTION:
+    return comparison.open_space(f"{args.features}:{args.weights}" if args.weights else args.features)
+  params = inception.load(args.weights or inception.fetch())
+  return comparison.open_inception(jax.device_put(params, _shardings()[0]), args.protocol)
+
+
+def stream(
+  network: "Network", batches: Iterator[np.ndarray], count: int, batch_size: int, what: str
+) -> Iterator[Mapping[str, Any]]:
+  """Yields the features of batches of pictures, uint8 [b, h, w, 3].
+
+  Args:
+    network: the network.
+    batches: at most `batch_size` pictures each.
+    count: the number of pictures.
+    batch_size: is rounded up to a multiple of the number of devices.
+    what: names the pictures.
+  """
+  import jax
+
+  from maskgen.evaluators.batches import gather
+
+  sharding = _shardings()[1]
+  size = -(-batch_size // jax.local_device_count()) * jax.local_device_count()
+  with tqdm(total=count, desc=what, unit="picture", disable=None) as progress:
+    for batch in batches:
+      padded = np.zeros((size, *batch.shape[1:]), np.uint8)
+      padded[: len(batch)] = batch
+      outputs = network.extract(jax.device_put(padded, sharding))
+      yield {key: gather(value)[: len(batch)] for key, value in outputs.items()}
+      progress.update(len(batch))
+
+
+def _shardings() -> tuple[Any, Any]:
+  """A copy on each device of this process, and rows over them."""
+  import jax
+
+  from maskgen import sharding
+  from maskgen.config import Mesh
+
+  mesh = sharding.make_mesh(Mesh(), jax.local_devices())
+  return sharding.replicated(mesh), sharding.batch_sharding(mesh)

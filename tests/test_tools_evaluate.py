@@ -1,0 +1,224 @@
+"""Evaluation of anyone's pictures, and reference statistics, from the command line."""
+
+import dataclasses
+import json
+import logging
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from maskgen.errors import UserError
+from maskgen.evaluators import comparison, frechet, picture_sets, statistics_files
+from maskgen.evaluators.feature_spaces import pixels
+from maskgen.tools import evaluate, reference_stats
+
+RNG = np.random.default_rng(0)
+SIDE, WIDTH = 16, 192  # of pictures; of the features of the space "pixels"
+GENERATED, REAL = (RNG.integers(high, size=(60, SIDE, SIDE, 3), dtype=np.uint8) for high in (200, 256))
+PREPROCESS = "decode|center_crop(16)"
+METRICS = "fid,precision,recall,density,coverage"
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+  """The same generated pictures as folder and as npz; real ones as npz, folder and statistics."""
+  folder = tmp_path_factory.mktemp("data")
+  for name, images in (("generated", GENERATED), ("real", REAL)):
+    np.savez(folder / f"{name}.npz", arr_0=images)
+    for i, image in enumerate(images):
+      path = folder / name / ("cats" if i < 30 else "dogs") / f"{i:03}.png"
+      path.parent.mkdir(parents=True, exist_ok=True)
+      Image.fromarray(image).save(path)
+  reference_stats.main(
+    [
+      f"--source=folder:{folder}/real",
+      "--split=test",
+      "--features=pixels",
+      f"--out={folder}/tenth.npz",
+      f"--preprocess={PREPROCESS}",
+    ]
+  )
+  return folder
+
+
+def run(data, generated, reference, *flags):
+  out = data / "out.json"
+  command = (f"--generated={data / generated}", f"--reference={data / reference}", f"--json={out}", *flags)
+  evaluate.main(["--features=pixels", "--batch_size=24", *command])
+  return json.loads(out.read_text())
+
+
+def test_folders_and_npz_files_give_the_same_numbers(data, capsys):
+  found = [
+    run(data, f"generated{kind}", f"real{kind}", f"--metrics={METRICS}")["metrics"] for kind in ("", ".npz")
+  ]
+  assert found[0].keys() == {"frechet_pixels", *(f"{m}_pixels" for m in METRICS.split(",")[1:])}
+  assert found[0] == found[1]
+  assert f"frechet_pixels = {found[0]['frechet_pixels']:.7g}" in capsys.readouterr().out
+  a, b = (frechet.fit([np.asarray(pixels(images))]) for images in (GENERATED, REAL))
+  np.testing.assert_allclose(found[0]["frechet_pixels"], frechet.distance(a, b), rtol=1e-6)
+
+
+def test_statistics_of_a_data_set_replace_its_pictures(data, caplog):
+  manifest = statistics_files.read(str(data / "tenth.npz"))[1]
+  assert (manifest.network, manifest.count, tuple(manifest.size)) == ("pixels", 6, (SIDE, SIDE))
+  with caplog.at_level(logging.WARNING, "maskgen"):
+    found = run(data, "generated", "tenth.npz", "--metrics=fid")
+  assert (
+    "tenth has 6 pictures for 192 features, n/d = 0.03" in caplog.text and "no manifest" not in caplog.text
+  )
+  assert found["reference"]["manifest"]["preprocess"] == PREPROCESS
+  again = data / "again.npz"
+  reference_stats.main(
+    [
+      f"--source=folder:{data}/real",
+      "--split=test",
+      "--features=pixels",
+      f"--out={again}",
+      f"--preprocess={PREPROCESS}",
+    ]
+  )
+  assert again.read_bytes() == (data / "tenth.npz").read_bytes()
+
+
+def test_adms_files_have_pictures_and_statistics(data):
+  moments = frechet.fit([np.asarray(pixels(REAL))])
+  path = data / "both.npz"
+  np.savez(path, arr_0=REAL[:30], mu=moments.mean, sigma=moments.covariance)
+  found = run(data, "generated.npz", "both.npz", "--metrics=fid,recall")["metrics"]
+  expected = run(data, "generated.npz", "real.npz", "--metrics=fid")["metrics"]
+  np.testing.assert_allclose(found["frechet_pixels"], expected["frechet_pixels"], rtol=1e-6)
+  with np.load(path) as archive:
+    np.savez(data / "statistics.npz", mu=archive["mu"], sigma=archive["sigma"])
+  with pytest.raises(UserError, match="'recall' needs the pictures of the reference, but statistics has"):
+    run(data, "generated.npz", "statistics.npz", "--metrics=recall")
+
+
+def refused(data, message, generated="generated.npz", reference="real.npz", *flags):
+  with pytest.raises(UserError, match=message):
+    run(data, generated, reference, *flags)
+
+
+def test_bad_pictures_are_one_sentence(data, tmp_path):
+  refused(data, "KID needs at least 1,000 pictures in .*, but there are 60", "real.npz")
+  refused(data, "'nowhere' does not exist|does not exist: give a folder", "nowhere")
+  np.savez(data / "other.npz", images=REAL)
+  refused(data, r"has no array 'arr_0' \(it has images\): save images uint8", "other.npz")
+  np.savez(data / "floats.npz", arr_0=REAL / 255)
+  refused(data, r"'arr_0' is float64\[60, 16, 16, 3\]: save images uint8", "floats.npz")
+  (data / "cut.npz").write_bytes((data / "real.npz").read_bytes()[:-200])
+  refused(data, "is not an intact npz file", "cut.npz")
+  np.savez(data / "larger.npz", arr_0=np.repeat(REAL, 2, axis=1))
+  refused(data, r"have \(32, 16\) .* but those of .* have \(16, 16\)", "larger.npz")
+  (data / "text.txt").write_text("no pictures")
+  refused(data, "is neither a folder nor an npz file", "text.txt")
+  folder = tmp_path / "pictures"
+  folder.mkdir()
+  refused(data, "has no pictures", folder)
+  for i in range(3):
+    Image.fromarray(REAL[i]).save(folder / f"{i}.png")
+  Image.fromarray(REAL[0, :8]).save(folder / "3.png")
+  refused(data, "3.png has 16 x 8 pixels, but .*0.png has 16 x 16", folder)
+  (folder / "3.png").write_bytes((folder / "2.png").read_bytes()[:300])
+  refused(data, "3.png cannot be read as a picture", folder, "real.npz", "--metrics=fid")
+
+
+def test_other_statistics_are_one_sentence(data):
+  statistics, manifest = statistics_files.read(str(data / "tenth.npz"))
+  for changes, message in (
+    (dict(network="mobilenet_v2"), "another network .mobilenet_v2 instead of pixels"),
+    (dict(weights="1234"), "another weights of the network"),
+    (dict(size=(32, 32)), "another size of pictures"),
+  ):
+    statistics_files.write(str(data / "wrong.npz"), statistics, dataclasses.replace(manifest, **changes))
+    refused(data, message, "generated.npz", "wrong.npz", "--metrics=fid")
+  np.savez(data / "wrong.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+  refused(data, "statistics of 2,048 features, but pixels has 192", "generated.npz", "wrong.npz")
+  np.savez(data / "wrong.npz", mu=np.zeros(192), sigma=np.eye(3))
+  refused(data, "'sigma' does not fit 'mu'", "generated.npz", "wrong.npz")
+
+
+def test_wrong_flags_are_one_sentence(data):
+  for flag, message in (
+    ("--metrics=fidd", "metric 'fidd' does not exist; did you mean 'fid'"),
+    ("--metrics=sfid", "'sfid' needs Inception-v3"),
+    ("--labels=balance", "--labels=balance does not exist; did you mean 'balanced'"),
+    ("--protocol=adm", "--protocol=adm is for Inception-v3, not for pixels"),
+    ("--features=pixel", "did you mean 'pixels'"),
+    ("--json=out.txt", "give the name of a .json file"),
+  ):
+    refused(data, message, "generated.npz", "real.npz", flag)
+  with pytest.raises(UserError, match="--protocol=clear does not exist; did you mean 'clean'"):
+    evaluate.main([f"--generated={data}", f"--reference={data}", "--protocol=clear"])
+
+
+def test_damaged_records_are_not_replaced_in_statistics(data, tmp_path):
+  folder = tmp_path / "train"
+  folder.mkdir()
+  for i in range(20):
+    Image.fromarray(REAL[i]).save(folder / f"{i:02}.png")
+  (folder / "07.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+  flags = (
+    f"--source=folder:{folder}",
+    "--features=pixels",
+    f"--out={tmp_path}/out.npz",
+    f"--preprocess={PREPROCESS}",
+  )
+  with pytest.raises(UserError, match=r"07\.png is damaged: make it again, or remove it"):
+    for split in ("train", "test"):
+      reference_stats.main([*flags, f"--split={split}"])
+
+
+# Inception-v3 is replaced by a projection: these rules depend on its name only.
+
+
+def small_network(protocol):
+  mix = RNG.normal(size=(SIDE * SIDE * 3, 6))
+
+  def extract(images):
+    rows = np.asarray(images, np.float64).reshape(len(images), -1) @ mix / 100
+    return {"pooled": rows, "spatial": rows[:, :5], "logits": rows}
+
+  return comparison.Network("inception_v3", protocol, "weights", extract)
+
+
+@pytest.mark.parametrize("protocol", ["adm", "torch-fidelity"])
+def test_names_say_protocol_reference_and_labels(protocol):
+  network = small_network(protocol)
+  metrics = tuple(m for m in comparison.DEFAULTS[protocol] if m != "kid")
+  a, b = (
+    comparison.collect(name, [network.extract(x[:20]), network.extract(x[20:])], comparison.needs_of(metrics))
+    for name, x in (("generated", GENERATED), ("real", REAL))
+  )
+  found = comparison.compute(metrics, network, a, b)
+  names = {comparison.metric_name(m, network, 50_000, "imagenet_256", "balanced") for m in found}
+  expected = {f"{m}50k/{protocol}/imagenet_256/balanced" for m in ("fid", "precision", "recall")}
+  expected |= {f"is50k/{protocol}/balanced"}
+  expected |= (
+    {"sfid50k/adm/imagenet_256/balanced"} if protocol == "adm" else {f"is_std50k/{protocol}/balanced"}
+  )
+  assert names == expected
+  assert comparison.metric_name("fid", network, 1234, "x", "random") == f"fid1234/{protocol}/x/random"
+
+
+def test_fid_needs_more_pictures_than_features():
+  network = small_network("clean")
+  with pytest.raises(UserError, match="FID on 2,048 features needs at least 2,048 pictures in x, but there "):
+    comparison.check_counts(("fid",), 200, "x", network, 2048)
+  with pytest.raises(UserError, match="sfid' is defined by ADM"):
+    comparison.check_metrics(("sfid",), network)
+
+
+def test_features_that_are_not_finite_are_refused():
+  rows = np.ones((5, 3))
+  rows[3, 1] = np.inf
+  with pytest.raises(UserError, match="picture 8 of x has features that are not finite"):
+    comparison.collect("x", [{"pooled": np.ones((5, 3))}, {"pooled": rows}], {"pooled"})
+
+
+def test_npz_files_are_read_in_pieces(data):
+  found = picture_sets.open_pictures(str(data / "real.npz"))
+  batches = list(found.read(25))
+  assert [len(batch) for batch in batches] == [25, 25, 10] and len(found) == 60
+  np.testing.assert_array_equal(np.concatenate(batches), REAL)
