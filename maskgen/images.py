@@ -22,6 +22,11 @@ else:
   pillow_heif.register_heif_opener()
   HAS_HEIF = True
 
+# What a JPEG decoder shows in place of pixels that are missing; 127 in inverted CMYK.
+MISSING = (127, 128)
+# Entropy-coded data without a marker, even after a byte 0xFF.
+_MORE_DATA = b"\0" + bytes(range(1, 255)) * 8
+
 # How far floats may leave [0, 1]: resizing white gives a little more than 1.
 _ROUNDING = 1e-3
 
@@ -153,14 +158,35 @@ def open_picture(path: epath.PathLike, what: str) -> Image.Image:
   if not epath.Path(path).is_file():
     raise UserError(f"{what}: there is no such file")
   try:
-    picture: Image.Image = Image.open(io.BytesIO(epath.Path(path).read_bytes()))
+    data = epath.Path(path).read_bytes()
+    picture: Image.Image = Image.open(io.BytesIO(data))
     picture.load()
+    if data.startswith(b"\xff\xd8") and is_cut_off(data):
+      raise ValueError("the file is truncated")
     picture = ImageOps.exif_transpose(picture)
   except Exception as error:  # Pillow's plugins raise many kinds.
     raise UserError(f"{what} cannot be read as a picture: {error}") from error
   if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
     raise UserError(f"{what} has more than 8 bits per channel: save it with 8")
   return picture
+
+
+def is_cut_off(data: bytes) -> bool:
+  """Whether a JPEG ends before its last pixels, although the marker of its end is there.
+
+  Decoders fill the rest with grey, or with less detail in a progressive file, and report nothing. But only of
+  such a file do they decode more, if there is more.
+  """
+  place = 2
+  while data[place : place + 1] == b"\xff" and data[place + 1 : place + 2] != b"\xda":  # before the scan
+    is_fill = data[place + 1 : place + 2] == b"\xff"
+    place += 1 if is_fill else 2 + int.from_bytes(data[place + 2 : place + 4])
+  end = data.find(b"\xff\xd9", place)
+  return end > 0 and _decode(data) != _decode(data[:end] + _MORE_DATA + data[end:])
+
+
+def _decode(data: bytes) -> bytes:
+  return Image.open(io.BytesIO(data)).tobytes()
 
 
 def on_white(picture: Image.Image) -> Image.Image:

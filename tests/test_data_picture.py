@@ -57,6 +57,10 @@ def test_pictures_of_phones():
     shown(data[: len(data) // 2])
 
 
+UPSIDE_DOWN = Image.Exif()
+UPSIDE_DOWN[0x0112] = 3
+
+
 def segment(kind: int, content: bytes) -> bytes:
   return bytes([0xFF, kind]) + struct.pack(">H", len(content) + 2) + content
 
@@ -67,12 +71,11 @@ def chunk(kind: bytes, content: bytes) -> bytes:
 
 def rotated(file_format: str) -> tuple[bytes, bytes, bytes]:
   """A file whose EXIF data turns it upside down, split around that data."""
-  exif = Image.Exif()
-  exif[0x0112] = 3
+  exif = UPSIDE_DOWN.tobytes()
   plain = encode(Image.fromarray(scene()), file_format)
   if file_format == "JPEG":
-    return plain[:2], segment(0xE1, exif.tobytes()), plain[2:]
-  return plain[:33], chunk(b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0")), plain[33:]
+    return plain[:2], segment(0xE1, exif), plain[2:]
+  return plain[:33], chunk(b"eXIf", exif.removeprefix(b"Exif\0\0")), plain[33:]
 
 
 THUMBNAIL = b"Photoshop 3.0\0" + encode(Image.fromarray(scene()), "JPEG") + bytes(8000)
@@ -97,6 +100,12 @@ def test_orientation_after_kilobytes_of_other_data_is_honoured(file_format, befo
 def test_orientation_after_the_pixels_of_a_png_is_honoured():
   start, exif, rest = rotated("PNG")
   after = start + rest[:-12] + exif + rest[-12:]
+  np.testing.assert_array_equal(shown(after), shown(start + rest)[::-1, ::-1])
+
+
+def test_orientation_far_behind_the_pixels_of_a_png_is_honoured():
+  start, exif, rest = rotated("PNG")
+  after = start + rest[:-12] + exif + chunk(b"zTXt", b"x\0\0" + bytes(9000)) + rest[-12:]
   np.testing.assert_array_equal(shown(after), shown(start + rest)[::-1, ::-1])
 
 
@@ -229,6 +238,45 @@ def test_damaged_files_are_errors_that_say_why(name):
   with pytest.raises(tf.errors.OpError) as error:
     list(tf.data.Dataset.from_tensors(data).map(lambda data: Picture(data, 3).pixels()))
   assert re.search(reason, reason_of(error.value), re.IGNORECASE)
+
+
+@pytest.mark.parametrize(
+  "options",
+  [
+    dict(quality=50, subsampling=2),
+    dict(quality=95, subsampling=0),
+    dict(optimize=True, restart_marker_rows=1),
+    dict(mode="L"),
+    dict(mode="CMYK"),
+    dict(exif=UPSIDE_DOWN),
+  ],
+)
+def test_a_jpeg_that_was_cut_off_and_ended_is_refused(options):
+  noise = np.random.default_rng(0).integers(-20, 20, (150, 200, 3))
+  mode, options = options.get("mode", "RGB"), {key: options[key] for key in options if key != "mode"}
+  image = Image.fromarray(np.clip(noise + 90, 0, 255).astype(np.uint8)).convert(mode)
+  data = encode(image, "JPEG", **options)
+  scan = data.rindex(b"\xff\xda")
+  shown(data), shown(data, 1)
+  for share in (0.02, 0.4, 0.8):
+    cut = data[: scan + 12 + int(share * (len(data) - scan - 14))] + b"\xff\xd9"
+    for channels in (1, 3):
+      with pytest.raises(tf.errors.OpError, match="the file is truncated"):
+        shown(cut, channels)
+
+
+def test_a_crop_of_what_was_cut_off_is_refused():
+  data = encode(Image.fromarray(scene()).resize((400, 400)), "JPEG")
+  picture = Picture(tf.constant(data[: len(data) // 2] + b"\xff\xd9"), 3)
+  assert picture.crop(tf.constant([0, 0]), tf.constant([100, 100])).shape == (100, 100, 3)
+  with pytest.raises(tf.errors.OpError, match="the file is truncated"):
+    picture.crop(tf.constant([100, 100]), tf.constant([250, 250]))
+
+
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG"])
+def test_a_grey_picture_is_intact(file_format):
+  data = encode(Image.new("RGB", SIZE[::-1], (128, 128, 128)), file_format)
+  assert (shown(data) == 128).all() and (shown(data, 1) == 128).all()
 
 
 def test_a_truncated_file_is_refused_where_its_crop_is_intact():

@@ -19,8 +19,9 @@ MAX_PIXELS = 2 * (Image.MAX_IMAGE_PIXELS or 1 << 26)
 JPEG_DECODING = "INTEGER_ACCURATE"
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
+_CUT_OFF = "the file is truncated"
 _ORIENTATION = 0x0112  # the EXIF tag
-# Ordinary metadata is in the first or last bytes of a file; to look further costs a call to Python.
+# Ordinary metadata is in the first bytes of a file; to look further costs a call to Python.
 _HEAD = 4096
 # Of a PNG: a transparent colour, and orientation in a chunk of its own or in one of text.
 _PNG_METADATA = "tRNS|eXIf|Raw profile"
@@ -35,7 +36,8 @@ class Picture:
   unexpected end, as truncation is only noticed when a whole file is decoded. Of an animation the first frame
   is used. Colour profiles are not applied.
 
-  Using pixels of a file that cannot be decoded, or has more than `MAX_PIXELS`, raises `tf.errors.OpError`.
+  Using pixels of a file that cannot be decoded, or has more than `MAX_PIXELS`, raises `tf.errors.OpError`; so
+  does using those that are missing in a JPEG that was cut off and ended by a marker.
 
   Attributes:
     channels: 3 (RGB) or 1 (luma, ITU-R BT.601).
@@ -57,7 +59,7 @@ class Picture:
     """The whole picture, uint8 [h, w, channels]."""
 
     def decode() -> tf.Tensor:
-      return tf.image.decode_jpeg(self._data, self.channels, dct_method=JPEG_DECODING)
+      return self._there(tf.image.decode_jpeg(self._data, self.channels, dct_method=JPEG_DECODING))
 
     return self._with_channels(tf.cond(self._plain_jpeg, decode, lambda: self._whole))
 
@@ -71,12 +73,21 @@ class Picture:
 
     def decode() -> tf.Tensor:
       rectangle = tf.concat([begin, extent], 0)
-      return tf.image.decode_and_crop_jpeg(self._data, rectangle, self.channels, dct_method=JPEG_DECODING)
+      return self._there(
+        tf.image.decode_and_crop_jpeg(self._data, rectangle, self.channels, dct_method=JPEG_DECODING)
+      )
 
     def cut() -> tf.Tensor:
       return tf.slice(self._whole, tf.concat([begin, [0]], 0), tf.concat([extent, [self.channels]], 0))
 
     return self._with_channels(tf.cond(self._plain_jpeg, decode, cut))
+
+  def _there(self, pixels: tf.Tensor) -> tf.Tensor:
+    """Asserts that pixels of a plain JPEG are not missing; if any are, the last ones are."""
+    suspicious = tf.reduce_all(pixels[-1, -1] == images.MISSING[1])
+    cut_off = tf.cond(suspicious, lambda: _ask(images.is_cut_off, self._data), lambda: tf.constant(False))
+    with tf.control_dependencies([tf.debugging.Assert(~cut_off, [_CUT_OFF])]):
+      return tf.identity(pixels)
 
   def _decode_whole(self) -> tf.Tensor:
     def decode_png() -> tf.Tensor:
@@ -114,10 +125,12 @@ def _is_plain_png(data: tf.Tensor) -> tf.Tensor:
     )
     bits_and_colour = tf.strings.substr(data, 24, 2)
     ordinary = (bits_and_colour == b"\x08\x00") | (bits_and_colour == b"\x08\x02")
-    head, tail = _head(data), tf.strings.substr(data, tf.maximum(tf.strings.length(data) - _HEAD, 0), _HEAD)
-    doubtful = ~_has(head, "IDAT") | _has(tail, _PNG_METADATA)
-    plain = tf.cond(doubtful, lambda: _ask(_is_without_metadata, data), lambda: tf.constant(True))
-    return ordinary & _is_small(height, width) & ~_has(head, _PNG_METADATA) & plain
+    plain = tf.cond(
+      tf.strings.length(data) > _HEAD,
+      lambda: _ask(_is_without_metadata, data),
+      lambda: ~_has(data, _PNG_METADATA),
+    )
+    return ordinary & _is_small(height, width) & plain
 
   framed = _is_framed(data, b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR", b"IEND\xaeB`\x82")
   return tf.cond(framed, look_inside, lambda: tf.constant(False))
@@ -198,6 +211,10 @@ def _decode_as_shown(data: bytes, channels: int) -> np.ndarray:
   """Decodes any file that Pillow supports to uint8 [h, w, channels]."""
   image: Image.Image = Image.open(io.BytesIO(data))
   image.load()  # errors here mean a damaged picture
+  if image.format in ("JPEG", "MPO"):
+    last = image.getpixel((image.width - 1, image.height - 1))
+    if {*np.atleast_1d(last)} <= {*images.MISSING} and images.is_cut_off(data):
+      raise ValueError(_CUT_OFF)
   with contextlib.suppress(Exception):  # Unreadable metadata does not rotate a picture.
     image = ImageOps.exif_transpose(image)
   image = _to_8_bits(image)
