@@ -285,10 +285,28 @@ def check_same_run(root: epath.Path, config: Mapping[str, Any], mode: str) -> No
       more = f" and {len(changes) - 3} more" if len(changes) > 3 else ""
       remedy = "repeat the --config and the overrides of its training command, or give another --workdir"
       if mode == "train":
-        remedy = "give another --workdir, or delete this one, or go back to its config"
+        remedy = _longer(root, config, changes) or (
+          "give another --workdir, or delete this one, or go back to its config"
+        )
       raise UserError(f"workdir {root} holds another config's run ({'; '.join(changes[:3])}{more}): {remedy}")
   elif root.exists() and any((root / name).exists() for name in ("checkpoints", "metrics.jsonl")):
     raise UserError(f"workdir {root} holds a run without config.json: give another --workdir")
+
+
+def _longer(root: epath.Path, config: Mapping[str, Any], changes: Sequence[str]) -> str:
+  """How to train longer than a run was planned, if these changes of its config are no others; else ""."""
+  keys = [change.split(":")[0].split(".") for change in changes]
+  if not all(key[-1] in ("total_steps", "total_epochs") and len(key) <= 2 for key in keys):
+    return ""
+  changed = {key[0] for key in keys}
+  stages = list(config.get("stages", ()))
+  while stages and stages[-1] not in changed:  # those are trained anew on the longer ones
+    stages.pop()
+  resume = [f"--config.{stage}.resume={root / stage}" for stage in stages] or [f"--config.resume={root}"]
+  return (
+    f"its schedules depend on its length; to train longer, give another --workdir and {' '.join(resume)}, or "
+    "go back to its config"
+  )
 
 
 def write_config(workdir: epath.Path, config: Mapping[str, Any]) -> None:

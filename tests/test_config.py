@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+from types import SimpleNamespace
 
 import ml_collections
 import pytest
@@ -58,17 +59,32 @@ def test_no_argument_leaves_the_defaults(arg):
   ("arg", "message"),
   [
     ("debgu", r"':debgu' does not exist; did you mean 'debug'\?"),
-    ("zzzz=1", r"':zzzz' does not exist; known: debug, rate, size"),
+    ("zzzz=1", r"':zzzz' does not exist; known: debug, path, rate, size"),
     ("size=1.5", r"':size' is '1.5': it takes values of type int, such as 4"),
     ("size=big", r"':size' is 'big'"),
     ("size", r"':size' is 'True'"),
     ("rate=True", r"':rate' is 'True'"),
     ("debug=1", r"':debug' is '1': it takes values of type bool"),
+    ("path=/a,b", r"':b' does not exist; known: .*, or quote the comma: path='/a,b'$"),
   ],
 )
 def test_wrong_arguments_are_named(arg, message):
   with pytest.raises(UserError, match=message):
-    config_lib.parse_arg(arg, debug=False, size=4, rate=0.5)
+    config_lib.parse_arg(arg, debug=False, size=4, rate=0.5, path="")
+
+
+@pytest.mark.parametrize(
+  ("arg", "path"),
+  [
+    ("path='/a,b',debug", "/a,b"),
+    ('debug,path="it\'s, here"', "it's, here"),
+    ("path=/it's,debug", "/it's"),
+    ("path=/a=b,,debug", "/a=b"),
+    ("path=,debug", ""),
+  ],
+)
+def test_texts_may_contain_commas(arg, path):
+  assert config_lib.parse_arg(arg, path="/x", debug=False) == SimpleNamespace(path=path, debug=True)
 
 
 # Files
@@ -130,6 +146,14 @@ def test_files_that_are_not_configs(name, text, message, tmp_path):
 
 
 # Configs that build on others
+
+
+def test_a_comma_survives_configs_that_build_on_others(tmp_path):
+  (tmp_path / "base.py").write_text(
+    "import ml_collections\nfrom maskgen.config import parse_arg\n\n\ndef get_config(arg):\n"
+    "  return ml_collections.ConfigDict(dict(path=parse_arg(arg, path='').path))\n"
+  )
+  assert config_lib.load_beside(str(tmp_path / "mine.py"), "base.py", path="/a,b").path == "/a,b"
 
 
 def test_a_config_builds_on_the_file_beside_it(tmp_path):

@@ -304,6 +304,29 @@ def test_a_workdir_of_another_configs_run(mode, tmp_path, trained):
   assert sorted(p.name for p in (tmp_path / "run").iterdir()) == before
 
 
+@pytest.mark.parametrize(
+  ("changes", "flags"),
+  [
+    (("mage.total_steps=9",), ("tokenizer", "mage")),
+    (("tokenizer.total_steps=9",), ("tokenizer",)),
+    (("tokenizer.total_steps=9", "tokenizer.seed=1"), None),
+  ],
+)
+def test_training_longer_has_a_way(changes, flags, tmp_path, trained):
+  root = epath.Path(shutil.copytree(trained, tmp_path / "run"))
+  with pytest.raises(UserError) as error:
+    run_main(tmp_path, *(f"--config.{change}" for change in changes), config=tiny.FILE)
+  resume = " ".join(f"--config.{stage}.resume={root / stage}" for stage in flags or ())
+  text = assert_clear(error)
+  assert (f"to train longer, give another --workdir and {resume}, or" in text) == (flags is not None)
+
+
+def test_training_a_single_stage_longer_has_a_way(tmp_path, trained):
+  shutil.copytree(trained / "tokenizer", tmp_path / "run")
+  with pytest.raises(UserError, match=f"another --workdir and --config.resume={tmp_path / 'run'}, or"):
+    run_main(tmp_path, "--config.total_steps=9")
+
+
 def test_many_differences_are_counted(tmp_path, trained):
   shutil.copytree(trained / "tokenizer", tmp_path / "run")
   changes = ("batch_size=16", "total_steps=7", "data.source=digits", "ema.generator=0.5")

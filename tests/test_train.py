@@ -6,6 +6,7 @@ import json
 import logging
 import pathlib
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -476,6 +477,7 @@ def test_check_trains_nothing_and_writes_nothing(tmp_path, monkeypatch, caplog):
   assert "check passed: nothing was trained" in caplog.text
   for stage in tiny.STAGES:
     assert f"{stage}: the step compiles" in caplog.text
+    assert re.search(rf"{stage}: .* 6 steps of 8, 0\.\d\d epochs", caplog.text)
 
 
 def files_of(folder):

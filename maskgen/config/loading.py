@@ -29,6 +29,10 @@ OPEN = ("objective", "data", "optimizer", "evals")
 # The type of an evaluation of a run or of one of its stages.
 _EVALUATION_TYPE = re.compile(r"(?:(\w+)\.)?evals\.(\w+)\.type")
 
+_QUOTED = r"'[^']*'|\"[^\"]*\""
+# A key and, with the equals sign, its text.
+_ITEM = re.compile(rf"([^=,]+)(=(?:{_QUOTED}|[^,]*))?(?:,+|$)")
+
 _CONFIG_FOLDERS = (
   pathlib.Path(__file__).parents[1] / "configs",  # in an installed package
   pathlib.Path(__file__).parents[2] / "configs",  # in a checkout
@@ -39,18 +43,20 @@ def parse_arg(arg: str | None, **defaults: Any) -> SimpleNamespace:
   """Parses a config's arguments: the part of `--config=FILE:tiny,batch_size=64` after the colon.
 
   Args:
-    arg: comma-separated `key=value` items; a bare `key` means `key=True`.
+    arg: comma-separated `key=value` items; a bare `key` means `key=True`. Quote a text that contains a comma.
     **defaults: the keys that the config accepts with their defaults, whose types values must have.
 
   Raises:
     UserError: for a key that is not among the defaults, or a value of another type.
   """
   values = dict(defaults)
-  for item in filter(None, (arg or "").split(",")):
-    key, _, text = item.partition("=")
+  before = ""  # the text before a comma that may belong to it
+  for key, text in _ITEM.findall(arg or ""):
     if key not in defaults:
-      raise UserError(f"config argument ':{key}' does not exist{nearest(key, defaults)}")
-    values[key] = _parse(f"config argument ':{key}'", text if "=" in item else "True", defaults[key])
+      quote = f", or quote the comma: {before},{key}'" if before and not text else ""
+      raise UserError(f"config argument ':{key}' does not exist{nearest(key, defaults)}{quote}")
+    values[key] = _parse(f"config argument ':{key}'", text[1:] if text else "True", defaults[key])
+    before = text and f"{key}='{text[1:]}"
   return SimpleNamespace(**values)
 
 
@@ -68,7 +74,7 @@ def choose(name: str, value: str, choices: Mapping[str, Any]) -> Any:
 def _parse(name: str, text: str, like: Any) -> Any:
   """Parses `text` as a value with the type of `like`."""
   if isinstance(like, str):
-    return text
+    return text[1:-1] if re.fullmatch(_QUOTED, text) else text
   try:
     value = ast.literal_eval(text)
   except (ValueError, SyntaxError):
@@ -193,7 +199,8 @@ def load_beside(file: str, name: str, arg: str | None = None, **arguments: Any) 
     **arguments: arguments for the config.
   """
   beside = pathlib.Path(file).with_name(name)
-  given = [*(f"{key}={value}" for key, value in arguments.items()), *([arg] if arg else [])]
+  quoted = {key: f"'{value}'" if "," in str(value) else value for key, value in arguments.items()}
+  given = [*(f"{key}={value}" for key, value in quoted.items()), *([arg] if arg else [])]
   return load(f"{beside if beside.is_file() else name}:{','.join(given)}").unlock()
 
 

@@ -213,7 +213,7 @@ def _decode_as_shown(data: bytes, channels: int) -> np.ndarray:
   image.load()  # errors here mean a damaged picture
   if image.format in ("JPEG", "MPO"):
     last = image.getpixel((image.width - 1, image.height - 1))
-    if {*np.atleast_1d(last)} <= {*images.MISSING} and images.is_cut_off(data):
+    if {*(last if isinstance(last, tuple) else (last,))} <= {*images.MISSING} and images.is_cut_off(data):
       raise ValueError(_CUT_OFF)
   with contextlib.suppress(Exception):  # Unreadable metadata does not rotate a picture.
     image = ImageOps.exif_transpose(image)
