@@ -416,6 +416,19 @@ def test_bfloat16_files_are_read(folder):
   jax.tree.map(np.testing.assert_array_equal, loaded, expected)
 
 
+def test_prefixes_of_all_names_of_a_part_are_dropped(folder):
+  part = folder / "unet"
+  whole = load_file(part / "diffusion_pytorch_model.safetensors")
+  (part / "diffusion_pytorch_model.safetensors").unlink()
+  prefixed = {f"_orig_mod.module.{name}": tensor for name, tensor in whole.items()}
+  shards = {name: f"{i % 2}.safetensors" for i, name in enumerate(prefixed)}
+  for file in set(shards.values()):
+    save_file({name: prefixed[name] for name in shards if shards[name] == file}, part / file)
+  index = part / "diffusion_pytorch_model.safetensors.index.json"
+  index.write_text(json.dumps({"weight_map": shards}))
+  jax.tree.map(np.testing.assert_array_equal, diffusers.load(folder).params["unet"], params(TINY)["unet"])
+
+
 def test_pictures_are_drawn(folders):
   loaded = diffusers.load(folders / "xl")
   model, noise = loaded.model, normal(2, 4, 4, 2)

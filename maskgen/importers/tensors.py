@@ -59,7 +59,7 @@ def read(path: epath.PathLike) -> Tensors:
       raise UserError(f"{path} is not an intact safetensors file ({error}): download it again") from None
   else:
     found = _read_torch(path, data)
-  return {name: _float32(value) for name, value in _without_prefixes(found).items()}
+  return {name: _float32(value) for name, value in without_prefixes(found).items()}
 
 
 def read_msgpack(path: epath.PathLike) -> Tensors:
@@ -161,7 +161,8 @@ def _float32(value: Any) -> np.ndarray:
   return value.astype(np.float32, copy=False) if jnp.issubdtype(value.dtype, jnp.floating) else value
 
 
-def _without_prefixes(tensors: Mapping[str, Any]) -> Mapping[str, Any]:
+def without_prefixes(tensors: Mapping[str, Any]) -> Mapping[str, Any]:
+  """Drops prefixes that all names have because a model was saved inside a wrapper."""
   for prefix in _PREFIXES * 2:  # in any order
     if tensors and all(name.startswith(prefix) for name in tensors):
       tensors = {name.removeprefix(prefix): value for name, value in tensors.items()}

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from maskgen import tree
 from maskgen.errors import UserError
+from maskgen.importers.tensors import without_prefixes
 
 LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
 
@@ -107,14 +108,15 @@ def load(
     UserError: if a file cannot be read, or a tensor does not fit or contains values that are not finite.
   """
   opened = {file: _guard(file, functools.partial(safe_open, str(file), framework="numpy")) for file in files}
-  home = {name: file for file, archive in opened.items() for name in archive.keys()}  # noqa: SIM118
-  shapes = {name: tuple(opened[file].get_slice(name).get_shape()) for name, file in home.items()}
+  stored = {name: (file, name) for file, archive in opened.items() for name in archive.keys()}  # noqa: SIM118
+  home = without_prefixes(stored)
+  shapes = {name: tuple(opened[file].get_slice(full).get_shape()) for name, (file, full) in home.items()}
   names = fit(shapes, expected, what, rename=rename, buffers=buffers)
   ranks = {path: len(leaf.shape) for path, leaf in tree.flatten(expected).items()}
   params = {}
   for path, name in names.items():
-    file = home[name]
-    tensor = _guard(file, functools.partial(opened[file].get_tensor, name))
+    file, full = home[name]
+    tensor = _guard(file, functools.partial(opened[file].get_tensor, full))
     if not np.isfinite(tensor.astype(np.float32)).all():
       raise UserError(f"{file}: tensor '{name}' contains values that are not finite: download the file again")
     params[tuple(path.split("/"))] = np.ascontiguousarray(to_linen(tensor, ranks[path], path), dtype)
