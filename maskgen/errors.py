@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import errno
+import re
 from collections.abc import Generator, Iterable
 
 
@@ -70,6 +71,13 @@ def storage_errors(place: object = "a file or store") -> Generator[None]:
 def out_of_memory(error: Exception) -> str | None:
   """Returns the first line of an error if it says that device memory is exhausted, else None."""
   return str(error).splitlines()[0] if "RESOURCE_EXHAUSTED" in str(error) else None
+
+
+def lost_process(error: Exception) -> str | None:
+  """Returns the line of an error that says that another process of the run has ended, else None."""
+  signs = r"Gloo .*|[^:\n]*[Cc]onnection (closed|reset) by peer.*|NCCL .*remote process exited.*"
+  found = re.search(signs, str(error)) if type(error).__name__ == "JaxRuntimeError" else None
+  return found[0] if found else None
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:

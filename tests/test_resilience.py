@@ -592,6 +592,19 @@ def test_the_exit_status_says_whether_to_start_again(error, status, monkeypatch,
   assert last == (f"error: {error}" if isinstance(error, UserError) else "KeyError: 'a fault'")
 
 
+def test_what_a_process_says_after_another_has_ended_is_one_sentence(monkeypatch, capsys):
+  monkeypatch.setattr(cli, "_end", lambda status: sys.exit(status))
+  said = "Gloo all-reduce failed: [external/gloo/pair.cc:5] Connection closed by peer [127.0.0.1]:39"
+
+  def fail(_):
+    raise jax.errors.JaxRuntimeError(f"INTERNAL: {said}\nand more")
+
+  with pytest.raises(SystemExit) as exit_:
+    cli.run(fail)
+  assert exit_.value.code == TransientError.status
+  assert capsys.readouterr().err == f"error: another process of this run has ended ({said}): see its log\n"
+
+
 @pytest.mark.parametrize(
   ("error", "status", "message"),
   [
