@@ -67,7 +67,7 @@ def test_a_classifier_on_a_vit(trained):
   """It sees pixels: there are no codes; dropout applies where the encoder is trained."""
   rates = dict(dropout=0.5, drop_path=0.5) if trained == "all" else {}
   objective = classify(VIT, trained=trained, **rates)
-  parts = objective.init(jax.random.key(0), random(objective.pretrained_shapes()))
+  parts = jax.jit(objective.init)(jax.random.key(0), random(objective.pretrained_shapes()))
   assert objective.codebook_size == 0 and "encode" not in objective.predict_fns()
   batch = {"image": np.random.default_rng(1).integers(0, 256, (4, 16, 16, 3), np.uint8)}
   features = objective.predict_fns()["features"](parts, batch, None)

@@ -1,5 +1,7 @@
 """The adversarial losses of the tokenizer, and LeCAM's regularisation with its state."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -146,11 +148,11 @@ def test_a_loss_without_weight_is_not_computed():
 def test_a_step_asks_for_the_opposite_anchor(form):
   fields = {"lecam_weight": 1.0, "lecam_loss": form}
   objective = objectives.build(tiny.stage("tokenizer")["objective"] | fields)
-  parts = objective.init(jax.random.key(0), {})
+  parts = jax.jit(objective.init)(jax.random.key(0), {})
   parts["extra"]["anchors"] = {"real": jnp.float32(2.0), "fake": jnp.float32(-3.0)}
   images = jax.random.uniform(jax.random.key(1), (4, *objective.image_shape))
-  _, metrics, extra = objective.losses(
-    parts["params"], {}, parts["extra"], {"image": images}, jax.random.key(2), jnp.int32(10**6), train=True
+  _, metrics, extra = jax.jit(functools.partial(objective.losses, train=True))(
+    parts["params"], {}, parts["extra"], {"image": images}, jax.random.key(2), jnp.int32(10**6)
   )
   real = objective.discriminator.apply({"params": parts["params"]["discriminator"]}, images)
   if form == "squared":

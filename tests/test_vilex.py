@@ -69,6 +69,12 @@ def keys(size, seed=0):
   return jax.random.split(jax.random.key(seed), size)
 
 
+def training_loss(objective, variables, given, seed=0):
+  compute = jax.jit(functools.partial(objective.losses, train=True))
+  key = jax.random.key(seed)
+  return compute(variables["params"], variables["frozen"], {}, given, key, 0)[0]["main"]
+
+
 @functools.cache
 def gradient(**changes):
   objective, parts, _ = setup(**changes)
@@ -232,8 +238,8 @@ def test_timesteps_with_little_noise_are_skipped():
   objective, variables, _ = setup(min_timestep=999)
   decoder = variables["frozen"]["decoder"]
   blind = {**decoder, "unet": jax.tree.map(jnp.zeros_like, decoder["unet"])}
-  given = variables["params"], {**variables["frozen"], "decoder": blind}, {}, batch() | {"key": keys(4)}
-  loss = objective.losses(*given, jax.random.key(1), 0, train=True)[0]["main"]
+  blinded = {**variables, "frozen": {**variables["frozen"], "decoder": blind}}
+  loss = training_loss(objective, blinded, batch() | {"key": keys(4)}, seed=1)
   pictures = objective.text_to_image.model.encode(decoder, images.to_float(batch()["image"])).mean
   np.testing.assert_allclose(loss, jnp.square(pictures).mean(), rtol=1e-2)
 
@@ -252,8 +258,7 @@ def test_recoloured_images_have_captions_and_no_alignment():
   losses = []
   for recoloured in (0.0, 1.0):
     objective, variables, _ = setup(words=FrozenDict(share=1.0, recoloured=recoloured))
-    given = variables["params"], variables["frozen"], {}, grey, jax.random.key(0), 0
-    losses.append(objective.losses(*given, train=True)[0]["main"])
+    losses.append(training_loss(objective, variables, grey))
   np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
@@ -266,10 +271,9 @@ def test_images_replace_their_subject():
     )
     words = dict(share=1.0, place="within", subject=subject)
     objective, variables, _ = setup.__wrapped__(decoder=decoder, words=words)
-    given = variables["params"], variables["frozen"], {}
     for captions in (["a red cat"] * 4, ["a blue background"] * 4):
       full = batch() | {"key": keys(4), "caption": objective.texts.read(captions)}
-      losses.append(objective.losses(*given, full, jax.random.key(0), 0, train=True)[0]["main"])
+      losses.append(training_loss(objective, variables, full))
   assert losses[0] != losses[2] and losses[1] == losses[3]
 
 

@@ -24,7 +24,7 @@ def test_histograms_are_shares():
 def test_the_head_learns_and_predicts():
   objective = objectives.build(config_lib.to_dict(config_lib.load(f"{CONFIG}:debug"))["mage"]["objective"])
   zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), objective.pretrained_shapes())
-  parts = objective.init(jax.random.key(0), zeros)
+  parts = jax.jit(objective.init)(jax.random.key(0), zeros)
   images = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), dtype=np.uint8)
 
   def loss(params):
