@@ -125,7 +125,7 @@ class Experiment:
       "frozen": _attach(frozen, shardings["frozen"]),
       "pretrained": _attach(pretrained, jax.tree.map(lambda _: everywhere, pretrained)),
     }
-    self._shardings = shardings
+    self._compiled_init = jax.jit(self._init, out_shardings=(shardings["state"], shardings["frozen"]))
     self.update = jax.jit(
       self.make_update(self.objective),
       in_shardings=(shardings["state"], shardings["frozen"], sharding.batch_sharding(self.mesh)),
@@ -171,9 +171,7 @@ class Experiment:
     """Makes (state, frozen) from fresh and pretrained parameters, directly on their devices."""
     self.check_pretrained(workdir)
     taken = self.warm_start.take() if self.warm_start else {}
-    shardings = (self._shardings["state"], self._shardings["frozen"])
-    init = jax.jit(self._init, out_shardings=shardings)
-    state, frozen = init(self._load_pretrained(workdir), taken)
+    state, frozen = self._compiled_init(self._load_pretrained(workdir), taken)
     if self.warm_start:
       log.info("%s: parameters taken from the source\n%s", workdir.name, self.warm_start.report(frozen))
     return state, frozen
@@ -335,9 +333,9 @@ class Experiment:
         raise UserError(f"config.evals.{name}: {error}") from error
 
   def _build_evaluators(self) -> None:
-    data = self.data
+    data, fresh = self.data, jax.jit(self._fresh_variables)
     context = evaluators.Context(
-      self.objective, self.predict, self._eval_batches, self._fresh_variables, data.class_names, data.lacks
+      self.objective, self.predict, self._eval_batches, fresh, data.class_names, data.lacks
     )
     self.evaluators: dict[str, tuple[int, evaluators.Evaluator]] = {}
     for name, section in self.config.evals.items():
@@ -357,14 +355,10 @@ class Experiment:
     return pipeline.to_device(batches, sharding.batch_sharding(self.mesh))
 
   def _fresh_variables(self, seed: int, frozen: Any) -> dict[str, Any]:
-    """Untrained parameters with given frozen parts, for baselines."""
-
-    def init(seed: int, frozen: Any) -> dict[str, Any]:
-      shapes = self.objective.pretrained_shapes()
-      pretrained = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-      return self._init(pretrained, seed=seed)[0].variables(frozen)
-
-    return jax.jit(init)(seed, frozen)
+    """Untrained parameters with given frozen parts, for baselines. Pure."""
+    shapes = self.objective.pretrained_shapes()
+    pretrained = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    return self._init(pretrained, seed=seed)[0].variables(frozen)
 
 
 def _check_fetched(key: str, given: str, path: epath.Path) -> None:
