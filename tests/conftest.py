@@ -24,6 +24,7 @@ os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 import jax
 import pytest
 
+from maskgen import plugins
 from maskgen.config import fields
 
 _CACHE = pathlib.Path(tempfile.gettempdir()) / "maskgen_test_compile_cache"
@@ -46,6 +47,7 @@ def repository() -> pathlib.Path:
 
 
 @pytest.fixture(autouse=True)
-def warn_again(monkeypatch: pytest.MonkeyPatch) -> None:
-  """Warnings that a process logs once do not depend on which tests ran before."""
+def forget(monkeypatch: pytest.MonkeyPatch) -> None:
+  """A test leaves neither the memory of warnings that a process logs once nor folders with code."""
   monkeypatch.setattr(fields, "_warned", set())
+  monkeypatch.setattr(plugins._code_folders, "folders", [*plugins._code_folders.folders])
