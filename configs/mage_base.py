@@ -4,7 +4,8 @@
     --workdir=runs/mage_base
 
 `path` is a folder with `train` and `val`, each with one sub-folder per class; `tokenizer` is the workdir or
-export of a tokenizer trained with `vqgan_imagenet.py`.
+export of a tokenizer trained with `vqgan_imagenet.py`. The paper's numbers are those of
+`augmentation=strong`; the default is weak.
 
 Hardware: a TPU slice or several 8-GPU machines for the published batch of 4,096; 1,600 epochs, 500,000
 steps. The paper reports an FID of 11.1 and a linear-probe accuracy of 74.7%, with a final training loss of

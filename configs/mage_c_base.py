@@ -7,8 +7,8 @@
 export of a tokenizer trained with `vqgan_imagenet.py`, best with strong augmentation.
 
 Hardware: as for `mage_base.py`, with twice the time: a step trains on two views of each of 4,096 pictures.
-The paper reports a linear-probe accuracy of 78.2% (74.7% without the contrastive loss). The authors of this
-file have not run the full recipe.
+On a tokenizer of strong augmentation, the paper reports a linear-probe accuracy of 78.2% (74.7% without the
+contrastive loss). The authors of this file have not run the full recipe.
 
 From the paper: the loss with its weight 0.1 and temperature 0.2, masked inputs, the crops and flips of MAGE
 and, unlike SimCLR, no other augmentation, as reconstruction keeps the encoder from taking shortcuts. `color`

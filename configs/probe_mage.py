@@ -8,9 +8,9 @@ export of a trained MAGE, or a converted one. For transfer to another data set t
 `classes`.
 
 Hardware: 8 accelerators; there is no backward pass through the encoder. 90 epochs. The paper reports a top-1
-accuracy of 74.7% (78.9% for the large model). The authors of this file have only run `:tiny`, not the full
-recipe. In the reference implementation the dropout of 0.1 on the embedding stays active while the probe
-trains; here the frozen encoder has no dropout.
+accuracy of 74.7% (78.9% for the large model), both on a tokenizer of strong augmentation. The authors of this
+file have only run `:tiny`, not the full recipe. In the reference implementation the dropout of 0.1 on the
+embedding stays active while the probe trains; here the frozen encoder has no dropout.
 
 Arguments:
   :size          the paper's recipe to use, base or large; by default that of `model`

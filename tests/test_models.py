@@ -5,9 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from maskgen import config as config_lib
 from maskgen import tree
+from maskgen.costs import flops
 from maskgen.errors import UserError
-from maskgen.models.discriminator import Discriminator, blur_pool
+from maskgen.models.discriminator import INITIALISERS, Discriminator, blur_pool
 from maskgen.models.mage import Mage
 from maskgen.models.transformer import Transformer
 from maskgen.models.vqgan import VQGAN
@@ -197,6 +199,31 @@ def test_discriminator_and_its_r1_gradient(size, channels, blocks):
     assert np.isfinite(leaf).all()
     # Biases move no gradient at the input but through kinks, which have measure zero.
     assert np.abs(leaf).max() > 0 or name.endswith("bias"), name
+
+
+def test_the_discriminator_of_maskgit_at_256_pixels():
+  config = config_lib.load("configs/vqgan_imagenet.py")
+  model = Discriminator(**config.objective.discriminator)
+  images = jax.ShapeDtypeStruct((1, 256, 256, 3), jnp.float32)
+  variables = jax.eval_shape(model.init, jax.random.key(0), images)
+  kernels = tree.flatten(variables["params"])
+  widths = [kernels[f"block_{i}_conv_1/kernel"].shape[-1] for i in range(6)]
+  assert kernels["conv_in/kernel"].shape == (3, 3, 3, 64) and widths == [128, 256, 512, 512, 512, 512]
+  assert kernels["dense/kernel"].shape == (4 * 4 * 512, 512) and kernels["logit/kernel"].shape == (512, 1)
+  # 15.1 with the products with padding, which the count leaves out.
+  assert flops.count(model.apply, variables, images) / 2e9 == pytest.approx(15.04, abs=0.01)
+
+
+@pytest.mark.parametrize("name", INITIALISERS)
+def test_kernels_of_the_discriminator_start_as_named(name):
+  model = Discriminator(channels=16, max_channels=32, blocks=1, kernel_init=name)
+  params = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
+  kernel = np.asarray(params["block_0_conv_1"]["kernel"])
+  fan_in, fan_out = 9 * 16, 9 * 32
+  variance = {"lecun_normal": 1 / fan_in, "xavier_uniform": 2 / (fan_in + fan_out)}[name]
+  assert kernel.var() == pytest.approx(variance, rel=0.1)
+  limit = np.sqrt(3 * variance)
+  assert (np.abs(kernel).max() <= limit) == (name == "xavier_uniform")
 
 
 def test_images_too_small_for_the_discriminator_are_refused():

@@ -20,6 +20,7 @@ from maskgen.errors import UserError
 from maskgen.importers.tensors import without_prefixes
 
 LEAVES = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
+LEAVES |= {"mean": "running_mean", "var": "running_var"}
 
 
 def torch_name(path: str) -> str:

@@ -6,7 +6,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from maskgen.config import check_at_least, check_dtype, fields
-from maskgen.errors import UserError
+from maskgen.errors import UserError, nearest
+
+INITIALISERS = {
+  "lecun_normal": nn.initializers.lecun_normal(),
+  "xavier_uniform": nn.initializers.xavier_uniform(),
+}
 
 
 class Discriminator(nn.Module):
@@ -16,17 +21,23 @@ class Discriminator(nn.Module):
     channels: width at full resolution; it doubles with each block up to `max_channels`.
     max_channels: the largest width.
     blocks: residual blocks, each of which halves the resolution.
+    kernel_init: of all kernels, a name in `INITIALISERS`.
     dtype: the type of the computation.
   """
 
   channels: int = 128
   max_channels: int = 512
   blocks: int = 5
+  kernel_init: str = "lecun_normal"
   dtype: str = fields.precision("float32")
 
   def __post_init__(self):
     check_at_least(self, 1, "channels", "max_channels", "blocks")
     check_dtype(self.dtype)
+    if self.kernel_init not in INITIALISERS:
+      raise UserError(
+        f"kernel_init '{self.kernel_init}' does not exist{nearest(self.kernel_init, INITIALISERS)}"
+      )
     super().__post_init__()
 
   @nn.compact
@@ -44,11 +55,15 @@ class Discriminator(nn.Module):
       x = (x + shortcut) / np.sqrt(2.0)
     x = activate(self.conv(x.shape[-1], "conv_out")(x))
     x = x.reshape(x.shape[0], -1)
-    x = activate(nn.Dense(channels, dtype=self.dtype, name="dense")(x))
-    return nn.Dense(1, dtype="float32", name="logit")(x)[:, 0]
+    x = activate(self.dense(channels, "dense", self.dtype)(x))
+    return self.dense(1, "logit", "float32")(x)[:, 0]
 
   def conv(self, channels: int, name: str, size: int = 3, use_bias: bool = True) -> nn.Conv:
-    return nn.Conv(channels, (size, size), use_bias=use_bias, dtype=self.dtype, name=name)
+    init = INITIALISERS[self.kernel_init]
+    return nn.Conv(channels, (size, size), use_bias=use_bias, kernel_init=init, dtype=self.dtype, name=name)
+
+  def dense(self, channels: int, name: str, dtype: str) -> nn.Dense:
+    return nn.Dense(channels, kernel_init=INITIALISERS[self.kernel_init], dtype=dtype, name=name)
 
 
 def activate(x: jax.Array) -> jax.Array:

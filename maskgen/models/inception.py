@@ -42,11 +42,13 @@ class Outputs(NamedTuple):
 class BatchNorm(nn.Module):
   """Batch norm with the stored statistics, over the last axis."""
 
+  epsilon: float = EPSILON
+
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     scale, var = (self.param(name, nn.initializers.ones, (x.shape[-1],)) for name in ("scale", "var"))
     bias, mean = (self.param(name, nn.initializers.zeros, (x.shape[-1],)) for name in ("bias", "mean"))
-    factor = scale / jnp.sqrt(var + EPSILON)
+    factor = scale / jnp.sqrt(var + self.epsilon)
     return x * _over_channels(factor, x) + _over_channels(bias - mean * factor, x)
 
 

@@ -15,9 +15,14 @@ import jax
 import jax.numpy as jnp
 
 from maskgen.errors import UserError, nearest
+from maskgen.models.imagenet import VGG16, ResNet50
 from maskgen.models.mobilenet import MobileNetV2
 
-NETWORKS: dict[str, Callable[[], nn.Module]] = {"mobilenet_v2": MobileNetV2}
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+  "mobilenet_v2": MobileNetV2,
+  "resnet50": ResNet50,
+  "vgg16": VGG16,
+}
 
 # Below 64 px the coarsest map of a network with stride 32 is a single pixel, mostly padding, and
 # the distance often rates a shift by one pixel as worse than a blur.
@@ -26,6 +31,9 @@ SMALLEST_SIDE = 64
 # Keeps the gradient bounded where no channel responds. On photos, feature vectors of MobileNetV2
 # have norms of 8 to 100, so there it changes nothing.
 EPSILON = 1e-4
+
+# The side to which `last_map_distance` resizes images.
+LAST_MAP_SIDE = 224
 
 
 def build_network(name: str) -> nn.Module:
@@ -77,6 +85,27 @@ def perceptual_distance(maps_a: Sequence[jax.Array], maps_b: Sequence[jax.Array]
     for a, b in zip(maps_a, maps_b, strict=True)
   ]
   return jnp.stack(levels).mean(axis=0)
+
+
+def all_maps_distance(network: nn.Module, params: Mapping[str, Any], a: jax.Array, b: jax.Array) -> jax.Array:
+  """The `perceptual_distance` of the `feature_maps` of images; arguments as there, result float32 [b]."""
+  maps_a, maps_b = (feature_maps(network, params, images) for images in (a, b))
+  return perceptual_distance(maps_a, maps_b)
+
+
+def last_map_distance(network: nn.Module, params: Mapping[str, Any], a: jax.Array, b: jax.Array) -> jax.Array:
+  """Mean squared error of the last feature maps of images that are resized to 224 x 224 pixels (bilinear).
+
+  This is the loss in the published training code of MAGVIT, whose authors include MaskGIT's. Arguments as of
+  `feature_maps`, result float32 [b].
+  """
+  shape = (a.shape[0], LAST_MAP_SIDE, LAST_MAP_SIDE, a.shape[-1])
+  resized = (jax.image.resize(images, shape, "bilinear") for images in (a, b))
+  last_a, last_b = (feature_maps(network, params, images)[-1] for images in resized)
+  return jnp.square(last_a - last_b).mean(axis=(1, 2, 3))
+
+
+DISTANCES = {"all_maps": all_maps_distance, "last_map": last_map_distance}
 
 
 def _unit(x: jax.Array) -> jax.Array:

@@ -38,7 +38,9 @@ class Objective:
     tokenizer: the network.
     discriminator: the network that distinguishes real images from reconstructions.
     l2_weight, l1_weight: of the mean squared and absolute pixel errors.
-    perceptual_weight: of the distance between the feature maps of `perceptual_network`.
+    perceptual_loss: between the features of a frozen network: "all_maps", normalised and of all resolutions
+      (as LPIPS), or "last_map", the squared error of the last ones at 224 pixels (as MaskGIT).
+    perceptual_weight: of that loss.
     perceptual_network: a name in `maskgen.models.perceptual.NETWORKS`; its weights come from
       `config.pretrained.perceptual`.
     codebook_weight, commitment_weight: of the two quantization losses (van den Oord et al. 2017, equation 3).
@@ -64,6 +66,7 @@ class Objective:
   discriminator: Discriminator = Discriminator()
   l2_weight: float = 1.0
   l1_weight: float = 0.0
+  perceptual_loss: str = "all_maps"
   perceptual_weight: float = 0.0
   perceptual_network: str = "mobilenet_v2"
   codebook_weight: float = 1.0
@@ -83,7 +86,12 @@ class Objective:
     check_image_size(self.image_size)
     weights = [field.name for field in dataclasses.fields(self) if field.name.endswith("_weight")]
     config_lib.check_at_least(self, 0, *weights, "adversarial_start")
-    for name, known in (("adversarial_loss", losses_lib.ADVERSARIAL), ("lecam_loss", losses_lib.LECAM)):
+    choices: dict[str, Mapping[str, Any]] = {
+      "perceptual_loss": perceptual.DISTANCES,
+      "adversarial_loss": losses_lib.ADVERSARIAL,
+      "lecam_loss": losses_lib.LECAM,
+    }
+    for name, known in choices.items():
       value = getattr(self, name)
       if value not in known:
         raise UserError(f"{name} '{value}' does not exist{nearest(value, known)}")
@@ -199,8 +207,8 @@ class Objective:
     terms = {"l2": jnp.square(real - fake).mean(), "l1": jnp.abs(real - fake).mean()}
     if self.perceptual_weight:
       network = perceptual.build_network(self.perceptual_network)
-      maps = [perceptual.feature_maps(network, frozen["perceptual"], x) for x in (real, fake)]
-      terms["perceptual"] = perceptual.perceptual_distance(*maps).mean()
+      distance = perceptual.DISTANCES[self.perceptual_loss]
+      terms["perceptual"] = distance(network, frozen["perceptual"], real, fake).mean()
     return terms
 
   def _quantization_terms(

@@ -14,6 +14,7 @@ FORMATS: dict[str, tuple[str, ...]] = {
   "vqgan_pytorch": ("image_size",),
   "maskgit_flax": ("image_size",),
   "mobilenet_v2": (),
+  "torchvision": (),
   "siglip": ("encoder_heads",),
   "diffusers": (),
 }
@@ -25,7 +26,8 @@ def main(argv: Sequence[str]) -> None:
     "Converts a weights file of another project to a folder for maskgen.load or config.pretrained. "
     "mage: tokenizer and transformer of the PyTorch reference, as safetensors or PyTorch file. "
     "vqgan_pytorch: only its tokenizer. maskgit_flax: MaskGIT's tokenizer, a Flax msgpack file. "
-    "mobilenet_v2: an .npz of quantized convolutions, the feature network of the perceptual loss. "
+    "mobilenet_v2: an .npz of quantized convolutions, and torchvision: ResNet-50 or VGG16 as safetensors or "
+    "PyTorch file, also of timm; these are feature networks of the perceptual loss. "
     "siglip: an image encoder, as safetensors of transformers or .npz of big_vision. "
     "diffusers: a text-to-image model, a folder. "
     "docs/weights.md lists where to find published files.",
