@@ -9,6 +9,7 @@ import dataclasses
 import json
 import logging
 import re
+import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -74,7 +75,7 @@ def main(argv: Sequence[str]) -> None:
   # Importing these takes seconds: errors in flags, configs and workdirs are reported first.
   import jax
 
-  from maskgen import plugins, processes
+  from maskgen import plugins, processes, report
 
   processes.start(args.coordinator, args.process_count, args.process_index)
   cpu.use_cores(stages.values())
@@ -116,13 +117,13 @@ def main(argv: Sequence[str]) -> None:
     return
   # Only now: an invalid config must not claim the workdir.
   with only_run_in(root):
-    write_config(root, config)
+    write_config(root, config, argv)
     results: dict[str, Any] = {}
     for workdir, experiment in experiments.items():
       if (finished := train.read_results(workdir)) is not None:
         results[workdir.name] = finished
       else:
-        write_config(workdir, stages[workdir])
+        write_config(workdir, stages[workdir], argv)
         if from_outside and jax.process_index() == 0:
           plugins.write_code(workdir)
         experiment.write_data(workdir)
@@ -141,6 +142,9 @@ def main(argv: Sequence[str]) -> None:
       results["run"] = describe_run(stages, time.monotonic() - began)
       train.write_results(root, results)
       log.info("all stages finished, results in %s", root / train.RESULTS)
+    if jax.process_index() == 0:
+      report.write(root / report.REPORT, [root])
+      log.info("all pictures, curves and results are in %s", root / report.REPORT)
 
 
 def evaluate_checkpoint(args: argparse.Namespace, overrides: Mapping[str, str]) -> None:
@@ -276,8 +280,9 @@ def check_same_run(root: epath.Path, config: Mapping[str, Any], mode: str) -> No
   """
   previous = root / "config.json"
   if previous.exists():
-    stored = files.read_json(previous, "restore it from a copy, or give another --workdir")
-    stored.pop("version", None)  # which `write_config` adds
+    stored = config_lib.without_origin(
+      files.read_json(previous, "restore it from a copy, or give another --workdir")
+    )
     if stored == config:
       return
     changes = config_lib.difference(stored, config, find_type)
@@ -309,15 +314,16 @@ def _longer(root: epath.Path, config: Mapping[str, Any], changes: Sequence[str])
   )
 
 
-def write_config(workdir: epath.Path, config: Mapping[str, Any]) -> None:
-  """Writes `config.json` atomically."""
+def write_config(workdir: epath.Path, config: Mapping[str, Any], argv: Sequence[str]) -> None:
+  """Writes `config.json` atomically, with the version of maskgen and the command."""
   import jax
 
   from maskgen import __version__
 
   if jax.process_index() == 0:
     workdir.mkdir(parents=True, exist_ok=True)
-    files.replace(workdir / "config.json", json.dumps({**config, "version": __version__}, indent=2))
+    origin = {"version": __version__, "command": shlex.join(["python", "-m", "maskgen.main", *argv])}
+    files.replace(workdir / "config.json", json.dumps({**config, **origin}, indent=2))
 
 
 def check(experiment: Any, workdir: epath.Path) -> None:

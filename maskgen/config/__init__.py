@@ -11,7 +11,7 @@ from maskgen.config.build import (
   duration,
 )
 from maskgen.config.changes import difference
-from maskgen.config.loading import choose, find_file, load, load_beside, parse_arg, to_dict
+from maskgen.config.loading import choose, find_file, load, load_beside, parse_arg, to_dict, without_origin
 from maskgen.config.rules import TRANSFORMER_RULES
 from maskgen.config.schema import Checkpointing, Mesh, Profile, RunConfig
 
@@ -36,4 +36,5 @@ __all__ = [
   "load_beside",
   "parse_arg",
   "to_dict",
+  "without_origin",
 ]

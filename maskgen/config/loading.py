@@ -299,6 +299,11 @@ def to_dict(config: ml_collections.ConfigDict) -> dict[str, Any]:
   return {key: plain(value) for key, value in config.items()}
 
 
+def without_origin(stored: Mapping[str, Any]) -> dict[str, Any]:
+  """The config in a `config.json`, without the version and command that a run writes beside it."""
+  return {key: value for key, value in stored.items() if key not in ("version", "command")}
+
+
 def plain(value: Any) -> Any:
   """Converts a value of a config to plain dictionaries and lists."""
   if isinstance(value, Mapping | ml_collections.ConfigDict):

@@ -1,0 +1,105 @@
+"""What a workdir holds: settings, curves, results and pictures."""
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from etils import epath
+
+from maskgen import files
+from maskgen.errors import UserError
+
+_REMEDY = "restore it from a copy, or delete the run"
+_PICTURE = re.compile(r"(.+)_(\d{7,})\.png")
+
+Points = list[tuple[int, float]]  # steps and values, by step
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+  """One stage of a run; a run without stages is one.
+
+  Attributes:
+    name: of the stage, or "" for the only one.
+    config: its section of the config.
+    curves: the values of each metric by step, of averages while training and of evaluations.
+    results: the final values of evaluations; empty while the stage is unfinished.
+    pictures: the files of each picture by step.
+  """
+
+  name: str
+  config: Mapping[str, Any]
+  curves: Mapping[str, Points]
+  results: Mapping[str, float]
+  pictures: Mapping[str, list[tuple[int, epath.Path]]]
+
+  @property
+  def step(self) -> int:
+    """The last step with a metric."""
+    return max((points[-1][0] for points in self.curves.values()), default=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """A workdir.
+
+  Attributes:
+    name: its path.
+    config: its `config.json`.
+    facts: what `results.json` says of the whole run, such as its device.
+    stages: those that have begun.
+    receipts: its `receipts.json`, or empty.
+  """
+
+  name: str
+  config: Mapping[str, Any]
+  facts: Mapping[str, Any]
+  stages: list[Stage]
+  receipts: Mapping[str, Any]
+
+
+def read(workdir: epath.Path) -> Run:
+  """Reads a workdir.
+
+  Raises:
+    UserError: if it holds no run, or a damaged file.
+  """
+  if not (workdir / "config.json").exists():
+    raise UserError(f"{workdir} holds no run (no config.json): give the --workdir of one")
+  config = _read(workdir / "config.json")
+  names = config.get("stages", [""])
+  stages = [_read_stage(name, config[name] if name else config, workdir / name) for name in names]
+  results = _read(workdir / "results.json")
+  return Run(
+    str(workdir),
+    config,
+    results.get("run", {}) if "stages" in config else {},
+    [stage for stage in stages if stage.curves],
+    _read(workdir / "receipts.json"),
+  )
+
+
+def _read_stage(name: str, config: Mapping[str, Any], folder: epath.Path) -> Stage:
+  curves: dict[str, dict[int, float]] = {}
+  metrics = folder / "metrics.jsonl"
+  for line in files.read_json_lines(metrics, {"step": int}, _REMEDY) if metrics.exists() else []:
+    for key, value in line.items():
+      if key != "step" and isinstance(value, int | float):
+        curves.setdefault(key, {})[line["step"]] = float(value)
+  pictures: dict[str, list[tuple[int, epath.Path]]] = {}
+  for file in sorted((folder / "samples").glob("*.png")) if (folder / "samples").exists() else []:
+    if match := _PICTURE.fullmatch(file.name):
+      pictures.setdefault(match[1], []).append((int(match[2]), file))
+  by_step = {key: sorted(points.items()) for key, points in curves.items()}
+  return Stage(name, config, by_step, _read(folder / "results.json"), pictures)
+
+
+def _read(file: epath.Path) -> dict[str, Any]:
+  return files.read_json(file, _REMEDY) if file.exists() else {}
+
+
+def to_text(config: Mapping[str, Any]) -> str:
+  """A config as JSON."""
+  return json.dumps(config, indent=2, sort_keys=True)
