@@ -16,6 +16,7 @@ import numpy as np
 from etils import epath
 
 from maskgen import cli, files
+from maskgen import config as config_lib
 from maskgen import main as main_lib
 from maskgen.errors import UserError
 from maskgen.tools import sampling_flags
@@ -85,7 +86,7 @@ def _config(args: argparse.Namespace, overrides: Mapping[str, str]) -> dict[str,
   if "data" not in config or overrides or args.stage is not None:
     reason = "has no data of its own" if "data" not in config else "is given with flags of a config"
     raise UserError(f"--model={args.model} {reason}: add --config=FILE")
-  return {key: value for key, value in config.items() if key != "version"}  # of maskgen, not of the run
+  return config_lib.without_origin(config)
 
 
 def settings(objective: Any, args: argparse.Namespace) -> list[Any]:
