@@ -71,15 +71,16 @@ def convert(
   rename = functools.partial(to_reference, model=model, tokenizer=tokenizer)
   params = tensors.take(path, found, rename, shapes(model, tokenizer))
   unused = sorted(found.keys() - jax.eval_shape(rename, params).keys())
-  dead = tuple(name for name in unused if any(_is(name, other) for other in DEAD))
+  dead = tuple(name for name in unused if is_dead(name))
   unknown = tuple(name for name in unused if name not in dead)
   vqgan_pytorch.refuse_left_over(path, unknown, PARTS)
   variables = {"params": {"main": params["main"]}, "frozen": {"tokenizer": params["tokenizer"]}, "extra": {}}
   return Converted({"objective": section}, variables, dead, unknown)
 
 
-def _is(name: str, other: str) -> bool:
-  return name.startswith(other) if other.endswith(".") else name == other
+def is_dead(name: str) -> bool:
+  """Whether the reference stores a tensor of this name, but does not use it."""
+  return any(name.startswith(other) if other.endswith(".") else name == other for other in DEAD)
 
 
 def infer(
@@ -96,29 +97,12 @@ def infer(
   _, positions, decoder_width = need("decoder_pos_embed_learned", 3).shape
   for part in ("blocks", "decoder_blocks"):
     need(f"{part}.0.norm1.weight", 1)
-  known = [HEADS.get(size, (None, None))[i] for i, size in enumerate((width, decoder_width))]
-  heads = {}
-  for part, size, given, default in (
-    ("encoder", width, encoder_heads, known[0]),
-    ("decoder", decoder_width, decoder_heads, known[1]),
-  ):
-    heads[part] = given or default or 0
-    if not heads[part]:
-      raise UserError(f"{path} has no head counts, and none are known for width {size}: give --{part}_heads")
-    if heads[part] < 1 or size % heads[part]:
-      raise UserError(
-        f"--{part}_heads={heads[part]} does not divide the {part}'s width of {size}: give one that does"
-      )
-  codes = tokenizer["codebook_size"]
-  if rows != codes + CLASSES + 1:
-    raise UserError(
-      f"{path}: tensor 'token_emb.word_embeddings.weight' has {rows} rows: {codes} codes, {CLASSES} classes "
-      f"and [MASK] need {codes + CLASSES + 1}"
-    )
-  side = math.isqrt(max(positions - 1, 0))
-  if side * side != positions - 1 or not side:
-    raise UserError(f"{path}: its {positions - 1} positions do not form a square, as tokens of images must")
-  size = side * math.prod(tokenizer["strides"])
+  heads = {
+    "encoder": check_heads(path, "encoder", width, encoder_heads),
+    "decoder": check_heads(path, "decoder", decoder_width, decoder_heads),
+  }
+  check_rows(path, rows, tokenizer)
+  size = tensors.image_size(path, positions - 1, tokenizer["strides"])
   return dict(
     name="mage",
     image_size=(size, size),
@@ -136,6 +120,36 @@ def infer(
     label_smoothing=0.1,
     sampling=dict(steps=20, schedule="cosine", temperature=6.0),
   )
+
+
+def check_heads(path: epath.PathLike, part: str, width: int, given: int | None) -> int:
+  """Returns the head count of the encoder or decoder, by default that of the published models.
+
+  Raises:
+    UserError: if it is unknown, or does not divide the width.
+  """
+  heads = given or HEADS.get(width, (0, 0))[part == "decoder"]
+  if not heads:
+    raise UserError(f"{path} has no head counts, and none are known for width {width}: give --{part}_heads")
+  if heads < 1 or width % heads:
+    raise UserError(
+      f"--{part}_heads={heads} does not divide the {part}'s width of {width}: give one that does"
+    )
+  return heads
+
+
+def check_rows(path: epath.PathLike, rows: int, tokenizer: Mapping[str, Any]) -> None:
+  """Checks the number of token ids.
+
+  Raises:
+    UserError: if it is not that of codes, classes and [MASK].
+  """
+  codes = tokenizer["codebook_size"]
+  if rows != codes + CLASSES + 1:
+    raise UserError(
+      f"{path}: tensor 'token_emb.word_embeddings.weight' has {rows} rows: {codes} codes, {CLASSES} classes "
+      f"and [MASK] need {codes + CLASSES + 1}"
+    )
 
 
 def networks(section: Mapping[str, Any]) -> tuple[Mage, VQGAN]:
@@ -179,17 +193,36 @@ def to_reference(params: Mapping[str, Any], model: Mage, tokenizer: VQGAN) -> di
   }
   blocks = {f"encoder/block_{i}": f"blocks.{i}" for i in range(model.depth)}
   blocks |= {f"decoder/block_{i}": f"decoder_blocks.{i}" for i in range(model.decoder_depth)}
-  layers = dict(LAYERS)
+  return found | rename_blocks(flat, LAYERS, blocks) | rename_tokenizer(params["tokenizer"], tokenizer)
+
+
+def rename_blocks(
+  flat: Mapping[str, Any], layers: Mapping[str, str], blocks: Mapping[str, str]
+) -> dict[str, Any]:
+  """Renames the parameters of blocks, with one projection for query, key and value, and of other layers.
+
+  Args:
+    flat: our parameters by path name.
+    layers: their name for each of our layers outside blocks.
+    blocks: their name for each of our blocks.
+
+  Raises:
+    UserError: for a layer without a name.
+  """
+  known = dict(layers)
   for ours, theirs in blocks.items():
-    layers |= {f"{ours}/{name}": f"{theirs}.{other}" for name, other in BLOCK.items()}
-  found |= vqgan_pytorch.to_torch(flat, layers)
+    known |= {f"{ours}/{name}": f"{theirs}.{other}" for name, other in BLOCK.items()}
+  found = vqgan_pytorch.to_torch(flat, known)
   for block in blocks.values():
     for leaf in ("weight", "bias"):
       fused = [found.pop(f"{block}.attn.{name}.{leaf}") for name in ("query", "key", "value")]
       found[f"{block}.attn.qkv.{leaf}"] = jnp.concatenate(fused)
-  for name, value in vqgan_pytorch.to_reference(params["tokenizer"], tokenizer).items():
-    found[f"vqgan.{name}"] = value
   return found
+
+
+def rename_tokenizer(params: Any, tokenizer: VQGAN) -> dict[str, Any]:
+  """Renames the parameters of the tokenizer within a file of the reference."""
+  return {f"vqgan.{name}": value for name, value in vqgan_pytorch.to_reference(params, tokenizer).items()}
 
 
 def _rows(table: jax.Array, count: int) -> jax.Array:

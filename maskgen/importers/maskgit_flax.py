@@ -26,6 +26,12 @@ def convert(path: epath.PathLike, image_size: int = 256) -> Converted:
   Raises:
     UserError: if the file is of another kind, see `tensors.read_msgpack` and `tensors.take`.
   """
+  section, params, unused = read(path)
+  return vqgan_pytorch.tokenizer_export(section, params, image_size, unused)
+
+
+def read(path: epath.PathLike) -> tuple[dict[str, Any], Any, tuple[str, ...]]:
+  """The fields of `VQGAN`, the parameters, and the names of unknown tensors; raises like `convert`."""
   found = tensors.read_msgpack(path)
   section = _infer(path, found)
   network = VQGAN(**section)
@@ -33,7 +39,7 @@ def convert(path: epath.PathLike, image_size: int = 256) -> Converted:
   params = tensors.take(path, found, rename, vqgan_pytorch.shapes(network))
   unused = tuple(sorted(found.keys() - jax.eval_shape(rename, params).keys()))
   vqgan_pytorch.refuse_left_over(path, unused, ("encoder/", "decoder/", "quantizer/"))
-  return vqgan_pytorch.tokenizer_export(section, params, image_size, unused)
+  return section, params, unused
 
 
 def _infer(path: epath.PathLike, found: tensors.Tensors) -> dict[str, Any]:

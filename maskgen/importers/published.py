@@ -32,6 +32,8 @@ PUBLISHED = {
   "maskgit_tokenizer_512": Published(
     "maskgit_flax", f"{_MASKGIT}/tokenizer_imagenet512_checkpoint", "Apache-2.0"
   ),
+  "maskgit_256": Published("maskgit", f"{_MASKGIT}/maskgit_imagenet256_checkpoint", "Apache-2.0"),
+  "maskgit_512": Published("maskgit", f"{_MASKGIT}/maskgit_imagenet512_checkpoint", "Apache-2.0"),
   "siglip_so400m_224": Published("siglip", f"{_HUB}/google/siglip-so400m-patch14-224", "Apache-2.0"),
   "stable_diffusion_15": Published(
     "diffusers", f"{_HUB}/stable-diffusion-v1-5/stable-diffusion-v1-5", "CreativeML OpenRAIL-M"

@@ -6,11 +6,12 @@ numbers, so it is linear, and its transpose is its inverse.
 
 import argparse
 import io
+import math
 import pickle
 import re
 import zipfile
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.serialization
@@ -106,6 +107,23 @@ def need(path: epath.PathLike, tensors: Mapping[str, np.ndarray], name: str, ndi
   if tensors[name].ndim != ndim:
     raise UserError(f"{path}: tensor '{name}' has {tensors[name].ndim} axes, but it should have {ndim}")
   return tensors[name]
+
+
+def image_size(path: epath.PathLike, positions: int, strides: Sequence[int]) -> int:
+  """The side in pixels of square images whose tokens have this many positions.
+
+  Args:
+    path: of the file, for messages.
+    positions: the number of tokens.
+    strides: of the tokenizer.
+
+  Raises:
+    UserError: if the positions form no square.
+  """
+  side = math.isqrt(max(positions, 0))
+  if side * side != positions or not side:
+    raise UserError(f"{path}: its {positions} positions do not form a square, as tokens of images must")
+  return side * math.prod(strides)
 
 
 def count(tensors: Mapping[str, np.ndarray], pattern: str) -> int:

@@ -1,4 +1,4 @@
-"""Pre-norm transformer blocks (Dosovitskiy et al. 2021) with the initialisation of MAE.
+"""Transformer blocks, pre-norm (Dosovitskiy et al. 2021) unless stated, with the initialisation of MAE.
 
 Letters: b batch, n positions, h heads, d width. Between attentions the positions of all examples form one
 axis, [b * n, d]: if n is odd, as with a class position, TPUs pad [b, n, d] and take several times as long to
@@ -163,6 +163,8 @@ class Block(nn.Module):
   attention: str = "auto"
   hidden: int = 0
   tanh_gelu: bool = False
+  post_norm: bool = False
+  epsilon: float = 1e-6
 
   @nn.compact
   def __call__(
@@ -177,14 +179,16 @@ class Block(nn.Module):
     def branch(y: jax.Array) -> jax.Array:
       return y if drop_path is None else DropPath()(y, length, drop_path)
 
-    y = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="attention_norm")(x)
-    y = Attention(self.heads, self.dropout, self.dtype, self.attention, name="attention")(
-      y, length, train=train, at=at
-    )
+    first = nn.LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name="attention_norm")
+    second = nn.LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name="mlp_norm")
+    attention = Attention(self.heads, self.dropout, self.dtype, self.attention, name="attention")
+    mlp = Mlp(self.hidden or 4 * x.shape[-1], self.dropout, self.dtype, self.tanh_gelu, name="mlp")
+    y = attention(x if self.post_norm else first(x), length, train=train, at=at)
     x = x + branch(Dropout(self.dropout)(y, train=train))
-    y = nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="mlp_norm")(x)
-    hidden = self.hidden or 4 * x.shape[-1]
-    return x + branch(Mlp(hidden, self.dropout, self.dtype, self.tanh_gelu, name="mlp")(y, train=train))
+    if self.post_norm:
+      x = first(x)
+      return second(x + branch(mlp(x, train=train)))
+    return x + branch(mlp(second(x), train=train))
 
 
 class Transformer(nn.Module):
@@ -201,6 +205,8 @@ class Transformer(nn.Module):
       training; 0 for the first block, and linear in between.
     hidden: width inside the MLPs, by default 4 d.
     tanh_gelu: whether their GELU is the approximation by tanh.
+    post_norm: whether each norm comes after its sum, as in BERT, and not before the branch.
+    epsilon: of the norms.
   """
 
   depth: int
@@ -213,19 +219,22 @@ class Transformer(nn.Module):
   drop_path: float = 0.0
   hidden: int = 0
   tanh_gelu: bool = False
+  post_norm: bool = False
+  epsilon: float = 1e-6
 
   @nn.compact
   def __call__(self, x: jax.Array, *, train: bool, at: jax.Array | None = None) -> jax.Array:
     """[b, n, d] -> [b, n, d]; for `at` and the collection `cache`, see `Attention`."""
-    options = (self.heads, self.dropout, self.dtype, self.attention, self.hidden, self.tanh_gelu)
+    fields = ("heads", "dropout", "dtype", "attention", "hidden", "tanh_gelu", "post_norm", "epsilon")
+    options = {name: getattr(self, name) for name in fields}
     shape, length = x.shape, x.shape[1]
     x = x.reshape(-1, x.shape[-1])
     if self.is_initializing():
       for i in range(self.depth):
-        x = Block(*options, name=f"block_{i}")(x, length, train=train)
+        x = Block(**options, name=f"block_{i}")(x, length, train=train)
       return x.reshape(shape)
 
-    block = Block(*options, parent=None)
+    block = Block(**options, parent=None)
 
     keep = self.is_mutable_collection("cache")
 

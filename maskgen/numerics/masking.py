@@ -5,6 +5,7 @@ Letters: b batch, n tokens, k kept tokens.
 
 import dataclasses
 import math
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -42,16 +43,29 @@ class MaskRatio:
     return jnp.clip(self.mean + self.std * normal, self.low, self.high)
 
 
+@dataclasses.dataclass(frozen=True)
+class CosineRatio:
+  """The mask ratio of MaskGIT (Chang et al. 2022, section 3.3): cos(pi / 2 u), with u uniform in [0, 1)."""
+
+  low: ClassVar[float] = 0.0
+
+  def sample(self, keys: jax.Array) -> jax.Array:
+    """Draws one ratio for each of the PRNG keys [b]; float32 [b] in (0, 1]."""
+    return jnp.cos(jnp.pi / 2 * jax.vmap(jax.random.uniform)(keys))
+
+
 # In tokens, so that 100 * 0.55 counts as 55 however it rounds in float32 or float64.
 _ROUNDING = 1e-3
 
 
-def num_dropped(num_tokens: int, ratio: MaskRatio) -> int:
+def num_dropped(num_tokens: int, ratio: MaskRatio | CosineRatio) -> int:
   """The number of masked tokens that the encoder never sees: ceil(n * low), the same for every example."""
   return math.ceil(num_tokens * ratio.low - _ROUNDING)
 
 
-def random_mask(keys: jax.Array, num_tokens: int, ratio: MaskRatio) -> tuple[jax.Array, jax.Array]:
+def random_mask(
+  keys: jax.Array, num_tokens: int, ratio: MaskRatio | CosineRatio
+) -> tuple[jax.Array, jax.Array]:
   """Chooses which tokens are masked, and which positions the encoder keeps.
 
   For each example, ceil(n * r) tokens are masked, with r drawn from `ratio`, and ceil(n * low) of the masked

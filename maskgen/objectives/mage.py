@@ -29,7 +29,6 @@ from maskgen.objectives import (
   PredictFn,
   Tree,
   check_image_size,
-  check_tokenizer,
   token_fns,
 )
 
@@ -152,16 +151,10 @@ class Objective:
     return EncoderPart(MageEncoder(network, self.tokenizer, self.image_size), "params/main")
 
   def pretrained_shapes(self) -> dict[str, Tree]:
-    images = jax.ShapeDtypeStruct((1, *self.image_shape), jnp.float32)
-    variables = jax.eval_shape(self.tokenizer.init, jax.random.key(0), images)
-    return {"tokenizer": {"params": {"generator": variables["params"]}}}
+    return {"tokenizer": token_fns.tokenizer_shapes(self.tokenizer, self.image_shape)}
 
   def check_pretrained(self, name: str, config: Mapping[str, Any]) -> None:
-    section = config.get("objective", {})
-    if section.get("name") != "tokenizer":
-      raise UserError("it is not a tokenizer: give a model trained with the tokenizer objective")
-    found = config_lib.build_dataclass(VQGAN, section.get("tokenizer", {}), "its tokenizer")
-    check_tokenizer(found, self.tokenizer)
+    token_fns.check_pretrained_tokenizer(config, self.tokenizer)
 
   def init(self, rng: jax.Array, pretrained: Mapping[str, Tree]) -> dict[str, Tree]:
     tokens = jnp.zeros((1, self.num_tokens), jnp.int32)

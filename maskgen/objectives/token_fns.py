@@ -1,17 +1,19 @@
 """Prediction functions of objectives with a tokenizer; `Objective.predict_fns` describes each of them."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 
+from maskgen import config as config_lib
 from maskgen import images as images_lib
+from maskgen.errors import UserError
 from maskgen.models.vqgan import VQGAN
 from maskgen.numerics import masking
 from maskgen.numerics import sampling as sampling_lib
-from maskgen.objectives import Batch, PredictFn, Tree
+from maskgen.objectives import Batch, PredictFn, Tree, check_tokenizer
 
 
 class MaskedModel(Protocol):
@@ -36,8 +38,28 @@ class MaskedModel(Protocol):
 
   def reusing_fn(
     self, variables: Tree, batch: Batch, guidance: float | jax.Array, guidance_schedule: str
-  ) -> sampling_lib.ReusingFn:
-    """Likewise, the function that reuses features."""
+  ) -> sampling_lib.ReusingFn | None:
+    """Likewise, the function that reuses features; None if the model does not support it."""
+
+
+def tokenizer_shapes(tokenizer: VQGAN, image_shape: tuple[int, int, int]) -> Tree:
+  """The shapes of the variables that `config.pretrained.tokenizer` provides."""
+  images = jax.ShapeDtypeStruct((1, *image_shape), jnp.float32)
+  variables = jax.eval_shape(tokenizer.init, jax.random.key(0), images)
+  return {"params": {"generator": variables["params"]}}
+
+
+def check_pretrained_tokenizer(config: Mapping[str, Any], tokenizer: VQGAN) -> None:
+  """Checks that `config.pretrained.tokenizer` is a model of this tokenizer.
+
+  Raises:
+    UserError: if it is another model, or another network.
+  """
+  section = config.get("objective", {})
+  if section.get("name") != "tokenizer":
+    raise UserError("it is not a tokenizer: give a model trained with the tokenizer objective")
+  found = config_lib.build_dataclass(VQGAN, section.get("tokenizer", {}), "its tokenizer")
+  check_tokenizer(found, tokenizer)
 
 
 def tokenizer_fns(

@@ -11,7 +11,9 @@ from maskgen.errors import UserError
 # Modules of maskgen.importers, and the options that their `convert` takes.
 FORMATS: dict[str, tuple[str, ...]] = {
   "mage": ("encoder_heads", "decoder_heads"),
+  "mage_finetuned": ("encoder_heads",),
   "vqgan_pytorch": ("image_size",),
+  "maskgit": ("tokenizer",),
   "maskgit_flax": ("image_size",),
   "mobilenet_v2": (),
   "torchvision": (),
@@ -25,7 +27,8 @@ def main(argv: Sequence[str]) -> None:
   parser = cli.Parser(
     "Converts a weights file of another project to a folder for maskgen.load or config.pretrained. "
     "mage: tokenizer and transformer of the PyTorch reference, as safetensors or PyTorch file. "
-    "vqgan_pytorch: only its tokenizer. maskgit_flax: MaskGIT's tokenizer, a Flax msgpack file. "
+    "mage_finetuned: a classifier of its main_finetune.py. vqgan_pytorch: only its tokenizer. "
+    "maskgit: MaskGIT's transformer and its tokenizer, Flax msgpack files. maskgit_flax: the tokenizer. "
     "mobilenet_v2: an .npz of quantized convolutions, and torchvision: ResNet-50 or VGG16 as safetensors or "
     "PyTorch file, also of timm; these are feature networks of the perceptual loss. "
     "siglip: an image encoder, as safetensors of transformers or .npz of big_vision. "
@@ -36,16 +39,18 @@ def main(argv: Sequence[str]) -> None:
   parser.add_argument("--format", required=True, choices=FORMATS, help="format of the weights file")
   parser.add_argument("--weights", required=True, help="weights file; for diffusers, a folder")
   parser.add_argument("--out", required=True, help="new folder")
-  parser.add_argument("--encoder_heads", type=int, help="mage, siglip: default as published")
+  parser.add_argument("--encoder_heads", type=int, help="mage, mage_finetuned, siglip: default as published")
   parser.add_argument("--decoder_heads", type=int, help="mage: default as published")
   parser.add_argument("--image_size", type=int, help="tokenizers: pixels per side, default 256")
+  parser.add_argument("--tokenizer", help="maskgit: weights file of its tokenizer")
   args = parser.parse_args(argv)
-  given = {name: getattr(args, name) for name in ("encoder_heads", "decoder_heads", "image_size")}
+  options = ("encoder_heads", "decoder_heads", "image_size", "tokenizer")
+  given = {name: getattr(args, name) for name in options}
   given = {name: value for name, value in given.items() if value is not None}
   for name, value in given.items():
     if name not in FORMATS[args.format]:
       raise UserError(f"--format={args.format} takes no --{name}: leave it out")
-    if value < 1:
+    if name != "tokenizer" and value < 1:
       raise UserError(f"--{name}={value}: give at least 1")
   _check_published(args.weights)
   cli.check_out_folder(args.out)
