@@ -1,6 +1,7 @@
 """Shared by all entry points: command-line arguments, logging and error reporting."""
 
 import argparse
+import contextlib
 import logging
 import os
 import sys
@@ -112,6 +113,9 @@ def probe(folder: epath.Path) -> None:
   Raises:
     OSError: if that fails; permissions do not tell, as root has all of them.
   """
+  if "://" not in str(folder):
+    with contextlib.suppress(FileNotFoundError):
+      os.lstat(folder)  # its name may be too long
   while "://" not in str(folder) and not folder.exists():
     folder = folder.parent
   file = folder / f".writable-{uuid.uuid4().hex}"

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from maskgen.errors import UserError
 
@@ -165,7 +165,8 @@ def open_picture(path: epath.PathLike, what: str) -> Image.Image:
       raise ValueError("the file is truncated")
     picture = ImageOps.exif_transpose(picture)
   except Exception as error:  # Pillow's plugins raise many kinds.
-    raise UserError(f"{what} cannot be read as a picture: {error}") from error
+    reason = "its format is unknown" if isinstance(error, UnidentifiedImageError) else error
+    raise UserError(f"{what} cannot be read as a picture: {reason}") from error
   if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
     raise UserError(f"{what} has more than 8 bits per channel: save it with 8")
   return picture

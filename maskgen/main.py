@@ -246,7 +246,7 @@ def name_stage(stage: str) -> Iterator[None]:
   try:
     yield
   except UserError as error:
-    named = re.sub(rf"\bconfig(?=\.({keys})\b| (has|needs) )", f"config.{stage}", str(error))
+    named = re.sub(rf"^config(?=: )|\bconfig(?=\.({keys})\b| (has|needs) )", f"config.{stage}", str(error))
     error.args = (named, *error.args[1:])
     raise
 
@@ -334,6 +334,7 @@ def check(experiment: Any, workdir: epath.Path) -> None:
   log.info("%s: state and frozen parts on the mesh\n%s", workdir.name, experiment.coverage())
   if experiment.warm_start:
     log.info("%s: parameters taken from the source\n%s", workdir.name, experiment.warm_start.report())
+  experiment.check_predict_fns()
   batch = next(experiment.train_batches(0))
   shapes = {key: f"{value.dtype}{list(value.shape)}" for key, value in batch.items()}
   log.info("%s: one batch %s", workdir.name, shapes)
@@ -346,7 +347,6 @@ def check(experiment: Any, workdir: epath.Path) -> None:
     memory.argument_size_in_bytes / 1e6,
     memory.temp_size_in_bytes / 1e6,
   )
-  experiment.check_predict_fns()
   log.info("%s: evaluations %s", workdir.name, ", ".join(experiment.evaluators) or "none")
 
 

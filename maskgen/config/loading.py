@@ -160,8 +160,9 @@ def _failures(path: str, file: pathlib.Path) -> Iterator[None]:
     raise
   except SyntaxError as error:
     raise UserError(f"config file {path} is not valid Python: {error}") from error
-  except Exception as error:
-    lines = [at.lineno for at in traceback.extract_tb(error.__traceback__) if at.filename == str(file)]
+  except (Exception, SystemExit) as error:
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [at.lineno for at in frames if pathlib.Path(at.filename).resolve() == file.resolve()]
     where = f" in line {lines[-1]}" if lines else ""
     said = " ".join(f"{type(error).__name__}: {error}".split())
     raise UserError(f"config file {path} fails{where} ({said}): correct it") from error

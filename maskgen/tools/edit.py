@@ -113,8 +113,11 @@ def _find_hole(args: argparse.Namespace, picture: Image.Image) -> tuple[np.ndarr
   shape = image.shape[:2]
   if args.outpaint is not None:
     sides = args.outpaint * (4 // len(args.outpaint))
-    (image,), hole = editing.extend(image[None], sides)
     source = f"--outpaint={','.join(map(str, sides))}"
+    try:
+      (image,), hole = editing.extend(image[None], sides)
+    except UserError as error:
+      raise UserError(f"{source}: {error}") from None
   elif args.box is not None:
     hole, source = editing.box_hole(args.box, shape), "--box"
   elif args.mask is not None:

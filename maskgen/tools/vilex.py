@@ -138,6 +138,8 @@ def interpolate(argv: Sequence[str]) -> None:
   _add_sampling(parser)
   _add_words(parser)
   args = _parse(parser, argv, ".png")
+  if args.count < 2:
+    raise UserError(f"--count={args.count}: give at least 2, for both ends")
   model, given = _load(args, args.num_tokens)
   if len(given) != 2:
     raise UserError(f"--image gives {len(given)} images: give the two images to interpolate between")

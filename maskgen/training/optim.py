@@ -86,6 +86,11 @@ class Optimizer:
     if self.layer_decay is not None and not 0.0 < self.layer_decay <= 1.0:
       raise UserError(f"layer_decay is {self.layer_decay}: it is above 0 and at most 1")
     config_lib.check_at_least(self, 0, "end_learning_rate", "weight_decay", "b1", "b2")
+    for name in ("b1", "b2"):
+      if not getattr(self, name) < 1.0:
+        raise UserError(f"{name} is {getattr(self, name)}: it must be less than 1")
+    if self.clip_norm == 0.0:
+      raise UserError("clip_norm is 0.0, which makes all gradients 0: set it above 0, or to None")
     if self.name not in OPTIMIZERS:
       raise UserError(f"name '{self.name}' does not exist{nearest(self.name, OPTIMIZERS)}")
     if self.schedule not in SCHEDULES:
