@@ -48,6 +48,12 @@ def to_uint8(images: np.ndarray) -> np.ndarray:
   return np.rint(np.clip(images, 0.0, 1.0) * 255.0).astype(np.uint8)
 
 
+def to_rgb(images: np.ndarray) -> np.ndarray:
+  """Converts images [..., h, w, 1 or 3] as `to_uint8` does, and grey ones to three channels."""
+  images = to_uint8(images)
+  return np.repeat(images, 3, axis=-1) if images.shape[-1] == 1 else images
+
+
 def like(given: np.ndarray, made: np.ndarray) -> np.ndarray:
   """Converts float images in [0, 1] to the dtype of the images a user gave: uint8, or unchanged."""
   return to_uint8(made) if given.dtype == np.uint8 else made
@@ -200,9 +206,7 @@ def on_white(picture: Image.Image) -> Image.Image:
 
 def grid(images: np.ndarray, columns: int | None = None, padding: int = 2) -> np.ndarray:
   """Tiles images [b, h, w, c] into one uint8 picture [H, W, 3], row by row on white."""
-  images = to_uint8(images)
-  if images.shape[-1] == 1:
-    images = np.repeat(images, 3, axis=-1)
+  images = to_rgb(images)
   count, height, width, _ = images.shape
   columns = columns or math.ceil(math.sqrt(count))
   rows = math.ceil(count / columns)
@@ -239,6 +243,11 @@ def metadata(picture: Image.Image) -> dict[str, Any]:
 
 def write_png(path: epath.PathLike, picture: np.ndarray, **options: Any) -> None:
   """Writes one picture [h, w, 3], uint8 or float in [0, 1], as a PNG file; for options see `metadata`."""
+  epath.Path(path).write_bytes(png(picture, **options))
+
+
+def png(picture: np.ndarray, **options: Any) -> bytes:
+  """The contents of such a file."""
   buffer = io.BytesIO()
   Image.fromarray(to_uint8(picture)).save(buffer, format="PNG", **options)
-  epath.Path(path).write_bytes(buffer.getvalue())
+  return buffer.getvalue()

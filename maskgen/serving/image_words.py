@@ -74,16 +74,31 @@ class ImageWords(Model):
       negative_prompt: a text that guidance steers away from.
       **options: the fields of `maskgen.models.vilex.ImageWordsSampling`; by default as in the config.
     """
-    options = self._options(options)
+    request = self.request(seed, batch, prompt, images, num_tokens, negative_prompt)
+    return self._generate(request, self._options(options))
+
+  def request(
+    self,
+    seed: int,
+    batch: int | None = None,
+    prompt: str | None = None,
+    images: Sequence[np.ndarray] | np.ndarray | None = None,
+    num_tokens: Numbers = None,
+    negative_prompt: str | None = None,
+    *,
+    start: int = 0,
+  ) -> dict[str, Any]:
+    """The batch for the prediction function `generate`, see there: images `start` to `start + batch`."""
     vectors = [self._vectors(image) for image in self._in_turn(images)]
     if prompt is not None and not isinstance(prompt, str):
       raise UserError(f"prompt is {prompt!r}: give one text for all generated images")
     rows = max([len(tokens) for tokens in vectors], default=1)
     batch = requests.count(rows if batch is None else batch)
-    request = {"key": requests.keys(seed, batch), **self._lay_out(prompt or "", vectors, num_tokens, batch)}
+    laid = self._lay_out(prompt or "", vectors, num_tokens, batch)
+    request = {"key": requests.keys(seed, batch, start), **laid}
     if negative_prompt is not None:
       request["negative"] = requests.captions(negative_prompt, batch, self.objective.texts)
-    return self.call("generate", request, **options)
+    return request
 
   def interpolate(
     self, first: np.ndarray, second: np.ndarray, count: int = 5, seed: int = 0, **options: Any

@@ -1,15 +1,20 @@
 """The base class of all models that `maskgen.load` returns."""
 
+import copy
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 import jax
 import numpy as np
 
+from maskgen import config as config_lib
 from maskgen import images as images_lib
-from maskgen import objectives
+from maskgen import objectives, sharding
 from maskgen.errors import UserError
 from maskgen.serving import requests
+
+# The largest batch of `generate`: more images are made in several, so that memory holds only their pixels.
+LARGEST = 256
 
 
 class CannotError(UserError, AttributeError):
@@ -38,6 +43,7 @@ class Model:
     self.objective = objective
     self.variables = variables
     self._fns = objectives.compile_predict_fns(objective)
+    self._mesh: jax.sharding.Mesh | None = None
 
   def __getattr__(self, name: str) -> Any:
     if name.startswith("_"):  # Python and notebooks probe such names on any object
@@ -62,7 +68,18 @@ class Model:
     if name not in self._fns:
       raise UserError(self._cannot(name))
     rng = requests.key(seed)
+    if self._mesh is not None:
+      sharding.check_batch(len(jax.tree.leaves(batch)[0]), 1, self._mesh)
+      batch = jax.device_put(batch, sharding.batch_sharding(self._mesh))
     return jax.tree.map(np.asarray, self._fns[name](self.variables, batch, rng, **options))
+
+  def on_local_devices(self) -> Self:
+    """Returns this model on all devices of this process; each computes an equal part of every batch."""
+    spread = copy.copy(self)
+    spread._mesh = sharding.make_mesh(config_lib.Mesh(), jax.local_devices())
+    spread.variables = jax.device_put(self.variables, sharding.replicated(spread._mesh))
+    spread._fns = objectives.compile_predict_fns(self.objective, spread._mesh)
+    return spread
 
   def features(self, images: np.ndarray) -> np.ndarray:
     """Returns features of images, float32 [b, d]: the normalised mean of the encoder's output tokens."""
@@ -82,6 +99,17 @@ class Model:
         "resize them"
       )
     return checked
+
+  def _generate(self, request: Mapping[str, Any], options: dict[str, Any]) -> np.ndarray:
+    """Calls `generate` on a batch of any size, in equal parts of at most `LARGEST` images."""
+    count = len(request["key"])
+    size = -(-count // -(-count // LARGEST))
+    parts = []
+    for start in range(0, count, size):
+      rows = np.arange(start, start + size).clip(max=count - 1)
+      part = request if size == count else {name: values[rows] for name, values in request.items()}
+      parts.append(self.call("generate", part, **options))
+    return np.concatenate(parts)[:count]
 
   def _options(self, options: dict[str, Any]) -> dict[str, Any]:
     given = requests.options(options)

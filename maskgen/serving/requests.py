@@ -13,6 +13,8 @@ from maskgen.errors import UserError
 from maskgen.numerics.text import Captions
 
 _BATCH = 16
+# Folded into an image's key to draw its class; sampling uses the numbers of its steps.
+_DRAW = 2**31 - 1
 
 
 def whole(name: str, value: Any, least: int | None = None) -> int:
@@ -55,14 +57,28 @@ def key(seed: int) -> jax.Array:
   return jax.random.key(seed)
 
 
-def keys(seed: int, batch: int) -> jax.Array:
-  """Returns one key per image; key i does not depend on `batch`.
+def keys(seed: int, batch: int, start: int = 0) -> jax.Array:
+  """Returns the keys of images `start`, `start + 1`, ...; the key of image i depends only on the seed and i.
 
   Raises:
     UserError: as `key` does.
   """
   root = key(seed)
-  return jax.vmap(lambda i: jax.random.fold_in(root, i))(jnp.arange(batch))
+  return jax.vmap(lambda i: jax.random.fold_in(root, i))(start + jnp.arange(batch))
+
+
+def draws(seed: int, numbers: Sequence[int], choices: int) -> np.ndarray:
+  """Returns a random choice for each of some images, int [n]; it depends only on the seed and their numbers.
+
+  Raises:
+    UserError: as `key` does.
+  """
+  root = key(seed)
+
+  def draw(number: jax.Array) -> jax.Array:
+    return jax.random.randint(jax.random.fold_in(jax.random.fold_in(root, number), _DRAW), (), 0, choices)
+
+  return np.asarray(jax.vmap(draw)(jnp.asarray(numbers)))
 
 
 def captions(prompt: Any, batch: int, reader: Captions | None) -> np.ndarray:

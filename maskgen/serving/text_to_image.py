@@ -28,8 +28,14 @@ class TextToImageModel(Model):
       prompt: a text, or one per image; None for no text.
       **options: the fields of `maskgen.numerics.diffusion.DiffusionSampling`; by default as in the config.
     """
+    return self._generate(self.request(seed, batch, prompt), self._options(options))
+
+  def request(
+    self, seed: int, batch: int | None = None, prompt: Any = None, *, start: int = 0
+  ) -> dict[str, Any]:
+    """The batch for the prediction function `generate`: images `start` to `start + batch`."""
     batch = requests.count(batch, prompt)
-    request: dict[str, Any] = {"key": requests.keys(seed, batch)}
+    request: dict[str, Any] = {"key": requests.keys(seed, batch, start)}
     if prompt is not None:
       request["caption"] = requests.captions(prompt, batch, self.objective.captions)
-    return self.call("generate", request, **self._options(options))
+    return request

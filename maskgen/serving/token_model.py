@@ -54,7 +54,7 @@ class TokenModel(Tokenizer):
       prompt: a text, or one per image, for models trained with captions; None for no text.
       **options: the fields of `maskgen.numerics.sampling.MaskedSampling`; by default as in the config.
     """
-    return self.call("generate", self._request(seed, batch, label, prompt), **self._options(options))
+    return self._generate(self.request(seed, batch, label, prompt), self._options(options))
 
   def trajectory(
     self,
@@ -70,7 +70,7 @@ class TokenModel(Tokenizer):
       Images float32 [batch, steps, h, w, c] in [0, 1] after each step, in which unknown tokens have their
       most recent samples; and which tokens are unknown, bool [batch, steps, h', w'].
     """
-    return self.call("trajectory", self._request(seed, batch, label, prompt), **self._options(options))
+    return self.call("trajectory", self.request(seed, batch, label, prompt), **self._options(options))
 
   def inpaint(
     self,
@@ -107,7 +107,7 @@ class TokenModel(Tokenizer):
       images_lib.check_mask(mask, shape, "pixel_mask"),
       requests.whole("feather", feather, least=0),
     )
-    request, options = self._request(seed, len(checked), label, prompt), self._options(options)
+    request, options = self.request(seed, len(checked), label, prompt), self._options(options)
     floats = np.asarray(images_lib.to_float(jnp.asarray(checked)))
     filled = images_lib.like(checked, self._fill(floats, mask, request, feather, options))
     return filled[0] if single else filled
@@ -165,10 +165,12 @@ class TokenModel(Tokenizer):
     parts = zip(windows, images, made, holes, strict=True)
     return np.stack([w.paste(image, new, editing.opacity(hole, feather)) for w, image, new, hole in parts])
 
-  def _request(self, seed: int, batch: int | None, label: Any, prompt: Any) -> dict[str, Any]:
-    """The batch for the prediction function, see `generate`."""
+  def request(
+    self, seed: int, batch: int | None = None, label: Any = None, prompt: Any = None, *, start: int = 0
+  ) -> dict[str, Any]:
+    """The batch for prediction functions that generate, see `generate`: images `start` to `start + batch`."""
     batch = requests.count(batch, label, prompt)
-    request: dict[str, Any] = {"key": requests.keys(seed, batch)}
+    request: dict[str, Any] = {"key": requests.keys(seed, batch, start)}
     if label is not None:
       request["label"] = requests.labels(label, batch, self.objective.num_classes)
     if prompt is not None:

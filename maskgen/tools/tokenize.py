@@ -2,8 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 from etils import epath
@@ -12,25 +11,6 @@ from maskgen import cli
 from maskgen.errors import UserError
 
 log = logging.getLogger("maskgen")
-
-
-def make_encoder(model: Any, batch_size: int) -> Callable[[np.ndarray], np.ndarray]:
-  """Returns a function from images uint8 [batch size, h, w, c] to codes, on all devices of this process."""
-  import jax
-
-  from maskgen import objectives, sharding
-  from maskgen.config import Mesh
-
-  mesh = sharding.make_mesh(Mesh(), jax.local_devices())
-  sharding.check_batch(batch_size, 1, mesh)
-  variables = jax.device_put(model.variables, sharding.replicated(mesh))
-  encode_on_devices = objectives.compile_predict_fns(model.objective)["encode"]
-
-  def encode(images: np.ndarray) -> np.ndarray:
-    batch = {"image": jax.device_put(images, sharding.batch_sharding(mesh))}
-    return np.asarray(encode_on_devices(variables, batch, jax.random.key(0)))
-
-  return encode
 
 
 def main(argv: Sequence[str]) -> None:
@@ -105,7 +85,11 @@ def main(argv: Sequence[str]) -> None:
     "%d records, %d crops each, in %d shards; %d of them left for this process",
     *(manifest.records, manifest.crops, manifest.num_shards, len(mine)),
   )
-  encode = make_encoder(model, args.batch_size)
+  spread = model.on_local_devices()
+
+  def encode(images: np.ndarray) -> np.ndarray:
+    return spread.call("encode", {"image": images})
+
   began = time.monotonic()
   images = 0
   for done, number in enumerate(mine, 1):
