@@ -122,6 +122,48 @@ def inception() -> dict[str, np.ndarray]:
   return {f"inception/{name}": sampled(value.numpy()) for name, value in found.items()}
 
 
+def pairs(side: int) -> tuple[np.ndarray, np.ndarray]:
+  """Smooth images and noisy copies, uint8 [2, side, side + 8, 3]."""
+  rng = np.random.default_rng(11)
+  coarse = rng.integers(256, size=(2, -(-side // 8), side // 8 + 1, 3)).astype(np.float32)
+  images = coarse.repeat(8, axis=1).repeat(8, axis=2)[:, :side, : side + 8]
+  noisy = images + rng.normal(size=images.shape, scale=40)
+  return images.astype(np.uint8), noisy.clip(0, 255).astype(np.uint8)
+
+
+def heads(channels: tuple[int, ...]) -> dict[str, np.ndarray]:
+  """Random linear heads of LPIPS under the published names."""
+  rng = np.random.default_rng(12)
+  return {
+    f"lin{i}.model.1.weight": rng.uniform(size=(1, c, 1, 1)).astype(np.float32)
+    for i, c in enumerate(channels)
+  }
+
+
+def similarities() -> dict[str, np.ndarray]:
+  import pytorch_msssim
+  import torch
+  from lpips import LPIPS
+
+  found = {}
+  for name in ("alex", "vgg"):
+    with mock.patch("builtins.print"):
+      model = LPIPS(net=name, pnet_rand=True, pretrained=False)
+    trunk = {f"features.{key.split('.', 1)[1]}": key for key in model.net.state_dict()}
+    made = weights({key: tuple(model.net.state_dict()[own].shape) for key, own in trunk.items()})
+    model.net.load_state_dict({trunk[key]: torch.from_numpy(value) for key, value in made.items()})
+    state = {key: torch.from_numpy(value) for key, value in heads(model.chns).items()}
+    missing, _ = model.load_state_dict(state, strict=False)
+    assert not [key for key in missing if key.startswith("lin") and "lins" not in key]
+    images = (torch.from_numpy(x).permute(0, 3, 1, 2) / 255 for x in pairs(64))
+    with torch.no_grad():
+      found[f"lpips_{name}"] = model(*images, normalize=True).flatten().numpy()
+  images = [torch.from_numpy(x).permute(0, 3, 1, 2).double() for x in pairs(171)]
+  found["ms_ssim"] = pytorch_msssim.ms_ssim(*images, data_range=255, size_average=False).numpy()
+  found["ssim"] = pytorch_msssim.ssim(*images, data_range=255, size_average=False).numpy()
+  return found
+
+
 if __name__ == "__main__":
   import_torchvision()
-  np.savez(sys.argv[1], **set_metrics(), **inception())
+  np.savez(sys.argv[1], **set_metrics(), **inception(), **similarities())

@@ -1,4 +1,4 @@
-"""The same numbers as torch-fidelity and prdc.
+"""The same numbers as torch-fidelity, prdc, lpips and pytorch-msssim.
 
 PyTorch computes them in a separate process (evaluation_reference.py), which needs the extra `parity`; without
 it, we compare with what that process once wrote.
@@ -15,11 +15,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from maskgen.evaluators import frechet, protocols, set_metrics
-from maskgen.importers import inception, tensors
+from maskgen.evaluators import frechet, paired, protocols, set_metrics
+from maskgen.importers import inception, tensors, torchvision
+from maskgen.importers import lpips as lpips_files
+from maskgen.models import lpips
 
 HERE = pathlib.Path(__file__).parent
-PACKAGES = ("torch", "torch_fidelity", "prdc")
+PACKAGES = ("torch", "torch_fidelity", "prdc", "lpips", "pytorch_msssim")
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +72,27 @@ def test_inception(expected, inception_file):
   taps = dict(zip(("64", "192", "768", "2048", "spatial", "logits_unbiased", "logits"), found, strict=True))
   for name, value in taps.items():
     check(reference.sampled(np.asarray(value)), expected[f"inception/{name}"], name)
+
+
+@pytest.mark.parametrize("channels", lpips.BACKBONES)
+def test_lpips(expected, channels, tmp_path):
+  """At random weights of backbone and heads."""
+  name, network = lpips.BACKBONES[channels]
+  shapes = jax.eval_shape(network.init, jax.random.key(0), jax.ShapeDtypeStruct((1, 64, 64, 3), "float32"))
+  theirs = jax.eval_shape(torchvision.to_torchvision, shapes["params"])
+  trunk = reference.weights({key: leaf.shape for key, leaf in theirs.items()})
+  save_file(trunk | {"classifier.1.bias": np.zeros(2, np.float32)}, tmp_path / "trunk.safetensors")
+  save_file(reference.heads(channels), tmp_path / "heads.safetensors")
+  loaded = lpips_files.load(tmp_path / "trunk.safetensors", tmp_path / "heads.safetensors")
+  found = paired.build(["lpips"], loaded)(*reference.pairs(64))
+  np.testing.assert_allclose(found[f"lpips_{name}"], expected[f"lpips_{name}"], rtol=1e-5)
+
+
+def test_structural_similarity(expected):
+  originals, noisy = reference.pairs(171)
+  found = paired.build(["ssim", "ms_ssim"], None)(noisy, originals)
+  for name, value in found.items():
+    np.testing.assert_allclose(value, expected[name], rtol=2e-5, err_msg=name)
 
 
 def check(found, expected, name):

@@ -4,10 +4,14 @@ import dataclasses
 import json
 import logging
 
+import jax
 import numpy as np
 import pytest
+import tiny
 from PIL import Image
 
+import maskgen
+from maskgen import objectives, storage
 from maskgen.errors import UserError
 from maskgen.evaluators import comparison, frechet, picture_sets, statistics_files
 from maskgen.evaluators.feature_spaces import pixels
@@ -207,7 +211,7 @@ def test_fid_needs_more_pictures_than_features():
   with pytest.raises(UserError, match="FID on 2,048 features needs at least 2,048 pictures in x, but there "):
     comparison.check_counts(("fid",), 200, "x", network, 2048)
   with pytest.raises(UserError, match="sfid' is defined by ADM"):
-    comparison.check_metrics(("sfid",), network)
+    comparison.check_metrics(("sfid",), "clean")
 
 
 def test_features_that_are_not_finite_are_refused():
@@ -222,3 +226,80 @@ def test_npz_files_are_read_in_pieces(data):
   batches = list(found.read(25))
   assert [len(batch) for batch in batches] == [25, 25, 10] and len(found) == 60
   np.testing.assert_array_equal(np.concatenate(batches), REAL)
+
+
+# Pairs
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+  """A folder with an untrained tokenizer."""
+  folder = tmp_path_factory.mktemp("tokenizer") / "export"
+  section = tiny.get_config("only=tokenizer").objective.to_dict()
+  objective = objectives.build(section)
+  storage.write_export(folder, {"objective": section}, objective.init(jax.random.key(0), {}))
+  return folder
+
+
+def test_pairs_are_compared_one_by_one(data, tmp_path):
+  """A folder of the originals, brighter by 10 levels."""
+  images = REAL // 2
+  np.savez(tmp_path / "originals.npz", arr_0=images)
+  (tmp_path / "made").mkdir()
+  for i, image in enumerate(images):
+    Image.fromarray(image + 10).save(tmp_path / "made" / f"{i:03}.png")
+  flags = (f"--reference={tmp_path}/originals.npz", f"--json={tmp_path}/out.json", "--metrics=psnr,ssim")
+  evaluate.main([f"--generated={tmp_path}/made", f"--page={tmp_path}/page.png", *flags])
+  found = json.loads((tmp_path / "out.json").read_text())["metrics"]
+  assert found.keys() == {"psnr", "ssim"}
+  np.testing.assert_allclose(found["psnr"], 20 * np.log10(255 / 10), rtol=1e-5)
+  assert 0.8 < found["ssim"] < 1
+  page = Image.open(tmp_path / "page.png")
+  assert min(page.size) > 2 * 192
+
+
+def test_a_tokenizer_is_evaluated_on_a_folder(data, tokenizer):
+  """Pictures are cut into tiles, and put together again."""
+  wide = np.concatenate([REAL[:6], REAL[6:12]], axis=2)
+  np.savez(data / "wide.npz", arr_0=wide)
+  out = data / "out.json"
+  metrics = "psnr,codebook_usage,perplexity"
+  evaluate.main(
+    [f"--model={tokenizer}", f"--reference={data}/wide.npz", f"--metrics={metrics}", f"--json={out}"]
+  )
+  found = json.loads(out.read_text())["metrics"]
+  model = maskgen.load(tokenizer)
+  made = model.reconstruct(REAL[:12]).astype(np.float64)
+  errors = np.square((made - REAL[:12]) / 255).mean(axis=(1, 2, 3))
+  expected = -10 * np.log10((errors[:6] + errors[6:]) / 2).mean()
+  np.testing.assert_allclose(found["psnr"], expected, rtol=1e-5)
+  counts = np.bincount(model.encode(REAL[:12]).ravel(), minlength=tiny.CODES) / (12 * tiny.TOKENS)
+  assert found["codebook_usage"] == np.mean(counts > 0)
+  entropy = -sum(share * np.log(share) for share in counts[counts > 0])
+  np.testing.assert_allclose(found["perplexity"], np.exp(entropy))
+
+
+def test_bad_pairs_are_one_sentence(data, tokenizer, tmp_path):
+  np.savez(data / "fewer.npz", arr_0=REAL[:5])
+  refused(
+    data, "has 5 pictures and .* 60: 'psnr' needs one original", "fewer.npz", "real.npz", "--metrics=psnr"
+  )
+  refused(data, "sides of at least 161 pixels", "generated.npz", "real.npz", "--metrics=ms_ssim")
+  refused(data, "'lpips' needs --lpips_trunk=FILE", "generated.npz", "real.npz", "--metrics=lpips")
+  refused(data, "'perplexity' is of a tokenizer", "generated.npz", "real.npz", "--metrics=perplexity")
+  refused(data, "needs a metric of pairs", "generated.npz", "real.npz", "--page=page.png")
+  (tmp_path / "renamed").mkdir()
+  for i, image in enumerate(REAL):
+    Image.fromarray(image).save(tmp_path / "renamed" / f"x{i:03}.png")
+  refused(
+    data,
+    "'x000.png' of .* would be compared with 'cats/000.png'",
+    tmp_path / "renamed",
+    "real",
+    "--metrics=psnr",
+  )
+  with pytest.raises(UserError, match="either --generated or --model"):
+    evaluate.main([f"--reference={data}/real.npz"])
+  np.savez(data / "odd.npz", arr_0=REAL[:, :15])
+  with pytest.raises(UserError, match=r"have \(15, 16\) .* takes \(16, 16\): crop or resize"):
+    evaluate.main([f"--model={tokenizer}", f"--reference={data}/odd.npz", "--metrics=psnr"])

@@ -24,6 +24,7 @@ from maskgen.evaluators.frechet import Gaussian, Moments, distance
 # Metrics, and what they need of each set: keys of `Features`.
 METRICS = {
   "fid": ("pooled_moments",),
+  "rfid": ("pooled_moments",),
   "sfid": ("spatial_moments",),
   "is": ("logits",),
   "kid": ("pooled",),
@@ -147,8 +148,8 @@ def collect(name: str, batches: Iterable[Mapping[str, Any]], needs: Iterable[str
   return Features(name, **found)
 
 
-def check_metrics(metrics: Sequence[str], network: Network) -> None:
-  """Checks that a network has metrics.
+def check_metrics(metrics: Sequence[str], protocol: str) -> None:
+  """Checks that a protocol, or with "" any other network, has metrics.
 
   Raises:
     UserError: if not.
@@ -156,9 +157,9 @@ def check_metrics(metrics: Sequence[str], network: Network) -> None:
   for metric in metrics:
     if metric not in METRICS:
       raise UserError(f"metric '{metric}' does not exist{nearest(metric, METRICS)}")
-    if not network.protocol and metric not in _OF_ANY_NETWORK:
+    if not protocol and metric not in _OF_ANY_NETWORK:
       raise UserError(f"metric '{metric}' needs Inception-v3: leave it out, or give --features=inception_v3")
-    if metric == "sfid" and network.protocol != "adm":
+    if metric == "sfid" and protocol != "adm":
       raise UserError("metric 'sfid' is defined by ADM's evaluator: give --protocol=adm or leave it out")
 
 
@@ -185,7 +186,7 @@ def check_counts(metrics: Iterable[str], count: int, what: str, network: Network
   Raises:
     UserError: if there are fewer than a metric needs.
   """
-  if "fid" in metrics or "sfid" in metrics:
+  if {"fid", "rfid", "sfid"} & {*metrics}:
     if network.protocol:
       set_metrics.check_count(f"FID on {width:,} features", count, width, f"pictures in {what}")
     elif count < width:
@@ -215,9 +216,9 @@ def compute(
     UserError: if a set has fewer pictures than a metric needs.
   """
   numbers: dict[str, float] = {}
-  for metric, key in (("fid", "pooled_moments"), ("sfid", "spatial_moments")):
-    if metric in metrics:
-      numbers[metric] = distance(getattr(generated, key), getattr(real, key))
+  for names, key in ((("fid", "rfid"), "pooled_moments"), (("sfid",), "spatial_moments")):
+    if asked := [name for name in names if name in metrics]:
+      numbers |= dict.fromkeys(asked, distance(getattr(generated, key), getattr(real, key)))
   if "is" in metrics:
     assert generated.logits is not None
     if network.protocol == "adm":

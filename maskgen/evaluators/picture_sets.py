@@ -2,11 +2,11 @@
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import pathlib
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -19,7 +19,8 @@ IMAGES = "arr_0"
 _DAMAGE = (ValueError, EOFError, OSError, NotImplementedError, zipfile.BadZipFile, zlib.error)
 
 
-class PictureSet(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class PictureSet:
   """Pictures of one size.
 
   Attributes:

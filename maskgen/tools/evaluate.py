@@ -1,11 +1,13 @@
 """Compares pictures with real ones: python -m maskgen.tools.evaluate --generated=... --reference=..."""
 
+import argparse
 import dataclasses
 import json
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 from etils import epath
 
 from maskgen import cli, files
@@ -16,6 +18,9 @@ if TYPE_CHECKING:
   from maskgen.evaluators.comparison import Features, Network
   from maskgen.evaluators.picture_sets import PictureSet
   from maskgen.evaluators.statistics_files import Manifest
+
+# Metrics of a tokenizer's codes.
+CODES = ("codebook_usage", "perplexity")
 
 
 class Reference(NamedTuple):
@@ -40,56 +45,96 @@ class Reference(NamedTuple):
 
 def main(argv: Sequence[str]) -> None:
   """Parses the command line, prints the metrics and writes them."""
-  from maskgen.evaluators import comparison
+  from maskgen.evaluators import comparison, paired
 
   parser = cli.Parser(
     "Compares pictures with real ones: FID and its family in the features of Inception-v3 as one of four "
-    "published tools computes them, or the same distances in another network's features. docs/evaluation.md "
-    f"describes them. Metrics: {', '.join(comparison.METRICS)}.",
+    "published tools computes them, or the same distances in another network's features; and reconstructions "
+    "with their originals. docs/evaluation.md describes all metrics: "
+    f"{', '.join((*comparison.METRICS, *paired.METRICS, *CODES))}.",
     "python -m maskgen.tools.evaluate --generated=samples.npz --reference=VIRTUAL_imagenet256_labeled.npz",
   )
-  parser.add_argument("--generated", required=True, help="folder of pictures, or npz file with arr_0")
+  parser.add_argument("--generated", help="folder of pictures, or npz file with arr_0")
+  parser.add_argument("--model", help="a tokenizer: its reconstructions of --reference are evaluated")
   parser.add_argument(
     "--reference",
     required=True,
-    help="the same, or npz file with statistics, of maskgen.tools.reference_stats or another tool",
+    help="as --generated, or npz file with statistics, of maskgen.tools.reference_stats or another tool",
   )
   parser.add_argument("--metrics", help="names with commas between; default those of the protocol's own tool")
   parser.add_argument(
-    "--labels", default="unstated", help=f"of the generated: {', '.join(comparison.LABELS)}"
+    "--labels", default="unstated", help=f"of the generated pictures: {', '.join(comparison.LABELS)}"
   )
   parser.add_argument("--reference_name", help="in the names of metrics; default that of the file or folder")
+  parser.add_argument("--lpips_trunk", help="for lpips: torchvision's weights of AlexNet or VGG16")
+  parser.add_argument("--lpips_heads", help="for lpips: the published alex.pth or vgg.pth")
   parser.add_argument("--json", help="JSON file to write")
+  parser.add_argument("--page", help="PNG file to write: crops of reconstructions beside their originals")
   feature_flags.add(parser)
   args = parser.parse_args(argv)
-  if args.json is not None:
-    cli.check_out(args.json, "json", ".json")
-  if args.labels not in comparison.LABELS:
-    raise UserError(f"--labels={args.labels} does not exist{nearest(args.labels, comparison.LABELS)}")
+  check_flags(args)
   feature_flags.check(args)
 
   from maskgen.evaluators.picture_sets import open_pictures
 
-  generated = open_pictures(args.generated)
   reference = open_reference(args.reference, args.reference_name)
+  metrics = choose(args, reference)
+  model = None if args.model is None else open_model(args.model, reference)
+  generated = open_pictures(args.generated) if model is None else model.reconstructions
   if reference.pictures is not None and reference.pictures.shape != generated.shape:
     raise UserError(
       f"pictures of {args.generated} have {generated.shape} (height, width) pixels, but those of "
       f"{args.reference} have {reference.pictures.shape}: resize them to one size"
     )
-  network = feature_flags.open_network(args)
-  metrics = choose(args.metrics, network, reference)
-  found = measure(metrics, network, generated, reference, args.batch_size)
-  count = len(generated)
-  numbers = {
-    comparison.metric_name(metric, network, count, reference.name, args.labels): value
-    for metric, value in found.items()
-  }
+  numbers: dict[str, float] = {}
+  described: dict[str, Any] = {}
+  if of_pairs := [name for name in metrics if name in paired.METRICS]:
+    numbers |= measure_pairs(of_pairs, generated, reference, args)
+  if model is not None and set(CODES) & set(metrics):
+    found = model.code_statistics(args.batch_size)
+    numbers |= {name: found[name] for name in CODES if name in metrics}
+  if of_sets := [name for name in metrics if name in comparison.METRICS]:
+    network = feature_flags.open_network(args)
+    found = measure(of_sets, network, generated, reference, args.batch_size)
+    names = (reference.name, args.labels)
+    numbers |= {comparison.metric_name(m, network, len(generated), *names): v for m, v in found.items()}
+    described = {"network": network.name, "protocol": network.protocol, "weights": network.weights}
   for name, value in numbers.items():
     print(f"{name} = {value:.7g}")
   if args.json is not None:
-    described = describe(network, generated, reference, args)
+    described |= describe(generated, reference, args)
     files.replace(epath.Path(args.json), json.dumps({"metrics": numbers, **described}, indent=2))
+
+
+def check_flags(args: argparse.Namespace) -> None:
+  """Checks the flags that need no file.
+
+  Raises:
+    UserError: if one is wrong.
+  """
+  from maskgen.evaluators import comparison, paired
+
+  if args.json is not None:
+    cli.check_out(args.json, "json", ".json")
+  if args.page is not None:
+    cli.check_out(args.page, "page")
+  if (args.generated is None) == (args.model is None):
+    raise UserError("give either --generated or --model")
+  if args.labels not in comparison.LABELS:
+    raise UserError(f"--labels={args.labels} does not exist{nearest(args.labels, comparison.LABELS)}")
+  names = () if args.metrics is None else args.metrics.split(",")
+  known = (*comparison.METRICS, *paired.METRICS, *CODES)
+  for name in names:
+    if name not in known:
+      raise UserError(f"metric '{name}' does not exist{nearest(name, known)}")
+    if name in CODES and args.model is None:
+      raise UserError(f"metric '{name}' is of a tokenizer: give --model instead of --generated")
+  if ("lpips" in names) != bool(args.lpips_trunk and args.lpips_heads):
+    raise UserError(
+      "metric 'lpips' needs --lpips_trunk=FILE and --lpips_heads=FILE, and no other metric does"
+    )
+  if args.page is not None and not set(names) & set(paired.METRICS):
+    raise UserError(f"--page={args.page} needs a metric of pairs: give --metrics with {paired.METRICS[0]}")
 
 
 def open_reference(path: str, name: str | None) -> Reference:
@@ -104,27 +149,90 @@ def open_reference(path: str, name: str | None) -> Reference:
   return Reference(name or pathlib.PurePath(path).stem, pictures, statistics, manifest)
 
 
-def choose(names: str | None, network: "Network", reference: Reference) -> tuple[str, ...]:
+def choose(args: argparse.Namespace, reference: Reference) -> tuple[str, ...]:
   """The metrics of `--metrics`, by default those that the reference allows.
 
   Raises:
-    UserError: if one does not exist, or the reference does not have what it needs.
+    UserError: if the protocol or the reference does not have what one needs.
   """
-  from maskgen.evaluators import comparison
+  from maskgen.evaluators import comparison, paired
 
-  if names is None:
-    defaults = comparison.DEFAULTS[network.protocol]
+  protocol = args.protocol or ""
+  if args.metrics is None:
+    defaults = comparison.DEFAULTS[protocol]
     return tuple(m for m in defaults if all(map(reference.has, comparison.reference_needs_of([m]))))
-  metrics = tuple(names.split(","))
-  comparison.check_metrics(metrics, network)
+  metrics = tuple(args.metrics.split(","))
+  of_sets = [metric for metric in metrics if metric in comparison.METRICS]
+  comparison.check_metrics(of_sets, protocol)
   for metric in metrics:
-    for need in comparison.reference_needs_of([metric]):
-      if not reference.has(need):
-        raise UserError(
-          f"metric '{metric}' needs the pictures of the reference, but {reference.name} has only statistics: "
-          "give a folder, or an npz file with pictures"
-        )
+    needs = comparison.reference_needs_of([metric]) if metric in of_sets else {"pooled"}
+    if (metric in of_sets or metric in paired.METRICS) and not all(map(reference.has, needs)):
+      raise UserError(
+        f"metric '{metric}' needs the pictures of the reference, but {reference.name} has only statistics: "
+        "give a folder, or an npz file with pictures"
+      )
   return metrics
+
+
+class Tokenizer(NamedTuple):
+  """A model that reconstructs the pictures of the reference.
+
+  Attributes:
+    reconstructions: what it makes of them.
+    code_statistics: (batch size) -> usage and perplexity of its codebook on them.
+  """
+
+  reconstructions: "PictureSet"
+  code_statistics: Callable[[int], Mapping[str, float]]
+
+
+def open_model(path: str, reference: Reference) -> Tokenizer:
+  """Loads a tokenizer.
+
+  Raises:
+    UserError: if it is none, or takes no pictures of this size.
+  """
+  import maskgen
+  from maskgen.evaluators import paired, reconstruction
+  from maskgen.serving import Tokenizer as Base
+
+  model = maskgen.load(path)
+  if not isinstance(model, Base):
+    raise UserError(f"--model={path} does not reconstruct pictures: give a tokenizer, or a model with one")
+  originals = reference.pictures
+  if originals is None:
+    raise UserError(f"--model={path} needs pictures to reconstruct, but {reference.name} has only statistics")
+  *side, channels = model.objective.image_shape
+  if channels != 3:
+    raise UserError(f"--model={path} takes images with {channels} channels: give one for colours")
+  size = (side[0], side[1])
+  made = paired.reconstructed(originals, model.reconstruct, size, path)
+
+  def code_statistics(batch_size: int) -> Mapping[str, float]:
+    counts = np.zeros(model.objective.codebook_size, np.int64)
+    for batch in originals.read(batch_size):
+      counts += np.bincount(model.encode(paired.tiles(batch, size)).ravel(), minlength=len(counts))
+    return reconstruction.codebook_statistics(counts)
+
+  return Tokenizer(made, code_statistics)
+
+
+def measure_pairs(
+  metrics: Sequence[str], made: "PictureSet", reference: Reference, args: argparse.Namespace
+) -> dict[str, float]:
+  """Means of metrics of pairs, and draws the page; errors are those of `paired.check` and importers."""
+  from maskgen import images
+  from maskgen.evaluators import paired
+  from maskgen.importers import lpips
+
+  originals = reference.pictures
+  assert originals is not None
+  paired.check(metrics, made, originals)
+  perceptual = lpips.load(args.lpips_trunk, args.lpips_heads) if "lpips" in metrics else None
+  numbers = paired.collect(paired.build(metrics, perceptual), made, originals, args.batch_size)
+  if args.page is not None:
+    images.write_png(args.page, paired.page(made, originals, numbers))
+  return {name: float(values.mean(dtype=np.float64)) for name, values in numbers.items()}
 
 
 def measure(
@@ -178,15 +286,12 @@ def measure(
   )
 
 
-def describe(network: "Network", generated: "PictureSet", reference: Reference, args: Any) -> dict[str, Any]:
-  """How the numbers were made, for the JSON file."""
+def describe(generated: "PictureSet", reference: Reference, args: argparse.Namespace) -> dict[str, Any]:
+  """Which pictures were compared, for the JSON file."""
   from maskgen.evaluators import statistics_files
 
   return {
-    "network": network.name,
-    "protocol": network.protocol,
-    "weights": network.weights,
-    "generated": {"path": args.generated, "count": len(generated), "size": generated.shape},
+    "generated": {"path": args.generated or args.model, "count": len(generated), "size": generated.shape},
     "reference": {
       "path": args.reference,
       "pictures": None if reference.pictures is None else len(reference.pictures),
