@@ -68,7 +68,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
         # Clean patches of 2 x 2 pixels have few dimensions, their noise twelve: they are easier to predict.
         schedule=dict(steps=1000, betas="cosine", prediction="clean", spacing="trailing", clean_end=True),
         caption_dropout=0.1,
-        sampling=dict(steps=20, sampler="dpm", guidance=2.0),
+        sampling=dict(steps=2 if args.debug else 20, sampler="dpm", guidance=2.0),
       ),
       optimizer=dict(
         main=dict(

@@ -47,6 +47,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   if args.debug:
     for run in (config.tokenizer, config.mage):
       run.update(batch_size=8, total_steps=2, log_every_steps=1)
+      run.objective.tokenizer.update(channels=8, multipliers=(1, 1), strides=(8,))
+    config.mage.objective.update(width=16, depth=1, decoder_width=16, decoder_depth=1)
+    config.mage.objective.sampling.steps = 2
     config.tokenizer.optimizer.generator.warmup_steps = config.mage.optimizer.main.warmup_steps = 0
   if args.tokens:
     config.mage.data.update(

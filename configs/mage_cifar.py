@@ -43,7 +43,10 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
       run.update(batch_size=8, total_steps=2, log_every_steps=2)
       run.checkpoint.save_steps = 2
       run.optimizer[warmed_up].warmup_steps = 1
-    config.mage.evals.generation.num_images = 16
+      run.objective.tokenizer.update(channels=8, multipliers=(1, 1), strides=(4,))
+    config.mage.objective.update(width=16, depth=1, decoder_width=16, decoder_depth=1)
+    config.mage.objective.sampling.steps = 2
+    config.mage.evals.generation.num_images = config.mage.evals.probe.num_images = 16
   return config
 
 

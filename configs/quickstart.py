@@ -38,8 +38,8 @@ def network(args) -> dict:
   """A VQGAN that encodes 16 x 16 pixels as 4 x 4 tokens."""
   return dict(
     channels=8 if args.debug else 16,
-    multipliers=(1, 2, 4),
-    strides=(2, 2),
+    multipliers=(1, 1) if args.debug else (1, 2, 4),
+    strides=(4,) if args.debug else (2, 2),
     blocks=1,
     norm_groups=8,
     codebook_size=128,
@@ -61,7 +61,7 @@ def tokenizer(args) -> dict:
       name="tokenizer",
       image_size=(16, 16),
       tokenizer=network(args),
-      discriminator=dict(channels=8, max_channels=32, blocks=2),
+      discriminator=dict(channels=8, max_channels=32, blocks=1 if args.debug else 2),
       l2_weight=10.0,
       entropy_weight=0.0,
       revive_weight=1.0,
@@ -104,7 +104,7 @@ def mage(args) -> dict:
       dropout=0.0,
       label_smoothing=0.0,
       mask_ratio=dict(mean=0.55, std=0.25, low=0.5, high=1.0),
-      sampling=dict(steps=16, schedule="cosine", temperature=2.5),
+      sampling=dict(steps=2 if args.debug else 16, schedule="cosine", temperature=2.5),
     ),
     optimizer=dict(
       main=dict(

@@ -74,7 +74,7 @@ def vilex(args, path: str, decoder: dict) -> dict:
       words=dict(share=0.4, place="within", subject=DIGITS, recoloured=0.4),
       alignment_steps=alignment_steps,
       min_timestep=400,
-      sampling=dict(steps=20, sampler="dpm", image_guidance=2.0, text_guidance=2.0),
+      sampling=dict(steps=2 if small else 20, sampler="dpm", image_guidance=2.0, text_guidance=2.0),
     ),
     optimizer=dict(
       main=dict(

@@ -132,8 +132,8 @@ def shrink_further(config: ml_collections.ConfigDict) -> None:
   """Two steps of a tiny network on synthetic pictures."""
   config.batch_size, config.total_steps = 8, 2
   config.data.source, config.data.eval_split = "synthetic", "test"
-  config.data.preprocess = config.data.eval_preprocess = "decode(3)|resize(32)"
-  config.objective.image_size = (32, 32)
-  config.objective.tokenizer.update(channels=8, multipliers=(1, 1, 2, 2, 2), blocks=1)
+  config.data.preprocess = config.data.eval_preprocess = "decode(3)|resize(16)"
+  config.objective.image_size = (16, 16)
+  config.objective.tokenizer.update(channels=8, multipliers=(1, 1), strides=(4,), blocks=1)
   config.objective.tokenizer.update(codebook_size=32, code_width=8, norm_groups=4)
-  config.objective.discriminator.update(channels=4, max_channels=8, blocks=3)
+  config.objective.discriminator.update(channels=4, max_channels=8, blocks=1)
