@@ -79,6 +79,8 @@ def main(argv: Sequence[str]) -> None:
 
   processes.start(args.coordinator, args.process_count, args.process_index)
   cpu.use_cores(stages.values())
+  if problem := cpu.missing_accelerator(jax.default_backend()):
+    log.warning("%s", problem)
 
   from maskgen.training import evaluation, memory, train
   from maskgen.training.experiment import Experiment

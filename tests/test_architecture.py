@@ -34,7 +34,7 @@ ROWS = (
   "evaluators",
   "training",
   "serving report __init__",
-  "main tools benchmarks preflight",
+  "__main__ main tools benchmarks preflight",
 )
 ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names.split()}
 

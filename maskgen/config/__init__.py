@@ -11,7 +11,17 @@ from maskgen.config.build import (
   duration,
 )
 from maskgen.config.changes import difference
-from maskgen.config.loading import choose, find_file, load, load_beside, parse_arg, to_dict, without_origin
+from maskgen.config.loading import (
+  choose,
+  find_file,
+  load,
+  load_beside,
+  parse_arg,
+  shipped,
+  split_path,
+  to_dict,
+  without_origin,
+)
 from maskgen.config.rules import TRANSFORMER_RULES
 from maskgen.config.schema import Checkpointing, Mesh, Profile, RunConfig
 
@@ -35,6 +45,8 @@ __all__ = [
   "load",
   "load_beside",
   "parse_arg",
+  "shipped",
+  "split_path",
   "to_dict",
   "without_origin",
 ]

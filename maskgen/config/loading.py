@@ -104,8 +104,13 @@ def find_file(path: str) -> pathlib.Path:
   for candidate in candidates:
     if candidate.is_file():
       return candidate
-  shipped = {p.name for folder in _CONFIG_FOLDERS for p in folder.glob("*.py")}
-  raise UserError(f"config file {path} does not exist{nearest(given.name, shipped)}")
+  names = {file.name for file in shipped()}
+  raise UserError(f"config file {path} does not exist{nearest(given.name, names)}")
+
+
+def shipped() -> list[pathlib.Path]:
+  """The config files that come with maskgen, by name."""
+  return sorted(file for folder in _CONFIG_FOLDERS for file in folder.glob("*.py"))
 
 
 def load(

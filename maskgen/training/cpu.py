@@ -39,6 +39,22 @@ def use_cores(stages: Iterable[Mapping[str, Any]]) -> None:
     jax.config.update("jax_num_cpu_devices", max(counts, default=1))
 
 
+def missing_accelerator(platform: str) -> str:
+  """Says what to do if this machine has an accelerator that JAX does not use; else "".
+
+  Args:
+    platform: of JAX's devices, such as "cpu".
+  """
+  found = [path for pattern in _ACCELERATORS for path in glob.glob(pattern)]
+  if platform != "cpu" or not found or os.environ.get("JAX_PLATFORMS") == "cpu":
+    return ""
+  extra = "cuda" if "nvidia" in found[0] else "tpu"
+  return (
+    f"this machine has {found[0]}, but JAX runs on the CPU: install the plug-in of JAX's own version with "
+    f"pip install -U 'maskgen[{extra}]', or set JAX_PLATFORMS=cpu if the CPU is meant"
+  )
+
+
 def use_large_pages() -> None:
   """Restarts this program, in the same process, with large pages for malloc; call it first.
 

@@ -162,11 +162,12 @@ def describe(experiment: Experiment) -> str:
   groups = experiment.targets["state"].params
   sizes = ", ".join(f"{name} {tree.count(group):,}" for name, group in groups.items())
   mesh = " x ".join(f"{axis}={size}" for axis, size in experiment.mesh.shape.items())
+  device = experiment.mesh.devices.flat[0].device_kind
   records, batch_size = experiment.data.num_train, experiment.config.batch_size
   steps, epochs = experiment.total_steps, experiment.total_steps * batch_size / records
   return (
     f"parameters {sizes}; {records:,} examples for training, {experiment.data.num_eval:,} for evaluation; "
-    f"{steps:,} steps of {batch_size}, {epochs:,.{0 if epochs >= 10 else 2}f} epochs; mesh {mesh}"
+    f"{steps:,} steps of {batch_size}, {epochs:,.{0 if epochs >= 10 else 2}f} epochs; mesh {mesh} of {device}"
   )
 
 
