@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 import shutil
 
 import jax
@@ -12,6 +13,7 @@ import test_importers
 import test_vilex
 import tiny
 from etils import epath
+from PIL import Image
 from test_errors import assert_clear
 
 import maskgen
@@ -150,6 +152,41 @@ def test_the_source_is_not_needed_after_the_first_save(converted, tmp_path):
       main.main([config, f"--workdir={root}", f"--mode={mode}", change])
   with pytest.raises(UserError, match=r"config\.init_from=/nowhere: model /nowhere does not exist"):
     main.main([config, f"--workdir={tmp_path / 'new'}", "--mode=check", "--config.init_from=/nowhere"])
+
+
+def test_both_stages_continue_on_ones_own_pictures_and_one_at_another_size(trained, tmp_path, caplog):
+  (tmp_path / "pictures").mkdir()
+  rng = np.random.default_rng(0)
+  for i in range(20):
+    Image.fromarray(rng.integers(0, 256, (40, 32, 3), np.uint8)).save(tmp_path / "pictures" / f"{i}.png")
+  (tmp_path / "config.py").write_text(f"""
+from maskgen import config as config_lib
+
+def get_config(arg=None):
+  config = config_lib.load({tiny.FILE!r} + ":steps=3,save_steps=3").unlock()
+  for stage, size in (("tokenizer", 16), ("mage", 32)):
+    resize = f"decode(3)|resize_small({{size}})|center_crop({{size}})"
+    config[stage].data = dict(preprocess=resize, eval_preprocess=resize)
+    config[stage].data.source = "folder:{tmp_path / "pictures"}"
+    config[stage].objective.image_size = (size, size)
+    config[stage].evals = dict()
+    config[stage].init_from = "{trained}/" + stage
+  return config
+""")
+  with caplog.at_level(logging.INFO, "maskgen"):
+    main.main([f"--config={tmp_path / 'config.py'}", f"--workdir={tmp_path / 'run'}"])
+  assert "another than the source was trained with" in caplog.text
+  assert re.search(r"main/decoder_position +\S+ +interpolated from 4x4 to 8x8", caplog.text)
+  assert re.search(r"generator/encoder +\S+ +taken", caplog.text)
+  old, new = Positions((4, 4), leading=1), Positions((8, 8), leading=1)
+  for stage in tiny.STAGES:
+    before, after = (
+      tree.flatten(maskgen.load(root / stage).variables["params"]) for root in (trained, tmp_path / "run")
+    )
+    for name, array in before.items():
+      source = interpolate(array, old, new) if name.endswith("position") else array
+      np.testing.assert_allclose(after[name], source, atol=4e-3)  # three small steps of Adam
+    assert any((after[name] != before[name]).any() for name in before if not name.endswith("position"))
 
 
 # Every objective
