@@ -15,6 +15,8 @@ from maskgen.errors import TransientError, UserError
 
 # How long to wait for the name of the coordinator, which may have just been started.
 RESOLVE_SECONDS = 30.0
+# A process of which the others have heard nothing for so long counts as dead, and JAX ends them.
+HEARTBEAT_SECONDS = 100
 
 
 def start(coordinator: str | None, process_count: int | None, process_index: int | None) -> None:
@@ -45,7 +47,7 @@ def start(coordinator: str | None, process_count: int | None, process_index: int
   if coordinator is not None:
     _resolve(coordinator)
   try:
-    jax.distributed.initialize(*given)
+    jax.distributed.initialize(*given, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
   except ValueError as error:
     raise UserError(
       f"this process cannot find the others ({error}): give --coordinator, --process_count and "

@@ -1,161 +1,53 @@
-"""Kills runs at random moments, half of them during a save, and compares the results with undisturbed runs.
+"""Kills a small run at chosen and at random moments, and compares its end with that of undisturbed runs.
 
-python tests/faults.py --kills=50 --workdir=/tmp/faults --config=configs/quickstart.py --stage=mage \
-  --config.mage.checkpoint.save_steps=100
+python tests/faults.py --workdir=/tmp/faults
 
-Half of the kills hit runs of one process, half one of the two processes of a run. Only `launch/local.sh`
-restarts them. A run that finishes before all kills are used starts over. Earlier stages are trained once and
-copied. The last line is a report in JSON; the exit status is 0 on success.
+Half of the kills (`kill -9`) hit a save, an evaluation, the hand-over from one stage to the next, the writing
+of frozen parts or a shard of a token cache, and the others any moment. They are divided among runs of one,
+two and four processes, which only `launch/local.sh` restarts. A run that finishes before all kills are used
+is compared with an undisturbed one, and the next begins.
+
+The campaign notes each kill in `record.jsonl` and goes on from there when it is itself killed and started
+again. At its end it prints a table; the exit status is 0 if nothing was lost and every end has the same bits.
 """
 
 import argparse
 import contextlib
 import json
-import os
 import pathlib
 import random
 import re
-import shutil
-import signal
-import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
+from victims import MOMENTS, OTHER, RESULTS, SHARD, Run, kill_once, write_tokens
 
-from maskgen import config as config_lib
-from maskgen import storage
-from maskgen.main import parse_overrides
+from maskgen import files, storage
 from maskgen.training import metrics
 
-ROOT = pathlib.Path(__file__).parents[1]
-RESULTS = "results.json"
 WALL_CLOCK = re.compile("timing/|input_wait")
-SECONDS_OF_WORK = 15.0  # at most, from a start to the next kill
-CACHE = pathlib.Path(tempfile.gettempdir()) / "maskgen_faults_compile_cache"
-SETTINGS = {
-  # Kills that follow each other quickly are no reason to give up or to wait.
-  "RESET_SECONDS": "0",
-  "GRACE_SECONDS": "1",
-  "PATH": f"{pathlib.Path(sys.executable).parent}:{os.environ['PATH']}",
-  "PYTHONPATH": str(ROOT),
-  # The tests give a process many devices.
-  "XLA_FLAGS": re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ.get("XLA_FLAGS", "")),
-  "JAX_COMPILATION_CACHE_DIR": str(CACHE),
-  "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-  "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-}
+SMALL = (
+  "--config=configs/quickstart.py:debug",
+  *(
+    f"--config.{stage}.objective.tokenizer.{key}"
+    for stage in ("tokenizer", "mage")
+    for key in ("multipliers=(1, 1)", "strides=(4,)")
+  ),
+  "--config.tokenizer.total_steps=20",
+  "--config.tokenizer.log_every_steps=5",
+  "--config.tokenizer.checkpoint.save_steps=5",
+  "--config.mage.total_steps=400",
+  "--config.mage.log_every_steps=10",
+  "--config.mage.checkpoint.save_steps=10",
+  "--config.mage.evals.validation.every_steps=40",
+)
 
-
-class Run:
-  """A run under `launch/local.sh`, which restarts its processes without help."""
-
-  def __init__(self, workdir: pathlib.Path, stage: str, count: int, arguments: list[str]):
-    self.stage, self.count = workdir / stage, count
-    self.log = workdir.with_suffix(".log")
-    command = ["bash", str(ROOT / "launch/local.sh"), str(count), "--", f"--workdir={workdir}", *arguments]
-    with open(self.log, "w") as log:
-      self.launcher = subprocess.Popen(
-        command, cwd=ROOT, env=os.environ | SETTINGS, stdout=log, stderr=log, start_new_session=True
-      )
-
-  def ended(self) -> bool:
-    """Whether the launcher has exited. It must not fail, since a manual step would then be needed."""
-    status = self.launcher.poll()
-    assert not status, f"the launcher ended with status {status}, see {self.log}"
-    return status is not None
-
-  def until(self, condition: Callable[[], bool]) -> bool:
-    """Waits for a condition; returns False if the stage finishes before."""
-    while not condition():
-      if self.ended() or (self.stage / RESULTS).exists():
-        return False
-      time.sleep(0.005)
-    return True
-
-  def said(self, words: str, since: int) -> bool:
-    """Whether the log contains these words after a position."""
-    with open(self.log, "rb") as log:
-      log.seek(since)
-      return words.encode() in log.read()
-
-  def processes(self) -> list[int]:
-    """The ids of the training processes."""
-    found = []
-    for process in pathlib.Path("/proc").glob("[0-9]*"):
-      with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-        parent = int((process / "stat").read_text().rpartition(")")[2].split()[1])
-        if parent == self.launcher.pid and b"maskgen.main" in (process / "cmdline").read_bytes():
-          found.append(int(process.name))
-    return found
-
-  def checkpoints(self) -> list[str]:
-    folder = self.stage / "checkpoints"
-    return os.listdir(folder) if folder.exists() else []
-
-  def saving(self) -> bool:
-    """Whether an incomplete checkpoint exists."""
-    return any("orbax-checkpoint-tmp" in name for name in self.checkpoints())
-
-  def newest(self) -> int | None:
-    """The step of the newest complete checkpoint."""
-    return max((int(name) for name in self.checkpoints() if name.isdigit()), default=None)
-
-  def end(self) -> None:
-    """Stops processes that a failed check left running."""
-    if self.launcher.poll() is None:
-      self.launcher.send_signal(signal.SIGTERM)
-      self.launcher.send_signal(signal.SIGTERM)  # does not wait
-      self.launcher.wait()
-
-
-def kill_once(run: Run, since: int, chance: random.Random, *, while_saving: bool) -> bool:
-  """Waits for a random moment and kills one process; returns False if the stage finished before."""
-  if not run.until(lambda: len(run.processes()) == run.count):
-    return False
-  if while_saving:
-    first, later = run.newest(), chance.random() < 0.7  # mostly not the first save, or nothing moves
-    if not run.until(lambda: run.newest() != first or not later) or not run.until(run.saving):
-      return False
-    time.sleep(0.1 * chance.random())
-  else:
-    if chance.random() < 0.7 and not run.until(lambda: run.said("starts from", since)):
-      return False
-    moment = time.monotonic() + SECONDS_OF_WORK * chance.random()
-    if not run.until(lambda: time.monotonic() > moment):
-      return False
-  victims = run.processes()
-  if len(victims) < run.count:  # it comes to its end
-    return False
-  os.kill(chance.choice(victims), signal.SIGKILL)
-  return run.until(lambda: run.said("restarting all processes", since))
-
-
-def disturb(run: Run, kills: int, chance: random.Random) -> dict[str, int]:
-  """Kills a run up to `kills` times and lets it finish; returns statistics."""
-  met, saved = 0, [(0, run.newest())]
-  try:
-    while len(saved) <= kills and kill_once(run, saved[-1][0], chance, while_saving=2 * met < len(saved)):
-      met += run.saving()  # all have ended: what was not completed remains
-      saved.append((run.log.stat().st_size, run.newest()))
-    while not run.ended():
-      time.sleep(0.1)
-  finally:
-    run.end()
-  log = run.log.read_bytes()
-  assert b"is damaged" not in log, run.log
-  lost = 0
-  for (begin, step), (end, _) in zip(saved, [*saved[1:], (len(log), None)], strict=True):
-    pattern = rb"0: .* starts from (?:step (\d+) of %s|fresh)" % re.escape(bytes(run.stage))
-    if found := re.search(pattern, log[begin:end]):
-      origin = int(found[1]) if found[1] else None
-      lost += origin != step
-      print(f"  {step} was saved: continued from {origin}", flush=True)
-  return {"kills": len(saved) - 1, "while_saving": met, "saves_lost": lost}
+# Comparing ends
 
 
 def arrays(stage: pathlib.Path) -> dict[str, np.ndarray]:
@@ -178,72 +70,136 @@ def lines(stage: pathlib.Path) -> list[dict[str, float]]:
   ]
 
 
-def same_end(a: pathlib.Path, b: pathlib.Path) -> bool:
+def same_stage(a: pathlib.Path, b: pathlib.Path) -> bool:
   """Whether two stages ended with the same bits."""
   left, right = arrays(a), arrays(b)
   same = left.keys() == right.keys() and lines(a) == lines(b)
-  same &= (a / RESULTS).read_text() == (b / RESULTS).read_text()
+  for file in (RESULTS, "frozen/weights.safetensors"):
+    same &= not (a / file).exists() or (a / file).read_bytes() == (b / file).read_bytes()
   return same and all(left[name].tobytes() == right[name].tobytes() for name in left)
 
 
-def differences(a: pathlib.Path, b: pathlib.Path) -> dict[str, float]:
-  """The largest differences between the results of two stages, relative for losses and metrics."""
-  left, right = arrays(a), arrays(b)
-  params = [np.abs(left[name] - right[name]).max() for name in left if name.startswith("params/")]
-  losses = [
-    abs(line[name] / other[name] - 1)
-    for line, other in zip(lines(a), lines(b), strict=True)
-    for name in line
-    if name.startswith("train/loss/")
-  ]
-  before, after = (json.loads((stage / RESULTS).read_text()) for stage in (a, b))
-  results = [abs(after[name] - before[name]) / max(abs(before[name]), 1e-6) for name in before]
-  numbers = {"parameters": max(params), "losses": max(losses), "results": max(results, default=0.0)}
-  return {name: float(value) for name, value in numbers.items()}
+def same_tokens(a: pathlib.Path, b: pathlib.Path) -> bool:
+  """Whether two token caches have the same bits."""
+  left, right = ({p.name: p.read_bytes() for p in out.iterdir() if p.suffix != ".tmp"} for out in (a, b))
+  return left == right
+
+
+# The campaign
+
+
+class Campaign:
+  """Kills, and the record of them, from which it goes on."""
+
+  def __init__(self, workdir: pathlib.Path, seed: int, arguments: Sequence[str]):
+    workdir.mkdir(parents=True, exist_ok=True)
+    self.workdir, self._seed, self._arguments = workdir.absolute(), seed, arguments
+    self._file = epath.Path(workdir / "record.jsonl")
+    self.record: list[dict[str, Any]] = []
+    if self._file.exists():
+      self.record = files.read_json_lines(self._file, {"run": str}, "give an empty --workdir")
+
+  def _note(self, **line: Any) -> None:
+    self.record.append(line)
+    files.replace(self._file, "".join(json.dumps(line) + "\n" for line in self.record))
+    print(json.dumps(line), flush=True)
+
+  def _kills(self, count: int, kind: str) -> list[dict[str, Any]]:
+    """The kills that are noted for a number of processes, and a kind of run."""
+    return [at for at in self.record if "met" in at and (at["processes"], at["kind"]) == (count, kind)]
+
+  def _known(self, count: int, kind: str) -> dict[str, Any]:
+    """What every line on the run that goes on says, or on a new one if the last has ended."""
+    ended = sum("same" in at and (at["processes"], at["kind"]) == (count, kind) for at in self.record)
+    return {"run": f"{kind}{count}_{ended}", "processes": count, "kind": kind}
+
+  def _undisturbed(self, count: int) -> pathlib.Path:
+    """A run without kills, whose folder has this name once it has ended."""
+    whole = self.workdir / f"whole{count}"
+    if not whole.exists():
+      run = Run(self.workdir / f"begun{count}_{time.time_ns()}", count, self._arguments)
+      run.finish()
+      run.workdir.rename(whole)
+    return whole
+
+  def train(self, count: int, kills: int) -> None:
+    """Kills runs of `count` processes until `kills` kills are noted."""
+    whole = self._undisturbed(count)
+    while len(self._kills(count, "run")) < kills:
+      known = self._known(count, "run")
+      run = Run(self.workdir / known["run"], count, self._arguments)
+      try:
+        while len(done := self._kills(count, "run")) < kills:
+          chance = random.Random(f"{self._seed} {count} {len(done)}")
+          possible = ["save", "evaluation"] if run.handed_over() else list(MOMENTS)
+          aim = OTHER if 2 * sum(at["met"] != OTHER for at in done) > len(done) else chance.choice(possible)
+          if (met := kill_once(run, aim, chance)) is None:
+            break
+          self._note(**known, aim=aim, met=met, origin=run.origin(), saved=run.saved())
+          run.begin_life()
+        run.finish()
+      finally:
+        run.end()
+      assert b"is damaged" not in run.log.read_bytes(), run.log
+      same = all(same_stage(whole / stage.name, stage) for stage in run.stages())
+      self._note(**known, same=same)
+
+  def tokenize(self, count: int, kills: int) -> None:
+    """Kills writers of token caches until `kills` kills are noted."""
+    model, whole = self._undisturbed(1) / "tokenizer", self.workdir / "tokens"
+    if not whole.exists():
+      begun = self.workdir / f"tokens_{time.time_ns()}"
+      list(write_tokens(begun, model, 1, 0, ""))
+      begun.rename(whole)
+    while (done := len(self._kills(count, "tokens"))) < kills:
+      known = self._known(count, "tokens")
+      out = self.workdir / known["run"]
+      for kill in write_tokens(out, model, count, kills - done, f"{self._seed} {count} {done}"):
+        self._note(**known, **kill)
+      self._note(**known, same=same_tokens(whole, out))
+
+
+def count_lost(record: Sequence[dict[str, Any]]) -> int:
+  """How often a process continued from less than what was complete when it was killed."""
+  saved: dict[Any, list[int]] = {}
+  lost = 0
+  for at in record:
+    if "met" in at:
+      who = at["run"], at.get("writer")
+      lost += at["origin"] is not None and at["origin"] < saved.get(who, [0, -1])
+      saved[who] = at["saved"]
+  return lost
+
+
+def table(record: Sequence[dict[str, Any]]) -> list[dict[str, int]]:
+  """What happened, for each number of processes."""
+  rows = []
+  for count in sorted({at["processes"] for at in record}):
+    own = [at for at in record if at["processes"] == count]
+    met = [at["met"] for at in own if "met" in at]
+    ends = [at["same"] for at in own if "same" in at]
+    row = {"processes": count, "kills": len(met)}
+    row |= {name: met.count(name) for name in (*MOMENTS, SHARD, OTHER)}
+    rows.append(row | {"saves lost": count_lost(own), "ends": len(ends), "bit-equal": sum(ends)})
+  return rows
 
 
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-  parser.add_argument("--workdir", required=True, type=pathlib.Path, help="an empty folder")
-  parser.add_argument("--config", default="configs/quickstart.py")
-  parser.add_argument("--stage", help="whose run is killed; the last one, if not given")
-  parser.add_argument("--kills", type=int, default=50)
+  parser.add_argument("--workdir", required=True, type=pathlib.Path, help="an empty folder, or a campaign's")
+  parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4], help="of the runs")
+  parser.add_argument("--kills", type=int, default=100, help="for each number of processes")
   parser.add_argument("--seed", type=int, default=0)
   args, rest = parser.parse_known_args()
-  began, chance = time.monotonic(), random.Random(args.seed)
-  config = config_lib.to_dict(config_lib.load(args.config, parse_overrides(rest)))
-  stages = list(config.get("stages", []))
-  stage = args.stage or (stages[-1] if stages else "")
-  before = stages[: stages.index(stage)] if stages else []
-  args.workdir.mkdir(parents=True, exist_ok=True)
-
-  def start(name: str, count: int) -> Run:
-    workdir = args.workdir.absolute() / name
-    for other in before if name != "whole1" else []:
-      shutil.copytree(args.workdir / "whole1" / other, workdir / other)
-    return Run(workdir, stage, count, [f"--config={args.config}", *rest])
-
-  report: dict = {"kills": 0, "while_saving": 0, "saves_lost": 0, "same_end": True}
-  for count, kills in ((1, args.kills - args.kills // 2), (2, args.kills // 2)):
-    print(f"{count} in peace", flush=True)
-    whole = start(f"whole{count}", count)
-    disturb(whole, 0, chance)
-    left, rounds = kills, 0
-    while left:
-      rounds += 1
-      print(f"{count}, round {rounds}", flush=True)
-      run = start(f"killed{count}_{rounds}", count)
-      happened = disturb(run, left, chance)
-      left -= happened["kills"]
-      for name, value in happened.items():
-        report[name] += value
-      report["same_end"] &= same_end(whole.stage, run.stage)
-      print(json.dumps(report), flush=True)
-  first, second = args.workdir / "whole1" / stage, args.workdir / "whole2" / stage
-  report |= {"two_processes_differ": differences(first, second), "seconds": round(time.monotonic() - began)}
-  print(json.dumps(report))
-  well = report["same_end"] and not report["saves_lost"] and report["kills"] == args.kills
-  sys.exit(0 if well else 1)
+  campaign = Campaign(args.workdir, args.seed, rest or SMALL)
+  shards = -(-args.kills // 8)
+  for count in args.processes:
+    campaign.train(count, args.kills - shards)
+    campaign.tokenize(count, shards)
+  rows = table(campaign.record)
+  for cells in (rows[0].keys(), *(row.values() for row in rows)):
+    print(f"| {' | '.join(map(str, cells))} |")
+  sys.exit(any(row["saves lost"] or row["ends"] != row["bit-equal"] for row in rows))
 
 
 if __name__ == "__main__":
