@@ -125,7 +125,7 @@ def main(argv: Sequence[str]) -> None:
       if (finished := train.read_results(workdir)) is not None:
         results[workdir.name] = finished
       else:
-        write_config(workdir, stages[workdir], argv)
+        write_config(workdir, stages[workdir], argv, _classes(experiment))
         if from_outside and jax.process_index() == 0:
           plugins.write_code(workdir)
         experiment.write_data(workdir)
@@ -316,8 +316,15 @@ def _longer(root: epath.Path, config: Mapping[str, Any], changes: Sequence[str])
   )
 
 
-def write_config(workdir: epath.Path, config: Mapping[str, Any], argv: Sequence[str]) -> None:
-  """Writes `config.json` atomically, with the version of maskgen and the command."""
+def _classes(experiment: Any) -> Sequence[str]:
+  """The names of the classes that a model knows, if any."""
+  return (experiment.objective.num_classes and experiment.data.class_names) or ()
+
+
+def write_config(
+  workdir: epath.Path, config: Mapping[str, Any], argv: Sequence[str], classes: Sequence[str] = ()
+) -> None:
+  """Writes `config.json` atomically, with the version of maskgen, the command, and the names of classes."""
   import jax
 
   from maskgen import __version__
@@ -325,7 +332,8 @@ def write_config(workdir: epath.Path, config: Mapping[str, Any], argv: Sequence[
   if jax.process_index() == 0:
     workdir.mkdir(parents=True, exist_ok=True)
     origin = {"version": __version__, "command": shlex.join(["python", "-m", "maskgen.main", *argv])}
-    files.replace(workdir / "config.json", json.dumps({**config, **origin}, indent=2))
+    names = {"classes": list(classes)} if classes else {}
+    files.replace(workdir / "config.json", json.dumps({**config, **names, **origin}, indent=2))
 
 
 def check(experiment: Any, workdir: epath.Path) -> None:

@@ -7,15 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from PIL import Image
 
 import maskgen
-from maskgen import main, objectives, tree
+from maskgen import main, objectives, storage, tree
 from maskgen.benchmarks.dataless import NoData
 from maskgen.errors import UserError
 from maskgen.models.mage import Mage
 from maskgen.numerics import sampling
 from maskgen.numerics.vocab import Vocab
-from maskgen.tools import generate
+from maskgen.tools import edit, export, generate, sampling_flags
 from maskgen.training.experiment import Experiment
 
 trained = tiny.trained
@@ -313,6 +314,38 @@ def test_the_class_matters_and_none_is_no_class(model):
   )
 
 
+def test_a_run_stores_the_names_of_its_classes(model, mage):
+  assert len(model.classes) == CLASSES and "red disc" in model.classes
+  assert mage.classes is None and "classes" not in mage.config
+
+
+def test_classes_have_names(variables, tmp_path):
+  names = ["cat", "dog, brown", "2", *map(str, range(7))]
+  config = {"objective": section(dropout=0.0)["objective"], "classes": names}
+  storage.write_export(tmp_path / "first", config, variables)
+  export.main([f"--model={tmp_path / 'first'}", f"--out={tmp_path / 'export'}"])
+  model = maskgen.load(tmp_path / "export")
+  assert model.classes == tuple(names)
+  first, *others = (
+    model.generate(label=label, guidance=20.0, **OPTIONS)
+    for label in ([0, 2], ["cat", 2], np.array(["cat", "2"]))
+  )
+  for other in others:
+    np.testing.assert_array_equal(other, first)
+  for text, numbers in (("cat", [0]), ("dog, brown", [1]), ("2,cat,9", [2, 0, 9]), ("all", list(range(10)))):
+    assert sampling_flags.read_labels(text, model) == numbers
+  for call in (sampling_flags.read_labels, lambda text, model: model.generate(label=["dog, brown", text])):
+    with pytest.raises(UserError, match=r"label is 'cta': .* did you mean 'cat'"):
+      call("cta", model)
+  files = [f"--model={tmp_path / 'export'}", f"--out={tmp_path / 'out.png'}"]
+  Image.new("RGB", tiny.SIZE).save(tmp_path / "in.png")
+  with pytest.raises(UserError, match="--label=all: give one class"):
+    edit.main([*files, f"--image={tmp_path / 'in.png'}", "--box=0,0,4,4", "--label=all"])
+  nameless = type(model)({"objective": config["objective"]}, model.objective, model.variables)
+  with pytest.raises(UserError, match="does not store the names of its classes, give numbers"):
+    nameless.generate(label="cat")
+
+
 def test_an_image_depends_on_seed_number_and_label_alone(model):
   many = model.generate(seed=3, label=[5, 1, 2], guidance=2.0, **OPTIONS)
   assert len(many) == 3
@@ -371,7 +404,10 @@ def test_the_generate_tool_shows_a_row_per_class(run, trained, tmp_path, capsys)
   assert out.exists() and "wrote 20 images" in capsys.readouterr().out
   generate.main([f"--model={run}", f"--out={out}", "--label=3", "--count=2", "--steps=2"])
   assert "wrote 2 images" in capsys.readouterr().out
-  for model, label, message in ((run, "a", "class ids such as"), (trained / "mage", "1", "without classes")):
+  for model, label, message in (
+    (run, "a", "no class of this name"),
+    (trained / "mage", "1", "without classes"),
+  ):
     with pytest.raises(UserError, match=message):
       generate.main([f"--model={model}", f"--out={out}", f"--label={label}"])
 

@@ -306,8 +306,8 @@ def to_dict(config: ml_collections.ConfigDict) -> dict[str, Any]:
 
 
 def without_origin(stored: Mapping[str, Any]) -> dict[str, Any]:
-  """The config in a `config.json`, without the version and command that a run writes beside it."""
-  return {key: value for key, value in stored.items() if key not in ("version", "command")}
+  """The config in a `config.json`, without the version, command and classes that a run writes beside it."""
+  return {key: value for key, value in stored.items() if key not in ("version", "command", "classes")}
 
 
 def plain(value: Any) -> Any:

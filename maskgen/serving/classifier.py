@@ -10,9 +10,10 @@ class Classifier(Tokenizer):
 
   model = maskgen.load("runs/finetune")
   probabilities = model.classify(images)  # float32 [b, classes]
+  names = [model.classes[best] for best in probabilities.argmax(axis=-1)]
   features = model.features(images)  # float32 [b, d], below the head
   """
 
   def classify(self, images: np.ndarray) -> np.ndarray:
-    """Returns class probabilities, float32 [b, classes], in the order of the training data's classes."""
+    """Returns class probabilities, float32 [b, classes], in the order of `classes`, their names."""
     return self.call("classify", {"image": self.check_images(images)})

@@ -50,6 +50,11 @@ class Model:
       raise AttributeError(name)
     raise CannotError(self._cannot(name))
 
+  @property
+  def classes(self) -> tuple[str, ...] | None:
+    """The names of its classes, in the order of labels and probabilities; None if it does not store any."""
+    return tuple(self.config.get("classes", ())) or None
+
   def call(self, name: str, batch: Mapping[str, Any], *, seed: int = 0, **options: Any) -> Any:
     """Calls a prediction function of the objective, including functions of your own.
 

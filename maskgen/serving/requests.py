@@ -9,12 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from maskgen.errors import UserError
+from maskgen.errors import UserError, nearest
 from maskgen.numerics.text import Captions
+
+# A class, or one per image.
+Label = int | str | Sequence[int | str] | np.ndarray
 
 _BATCH = 16
 # Folded into an image's key to draw its class; sampling uses the numbers of its steps.
 _DRAW = 2**31 - 1
+# More names of classes are not listed in an error.
+_MOST_NAMES = 20
 
 
 def whole(name: str, value: Any, least: int | None = None) -> int:
@@ -99,15 +104,40 @@ def captions(prompt: Any, batch: int, reader: Captions | None) -> np.ndarray:
   return np.broadcast_to(reader.read(prompts), (batch, reader.length))
 
 
-def labels(label: int | Sequence[int] | np.ndarray, batch: int, classes: int) -> np.ndarray:
+def find_class(name: str, names: Sequence[str] | None) -> int:
+  """Returns the number of the class of this name.
+
+  Raises:
+    UserError: if there is none.
+  """
+  if names is None:
+    raise UserError(f"label is '{name}': this model does not store the names of its classes, give numbers")
+  if name not in names:
+    known = nearest(name, names) if len(names) <= _MOST_NAMES else "; model.classes lists them"
+    raise UserError(f"label is '{name}': the model has no class of this name{known}")
+  return names.index(name)
+
+
+def labels(label: Label, batch: int, classes: int, names: Sequence[str] | None = None) -> np.ndarray:
   """Returns the class of each image, int32 [batch].
+
+  Args:
+    label: a number or a name, or one per image.
+    batch: the number of images.
+    classes: the number of classes.
+    names: their names, if known.
 
   Raises:
     UserError: if they are not classes of the model, their number is wrong, or the model takes none.
   """
-  given = np.asarray(label)
   if not classes:
     raise UserError("label is given: this model was trained without classes, leave it out")
+  if isinstance(label, str):
+    label = find_class(label, names)
+  given = np.asarray(label)
+  if given.dtype.kind == "U":  # names, perhaps among numbers
+    each = np.asarray(label, object)
+    given = np.asarray([find_class(one, names) if isinstance(one, str) else one for one in each])
   if not np.issubdtype(given.dtype, np.integer) or given.ndim > 1:
     raise UserError(f"label is {given.dtype}{list(given.shape)}: give an integer, or one per image")
   if given.ndim and len(given) != batch:

@@ -10,6 +10,7 @@ import numpy as np
 from maskgen import images as images_lib
 from maskgen.numerics import editing
 from maskgen.serving import requests
+from maskgen.serving.requests import Label
 from maskgen.serving.tokenizer import Tokenizer
 
 
@@ -39,7 +40,7 @@ class TokenModel(Tokenizer):
     self,
     seed: int = 0,
     batch: int | None = None,
-    label: int | Sequence[int] | np.ndarray | None = None,
+    label: Label | None = None,
     prompt: str | Sequence[str] | None = None,
     **options: Any,
   ) -> np.ndarray:
@@ -50,7 +51,8 @@ class TokenModel(Tokenizer):
     Args:
       seed: random seed.
       batch: the number of images; by default one per label or prompt, or 16.
-      label: a class, or one per image, for class-conditional models; None for no class.
+      label: a class, or one per image, for class-conditional models: a number, or one of the names in
+        `classes`; None for no class.
       prompt: a text, or one per image, for models trained with captions; None for no text.
       **options: the fields of `maskgen.numerics.sampling.MaskedSampling`; by default as in the config.
     """
@@ -60,7 +62,7 @@ class TokenModel(Tokenizer):
     self,
     seed: int = 0,
     batch: int | None = None,
-    label: int | Sequence[int] | np.ndarray | None = None,
+    label: Label | None = None,
     prompt: str | Sequence[str] | None = None,
     **options: Any,
   ) -> tuple[np.ndarray, np.ndarray]:
@@ -77,7 +79,7 @@ class TokenModel(Tokenizer):
     images: np.ndarray,
     pixel_mask: np.ndarray,
     seed: int = 0,
-    label: int | Sequence[int] | np.ndarray | None = None,
+    label: Label | None = None,
     prompt: str | Sequence[str] | None = None,
     *,
     feather: int = 0,
@@ -172,7 +174,7 @@ class TokenModel(Tokenizer):
     batch = requests.count(batch, label, prompt)
     request: dict[str, Any] = {"key": requests.keys(seed, batch, start)}
     if label is not None:
-      request["label"] = requests.labels(label, batch, self.objective.num_classes)
+      request["label"] = requests.labels(label, batch, self.objective.num_classes, self.classes)
     if prompt is not None:
       request["caption"] = requests.captions(prompt, batch, self.objective.captions)
     return request

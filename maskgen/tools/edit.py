@@ -36,8 +36,11 @@ def main(argv: Sequence[str]) -> None:
   if model.objective.image_shape[-1] == 1:
     image = np.asarray(Image.fromarray(image).convert("L"))[..., None]
   options = sampling_flags.given(args, getattr(model.objective, "sampling", None))
+  labels = [None] if args.label is None else sampling_flags.read_labels(args.label, model)
+  if len(labels) > 1:
+    raise UserError(f"--label={args.label}: give one class")
   edited = [
-    model.inpaint(image, hole, args.seed + i, args.label, feather=args.feather, **options)
+    model.inpaint(image, hole, args.seed + i, labels[0], feather=args.feather, **options)
     for i in tqdm(range(args.candidates), desc="editing", disable=args.candidates == 1)
   ]
   if args.candidates == 1:
@@ -78,7 +81,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     "--candidates", type=int, default=1, help="number of results; each in a file, and all on a contact sheet"
   )
   parser.add_seed("random seed; candidate i uses seed + i")
-  parser.add_argument("--label", type=int, help="class of the new content, for class-conditional models")
+  parser.add_argument("--label", help="class of the new content, a name or a number, for models with classes")
   sampling_flags.add(parser, argv)
   args = parser.parse_args(argv)
   cli.check_out(args.out)

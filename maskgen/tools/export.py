@@ -54,6 +54,8 @@ def main(argv: Sequence[str]) -> None:
   else:
     written = model.variables
     config = {"objective": model.config["objective"], "version": __version__}
+    if model.classes:
+      config["classes"] = model.classes
     storage.write_export(args.out, config, written, half=args.dtype == "float16")
     plugins.copy_code(epath.Path(args.model), epath.Path(args.out))
     name = config["objective"]["name"]

@@ -40,7 +40,9 @@ def main(argv: Sequence[str]) -> None:
   parser.add_argument("--out_dir", help="folder to write, or to continue; local or remote")
   parser.add_argument("--count", type=int, default=64, help="number of images")
   parser.add_seed("random seed; image i depends only on it, i and its class or prompt")
-  parser.add_argument("--label", help="class ids such as 3 or 0,4,7 or all, for models with classes")
+  parser.add_argument(
+    "--label", help="classes, for models with them: names or numbers such as cat,dog or 3 or all"
+  )
   parser.add_argument("--prompt", action="append", help="a text, for models with captions; can be repeated")
   parser.add_argument("--captions", help="text file with a prompt on each line")
   parser.add_argument("--trajectory", help="PNG file for the intermediate steps of the first images")
@@ -111,7 +113,7 @@ def write_grid(args: argparse.Namespace) -> None:
 
   model = maskgen.load(args.model)
   given = sampling_flags.given(args, getattr(model.objective, "sampling", None))
-  classes = None if args.label is None else parse_labels(args.label, model.objective.num_classes)
+  classes = None if args.label is None else sampling_flags.read_labels(args.label, model)
   name, wanted = ("label", classes) if classes else ("prompt", args.prompt or [])
   rows = max(len(wanted), 1)
   each = max(args.count // rows, 1)
@@ -154,7 +156,7 @@ def write_folder(args: argparse.Namespace) -> None:
   options = sampling_flags.given(args, sampling)
   objectives.check_sampling(objective, options)
   numbers = range(args.start, args.start + args.count)
-  conditions, described = _conditions(args, objective, numbers)
+  conditions, described = _conditions(args, model, numbers)
   manifest = {
     "model": args.model,
     "weights": tree.fingerprint(model.variables),
@@ -189,11 +191,12 @@ def write_folder(args: argparse.Namespace) -> None:
 
 
 def _conditions(
-  args: argparse.Namespace, objective: Any, numbers: range
+  args: argparse.Namespace, model: Any, numbers: range
 ) -> tuple[dict[str, Any], dict[str, Any]]:
   """The condition of each image, arguments of `model.request`, and what the manifest says of them."""
   from maskgen.serving import requests
 
+  objective = model.objective
   described: dict[str, Any] = {"labels": None, "captions": None}
   if args.prompt:
     digest = hashlib.sha256("\n".join(args.prompt).encode()).hexdigest()
@@ -206,7 +209,7 @@ def _conditions(
   if args.label is None and (not objective.num_classes or args.labels == "none"):
     return {}, described
   rule = args.labels or LABELS[0]
-  classes = parse_labels(args.label or "all", objective.num_classes)
+  classes = sampling_flags.read_labels(args.label or "all", model)
   known = requests.labels(classes, len(classes), objective.num_classes)
   if rule == "random":
     which = requests.draws(args.seed, numbers, len(known))
@@ -238,22 +241,6 @@ def read_captions(path: str) -> list[str]:
   if not any(lines):
     raise UserError(f"--captions={path} is empty: write a prompt on each line")
   return [line for line in lines if line]
-
-
-def parse_labels(text: str, num_classes: int) -> list[int]:
-  """The class ids of `--label`.
-
-  Raises:
-    UserError: if it is neither "all" nor a list of whole numbers, or the model has no classes.
-  """
-  if not num_classes:
-    raise UserError(f"--label={text}: this model was trained without classes, leave it out")
-  if text == "all":
-    return list(range(num_classes))
-  try:
-    return [int(part) for part in text.split(",")]
-  except ValueError:
-    raise UserError(f"--label={text}: give class ids such as 3 or 0,4,7, or all") from None
 
 
 def draw_trajectory(pictures: np.ndarray, unknown: np.ndarray) -> np.ndarray:

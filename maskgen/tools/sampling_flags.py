@@ -5,7 +5,12 @@ import dataclasses
 import inspect
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from maskgen.errors import UserError
+
+if TYPE_CHECKING:
+  import maskgen
 
 
 def add(parser: argparse.ArgumentParser, argv: Sequence[str], *, several: bool = False) -> None:
@@ -33,6 +38,29 @@ def given(args: argparse.Namespace, sampling: Any) -> dict[str, Any]:
   """The options of an objective's `sampling` that are given on the command line."""
   names = [field.name for field in dataclasses.fields(sampling)] if sampling is not None else []
   return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+
+
+def read_labels(text: str, model: "maskgen.Model") -> list[int]:
+  """The classes of `--label`: "all", a name or a number, or several with commas between them.
+
+  Raises:
+    UserError: if it is none of these, or the model has no classes.
+  """
+  from maskgen.serving import requests
+
+  if not model.objective.num_classes:
+    raise UserError(f"--label={text}: this model was trained without classes, leave it out")
+  if text == "all":
+    return list(range(model.objective.num_classes))
+  names = model.classes or ()
+  parts = [text] if text in names else text.split(",")
+  try:
+    return [
+      int(part) if part not in names and part.isdecimal() else requests.find_class(part, names or None)
+      for part in parts
+    ]
+  except UserError as error:
+    raise UserError(f"--label={text}: {error}") from None
 
 
 def _defaults(argv: Sequence[str]) -> list[Any]:
