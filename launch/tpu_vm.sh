@@ -175,8 +175,11 @@ watch() {
   need PACKAGE
   need_bucket
   local now before=
-  # Also after errors and Ctrl-C.
-  trap 'say "$RUN_NAME: the slice still costs money: delete it with launch/tpu_vm.sh delete"' EXIT
+  # Also after errors and Ctrl-C, even where a call has its output elsewhere.
+  exec 3>&2
+  trap 'say "$RUN_NAME: the slice still costs money: delete it with launch/tpu_vm.sh delete" 2>&3' EXIT
+  trap 'exit 130' INT
+  trap 'exit 143' TERM
   until finished; do
     if now=$(state); then
       [[ $now == "$before" ]] || say "$RUN_NAME: ${now:-there is no slice}"

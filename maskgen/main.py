@@ -145,8 +145,11 @@ def main(argv: Sequence[str]) -> None:
       train.write_results(root, results)
       log.info("all stages finished, results in %s", root / train.RESULTS)
     if jax.process_index() == 0:
-      report.write(root / report.REPORT, [root])
-      log.info("all pictures, curves and results are in %s", root / report.REPORT)
+      try:
+        report.write(root / report.REPORT, [root])
+        log.info("all pictures, curves and results are in %s", root / report.REPORT)
+      except (UserError, OSError) as error:  # the run itself has succeeded
+        log.warning("no report was written: %s", error)
 
 
 def evaluate_checkpoint(args: argparse.Namespace, overrides: Mapping[str, str]) -> None:
@@ -324,16 +327,25 @@ def _classes(experiment: Any) -> Sequence[str]:
 def write_config(
   workdir: epath.Path, config: Mapping[str, Any], argv: Sequence[str], classes: Sequence[str] = ()
 ) -> None:
-  """Writes `config.json` atomically, with the version of maskgen, the command, and the names of classes."""
+  """Writes `config.json` atomically, with the version of maskgen, the command, and the names of classes.
+
+  A file that says the same config is left alone, with the version and the command that began the run.
+  """
   import jax
 
   from maskgen import __version__
 
   if jax.process_index() == 0:
     workdir.mkdir(parents=True, exist_ok=True)
-    origin = {"version": __version__, "command": shlex.join(["python", "-m", "maskgen.main", *argv])}
+    file = workdir / "config.json"
     names = {"classes": list(classes)} if classes else {}
-    files.replace(workdir / "config.json", json.dumps({**config, **names, **origin}, indent=2))
+    if file.exists():
+      with contextlib.suppress(UserError):  # a damaged one is replaced
+        stored = files.read_json(file, "")
+        if stored.items() >= names.items() and config_lib.without_origin(stored) == config:
+          return
+    origin = {"version": __version__, "command": shlex.join(["python", "-m", "maskgen.main", *argv])}
+    files.replace(file, json.dumps({**config, **names, **origin}, indent=2))
 
 
 def check(experiment: Any, workdir: epath.Path) -> None:
