@@ -58,6 +58,16 @@ def test_parts_in_any_order_and_of_any_size_become_one_file(tmp_path):
   assert contents(tmp_path) == before
 
 
+def test_a_file_is_not_made_of_the_parts_that_another_process_has_left(tmp_path):
+  made = sample_set.create(tmp_path, manifest())
+  made.write(5, MADE[:4])
+  made.write(9, MADE[4:])
+  (tmp_path / "part_00000005_00000009.npy").unlink()
+  with pytest.raises(FileNotFoundError, match="no part with image 5"):
+    made.finish()
+  assert {*contents(tmp_path)} == {"manifest.json", "part_00000009_00000015.npy"}
+
+
 def test_a_process_whose_parts_were_removed_finds_the_file_of_another(tmp_path, monkeypatch):
   made = sample_set.create(tmp_path, manifest())
   made.write(5, MADE)
@@ -221,6 +231,8 @@ def test_one_image_has_its_own_size(trained, tmp_path):
     (["--out_dir=d", "--process_index=2", "--process_count=2"], "--process_index=2: give a number from 0"),
     (["--out_dir=d", "--captions=none.txt"], "--captions=none.txt cannot be read"),
     (["--out_dir=d", "--prompt=a three"], "trained without captions"),
+    (["--out_dir=d", "--label=1", "--labels=none"], "--label=1 and --labels=none: give one of them"),
+    (["--out_dir=d", "--labels=random", "--prompt=x"], "--labels=random and --prompt=x: give one of them"),
     (["--out_dir=d", "--label=1"], "--label=1: this model was trained without classes"),
     (["--out_dir=d", "--labels=balanced"], "--labels=balanced: this model was trained without classes"),
     (["--out_dir=d", "--top_p=0"], "top_p is 0.0"),

@@ -197,9 +197,11 @@ class Npz(SampleSet):
       np.lib.format.write_array_header_1_0(out, header)
       done = 0
       for first, stop, part in self._parts():
-        if done < stop:  # parts overlap where the size of batches was changed
+        if first <= done < stop:  # parts overlap where the size of batches was changed
           out.write(self._read(part, (stop - first, *shape[1:]))[done - first :].tobytes())
           done = stop
+      if done < self.count:
+        raise FileNotFoundError(f"{self.folder} has no part with image {self.start + done}")
     if self.labels is not None:
       with opened("arr_1") as out:
         np.lib.format.write_array(out, self.labels.astype(np.int64))

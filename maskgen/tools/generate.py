@@ -82,8 +82,11 @@ def _check(args: argparse.Namespace) -> None:
     raise UserError(f"--prompt={args.prompt[0]} and --captions={args.captions}: give one of them")
   if args.captions:
     args.prompt = read_captions(args.captions)
-  if args.label and args.prompt:
-    raise UserError(f"--label={args.label} and --prompt={args.prompt[0]}: give one of them")
+  for name in ("label", "labels"):
+    if (value := getattr(args, name)) and args.prompt:
+      raise UserError(f"--{name}={value} and --prompt={args.prompt[0]}: give one of them")
+  if args.label and args.labels == "none":
+    raise UserError(f"--label={args.label} and --labels=none: give one of them")
   given = [name for name in _OF_FOLDERS if getattr(args, name) is not None]
   if args.out is not None:
     if given:
@@ -175,7 +178,8 @@ def write_folder(args: argparse.Namespace) -> None:
     },
   }
   # What the model does not take is refused before the folder is begun.
-  model.request(args.seed, 1, **{name: values[:1] for name, values in conditions.items()})
+  first = {name: values if isinstance(values, str) else values[:1] for name, values in conditions.items()}
+  model.request(args.seed, 1, **first)
   labels, captions = conditions.get("label"), conditions.get("prompt")
   captions = [captions] * args.count if isinstance(captions, str) else captions
   made = sample_set.create(epath.Path(args.out_dir), manifest, labels, captions)
