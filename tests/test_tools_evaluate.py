@@ -221,6 +221,13 @@ def test_features_that_are_not_finite_are_refused():
     comparison.collect("x", [{"pooled": np.ones((5, 3))}, {"pooled": rows}], {"pooled"})
 
 
+def test_hidden_files_are_no_pictures(tmp_path):
+  (tmp_path / "@eaDir").mkdir()
+  for name in ("0.png", ".1.png", "@eaDir/2.png"):
+    Image.fromarray(REAL[0]).save(tmp_path / name)
+  assert picture_sets.open_pictures(str(tmp_path)).names == ("0.png",)
+
+
 def test_npz_files_are_read_in_pieces(data):
   found = picture_sets.open_pictures(str(data / "real.npz"))
   batches = list(found.read(25))
@@ -286,6 +293,7 @@ def test_bad_pairs_are_one_sentence(data, tokenizer, tmp_path):
   )
   refused(data, "sides of at least 161 pixels", "generated.npz", "real.npz", "--metrics=ms_ssim")
   refused(data, "'lpips' needs --lpips_trunk=FILE", "generated.npz", "real.npz", "--metrics=lpips")
+  refused(data, "no other metric does", "generated.npz", "real.npz", "--metrics=psnr", "--lpips_heads=a.pth")
   refused(data, "'perplexity' is of a tokenizer", "generated.npz", "real.npz", "--metrics=perplexity")
   refused(data, "needs a metric of pairs", "generated.npz", "real.npz", "--page=page.png")
   (tmp_path / "renamed").mkdir()

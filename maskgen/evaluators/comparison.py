@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
@@ -65,6 +66,11 @@ class Network:
   protocol: str
   weights: str
   extract: Callable[[jax.Array], Mapping[str, Any]]
+
+  def width(self, size: tuple[int, int]) -> int:
+    """The number of features of a picture of this (height, width)."""
+    image = jax.ShapeDtypeStruct((1, *size, 3), jnp.uint8)
+    return jax.eval_shape(self.extract, image)["pooled"].shape[1]
 
 
 def open_inception(params: Any, protocol: str) -> Network:

@@ -9,9 +9,10 @@ import zlib
 from collections.abc import Callable, Iterator
 
 import numpy as np
+from etils import epath
 from PIL import Image
 
-from maskgen.data.listing import SUFFIXES, is_picture
+from maskgen.data.listing import SUFFIXES, is_hidden, is_picture
 from maskgen.errors import UserError
 
 IMAGES = "arr_0"
@@ -42,7 +43,8 @@ class PictureSet:
 def open_pictures(path: str) -> PictureSet:
   """Opens a local folder, with its sub-folders, or an npz file with the array `arr_0` uint8 [n, h, w, 3].
 
-  Files are read as published tools read them: as RGB, whatever their orientation and transparency.
+  Files are read as published tools read them: as RGB, whatever their orientation and transparency. Hidden
+  files and folders are ignored.
 
   Raises:
     UserError: if there are no pictures, one is damaged or of another size, or the npz file has no such array.
@@ -60,14 +62,13 @@ def open_pictures(path: str) -> PictureSet:
 
 def has_pictures(path: str) -> bool:
   """Whether an npz file has the array of pictures."""
-  with _npz_damage(path), pathlib.Path(path).open("rb") as file:
+  with _npz_damage(path), epath.Path(path).open("rb") as file:
     return f"{IMAGES}.npy" in zipfile.ZipFile(file).namelist()
 
 
 def _open_folder(path: str, root: pathlib.Path) -> PictureSet:
-  names = sorted(
-    file.relative_to(root).as_posix() for file in root.rglob("*") if is_picture(file.name) and file.is_file()
-  )
+  files = (file.relative_to(root) for file in root.rglob("*") if is_picture(file.name) and file.is_file())
+  names = sorted(file.as_posix() for file in files if not any(map(is_hidden, file.parts)))
   if not names:
     raise UserError(f"folder '{path}' has no pictures: put {', '.join(SUFFIXES)} files there")
 

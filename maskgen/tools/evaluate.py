@@ -129,7 +129,7 @@ def check_flags(args: argparse.Namespace) -> None:
       raise UserError(f"metric '{name}' does not exist{nearest(name, known)}")
     if name in CODES and args.model is None:
       raise UserError(f"metric '{name}' is of a tokenizer: give --model instead of --generated")
-  if ("lpips" in names) != bool(args.lpips_trunk and args.lpips_heads):
+  if any(("lpips" in names) != bool(path) for path in (args.lpips_trunk, args.lpips_heads)):
     raise UserError(
       "metric 'lpips' needs --lpips_trunk=FILE and --lpips_heads=FILE, and no other metric does"
     )
@@ -247,13 +247,9 @@ def measure(
   Raises:
     UserError: if there are too few pictures, or statistics were made otherwise.
   """
-  import jax
-  import jax.numpy as jnp
-
   from maskgen.evaluators import comparison, statistics_files
 
-  image = jax.ShapeDtypeStruct((1, *generated.shape, 3), jnp.uint8)
-  width = jax.eval_shape(network.extract, image)["pooled"].shape[1]
+  width = network.width(generated.shape)
   real_needs = comparison.reference_needs_of(metrics)
   real, rest = None, real_needs
   if reference.statistics is not None:
@@ -261,9 +257,10 @@ def measure(
       reference.name, reference.statistics, reference.manifest, network, generated.shape, width
     )
     real = reference.statistics
-    if real.count is not None:
-      comparison.check_counts({"fid"} & set(metrics), real.count, reference.name, network, width)
     rest = {need for need in real_needs if getattr(real, need) is None}
+    if real.count is not None:
+      given = [metric for metric in metrics if not comparison.reference_needs_of([metric]) & rest]
+      comparison.check_counts(given, real.count, reference.name, network, width)
   comparison.check_counts(metrics, len(generated), generated.name, network, width)
   if rest and reference.pictures is not None:
     own = [metric for metric in metrics if comparison.reference_needs_of([metric]) & rest]

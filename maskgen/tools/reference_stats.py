@@ -45,7 +45,9 @@ def main(argv: Sequence[str]) -> None:
   spec = reader.spec.get("image")
   if spec is None or spec.shape.rank != 3 or spec.shape[-1] != 3 or spec.dtype.as_numpy_dtype != np.uint8:
     raise UserError(f"--preprocess={args.preprocess} does not return images uint8 [h, w, 3]: change it")
-  network = feature_flags.open_network(args)
+  network, size = feature_flags.open_network(args), (spec.shape[0], spec.shape[1])
+  width = network.width(size)
+  comparison.check_counts(("fid",), source.size, source.name, network, width)
 
   def images() -> Iterator[np.ndarray]:
     seen = 0
@@ -60,15 +62,12 @@ def main(argv: Sequence[str]) -> None:
   metrics = ("fid", "sfid") if network.protocol else ("fid",)
   batches = feature_flags.stream(network, images(), source.size, args.batch_size, source.name)
   features = comparison.collect(source.name, batches, comparison.needs_of(metrics))
-  assert features.pooled_moments is not None
-  width = len(features.pooled_moments.mean)
-  comparison.check_counts(("fid",), source.size, source.name, network, width)
   manifest = statistics_files.Manifest(
     network=network.name,
     protocol=network.protocol,
     weights=network.weights,
     count=source.size,
-    size=tuple(spec.shape[:2]),
+    size=size,
     source=args.source,
     split=args.split,
     preprocess=args.preprocess,
