@@ -101,7 +101,7 @@ def write_pictures(workdir: epath.Path, label: str, pictures: Mapping[str, np.nd
     (workdir / "samples").mkdir(parents=True, exist_ok=True)
     for name, picture in pictures.items():
       file = workdir / "samples" / f"{name.replace('/', '_')}_{label}.png"
-      images.write_png(file, images.enlarge(picture))
+      files.replace(file, images.png(images.enlarge(picture)), sync=False)
 
 
 class Progress:
