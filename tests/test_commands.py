@@ -3,6 +3,7 @@
 import json
 import sys
 
+import jax
 import pytest
 
 import maskgen.__main__ as commands
@@ -72,17 +73,20 @@ def test_doctor_names_what_is_wrong(capsys, monkeypatch):
   for remedy in (
     "pip install -U jax-cuda12-plugin==0.9",
     "pip install tensorflow-cpu",
-    "pip install maskgen jax ",
+    "pip install -e . jax ",
   ):
     assert remedy in out
 
 
 def test_an_accelerator_that_jax_does_not_use(tmp_path, monkeypatch):
   monkeypatch.delenv("JAX_PLATFORMS", raising=False)
-  monkeypatch.setattr(cpu, "_ACCELERATORS", (str(tmp_path / "nvidia[0-9]"),))
+  monkeypatch.setattr(cpu, "_ACCELERATORS", (str(tmp_path / "*"),))
   assert not cpu.missing_accelerator("cpu")
+  for device, extra in (("accel0", "tpu"), ("kfd", "rocm7-local"), ("nvidia0", "cuda12")):
+    (tmp_path / device).touch()
+    assert f"pip install 'jax[{extra}]=={jax.__version__}'" in cpu.missing_accelerator("cpu")
+    (tmp_path / device).unlink()
   (tmp_path / "nvidia0").touch()
-  assert "pip install -U 'maskgen[cuda]'" in cpu.missing_accelerator("cpu")
   assert not cpu.missing_accelerator("gpu")
   monkeypatch.setenv("JAX_PLATFORMS", "cpu")
   assert not cpu.missing_accelerator("cpu")

@@ -92,7 +92,7 @@ def plugin_problem(name: str, found: str, jaxlib: str) -> str:
 
 
 def _missing(names: Sequence[str]) -> str:
-  absent = [name for name in names if not version(name)]
+  absent = ["-e ." if name == "maskgen" else name for name in names if not version(name)]
   return f"pip install {' '.join(absent)}" if absent else ""
 
 

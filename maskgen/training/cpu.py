@@ -2,6 +2,7 @@
 
 import contextlib
 import glob
+import importlib.metadata
 import os
 import sys
 from collections.abc import Iterable, Mapping
@@ -48,10 +49,12 @@ def missing_accelerator(platform: str) -> str:
   found = [path for pattern in _ACCELERATORS for path in glob.glob(pattern)]
   if platform != "cpu" or not found or os.environ.get("JAX_PLATFORMS") == "cpu":
     return ""
-  extra = "cuda" if "nvidia" in found[0] else "tpu"
+  makers = {"nvidia": "cuda12", "kfd": "rocm7-local"}
+  extra = next((extra for name, extra in makers.items() if name in found[0]), "tpu")
+  plugin = f"jax[{extra}]=={importlib.metadata.version('jax')}"
   return (
     f"this machine has {found[0]}, but JAX runs on the CPU: install the plug-in of JAX's own version with "
-    f"pip install -U 'maskgen[{extra}]', or set JAX_PLATFORMS=cpu if the CPU is meant"
+    f"pip install '{plugin}', or set JAX_PLATFORMS=cpu if the CPU is meant"
   )
 
 
