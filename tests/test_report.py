@@ -135,3 +135,7 @@ def test_what_is_no_run(tmp_path):
   (tmp_path / "config.json").write_text("[]")
   with pytest.raises(UserError, match=r"config\.json is damaged"):
     tool.main([f"--workdir={tmp_path}"])
+  root = make_run(tmp_path, "run", steps=10)
+  (root / "two/samples/grid_0000099.png").write_bytes(b"")
+  with pytest.raises(UserError, match=r"grid_0000099\.png is damaged .*: remove it"):
+    tool.main([f"--workdir={root}"])

@@ -12,6 +12,7 @@ from etils import epath
 from PIL import Image
 
 from maskgen import config as config_lib
+from maskgen import files
 from maskgen.report import charts
 from maskgen.report.runs import Run, Stage, to_text
 
@@ -147,12 +148,15 @@ def _slider(title: str, pictures: Sequence[tuple[int, epath.Path]]) -> str:
 def _encode(file: epath.Path) -> str:
   """A PNG file as base64, reduced if it is large."""
   data = file.read_bytes()
-  with Image.open(io.BytesIO(data)) as image:
-    if max(image.size) > MOST_PIXELS:
-      image.thumbnail((MOST_PIXELS, MOST_PIXELS))
-      buffer = io.BytesIO()
-      image.save(buffer, format="PNG")
-      data = buffer.getvalue()
+  try:
+    with Image.open(io.BytesIO(data)) as image:
+      if max(image.size) > MOST_PIXELS:
+        image.thumbnail((MOST_PIXELS, MOST_PIXELS))
+        buffer = io.BytesIO()
+        image.save(buffer, format="PNG")
+        data = buffer.getvalue()
+  except OSError as error:
+    raise files.damaged(file, "it is no whole picture", "remove it") from error
   return base64.b64encode(data).decode()
 
 
