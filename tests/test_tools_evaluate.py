@@ -13,8 +13,10 @@ from PIL import Image
 import maskgen
 from maskgen import objectives, storage
 from maskgen.errors import UserError
-from maskgen.evaluators import comparison, frechet, picture_sets, statistics_files
+from maskgen.evaluators import comparison, frechet, paired, picture_sets, statistics_files
 from maskgen.evaluators.feature_spaces import pixels
+from maskgen.importers import lpips as lpips_files
+from maskgen.models import lpips
 from maskgen.tools import evaluate, reference_stats
 
 RNG = np.random.default_rng(0)
@@ -263,6 +265,24 @@ def test_pairs_are_compared_one_by_one(data, tmp_path):
   assert 0.8 < found["ssim"] < 1
   page = Image.open(tmp_path / "page.png")
   assert min(page.size) > 2 * 192
+
+
+@pytest.mark.parametrize(
+  ("channels", "smallest"), [((64, 192, 384, 256, 256), 31), ((64, 128, 256, 512, 512), 16)]
+)
+def test_lpips_needs_pictures_on_which_no_map_is_empty(channels, smallest):
+  name, network = lpips.BACKBONES[channels]
+  image = jax.ShapeDtypeStruct((1, smallest, smallest, 3), np.float32)
+  outputs = jax.eval_shape(lambda x: network.init_with_output(jax.random.key(0), x)[0], image)
+  assert [level.size > 0 for level in outputs["maps"]] == [True] * 5
+  loaded = lpips_files.Loaded(name, network, {}, ())
+  large, small = (
+    picture_sets.PictureSet("x", ("a.png",), (64, side), lambda size: iter(()))
+    for side in (smallest, smallest - 1)
+  )
+  paired.check(["lpips"], large, large, loaded)
+  with pytest.raises(UserError, match=f"'lpips' needs sides of at least {smallest} pixels, but x has"):
+    paired.check(["lpips"], small, small, loaded)
 
 
 def test_a_tokenizer_is_evaluated_on_a_folder(data, tokenizer):

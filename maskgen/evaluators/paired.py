@@ -25,8 +25,14 @@ _SHOWN, _CROP = 12, 192
 Measure = Callable[[np.ndarray, np.ndarray], Mapping[str, jax.Array]]
 
 
-def check(metrics: Sequence[str], made: PictureSet, originals: PictureSet) -> None:
+def check(metrics: Sequence[str], made: PictureSet, originals: PictureSet, perceptual: Loaded | None) -> None:
   """Checks that there is an original for each picture, and that they are large enough.
+
+  Args:
+    metrics: names in `METRICS`.
+    made: the pictures.
+    originals: their originals.
+    perceptual: the networks of LPIPS, if it is among the metrics.
 
   Raises:
     UserError: if not.
@@ -43,11 +49,15 @@ def check(metrics: Sequence[str], made: PictureSet, originals: PictureSet) -> No
         f"'{pair[0]}' of {made.name} would be compared with '{pair[1]}' of {originals.name}: give pictures "
         "and originals the same names"
       )
-  if "ms_ssim" in metrics and min(made.shape) < similarity.SMALLEST_SIDE:
-    raise UserError(
-      f"'ms_ssim' needs sides of at least {similarity.SMALLEST_SIDE} pixels, but {made.name} has "
-      f"{min(made.shape)}: leave it out"
-    )
+  smallest = {"ms_ssim": similarity.SMALLEST_SIDE}
+  if perceptual is not None:
+    smallest["lpips"] = lpips.SMALLEST_SIDE[perceptual.name]
+  for name in metrics:
+    if min(made.shape) < smallest.get(name, 1):
+      raise UserError(
+        f"'{name}' needs sides of at least {smallest[name]} pixels, but {made.name} has {min(made.shape)}: "
+        "leave it out"
+      )
 
 
 def build(metrics: Sequence[str], perceptual: Loaded | None) -> Measure:

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from maskgen.models.imagenet import VGG16, normalise
 
 EPSILON = 1e-10
+# Of images, by the name of the backbone; on smaller ones its last map is empty.
+SMALLEST_SIDE = {"alex": 31, "vgg": 16}
 
 
 class AlexNet(nn.Module):

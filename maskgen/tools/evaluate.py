@@ -227,8 +227,8 @@ def measure_pairs(
 
   originals = reference.pictures
   assert originals is not None
-  paired.check(metrics, made, originals)
   perceptual = lpips.load(args.lpips_trunk, args.lpips_heads) if "lpips" in metrics else None
+  paired.check(metrics, made, originals, perceptual)
   numbers = paired.collect(paired.build(metrics, perceptual), made, originals, args.batch_size)
   if args.page is not None:
     images.write_png(args.page, paired.page(made, originals, numbers))
