@@ -62,6 +62,8 @@ def test_inception_score_of_certain_predictions_is_the_number_of_classes():
 def test_too_few_samples_and_wrong_statistics_are_refused():
   with pytest.raises(UserError, match="KID needs at least 1,000 samples of both sets, but there are 50"):
     set_metrics.kid(A, B)
+  with pytest.raises(UserError, match="the inception score needs at least 10 samples, but there are 9"):
+    set_metrics.inception_score(A[:9])
   with pytest.raises(UserError, match="at least 6 samples"):
     set_metrics.manifold_metrics(A, B[:5], k=5, strict=True)
   with pytest.raises(UserError, match=r"give \[d\], \[d, d\]"):

@@ -30,7 +30,11 @@ def inception_score(logits: np.ndarray, *, splits: int = 10, seed: int | None = 
     logits: [n, classes], without the bias of the last layer if the score is to equal the published ones.
     splits: the number of equal parts; part i begins at row i * n // splits.
     seed: of the permutation before the rows are split, `np.random.RandomState(seed)`; None keeps their order.
+
+  Raises:
+    UserError: if there are fewer rows than splits.
   """
+  check_count("the inception score", len(logits), splits)
   order = np.arange(len(logits)) if seed is None else np.random.RandomState(seed).permutation(len(logits))
   ends = [i * len(logits) // splits for i in range(splits + 1)]
   return _score(logits[order[start:end]] for start, end in itertools.pairwise(ends))
