@@ -589,7 +589,7 @@ def test_methods_that_a_model_does_not_have(method, arguments, tokenizer):
     (["--out=grid.png", "--steps=0"], r"at least 1"),
     (["--out=grid.png", "--cont=1"], r"unrecognized arguments: --cont=1"),
     (["--out=grid.png", "--coun=1"], r"unrecognized arguments: --coun=1"),
-    ([], r"required: --out"),
+    ([], r"give --out=FILE\.png for one picture, or --out_dir=DIR"),
   ],
 )
 def test_wrong_arguments_of_generate(arguments, message, trained, tmp_path, monkeypatch):

@@ -71,6 +71,9 @@ TINY = {
   "mage": MAGE,
   "mage_c": MAGE | dict(projection_hidden=16, projection_width=8, contrastive_weight=1.0),
   "mage_conditional": MAGE | dict(classes=10, condition_width=8),
+  "maskgit": dict(
+    image_size=(16, 16), tokenizer=NETWORK, classes=10, width=16, depth=1, heads=4, hidden=8, dropout=0.0
+  ),
   "classify": dict(
     image_size=(16, 16),
     classes=10,
