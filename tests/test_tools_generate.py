@@ -104,6 +104,10 @@ def test_another_set_is_not_continued(tmp_path):
   sample_set.create(tmp_path / "set", manifest())
   with pytest.raises(UserError, match="has images with seed 0, not 1: give another folder, or the flags"):
     sample_set.create(tmp_path / "set", manifest(seed=1))
+  steps = [manifest(sampling={"order": "halton", "steps": steps}) for steps in (2, 3)]
+  sample_set.create(tmp_path / "steps", steps[0])
+  with pytest.raises(UserError, match="has images with sampling/steps 2, not 3: give another folder"):
+    sample_set.create(tmp_path / "steps", steps[1])
   (tmp_path / "mine").mkdir()
   (tmp_path / "mine" / "photo.png").write_bytes(b"")
   with pytest.raises(UserError, match="mine is not empty: give a new folder"):

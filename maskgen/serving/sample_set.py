@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from maskgen import files
+from maskgen import files, tree
 from maskgen import images as images_lib
 from maskgen.errors import UserError
 from maskgen.serving.model import Model
@@ -100,11 +100,12 @@ def create(
   others = [file.name for file in folder.iterdir() if file.suffix != ".tmp"]
   if path.exists():
     before = files.read_json(path, "give another folder")
-    for key in sorted(before.keys() | now.keys()):
-      if key not in _ABOUT and before.get(key) != now.get(key):
+    theirs, ours = _settings(before), _settings(now)
+    for name in sorted(theirs.keys() | ours.keys()):
+      if theirs.get(name) != ours.get(name):
         raise UserError(
-          f"{folder} has images with {key} {before.get(key)!r}, not {now.get(key)!r}: give another folder, "
-          "or the flags that it was begun with"
+          f"{folder} has images with {name} {theirs.get(name)!r}, not {ours.get(name)!r}: give another "
+          "folder, or the flags that it was begun with"
         )
     if before.get("made_with") != now.get("made_with"):
       log.warning(
@@ -116,6 +117,11 @@ def create(
   else:
     files.replace(path, json.dumps(now, indent=2))
   return FORMATS[manifest["format"]](folder, manifest, labels, captions)
+
+
+def _settings(manifest: Mapping[str, Any]) -> dict[str, Any]:
+  """What decides about the images, by names such as `sampling/steps`."""
+  return tree.flatten({key: value for key, value in manifest.items() if key not in _ABOUT})
 
 
 class Pngs(SampleSet):
