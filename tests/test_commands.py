@@ -40,8 +40,9 @@ def test_configs_are_listed_with_their_arguments(capsys):
   configs.main([])
   out = capsys.readouterr().out
   for file in config_lib.shipped():
-    first, _ = configs.describe(file)
+    first, arguments = configs.describe(file)
     assert f"{file.name}\n  {first}\n" in out and first.endswith(".")
+    assert {":tiny", ":debug"} <= {*arguments}
   arguments = configs.describe(config_lib.find_file("fewshot_mage.py"))[1]
   assert arguments[:3] == [":shots", ":share", ":subset_seed"] and arguments[-2:] == [":tiny", ":debug"]
 

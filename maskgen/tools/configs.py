@@ -27,6 +27,8 @@ def describe(file: pathlib.Path) -> tuple[str, list[str]]:
   arguments = [
     name for line in re.findall(r"^  (:\w+(?:, :\w+)*)  ", text, re.MULTILINE) for name in line.split(", ")
   ]
+  if of := re.search(r"^Arguments: those of (\w+\.py)", text, re.MULTILINE):
+    arguments = describe(file.with_name(of[1]))[1]
   return text.split("\n")[0], arguments
 
 
