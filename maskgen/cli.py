@@ -84,8 +84,8 @@ def check_out(path: str, flag: str = "out", kind: str = ".png") -> None:
     raise UserError(f"--{flag}={path}: the folder {folder} is not writable, give another")
 
 
-def check_out_folder(path: str, flag: str = "out") -> None:
-  """Checks before long work that a folder can be created or written.
+def check_out_folder(path: str, flag: str = "out", *, new: bool = False) -> None:
+  """Checks before long work that a folder can be created or written, and if it is to be new, holds nothing.
 
   Raises:
     UserError: if not.
@@ -93,6 +93,8 @@ def check_out_folder(path: str, flag: str = "out") -> None:
   folder = epath.Path(path)
   if not path or (folder.exists() and not folder.is_dir()) or not writable(folder):
     raise UserError(f"--{flag}={path}: it is not a writable folder, give another")
+  if new and folder.exists() and any(folder.iterdir()):
+    raise UserError(f"--{flag}={path} is not an empty folder: give a new one")
 
 
 def writable(folder: epath.Path) -> bool:

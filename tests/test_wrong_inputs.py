@@ -303,6 +303,7 @@ WRONG = {
     ),
     ("--format=mage --weights=one.safetensors --out=new --decoder_heads=x", r"--decoder_heads: invalid int"),
     ("--format=mage --weights=one.safetensors --out=in.png", r"--out=in\.png: it is not a writable folder"),
+    ("--format=mage --weights=nothing --out=listed", r"--out=listed is not an empty folder: give a new one"),
     (
       "--format=mobilenet_v2 --weights=x --out=new --image_size=64",
       r"--format=mobilenet_v2 takes no --image_size",

@@ -53,7 +53,7 @@ def main(argv: Sequence[str]) -> None:
     if name != "tokenizer" and value < 1:
       raise UserError(f"--{name}={value}: give at least 1")
   _check_published(args.weights)
-  cli.check_out_folder(args.out)
+  cli.check_out_folder(args.out, new=True)
 
   from maskgen import __version__, storage, tree
 

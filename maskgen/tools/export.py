@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> None:
     if epath.Path(args.out).exists():
       raise UserError(f"--out={args.out} exists: give the name of a new file")
   else:
-    cli.check_out_folder(args.out)
+    cli.check_out_folder(args.out, new=True)
 
   import maskgen
   from maskgen import __version__, objectives, plugins, storage, tree
