@@ -15,7 +15,7 @@ from etils import epath
 
 from maskgen import plugins
 from maskgen.config import MAX_SEED, check_seed
-from maskgen.errors import TransientError, UserError, is_permanent, lost_process, storage_errors
+from maskgen.errors import UserError, is_permanent, lost_process, storage_errors
 
 EXIT_TIMEOUT = 10.0
 
@@ -151,9 +151,9 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
   except KeyboardInterrupt:
     sys.exit(130)
   except Exception as error:
-    if said := lost_process(error):
-      print(f"error: another process of this run has ended ({said}): see its log", file=sys.stderr)
-      _end(TransientError.status)
+    if lost := lost_process(error):
+      print(f"error: {lost}", file=sys.stderr)
+      _end(lost.status)
     traceback.print_exc()
     _end(1)
 

@@ -73,11 +73,15 @@ def out_of_memory(error: Exception) -> str | None:
   return str(error).splitlines()[0] if "RESOURCE_EXHAUSTED" in str(error) else None
 
 
-def lost_process(error: Exception) -> str | None:
-  """Returns the line of an error that says that another process of the run has ended, else None."""
-  signs = r"Gloo .*|[^:\n]*[Cc]onnection (closed|reset) by peer.*|NCCL .*remote process exited.*"
-  found = re.search(signs, str(error)) if type(error).__name__ == "JaxRuntimeError" else None
-  return found[0] if found else None
+def lost_process(error: BaseException | None) -> TransientError | None:
+  """Returns the error to report if this one, or one that led to it, says that another process has ended."""
+  signs = r"Gloo .*|NCCL .*remote process exited.*"
+  of_jax = signs + r"|[^:\n]*[Cc]onnection (closed|reset) by peer.*"  # elsewhere, of a store
+  while error is not None:
+    if found := re.search(of_jax if type(error).__name__ == "JaxRuntimeError" else signs, str(error)):
+      return TransientError(f"another process of this run has ended ({found[0]}): see its log")
+    error = error.__cause__ or error.__context__
+  return None
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:

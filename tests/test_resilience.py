@@ -597,7 +597,10 @@ def test_what_a_process_says_after_another_has_ended_is_one_sentence(monkeypatch
   said = "Gloo all-reduce failed: [external/gloo/pair.cc:5] Connection closed by peer [127.0.0.1]:39"
 
   def fail(_):
-    raise jax.errors.JaxRuntimeError(f"INTERNAL: {said}\nand more")
+    try:
+      raise jax.errors.JaxRuntimeError(f"INTERNAL: {said}\nand more")
+    except jax.errors.JaxRuntimeError as error:
+      raise ValueError("of a library") from error
 
   with pytest.raises(SystemExit) as exit_:
     cli.run(fail)

@@ -13,7 +13,7 @@ from etils import epath
 
 from maskgen import config as config_lib
 from maskgen import processes, tree
-from maskgen.errors import TransientError, UserError
+from maskgen.errors import TransientError, UserError, lost_process
 
 CHECKPOINTS, DAMAGED = "checkpoints", "damaged"
 # TensorStore's status codes for files with wrong content, or missing from a checkpoint.
@@ -172,6 +172,8 @@ class Checkpoints:
     self._manager.reload()
 
   def _not_written(self, error: Exception) -> UserError:
+    if lost := lost_process(error):
+      return lost
     if not self._manager.directory.exists():
       return UserError(
         f"{self._manager.directory} was moved or deleted during the run: start the same command "
