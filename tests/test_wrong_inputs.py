@@ -333,6 +333,8 @@ WRONG = {
     (f"{MAGE} --out=new --guidance=2", r"guidance"),
     (f"{CODES} --out=new", r"does not generate images"),
     ("--model=nothing --out=new", r"model nothing does not exist"),
+    (f"{MAGE} --out=new --features=pixel", r"space 'pixel' does not exist; did you mean 'pixels'"),
+    (f"{MAGE} --out=new --features=mobilenet_v2:no.npz", r"'mobilenet_v2': no\.npz does not exist"),
   ],
   "tools.bench": [
     ("", r"required: benchmark"),

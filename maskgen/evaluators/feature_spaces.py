@@ -6,6 +6,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 
 from maskgen import images as images_lib
 from maskgen.data import digit_scenes as scenes
@@ -84,6 +85,19 @@ def name_of(spec: str) -> str:
   return spec.partition(":")[0]
 
 
+def check_space(spec: str) -> None:
+  """Checks that a feature space exists, and its file if it has one.
+
+  Raises:
+    UserError: if not.
+  """
+  name, _, path = spec.partition(":")
+  if name not in SPACES:
+    raise UserError(f"feature space '{spec}' does not exist{nearest(name, SPACES)}")
+  if path and not epath.Path(path).exists():
+    raise UserError(f"feature space '{name}': {path} does not exist, give the path of its weights")
+
+
 def open_space(spec: str, context: Context | None) -> Space:
   """Opens a feature space.
 
@@ -95,7 +109,6 @@ def open_space(spec: str, context: Context | None) -> Space:
   Raises:
     UserError: if the space does not exist, its file is missing or malformed, or it is for other data.
   """
+  check_space(spec)
   name, _, path = spec.partition(":")
-  if name not in SPACES:
-    raise UserError(f"feature space '{spec}' does not exist{nearest(name, SPACES)}")
   return SPACES[name](path, context)

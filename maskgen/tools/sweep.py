@@ -62,6 +62,10 @@ def main(argv: Sequence[str]) -> None:
   if args.num_images < 2:
     raise UserError(f"--num_images={args.num_images}: give at least 2")
   cli.check_out_folder(args.out)
+  if args.features is not None:
+    from maskgen.evaluators.feature_spaces import check_space
+
+    check_space(args.features)
   config = _config(args, main_lib.parse_overrides(rest))
   objective = objectives.build(config.get("objective", {}))
   if not hasattr(objective, "sampling"):
