@@ -150,6 +150,9 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     _end(error.status)
   except KeyboardInterrupt:
     sys.exit(130)
+  except BrokenPipeError:  # a reader such as `head` has seen enough
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(141)
   except Exception as error:
     if lost := lost_process(error):
       print(f"error: {lost}", file=sys.stderr)

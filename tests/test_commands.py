@@ -1,6 +1,8 @@
 """The commands that help to find one's way: maskgen, configs, config, doctor."""
 
 import json
+import os
+import subprocess
 import sys
 
 import jax
@@ -34,6 +36,15 @@ def test_a_command_runs_as_its_module_does(capsys, monkeypatch):
 def test_an_unknown_command():
   with pytest.raises(UserError, match=r"command 'generat' does not exist; did you mean 'generate'"):
     commands.main(["generat"])
+
+
+def test_a_reader_that_leaves_is_no_error():
+  reader, writer = os.pipe()
+  os.close(reader)
+  command = [sys.executable, "-m", "maskgen", "configs"]
+  done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True)
+  os.close(writer)
+  assert (done.returncode, done.stderr) == (141, "")
 
 
 def test_configs_are_listed_with_their_arguments(capsys):
