@@ -13,6 +13,7 @@ from typing import IO
 
 from etils import epath
 
+from maskgen import files
 from maskgen.errors import TransientError
 
 try:
@@ -125,10 +126,14 @@ class Signature:
         return
 
   def _read(self) -> str:
-    return self._file.read_text() if self._file.exists() else ""
+    try:
+      return self._file.read_text() if self._file.exists() else ""
+    except FileNotFoundError:  # removed in between
+      return ""
 
   def _sign(self, count: int) -> None:
-    self._file.write_text(f"{_name()}\n{self._token} {count}\n")
+    # Atomically: to others, an empty file is nobody's.
+    files.replace(self._file, f"{_name()}\n{self._token} {count}\n", sync=False)
 
 
 def taken(folder: epath.Path, signature: str) -> TransientError:
