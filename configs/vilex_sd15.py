@@ -25,7 +25,8 @@ Arguments:
   :caption_share  how often the caption is next to the image in the prompt; requires captions
   :batch_size     examples per step
   :accumulation   micro-batches per step, for fewer devices
-  :family, :size  another decoder and its image size, see vilex_sd21.py and vilex_sdxl.py
+  :family         of the decoder, see vilex_sd21.py and vilex_sdxl.py
+  :size           of the images; by default that of the decoder
   :tiny           this recipe with the small networks, pictures and lengths of `vilex_digits.py:tiny`
   :debug          2 steps of tiny networks
 """
@@ -44,7 +45,7 @@ SO400M = dict(image_size=(224, 224), patch=14, width=1152, depth=27, heads=16, h
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   given = dict(decoder="", encoder=ENCODER, source="folder:pictures", eval_source="", caption_share=0.0)
-  recipe = dict(batch_size=2048, accumulation=2, family="sd15", size=512, debug=False, tiny=False)
+  recipe = dict(batch_size=2048, accumulation=2, family="sd15", size=0, debug=False, tiny=False)
   args = config_lib.parse_arg(arg, **given, **recipe)
   config = full(args)
   if not (args.tiny or args.debug):
@@ -58,14 +59,15 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
 
 def full(args) -> ml_collections.ConfigDict:
   layout = config_lib.choose("family", args.family, LAYOUTS)
-  decoder, size = args.decoder or layout.published, args.size
-  folder = diffusers.folder_of(decoder, args.family)
+  decoder = args.decoder or layout.published
+  section = diffusers.section_of(decoder, args.family)
+  size = args.size or section["image_size"][0]
   mage, path = args.encoder.startswith("mage:"), args.encoder.removeprefix("mage:")
   encoder: dict = dict(name="vit", **SO400M) if path in PUBLISHED else dict(name="pretrained")
   if not mage:
     encoder.update(dtype="bfloat16", scan=True, remat="dots")
   # No flips with captions, which may mention left and right.
-  words = f"|tokenize('bpe:{folder or args.family}/tokenizer', 77)" if args.caption_share else ""
+  words = f"|tokenize('bpe:{section['folder'] or args.family}/tokenizer', 77)" if args.caption_share else ""
   augment = words or "|flip_lr"
   return ml_collections.ConfigDict(
     dict(
@@ -85,10 +87,7 @@ def full(args) -> ml_collections.ConfigDict:
         name="vilex",
         # Frozen, and therefore in 16 bits, except its autoencoder.
         decoder=dict(
-          name="diffusers",
-          folder=folder,
-          family=args.family,
-          image_size=(size, size),
+          **{**section, "image_size": (size, size)},
           param_dtype="bfloat16",
           dtype="bfloat16",
           remat="full",

@@ -10,7 +10,8 @@ too. The paper's text encoder, OpenCLIP ViT-H/14, is said to be this decoder's.
 
 Hardware: 256 chips of TPU v5e for the paper's batch; docs/scaling.md has estimates from compiling it.
 
-Arguments: those of vilex_sd15.py; `:decoder` is a converted Stable Diffusion 2 for 512 pixels, "base".
+Arguments: those of vilex_sd15.py; `:decoder` is a converted Stable Diffusion 2, "base" for 512
+pixels or the other for 768, which also predicts v instead of noise: size and prediction are the decoder's.
 """
 
 import ml_collections

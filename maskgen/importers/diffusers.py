@@ -211,32 +211,33 @@ def read_frozen(section: Mapping[str, Any]) -> tuple[FrozenTextToImage, Captions
   return FrozenTextToImage(model, given.image_size, length, *ids, given.param_dtype), captions
 
 
-def folder_of(path: str | os.PathLike, family: str) -> str:
-  """The folder that a model was converted from; "" for the name of a published one without local files.
+def section_of(path: str | os.PathLike, family: str) -> dict[str, Any]:
+  """The fields of `Folder` that say which model this is, for `config.objective.decoder`.
 
   Args:
-    path: the output of `maskgen.tools.convert`, or a name in `PUBLISHED`.
+    path: the output of `maskgen.tools.convert`, or a name in `PUBLISHED`, whose folder is "".
     family: its family, one of `FAMILIES`.
 
   Raises:
     UserError: if it is not such a model.
   """
   root = epath.Path(os.path.expanduser(path))
+  section = dict(name="diffusers", folder="", family=family, image_size=LAYOUTS[family].image_size)
   if str(path) in PUBLISHED and not root.exists():
-    return ""
+    return section
   if (root / "model_index.json").exists():
     read_model(root, family=family)
     raise UserError(
       f"{path} is a folder of diffusers: convert it with maskgen.tools.convert --format=diffusers "
       f"--weights={path} --out=DIR, and give DIR"
     )
-  section = storage.load_config(root).get("decoder", {})
-  if section.get("name") != "diffusers":
+  converted = storage.load_config(root).get("decoder", {})
+  if converted.get("name") != "diffusers":
     raise UserError(
       f"{path} is not a text-to-image model from maskgen.tools.convert --format=diffusers: give one"
     )
-  read_model(section["folder"], family=family)
-  return section["folder"]
+  read_model(converted["folder"], family=family)
+  return section | {key: converted[key] for key in ("folder", "image_size")}
 
 
 def convert(path: str | os.PathLike) -> Converted:

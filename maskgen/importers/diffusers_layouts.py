@@ -15,6 +15,7 @@ class Layout(NamedTuple):
     published: its name among `maskgen.importers.published.PUBLISHED`.
     text_encoders: the `config.json` of each text encoder.
     unet, vae, scheduler: the configs of the other parts.
+    image_size: (h, w) of the images that it was trained with.
     start_id, end_id: of the tokenizers.
     padding_ids: of each text encoder's tokenizer.
   """
@@ -24,6 +25,7 @@ class Layout(NamedTuple):
   unet: Mapping[str, Any]
   vae: Mapping[str, Any]
   scheduler: Mapping[str, Any]
+  image_size: tuple[int, int]
   padding_ids: tuple[int, ...]
   start_id: int = 49406
   end_id: int = 49407
@@ -74,6 +76,7 @@ LAYOUTS = {
     dict(cross_attention_dim=768, attention_head_dim=8),
     _VAE,
     _SCHEDULER,
+    (512, 512),
     (_END,),
   ),
   # The model for 512 pixels; the one for 768 predicts v and is otherwise the same.
@@ -83,6 +86,7 @@ LAYOUTS = {
     dict(cross_attention_dim=1024, attention_head_dim=(5, 10, 20, 20), use_linear_projection=True),
     _VAE,
     _SCHEDULER,
+    (512, 512),
     (_EXCLAMATION,),
   ),
   "sdxl": Layout(
@@ -102,6 +106,7 @@ LAYOUTS = {
     ),
     _VAE | dict(scaling_factor=0.13025),
     _SCHEDULER | dict(_class_name="EulerDiscreteScheduler", timestep_spacing="leading"),
+    (1024, 1024),
     (_END, _EXCLAMATION),
   ),
 }
