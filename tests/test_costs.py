@@ -1,3 +1,4 @@
+import dataclasses
 import math
 import os
 import subprocess
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import pallas as pl
 from jax.sharding import NamedSharding, PartitionSpec
 
 from maskgen import sharding
@@ -141,6 +143,25 @@ def sharded(fn):
 def test_calls_are_entered(wrap):
   args = shape(16, 8), shape(8, 4)
   assert flops.count(wrap(lambda x, w: jnp.tanh(x @ w)), *args) == 2 * 16 * 8 * 4
+
+
+def test_a_kernel_counts_once_per_element_of_its_grid():
+  def product(x_ref, w_ref, y_ref):
+    y_ref[...] = x_ref[...] @ w_ref[...]
+
+  def kernel(x, w):
+    block = pl.BlockSpec((4, 8), lambda i: (i, 0))
+    return pl.pallas_call(
+      product,
+      jax.ShapeDtypeStruct((24, 8), jnp.float32),
+      grid=(6,),
+      in_specs=[block, pl.BlockSpec((8, 8), lambda i: (0, 0))],
+      out_specs=block,
+    )(x, w)
+
+  args = shape(24, 8), shape(8, 8)
+  assert flops.count(lambda x, w: kernel(x, w) @ w, *args) == 2 * flops.count_kernels(kernel, *args)
+  assert flops.count_kernels(lambda x, w: kernel(x, w) @ w, *args) == 2 * 24 * 8 * 8
 
 
 def test_a_checkpoint_recomputes():
@@ -570,8 +591,9 @@ def test_the_tpu_compilers_programs(tmp_path):
   found = [chips.chip_of(types.SimpleNamespace(device_kind=kind)) for kind in done.stdout.splitlines()]
   assert [chip.name for chip in found] == ["TPU v5e", "TPU v5p", "TPU v6e"]
   for name in ("unrolled_layers", "scan_layers"):
-    collectives = hlo.analyse((tmp_path / name).read_text()).collectives
-    assert collectives["all-reduce"].bytes == WEIGHT_BYTES
+    program = hlo.analyse((tmp_path / name).read_text())
+    assert program.collectives["all-reduce"].bytes == WEIGHT_BYTES
+    assert program.cycles > 0
 
 
 # Chips
@@ -589,6 +611,29 @@ def test_bounds():
   program = program_of("all-reduce", 4, 10**9, count=2)
   found = chips.bounds(CHIP, 8, 4e12, program)
   assert found == pytest.approx({"compute": 0.5, "memory": 3.0, "interconnect": 0.3})
+
+
+def test_the_compiler_estimates_everything_but_kernels_and_communication():
+  kernel = 'custom_call_target="tpu_custom_call"'
+  estimated = 'kind=kLoop, calls=%add, backend_config={"estimated_cycles":"500"}'
+  add = "%add (a: f32[8,4]) -> f32[8,4] {\n  ROOT %a = f32[8,4]{1,0} parameter(0)\n}\n"
+  program = hlo.analyse(
+    add
+    + entry(
+      "%p = f32[8,4]{1,0} parameter(0)",
+      f"%f = f32[8,4]{{1,0}} fusion(%p), {estimated}",
+      f"%k = f32[8,4]{{1,0}} custom-call(%f), {kernel}",
+    )
+  )
+  assert (program.cycles, program.kernel_traffic) == (500, 256)
+  chip = dataclasses.replace(CHIP, clock=1e3)
+  bounds = {"interconnect": 0.25, "network": 0.5}
+  found = chips.expected(chip, 8, program, 8e12, bounds)
+  assert found == pytest.approx({"compiler": 0.5, "kernels": 1.4, "communication": 0.75})
+  # A kernel that moves more than it computes.
+  found = chips.expected(chip, 8, dataclasses.replace(program, kernel_traffic=2 * 10**11), 8e12, bounds)
+  assert found["kernels"] == pytest.approx(2.8)
+  assert chips.expected(CHIP, 8, program, 0, bounds) is None
 
 
 def test_an_all_reduce_is_a_reduce_scatter_and_an_all_gather():

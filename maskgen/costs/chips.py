@@ -21,24 +21,29 @@ class Chip:
     None  # bytes per second out of the chip over the data-centre network; None if unknown
   )
   price: float | None = None  # US dollars per hour on demand, without commitment; None if unknown
+  clock: float | None = None  # cycles per second of the compiler's estimates; None if it has none
 
 
 # TPUs: the page of each version at cloud.google.com/tpu/docs. One way is half of the bidirectional bandwidth
 # between chips; v4's page does not give it, so there it is the all-reduce bandwidth of a pod divided by its
 # chips, which is the same for other versions. For v5e and v6e the network is that of a pod, divided by its
 # 256 chips. Memory is what their compiler offers to a program (libtpu 0.0.42). Prices are on demand in the
-# United States, as others quote Google's list: look yours up.
+# United States, as others quote Google's list: look yours up. A clock is the peak divided by the
+# multiply-adds of a cycle; for v6e, whose page leaves them open, v5p's.
 # GPUs: NVIDIA's data sheets of the SXM modules; one way is half of NVLink.
 _CHIPS = {
-  "TPU v4": Chip("TPU v4", 275e12, 30.75 * _GiB, 1200e9, 1.1e15 / 4096, price=3.22),
-  "TPU v5 lite": Chip("TPU v5e", 197e12, 15.75 * _GiB, 819e9, 200e9, 6.4e12 / 8 / 256, price=1.20),
-  "TPU v5": Chip("TPU v5p", 459e12, 95.74 * _GiB, 2765e9, 600e9, 50e9 / 8),
-  "TPU v6 lite": Chip("TPU v6e", 918e12, 31.25 * _GiB, 1640e9, 400e9, 25.6e12 / 8 / 256, price=2.70),
+  "TPU v4": Chip("TPU v4", 275e12, 30.75 * _GiB, 1200e9, 1.1e15 / 4096, price=3.22, clock=1.05e9),
+  "TPU v5 lite": Chip("TPU v5e", 197e12, 15.75 * _GiB, 819e9, 200e9, 6.4e12 / 8 / 256, 1.20, 1.5e9),
+  "TPU v5": Chip("TPU v5p", 459e12, 95.74 * _GiB, 2765e9, 600e9, 50e9 / 8, clock=1.75e9),
+  "TPU v6 lite": Chip("TPU v6e", 918e12, 31.25 * _GiB, 1640e9, 400e9, 25.6e12 / 8 / 256, 2.70, 1.75e9),
   "NVIDIA A100-SXM4-40GB": Chip("A100 40 GB", 312e12, 40e9, 1555e9, 300e9),
   "NVIDIA A100-SXM4-80GB": Chip("A100 80 GB", 312e12, 80e9, 2039e9, 300e9),
   "NVIDIA H100 80GB HBM3": Chip("H100", 989e12, 80e9, 3350e9, 450e9),
   "NVIDIA H200": Chip("H200", 989e12, 141e9, 4800e9, 450e9),
 }
+# By how much the TPU compiler's estimates exceed the ideal time: at most this, for a product of two bf16
+# matrices of 8192 x 8192 (1.08 to 1.42) and for a stream through HBM (1.23 to 1.39), libtpu 0.0.42.
+_KERNEL_FACTOR = 1.4
 # How often the bytes of a full array leave each of n chips at least: ring schedules, which are optimal.
 _LEAVING = {
   "all-reduce": lambda n: 2 * (n - 1) / n,
@@ -52,6 +57,35 @@ _LEAVING = {
 def chip_of(device: Any) -> Chip | None:
   """The chip of a `jax.Device`, or of a device of a topology; None if unknown, such as a CPU."""
   return _CHIPS.get(device.device_kind)
+
+
+def expected(
+  chip: Chip, num_devices: int, program: Program, kernel_flops: float, bounds: dict[str, float]
+) -> dict[str, float] | None:
+  """The time of a step by the TPU compiler's own estimates, which no overlap of communication shortens.
+
+  They include what the vector units do, such as random bits, but neither communication nor Pallas kernels,
+  which count with the larger of their arithmetic and their traffic at the chip's peak, and a factor by which
+  the compiler's estimates of its own kernels exceed such a bound.
+
+  Args:
+    chip: of every device.
+    num_devices: the number of devices of all slices together.
+    program: of one device.
+    kernel_flops: operations in Pallas kernels, of all devices together.
+    bounds: of the same program, from `bounds`.
+
+  Returns:
+    Seconds of `compiler`, `kernels` and `communication`, or None for chips whose compiler estimates nothing.
+  """
+  if chip.clock is None or not program.cycles:
+    return None
+  ideal = max(kernel_flops / (num_devices * chip.flops), program.kernel_traffic / chip.bandwidth)
+  return {
+    "compiler": program.cycles / chip.clock,
+    "kernels": _KERNEL_FACTOR * ideal,
+    "communication": bounds["interconnect"] + bounds.get("network", 0.0),
+  }
 
 
 def bounds(chip: Chip, num_devices: int, flops: float, program: Program, slices: int = 1) -> dict[str, float]:

@@ -17,8 +17,8 @@ def count(fn: Callable[..., Any], *args: Any) -> int:
   chip's peak. Dead code does not count, and neither do products with a convolution's padding or dilation
   zeros, so that a convolution and each of its gradients count alike. A `scan` counts its body times its
   length (as does a `fori_loop` with constant bounds, traced as a scan), a `while_loop` its body once,
-  a `cond` its most expensive branch, and a `shard_map` its body once per shard. Rematerialised computation
-  counts again. A Pallas kernel is not multiplied by its grid: count what it computes instead.
+  a `cond` its most expensive branch, a `shard_map` its body once per shard, and a Pallas kernel its body
+  once per element of its grid. Rematerialised computation counts again.
 
   Args:
     fn: a function that can be traced.
@@ -27,32 +27,42 @@ def count(fn: Callable[..., Any], *args: Any) -> int:
   Returns:
     The operations of all devices together.
   """
+  return _count(_trace(fn, *args))
+
+
+def count_kernels(fn: Callable[..., Any], *args: Any) -> int:
+  """The part of `count` that is inside Pallas kernels."""
+  return _count(_trace(fn, *args), kernels=True)
+
+
+def _trace(fn: Callable[..., Any], *args: Any) -> core.Jaxpr:
   closed = jax.make_jaxpr(fn)(*args)
-  jaxpr, _ = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
-  return _count(jaxpr)
+  return partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))[0]
 
 
-def _count(jaxpr: core.Jaxpr | core.ClosedJaxpr) -> int:
-  return sum(_count_equation(equation) for equation in jaxpr.eqns)
+def _count(jaxpr: core.Jaxpr | core.ClosedJaxpr, kernels: bool = False) -> int:
+  return sum(_count_equation(equation, kernels) for equation in jaxpr.eqns)
 
 
-def _count_equation(equation: Any) -> int:
+def _count_equation(equation: Any, kernels: bool) -> int:
   params = equation.params
   match equation.primitive.name:
     case "dot_general":
-      return _dot(equation)
+      return 0 if kernels else _dot(equation)
     case "conv_general_dilated":
-      return _convolution(equation)
+      return 0 if kernels else _convolution(equation)
     case "scan":
-      return params["length"] * _count(params["jaxpr"])
+      return params["length"] * _count(params["jaxpr"], kernels)
     case "cond":
-      return max(_count(branch) for branch in params["branches"])
+      return max(_count(branch, kernels) for branch in params["branches"])
     case "shard_map":
       axes = params.get("newly_manual_axes") or params["manual_axes"]  # the name before jax 0.10
       shards = math.prod(params["mesh"].shape[axis] for axis in axes)
-      return shards * _count(params["jaxpr"])
+      return shards * _count(params["jaxpr"], kernels)
+    case "pallas_call":
+      return math.prod(params["grid_mapping"].grid) * _count(params["jaxpr"])
   inner = [leaf for leaf in jax.tree.leaves(params) if isinstance(leaf, core.Jaxpr | core.ClosedJaxpr)]
-  return sum(_count(jaxpr) for jaxpr in inner)
+  return sum(_count(jaxpr, kernels) for jaxpr in inner)
 
 
 def _dot(equation: Any) -> int:

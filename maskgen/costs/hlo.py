@@ -20,6 +20,7 @@ _MESSAGES = {kind.replace("-", "_").upper(): kind for kind in KINDS} | {"ONE_TO_
 # These name values without moving them; what a `recv` receives is written by its `recv-done`.
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "recv"}
 _FREE_CUSTOM_CALLS = ("AllocateBuffer", "ConcatBitcast")
+_KERNEL = "tpu_custom_call"  # of Pallas
 _SLICES = {"slice", "dynamic-slice", "gather"}
 _UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # and the operand with the new values
 _PASSING = {"bitcast", "convert", "copy", "reshape", "transpose"}
@@ -58,14 +59,18 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-  """The communication of one device in a step: collectives by kind, and HBM bytes read and written.
+  """The work of one device in a step: collectives by kind, HBM bytes read and written, and time.
 
-  `network` contains the collectives between slices, over the data-centre network.
+  `network` contains the collectives between slices, over the data-centre network. `cycles` is the sum of the
+  TPU compiler's estimates, 0 on other platforms; it has none for Pallas kernels, whose part of the traffic is
+  `kernel_traffic`.
   """
 
   collectives: dict[str, Collective]
   network: dict[str, Collective]
   traffic: int
+  cycles: int = 0
+  kernel_traffic: int = 0
 
 
 def analyse(text: str, unknown_trips: int | None = None) -> Program:
@@ -85,7 +90,7 @@ def analyse(text: str, unknown_trips: int | None = None) -> Program:
   cost = _Reader(Module(text), unknown_trips).cost(None)
   inside = {key: count for key, count in cost.collectives.items() if key[1]}
   between = {key: count for key, count in cost.collectives.items() if not key[1]}
-  return Program(_by_kind(inside), _by_kind(between), cost.traffic)
+  return Program(_by_kind(inside), _by_kind(between), cost.traffic, cost.cycles, cost.kernel_traffic)
 
 
 _Key = tuple[str, tuple[tuple[int, ...], ...], int]  # of a collective: kind, groups, bytes
@@ -101,10 +106,14 @@ def _by_kind(collectives: dict[_Key, int]) -> dict[str, Collective]:
 @dataclasses.dataclass
 class _Cost:
   traffic: int = 0
+  cycles: int = 0
+  kernel_traffic: int = 0
   collectives: Counter[_Key] = dataclasses.field(default_factory=Counter)  # executions
 
   def add(self, other: "_Cost", times: int = 1) -> None:
     self.traffic += times * other.traffic
+    self.cycles += times * other.cycles
+    self.kernel_traffic += times * other.kernel_traffic
     for key, count in other.collectives.items():
       self.collectives[key] += times * count
 
@@ -133,7 +142,10 @@ class _Reader:
       case "conditional":
         cost.add(max(map(self.cost, instruction.branches()), key=lambda branch: branch.traffic))
       case _:
-        cost.traffic += self._traffic(instruction, computation)
+        traffic = self._traffic(instruction, computation)
+        cost.traffic += traffic
+        cost.kernel_traffic += traffic if instruction.target == _KERNEL else 0
+        cost.cycles += instruction.cycles
         self._add_collectives(cost, instruction, computation)
 
   # Loops

@@ -66,6 +66,12 @@ class Instruction:
     return math.ceil(sum(array.elements * array.item_bytes for array in self.arrays if array.in_hbm))
 
   @property
+  def cycles(self) -> int:
+    """The TPU compiler's estimate of its duration in cycles of the chip's clock; 0 without one."""
+    found = re.search(r'"estimated_cycles":"(\d+)"', self.rest)
+    return int(found[1]) if found else 0
+
+  @property
   def target(self) -> str | None:
     """The target of a custom call."""
     found = re.search(r'custom_call_target="([^"]*)"', self.rest)

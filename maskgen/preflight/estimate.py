@@ -90,10 +90,10 @@ def estimate(
   }
   if chip is not None:
     slices = sharding.num_slices(devices)
-    executed = flops.count(
-      experiment.make_update(experiment.objective), target["state"], target["frozen"], batch
-    )
-    bounds = chips.bounds(chip, len(devices), executed, program, slices)
+    update = experiment.make_update(experiment.objective)
+    arguments = update, target["state"], target["frozen"], batch
+    bounds = chips.bounds(chip, len(devices), flops.count(*arguments), program, slices)
+    expected = chips.expected(chip, len(devices), program, flops.count_kernels(*arguments), bounds)
     longest = max(bounds.values())
     report |= {
       "bounds_seconds": bounds,
@@ -101,6 +101,8 @@ def estimate(
       "step_seconds_without_overlap": sum(bounds.values()),
       "mfu_bound": needed / (len(devices) * chip.flops * longest),
       "images_per_second": size / longest,
+      "expected_seconds": expected,
+      "expected_step_seconds": expected and sum(expected.values()),
       "price_per_hour": None if chip.price is None else chip.price * len(devices),
     }
   return report

@@ -41,9 +41,18 @@ def show(report: Mapping[str, Any]) -> str:
     lines += [
       _row("all overlap", report["estimated_step_seconds"], ".4f"),
       _row("nothing overlaps", report["step_seconds_without_overlap"], ".4f"),
-      _row("images per second", report["images_per_second"], ",.0f"),
-      _row("model FLOP utilisation", report["mfu_bound"], ".0%"),
+      _row("images per second, at most", report["images_per_second"], ",.0f"),
+      _row("FLOP utilisation, at most", report["mfu_bound"], ".0%"),
     ]
+    if (expect := report["expected_step_seconds"]) is not None:
+      slower = report["estimated_step_seconds"] / expect
+      lines += ["", "seconds per step by the compiler's estimate, and speed to expect"]
+      lines += [_row(name, seconds, ".4f") for name, seconds in report["expected_seconds"].items()]
+      lines += [
+        _row("step, expect", expect, ".4f"),
+        _row("images per second, expect", report["images_per_second"] * slower, ",.0f"),
+        _row("FLOP utilisation, expect", report["mfu_bound"] * slower, ".0%"),
+      ]
   lines += ["", f"compiled in {report['compile_seconds']:.0f} s; {verdict(report)}"]
   return "\n".join(lines)
 
