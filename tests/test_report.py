@@ -10,7 +10,7 @@ from etils import epath
 
 from maskgen import images, report
 from maskgen.errors import UserError
-from maskgen.report import charts, page
+from maskgen.report import charts, page, runs
 from maskgen.tools import report as tool
 
 STEPS = 3000
@@ -63,6 +63,9 @@ def make_run(folder, name: str, steps: int = STEPS, finished: bool = True) -> ep
       (root / number / "results.json").write_text(json.dumps({"probe/top1": 0.5}))
   for step in range(100):
     images.write_png(root / "two/samples" / f"grid_{step:07d}.png", np.full((8, 8, 3), step, np.uint8))
+  for step, count in ((10, 1), (20, 2)):
+    table = "class,accuracy\n" + '"a, <b>",0.5\n' * count
+    (root / "two/samples" / f"classes_{step:07d}.csv").write_text(table)
   images.write_png(root / "two/samples" / "large_0000001.png", np.zeros((2000, 10, 3), np.uint8))
   (root / "config.json").write_text(json.dumps(config))
   if finished:
@@ -85,7 +88,11 @@ def test_a_page_is_whole_and_thin(tmp_path):
   assert loss[0] == [1, 1.0] and loss[-1][0] == STEPS
   assert "&lt;b&gt;" in text and "<b>&" not in text and "python -m x" in text and "2 x cpu" in text
   assert "probe/top1</th><td>0.5</td>" in text
+  assert "classes at step 20</summary>" in text and "classes at step 10<" not in text
+  assert text.count("<tr><th>a, &lt;b&gt;</th><td>0.5</td></tr>") == 2
   assert len(text) < 400_000
+  (root / "two/samples/classes_0000030.csv").write_text("a,b\n" + "1,2\n" * page.MOST_CELLS)
+  assert "<p>too large for this page: classes_0000030.csv" in page.render([runs.read(root)])
 
 
 def test_several_runs_are_side_by_side(tmp_path, capsys):
@@ -139,3 +146,8 @@ def test_what_is_no_run(tmp_path):
   (root / "two/samples/grid_0000099.png").write_bytes(b"")
   with pytest.raises(UserError, match=r"grid_0000099\.png is damaged .*: remove it"):
     tool.main([f"--workdir={root}"])
+  (root / "two/samples/grid_0000099.png").unlink()
+  for content in (b"\xff", b""):
+    (root / "two/samples/classes_0000020.csv").write_bytes(content)
+    with pytest.raises(UserError, match=r"classes_0000020\.csv is damaged .*: remove it"):
+      tool.main([f"--workdir={root}"])

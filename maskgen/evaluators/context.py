@@ -1,7 +1,7 @@
 """The context that every evaluator receives, and the report that it returns."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
 import jax
@@ -68,10 +68,12 @@ class Report:
   Attributes:
     numbers: metrics by name.
     pictures: uint8 [h, w, 3] by name.
+    tables: rows by name, at least one, with the same columns.
   """
 
   numbers: Mapping[str, float] = dataclasses.field(default_factory=dict)
   pictures: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+  tables: Mapping[str, Sequence[Mapping[str, Any]]] = dataclasses.field(default_factory=dict)
 
 
 class Evaluator(Protocol):

@@ -14,11 +14,12 @@ from PIL import Image
 from maskgen import config as config_lib
 from maskgen import files
 from maskgen.report import charts
-from maskgen.report.runs import Run, Stage, to_text
+from maskgen.report.runs import Run, Stage, read_table, to_text
 
 COLOURS = 6  # as many as the page defines
 MOST_PICTURES = 16  # of one name and run; more are thinned evenly
 MOST_PIXELS = 1024  # of a picture's longer side; larger ones are reduced
+MOST_CELLS = 10_000  # of a table; of a larger one only the file is named
 # Metrics that describe how a run goes rather than what it learns.
 _DETAILS = ("train/norm/", "train/learning_rate/", "timing/", "data/", "input_wait")
 _TEMPLATE = string.Template((pathlib.Path(__file__).parent / "page.html").read_text())
@@ -86,7 +87,7 @@ def _stage(runs: Sequence[Run], name: str) -> str:
     return f'<div class="charts">{drawn}</div>'
 
   lines = [f"<h2>{html.escape(name)}</h2>" if name else ""]
-  lines += [_pictures(stages), _results(stages)]
+  lines += [_pictures(stages), _results(stages), _tables(stages)]
   lines += ["<h3>Evaluations</h3>", draw(evaluated)] if evaluated else []
   lines += ["<h3>Training</h3>", draw(trained)] if trained else []
   lines += [_folded("speed, learning rates and norms", draw(details))] if details else []
@@ -105,10 +106,36 @@ def _results(stages: Mapping[int, Stage]) -> str:
     + "</tr>"
     for key in keys
   )
-  table = (
-    f'<div class="wide"><table><thead><tr><th></th>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+  return f"<h3>Results</h3>{_table(f'<th></th>{head}', rows)}"
+
+
+def _table(head: str, rows: str) -> str:
+  return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+
+
+def _tables(stages: Mapping[int, Stage]) -> str:
+  """The newest of each table of the evaluations, folded, those of all runs below each other."""
+  lines = []
+  for name in sorted({name for stage in stages.values() for name in stage.tables}):
+    for i, stage in stages.items():
+      if name in stage.tables:
+        step, file = stage.tables[name][-1]
+        title = f"{name} at step {step}" if len(stages) == 1 else f"run {i + 1}: {name} at step {step}"
+        lines.append(_folded(title, _rows(file)))
+  return "".join(lines)
+
+
+def _rows(file: epath.Path) -> str:
+  head, *rows = read_table(file)
+  if len(head) * len(rows) > MOST_CELLS:
+    return f"<p>too large for this page: {html.escape(file.name)} in the samples of the run</p>"
+  return _table(
+    "".join(f"<th>{html.escape(cell)}</th>" for cell in head),
+    "".join(
+      f"<tr><th>{html.escape(first)}</th>{''.join(f'<td>{html.escape(cell)}</td>' for cell in rest)}</tr>"
+      for first, *rest in rows
+    ),
   )
-  return f"<h3>Results</h3>{table}"
 
 
 def _cell(value: Any) -> str:

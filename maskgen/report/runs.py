@@ -1,6 +1,8 @@
-"""What a workdir holds: settings, curves, results and pictures."""
+"""What a workdir holds: settings, curves, results, pictures and tables."""
 
+import csv
 import dataclasses
+import io
 import json
 import re
 from collections.abc import Mapping
@@ -12,9 +14,10 @@ from maskgen import files
 from maskgen.errors import UserError
 
 _REMEDY = "restore it from a copy, or delete the run"
-_PICTURE = re.compile(r"(.+)_(\d{7,})\.png")
+_SAMPLE = re.compile(r"(.+)_(\d{7,})\.(png|csv)")
 
 Points = list[tuple[int, float]]  # steps and values, by step
+Files = list[tuple[int, epath.Path]]  # steps and files, by step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,13 +30,15 @@ class Stage:
     curves: the values of each metric by step, of averages while training and of evaluations.
     results: the final values of evaluations; empty while the stage is unfinished.
     pictures: the files of each picture by step.
+    tables: the files of each table by step.
   """
 
   name: str
   config: Mapping[str, Any]
   curves: Mapping[str, Points]
   results: Mapping[str, float]
-  pictures: Mapping[str, list[tuple[int, epath.Path]]]
+  pictures: Mapping[str, Files]
+  tables: Mapping[str, Files]
 
   @property
   def step(self) -> int:
@@ -88,12 +93,27 @@ def _read_stage(name: str, config: Mapping[str, Any], folder: epath.Path) -> Sta
     for key, value in line.items():
       if key != "step" and isinstance(value, int | float):
         curves.setdefault(key, {})[line["step"]] = float(value)
-  pictures: dict[str, list[tuple[int, epath.Path]]] = {}
-  for file in sorted((folder / "samples").glob("*.png")) if (folder / "samples").exists() else []:
-    if match := _PICTURE.fullmatch(file.name):
-      pictures.setdefault(match[1], []).append((int(match[2]), file))
+  samples: dict[str, dict[str, Files]] = {"png": {}, "csv": {}}
+  for file in sorted((folder / "samples").iterdir()) if (folder / "samples").exists() else []:
+    if match := _SAMPLE.fullmatch(file.name):
+      samples[match[3]].setdefault(match[1], []).append((int(match[2]), file))
   by_step = {key: sorted(points.items()) for key, points in curves.items()}
-  return Stage(name, config, by_step, _read(folder / "results.json"), pictures)
+  return Stage(name, config, by_step, _read(folder / "results.json"), samples["png"], samples["csv"])
+
+
+def read_table(file: epath.Path) -> list[list[str]]:
+  """The rows of a table, the first with the names of its columns.
+
+  Raises:
+    UserError: if the file is no table.
+  """
+  try:
+    rows = list(filter(None, csv.reader(io.StringIO(file.read_bytes().decode(), newline=""), strict=True)))
+  except (UnicodeDecodeError, csv.Error) as error:
+    raise files.damaged(file, error, "remove it") from error
+  if not rows:
+    raise files.damaged(file, "it is empty", "remove it")
+  return rows
 
 
 def _read(file: epath.Path) -> dict[str, Any]:

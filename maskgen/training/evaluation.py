@@ -5,28 +5,26 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import numpy as np
 from etils import epath
 
 from maskgen import storage
 from maskgen.errors import UserError, out_of_memory
-from maskgen.evaluators import Evaluator
+from maskgen.evaluators import Evaluator, Report
 from maskgen.training import metrics as metrics_lib
 from maskgen.training.experiment import Experiment
 
 log = logging.getLogger("maskgen")
 
 
-def evaluate(
-  experiment: Experiment, variables: Any, step: int | None
-) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-  """Runs the evaluations of `due_evaluators`.
+def evaluate(experiment: Experiment, variables: Any, step: int | None) -> Report:
+  """Runs the evaluations of `due_evaluators`; all names begin with that of the evaluation.
 
   Raises:
     UserError: naming the evaluation, if it raises one or exhausts the devices' memory.
   """
   numbers: dict[str, float] = {}
-  pictures: dict[str, np.ndarray] = {}
+  pictures: dict[str, Any] = {}
+  tables: dict[str, Any] = {}
   for name, evaluator in due_evaluators(experiment, step).items():
     try:
       report = evaluator.run(variables, jax.random.key(experiment.config.seed))
@@ -43,7 +41,8 @@ def evaluate(
       raise
     numbers |= {f"{name}/{key}": float(value) for key, value in report.numbers.items()}
     pictures |= {f"{name}/{key}": picture for key, picture in report.pictures.items()}
-  return numbers, pictures
+    tables |= {f"{name}/{key}": rows for key, rows in report.tables.items()}
+  return Report(numbers, pictures, tables)
 
 
 def due_evaluators(experiment: Experiment, step: int | None) -> dict[str, Evaluator]:
@@ -69,10 +68,10 @@ def evaluate_model(experiment: Experiment, path: epath.PathLike, workdir: epath.
     parts["step"] = state.step
   variables = storage.load_variables(path, parts)
   where = f"at step {int(variables.pop('step'))}" if "step" in variables else f"of {path}"
-  numbers, pictures = evaluate(experiment, variables, None)
-  show(workdir.name, where, numbers)
-  metrics_lib.write_pictures(workdir, "eval", pictures)
-  return numbers
+  report = evaluate(experiment, variables, None)
+  show(workdir.name, where, report.numbers)
+  metrics_lib.write_samples(workdir, "eval", report)
+  return dict(report.numbers)
 
 
 def show(name: str, where: str, numbers: Mapping[str, float]) -> None:

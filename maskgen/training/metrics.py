@@ -1,11 +1,13 @@
-"""Metrics of a run: `metrics.jsonl`, TensorBoard, pictures and progress."""
+"""Metrics of a run: `metrics.jsonl`, TensorBoard, pictures, tables and progress."""
 
+import csv
+import io
 import json
 import logging
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +17,7 @@ from tqdm import tqdm
 
 from maskgen import files, images
 from maskgen.errors import UserError
+from maskgen.evaluators import Report
 
 METRICS = "metrics.jsonl"
 NOT_FINITE = "not_finite.json"
@@ -35,7 +38,7 @@ def read(workdir: epath.Path) -> list[dict[str, Any]]:
 
 
 class Writer:
-  """Writes numbers and pictures; only process 0 touches files.
+  """Writes numbers, pictures and tables; only process 0 touches files.
 
   `metrics.jsonl` is truncated to the step from which the run continues, so that a killed and restarted run
   writes the same lines as an uninterrupted one.
@@ -65,12 +68,12 @@ class Writer:
       self._file.flush()
       self._tensorboard.write_scalars(step, values)
 
-  def pictures(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
-    """Writes `samples/NAME_STEP.png` and the same to TensorBoard; uint8 [h, w, 3] each."""
+  def samples(self, step: int, report: Report) -> None:
+    """Writes pictures and tables to `samples/`, see `write_samples`, and the pictures to TensorBoard."""
     if self._active:
       self.sync()
-      write_pictures(self._workdir, f"{step:07d}", pictures)
-      self._tensorboard.write_images(step, {name: p[None] for name, p in pictures.items()})
+      write_samples(self._workdir, f"{step:07d}", report)
+      self._tensorboard.write_images(step, {name: p[None] for name, p in report.pictures.items()})
 
   def sync(self) -> None:
     """Flushes all lines to disk, and checks that the workdir's path still leads there.
@@ -95,13 +98,22 @@ class Writer:
       self._file.close()
 
 
-def write_pictures(workdir: epath.Path, label: str, pictures: Mapping[str, np.ndarray]) -> None:
-  """Writes enlarged pictures as `samples/NAME_LABEL.png`, with `/` in names as `_`."""
+def write_samples(workdir: epath.Path, label: str, report: Report) -> None:
+  """Writes enlarged pictures and tables as `samples/NAME_LABEL.png` and `.csv`, with `/` in names as `_`."""
   if jax.process_index() == 0:
     (workdir / "samples").mkdir(parents=True, exist_ok=True)
-    for name, picture in pictures.items():
-      file = workdir / "samples" / f"{name.replace('/', '_')}_{label}.png"
-      files.replace(file, images.png(images.enlarge(picture)), sync=False)
+    contents = {f"{name}_{label}.png": images.png(images.enlarge(p)) for name, p in report.pictures.items()}
+    contents |= {f"{name}_{label}.csv": _csv(rows) for name, rows in report.tables.items()}
+    for name, content in contents.items():
+      files.replace(workdir / "samples" / name.replace("/", "_"), content, sync=False)
+
+
+def _csv(rows: Sequence[Mapping[str, Any]]) -> bytes:
+  text = io.StringIO(newline="")
+  writer = csv.DictWriter(text, rows[0], lineterminator="\n")
+  writer.writeheader()
+  writer.writerows(rows)
+  return text.getvalue().encode()
 
 
 class Progress:

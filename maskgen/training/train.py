@@ -119,12 +119,13 @@ def loop(experiment: Experiment, workdir: epath.Path, checkpoints: storage.Check
           clock.saved()
         # A preempted run has no time to evaluate; it does so when it continues.
         if not stop and not (restored and writer.evaluated):
-          numbers, pictures = evaluate(experiment, state.variables(frozen), step)
-          if numbers or pictures:
+          report = evaluate(experiment, state.variables(frozen), step)
+          if report.numbers or report.pictures or report.tables:
             skipped.flush(step)
-            writer.pictures(step, pictures)
-            writer.numbers(step, numbers | {"timing/seconds": clock.seconds()})  # marks it as written
-            show(workdir.name, f"at step {step}", numbers)
+            writer.samples(step, report)
+            numbers = {**report.numbers, "timing/seconds": clock.seconds()}
+            writer.numbers(step, numbers)  # marks it as written
+            show(workdir.name, f"at step {step}", report.numbers)
         progress.pause(time.monotonic() - began)
       if stop:
         raise PreemptedError
