@@ -1,4 +1,4 @@
-"""Data sources: `captioned_digits`, `digits`, `folder:`, `synthetic`, `tar:`, `tfds:`, `tokens:`.
+"""Data sources: `captioned_digits`, `digits`, `emoji`, `folder:`, `synthetic`, `tar:`, `tfds:`, `tokens:`.
 
 A source provides random access: the record of an index does not depend on what was fetched before. The
 pipeline handles everything else (order, epochs, resuming, rows of each process, damaged records).
