@@ -1,4 +1,4 @@
-"""Errors that a user can act on."""
+"""Errors that a user can act on, and how messages put things."""
 
 import contextlib
 import difflib
@@ -91,3 +91,8 @@ def nearest(name: str, choices: Iterable[str]) -> str:
   if close:
     return f"; did you mean '{close[0]}'?"
   return f"; known: {', '.join(choices)}" if choices else ""
+
+
+def counted(number: int, noun: str) -> str:
+  """Returns "1 image", or "50,000 images": a number with a noun, which takes an s in the plural."""
+  return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

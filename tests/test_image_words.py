@@ -70,11 +70,11 @@ def test_layouts():
   np.testing.assert_array_equal(behind["num_words"], [0, 2])
   assert "words" not in model.lay_out("", [tokens])
   for arguments, message in (
-    (("a {}", []), r"has 1 places \{\} for 0 images"),
+    (("a {}", []), r"has 1 place \{\} for 0 images"),
     (("a dog", []), "has the out-of-vocabulary word 'dog'"),
     (("a red blue cat on background a {}", [tokens] * 1, 4), "at most 1 fit"),
-    (("a red blue cat on background a red {}", [tokens]), "leaves no room for 1 images"),
-    (("a red blue cat on background a red cat", []), "is 1 tokens too long: shorten it"),
+    (("a red blue cat on background a red {}", [tokens]), "leaves no room for 1 image:"),
+    (("a red blue cat on background a red cat", []), "is 1 token too long: shorten it"),
     (("{}", [tokens], 9), "num_tokens is 9: this model has 1 to 4"),
   ):
     with pytest.raises(UserError, match=message):
@@ -95,7 +95,7 @@ def test_shares_of_a_prompt():
     laid = model.lay_out("{}{}{}", [tokens] * 3, wanted)
     np.testing.assert_array_equal(laid["number"], expected)
   for images, wanted, message in (
-    (3, [4, 4, None], "num_tokens asks for 8 tokens, and 1 images share the rest: .* at most 8 fit"),
+    (3, [4, 4, None], "num_tokens asks for 8 tokens and leaves too few for 1 other image: .* at most 8 fit"),
     (3, [4, 4, 4], "asks for 12 tokens"),
     (3, [1, 2], "num_tokens has 2 numbers for 3 images: give one for each"),
     (3, [1, 2, 0], "num_tokens is 0: this model has 1 to 4"),

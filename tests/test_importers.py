@@ -351,6 +351,9 @@ def test_without_pytorch_its_files_are_not_read(tmp_path, monkeypatch):
   with pytest.raises(UserError, match=r"pip install .*parity"):
     run_convert("mage", tmp_path / "code.pth", tmp_path / "out", *HEADS)
   assert not (tmp_path / "executed").exists()
+  (tmp_path / "page.pth").write_text("<html>not found</html>")
+  with pytest.raises(UserError, match=r"page\.pth is not an intact safetensors or PyTorch file"):
+    run_convert("mage", tmp_path / "page.pth", tmp_path / "out", *HEADS)
 
 
 # In a process of its own: PyTorch and TensorFlow do not always share one.

@@ -2,6 +2,7 @@
 
 import csv
 import functools
+import logging
 
 import jax
 import jax.numpy as jnp
@@ -154,8 +155,10 @@ def test_a_sweep_measures_each_setting_once_and_goes_on(trained, tmp_path, capsy
   sweep.main([*arguments, "--temperature=0,4"])
   before = read(out)
   assert {row["temperature"] for row in before} == {"0.0", "4.0"}
-  # The temperature does nothing to a fixed order: one more setting, not two.
-  sweep.main([*arguments, "--temperature=0,4", "--order=confidence,halton", "--reuse=1"])
+  # The temperature does nothing to a fixed order: one more setting, not two. No 3 steps are reused out of 2.
+  with caplog.at_level(logging.WARNING, "maskgen"):
+    sweep.main([*arguments, "--temperature=0,4", "--order=confidence,halton", "--reuse=1,3"])
+  assert "left out 4 combinations: reuse is 3: it must divide the number of steps, 2" in caplog.text
   rows = read(out)
   assert len(rows) == 3 and all(row in rows for row in before)
   distances = [float(row["frechet_pixels"]) for row in rows]
@@ -188,7 +191,7 @@ def test_a_sweep_says_what_the_evaluation_says(trained, tmp_path):
     (["--steps=2,x"], "--steps=2,x: give whole numbers, separated by commas"),
     (["--temperature=hot"], "--temperature=hot: give numbers, separated by commas"),
     (["--order=haltn"], "'haltn'.*did you mean 'halton'"),
-    (["--steps=4,6", "--reuse=1,4"], "reuse is 4: it must divide the number of steps, 6"),
+    (["--steps=6,10", "--reuse=4"], "reuse is 4: it must divide the number of steps, 6"),
     (["--num_images=1"], "--num_images=1: give at least 2"),
     (["--guidance=2"], r"guidance is 2\.0: guidance needs a model with classes or captions"),
     (["--model=nowhere"], "nowhere does not exist"),

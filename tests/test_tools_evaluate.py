@@ -152,10 +152,11 @@ def test_wrong_flags_are_one_sentence(data):
     ("--labels=balance", "--labels=balance does not exist; did you mean 'balanced'"),
     ("--protocol=adm", "--protocol=adm is for Inception-v3, not for pixels"),
     ("--features=pixel", "did you mean 'pixels'"),
+    (f"--weights={data}/real.npz", "'pixels' has no weights: leave .*real.npz out"),
     ("--json=out.txt", "give the name of a .json file"),
   ):
     refused(data, message, "generated.npz", "real.npz", flag)
-  with pytest.raises(UserError, match="--protocol=clear does not exist; did you mean 'clean'"):
+  with pytest.raises(UserError, match="protocol 'clear' does not exist; did you mean 'clean'"):
     evaluate.main([f"--generated={data}", f"--reference={data}", "--protocol=clear"])
 
 

@@ -154,15 +154,22 @@ def collect(name: str, batches: Iterable[Mapping[str, Any]], needs: Iterable[str
   return Features(name, **found)
 
 
-def check_metrics(metrics: Sequence[str], protocol: str) -> None:
+def check_metrics(metrics: Iterable[str], protocol: str, others: Sequence[str] = ()) -> None:
   """Checks that a protocol, or with "" any other network, has metrics.
+
+  Args:
+    metrics: the metrics.
+    protocol: the protocol.
+    others: metrics that need no network.
 
   Raises:
     UserError: if not.
   """
   for metric in metrics:
+    if metric in others:
+      continue
     if metric not in METRICS:
-      raise UserError(f"metric '{metric}' does not exist{nearest(metric, METRICS)}")
+      raise UserError(f"metric '{metric}' does not exist{nearest(metric, (*METRICS, *others))}")
     if not protocol and metric not in _OF_ANY_NETWORK:
       raise UserError(f"metric '{metric}' needs Inception-v3: leave it out, or give --features=inception_v3")
     if metric == "sfid" and protocol != "adm":

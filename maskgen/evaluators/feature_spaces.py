@@ -78,6 +78,7 @@ SPACES: dict[str, Callable[[str, Context | None], Space]] = {
   "glyphs": _open_glyphs,
   "mobilenet_v2": _open_mobilenet,
 }
+_WITHOUT_WEIGHTS = ("pixels", "glyphs")
 
 
 def name_of(spec: str) -> str:
@@ -94,6 +95,8 @@ def check_space(spec: str) -> None:
   name, _, path = spec.partition(":")
   if name not in SPACES:
     raise UserError(f"feature space '{spec}' does not exist{nearest(name, SPACES)}")
+  if path and name in _WITHOUT_WEIGHTS:
+    raise UserError(f"feature space '{name}' has no weights: leave {path} out")
   if path and not epath.Path(path).exists():
     raise UserError(f"feature space '{name}': {path} does not exist, give the path of its weights")
 

@@ -30,6 +30,8 @@ from maskgen.storage.tensors import parse
 WRAPPERS = ("model_ema", "model", "state_dict")
 # In front of every name if a model was saved inside DataParallel or after torch.compile.
 _PREFIXES = ("module.", "_orig_mod.")
+# How PyTorch's files begin: as zip archives or, in older versions, as pickles.
+_TORCH_BEGINS = (b"PK\3\4", b"\x80")
 
 # What numpy and zipfile raise on bytes that are not an npz file, or a damaged one.
 DAMAGE = (ValueError, EOFError, NotImplementedError, RuntimeError, zipfile.BadZipFile, zlib.error)
@@ -187,7 +189,13 @@ def without_prefixes(tensors: Mapping[str, Any]) -> Mapping[str, Any]:
   return tensors
 
 
+def _not_intact(path: epath.PathLike) -> UserError:
+  return UserError(f"{path} is not an intact safetensors or PyTorch file: give another, or download it again")
+
+
 def _read_torch(path: epath.PathLike, data: bytes) -> Tensors:
+  if not data.startswith(_TORCH_BEGINS):
+    raise _not_intact(path)
   try:
     import torch
   except ImportError:
@@ -206,9 +214,7 @@ def _read_torch(path: epath.PathLike, data: bytes) -> Tensors:
       raise UserError(
         f"{path} would run code{what} when read, so it was rejected: give a file of tensors"
       ) from None
-    raise UserError(
-      f"{path} is not an intact safetensors or PyTorch file: give another, or download it again"
-    ) from None
+    raise _not_intact(path) from None
   for wrapper in WRAPPERS:
     if isinstance(found, Mapping) and isinstance(found.get(wrapper), Mapping):
       found = found[wrapper]

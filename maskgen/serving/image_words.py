@@ -12,7 +12,7 @@ from etils import epath
 from PIL import Image
 
 from maskgen import images as images_lib
-from maskgen.errors import UserError
+from maskgen.errors import UserError, counted
 from maskgen.serving import requests, token_files
 from maskgen.serving.model import Model
 
@@ -148,10 +148,8 @@ class ImageWords(Model):
       nothing = [""] * len(images)
       pieces = [prompt, *nothing] if self.objective.words.place == "behind" else [*nothing, prompt]
     if len(pieces) != len(images) + 1:
-      raise UserError(
-        f"the prompt '{prompt}' has {len(pieces) - 1} places {PLACE} for {len(images)} images: give one "
-        "for each, or none"
-      )
+      places, given = counted(len(pieces) - 1, "place"), counted(len(images), "image")
+      raise UserError(f"the prompt '{prompt}' has {places} {PLACE} for {given}: give one for each, or none")
     tokenizer, limit = self.objective.texts.opened, self.objective.text_to_image.max_prompt_tokens
     for piece in pieces:
       unknown = tokenizer.unknown(piece)
@@ -232,10 +230,12 @@ class ImageWords(Model):
       wanted = list(num_tokens)
     if len(wanted) != len(images):
       raise UserError(
-        f"num_tokens has {len(wanted)} numbers for {len(images)} images: give one for each, or one for all"
+        f"num_tokens has {counted(len(wanted), 'number')} for {counted(len(images), 'image')}: give one for "
+        "each, or one for all"
       )
     if limit < len(images):
-      what = f"leaves no room for {len(images)} images" if images else f"is {-limit} tokens too long"
+      needs, excess = counted(len(images), "image"), counted(-limit, "token")
+      what = f"leaves no room for {needs}" if images else f"is {excess} too long"
       raise UserError(f"the prompt '{prompt}' {what}: shorten it")
     left, sharing = limit, 0
     for number, tokens in zip(wanted, images, strict=True):
@@ -248,8 +248,9 @@ class ImageWords(Model):
       else:
         left -= number
     if left < sharing:
+      rest = f" and leaves too few for {counted(sharing, 'other image')}" if sharing else ""
       raise UserError(
-        f"num_tokens asks for {limit - left} tokens, and {sharing} images share the rest: next to the words "
+        f"num_tokens asks for {counted(limit - left, 'token')}{rest}: next to the words "
         f"of '{prompt}', at most {limit} fit"
       )
     share = left // max(sharing, 1)

@@ -72,8 +72,8 @@ def main(argv: Sequence[str]) -> None:
   parser.add_argument("--page", help="PNG file to write: crops of reconstructions beside their originals")
   feature_flags.add(parser)
   args = parser.parse_args(argv)
-  check_flags(args)
   feature_flags.check(args)
+  check_flags(args)
 
   from maskgen.evaluators.picture_sets import open_pictures
 
@@ -123,12 +123,9 @@ def check_flags(args: argparse.Namespace) -> None:
   if args.labels not in comparison.LABELS:
     raise UserError(f"--labels={args.labels} does not exist{nearest(args.labels, comparison.LABELS)}")
   names = () if args.metrics is None else args.metrics.split(",")
-  known = (*comparison.METRICS, *paired.METRICS, *CODES)
-  for name in names:
-    if name not in known:
-      raise UserError(f"metric '{name}' does not exist{nearest(name, known)}")
-    if name in CODES and args.model is None:
-      raise UserError(f"metric '{name}' is of a tokenizer: give --model instead of --generated")
+  comparison.check_metrics(names, args.protocol or "", (*paired.METRICS, *CODES))
+  if args.model is None and (of_codes := [name for name in names if name in CODES]):
+    raise UserError(f"metric '{of_codes[0]}' is of a tokenizer: give --model instead of --generated")
   if any(("lpips" in names) != bool(path) for path in (args.lpips_trunk, args.lpips_heads)):
     raise UserError(
       "metric 'lpips' needs --lpips_trunk=FILE and --lpips_heads=FILE, and no other metric does"
@@ -153,17 +150,15 @@ def choose(args: argparse.Namespace, reference: Reference) -> tuple[str, ...]:
   """The metrics of `--metrics`, by default those that the reference allows.
 
   Raises:
-    UserError: if the protocol or the reference does not have what one needs.
+    UserError: if the reference does not have what one needs.
   """
   from maskgen.evaluators import comparison, paired
 
-  protocol = args.protocol or ""
   if args.metrics is None:
-    defaults = comparison.DEFAULTS[protocol]
+    defaults = comparison.DEFAULTS[args.protocol or ""]
     return tuple(m for m in defaults if all(map(reference.has, comparison.reference_needs_of([m]))))
   metrics = tuple(args.metrics.split(","))
   of_sets = [metric for metric in metrics if metric in comparison.METRICS]
-  comparison.check_metrics(of_sets, protocol)
   for metric in metrics:
     needs = comparison.reference_needs_of([metric]) if metric in of_sets else {"pooled"}
     if (metric in of_sets or metric in paired.METRICS) and not all(map(reference.has, needs)):

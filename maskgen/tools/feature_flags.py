@@ -8,7 +8,7 @@ import numpy as np
 from tqdm import tqdm
 
 from maskgen import cli
-from maskgen.errors import UserError, nearest
+from maskgen.errors import UserError
 
 if TYPE_CHECKING:
   from maskgen.evaluators.comparison import Network
@@ -36,16 +36,17 @@ def check(args: argparse.Namespace) -> None:
   Raises:
     UserError: if one is wrong.
   """
-  from maskgen.evaluators.protocols import PROTOCOLS
+  from maskgen.evaluators import feature_spaces, protocols
 
   if args.batch_size < 1:
     raise UserError(f"--batch_size={args.batch_size}: give at least 1")
-  if args.features != INCEPTION and args.protocol is not None:
-    raise UserError(f"--protocol={args.protocol} is for Inception-v3, not for {args.features}: leave it out")
   if args.features == INCEPTION:
     args.protocol = args.protocol or "adm"
-    if args.protocol not in PROTOCOLS:
-      raise UserError(f"--protocol={args.protocol} does not exist{nearest(args.protocol, PROTOCOLS)}")
+    protocols.check(args.protocol)
+    return
+  if args.protocol is not None:
+    raise UserError(f"--protocol={args.protocol} is for Inception-v3, not for {args.features}: leave it out")
+  feature_spaces.check_space(_spec(args))
 
 
 def open_network(args: argparse.Namespace) -> "Network":
@@ -56,9 +57,14 @@ def open_network(args: argparse.Namespace) -> "Network":
   from maskgen.importers import inception
 
   if args.features != INCEPTION:
-    return comparison.open_space(f"{args.features}:{args.weights}" if args.weights else args.features)
+    return comparison.open_space(_spec(args))
   params = inception.load(args.weights or inception.fetch())
   return comparison.open_inception(jax.device_put(params, _shardings()[0]), args.protocol)
+
+
+def _spec(args: argparse.Namespace) -> str:
+  """The feature space, as in configs."""
+  return f"{args.features}:{args.weights}" if args.weights else args.features
 
 
 def stream(

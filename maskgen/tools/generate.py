@@ -11,7 +11,7 @@ import numpy as np
 from etils import epath
 
 from maskgen import cli
-from maskgen.errors import UserError
+from maskgen.errors import UserError, counted
 from maskgen.tools import sampling_flags
 
 # The size of the picture of a trajectory, in images.
@@ -127,13 +127,13 @@ def write_grid(args: argparse.Namespace) -> None:
     images.write_png(args.out, images.to_rgb(pictures[0]))
   else:
     images.write_png(args.out, images.enlarge(images.grid(pictures, columns)))
-  print(f"wrote {count} images to {args.out}")
+  print(f"wrote {counted(count, 'image')} to {args.out}")
   if args.trajectory is not None:
     shown = min(count, _ROWS)
     first = {name: values[:shown] for name, values in conditions.items()}
     made = model.trajectory(seed=args.seed, batch=shown, **first, **given)
     images.write_png(args.trajectory, images.enlarge(draw_trajectory(*made), smallest=1024))
-    print(f"wrote the intermediate steps of {shown} images to {args.trajectory}")
+    print(f"wrote the intermediate steps of {counted(shown, 'image')} to {args.trajectory}")
 
 
 def write_folder(args: argparse.Namespace) -> None:
@@ -188,10 +188,10 @@ def write_folder(args: argparse.Namespace) -> None:
   sample_set.fill(made, model, args.seed, conditions, options, args.batch_size, share)
   left = int(made.missing().sum())
   if left:
-    print(f"this process is done; {left} images of {args.out_dir} are left for other processes")
+    print(f"this process is done; other processes make {counted(left, 'image')} of {args.out_dir}")
     return
   made.finish()
-  print(f"wrote {args.count} images to {args.out_dir}: seed {args.seed}, {describe(described)}")
+  print(f"wrote {counted(args.count, 'image')} to {args.out_dir}: seed {args.seed}, {describe(described)}")
 
 
 def _conditions(

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from maskgen import cli
-from maskgen.errors import UserError
+from maskgen.errors import UserError, counted
 from maskgen.tools import feature_flags
 
 
@@ -76,7 +76,8 @@ def main(argv: Sequence[str]) -> None:
     versions=statistics_files.versions(),
   )
   statistics_files.write(args.out, features, manifest)
-  print(f"wrote the statistics of {width:,} features of {source.size:,} pictures to {args.out}")
+  found = f"{counted(width, 'feature')} of {counted(source.size, 'picture')}"
+  print(f"wrote the statistics of {found} to {args.out}")
 
 
 if __name__ == "__main__":

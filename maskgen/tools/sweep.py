@@ -1,6 +1,7 @@
 """Evaluates sampling options: python -m maskgen.tools.sweep --model=DIR --temperature=1,2,4 --out=DIR"""
 
 import argparse
+import collections
 import csv
 import dataclasses
 import hashlib
@@ -18,7 +19,7 @@ from etils import epath
 from maskgen import cli, files
 from maskgen import config as config_lib
 from maskgen import main as main_lib
-from maskgen.errors import UserError
+from maskgen.errors import UserError, counted
 from maskgen.tools import sampling_flags
 
 TABLE, SHEET, PICTURES = "sweep.csv", "sweep.png", "pictures"
@@ -101,7 +102,7 @@ def settings(objective: Any, args: argparse.Namespace) -> list[Any]:
     args: flags with the names of the fields of `sampling`, texts or None.
 
   Raises:
-    UserError: if a value is wrong, or contradicts another.
+    UserError: if a value is no number, or no combination is valid; others that are not are left out.
   """
   from maskgen import objectives
 
@@ -117,13 +118,21 @@ def settings(objective: Any, args: argparse.Namespace) -> list[Any]:
     except ValueError:
       what = "whole numbers" if kind is int else "numbers"
       raise UserError(f"--{field.name}={text}: give {what}, separated by commas") from None
-  found = []
+  found, invalid = [], collections.Counter[str]()
   for values in itertools.product(*choices.values()):
     options = dict(zip(choices, values, strict=True))
-    objectives.check_sampling(objective, options)
+    try:
+      objectives.check_sampling(objective, options)
+    except UserError as error:
+      invalid[str(error)] += 1
+      continue
     setting = dataclasses.replace(defaults, **options)
     ignored = {name: getattr(defaults, name) for name in getattr(setting, "ignored", ())}
     found.append(dataclasses.replace(setting, **ignored))
+  if not found:
+    raise UserError(next(iter(invalid)))
+  for reason, number in invalid.items():
+    log.warning("left out %s: %s", counted(number, "combination"), reason)
   return list(dict.fromkeys(found))
 
 

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from maskgen import cli, sheet
 from maskgen import images as images_lib
-from maskgen.errors import UserError
+from maskgen.errors import UserError, counted
 
 if TYPE_CHECKING:
   from maskgen.serving import ImageWords
@@ -88,7 +88,7 @@ def reconstruct(argv: Sequence[str]) -> None:
     for k in chosen:
       model.lay_out("", [image.tokens], k)  # this checks k
     for seed in range(args.seed, args.seed + args.count):
-      drawn = [(_plural(k), dict(seed=seed, images=[image.tokens], num_tokens=k)) for k in chosen]
+      drawn = [(counted(k, "token"), dict(seed=seed, images=[image.tokens], num_tokens=k)) for k in chosen]
       sections[f"{image.name}, --seed={seed}"] = [("the image", image), *drawn]
   _draw(args, model, sections)
 
@@ -115,7 +115,7 @@ def prompt(argv: Sequence[str]) -> None:
   used = model.lay_out(args.prompt, tokens, numbers).get("number", ())
   sections: dict[str, list[Entry]] = {}
   if given:
-    sections["images"] = [(_plural(k), image) for image, k in zip(given, used, strict=True)]
+    sections["images"] = [(counted(k, "token"), image) for image, k in zip(given, used, strict=True)]
   sections[args.prompt or "images only"] = [
     (f"--seed={seed}", dict(seed=seed, prompt=args.prompt, images=tokens, num_tokens=numbers))
     for seed in range(args.seed, args.seed + args.count)
@@ -142,7 +142,9 @@ def interpolate(argv: Sequence[str]) -> None:
     raise UserError(f"--count={args.count}: give at least 2, for both ends")
   model, given = _load(args, args.num_tokens)
   if len(given) != 2:
-    raise UserError(f"--image gives {len(given)} images: give the two images to interpolate between")
+    raise UserError(
+      f"--image gives {counted(len(given), 'image')}: give the two images to interpolate between"
+    )
 
   from maskgen.serving import image_words
 
@@ -153,7 +155,9 @@ def interpolate(argv: Sequence[str]) -> None:
     for share, one in zip(np.linspace(0.0, 1.0, args.count), tokens, strict=True)
   ]
   title = f"{args.prompt or 'images only'}, from the first to the second"
-  _draw(args, model, {"images": [(_plural(tokens.shape[1]), image) for image in given], title: drawn})
+  _draw(
+    args, model, {"images": [(counted(tokens.shape[1], "token"), image) for image in given], title: drawn}
+  )
 
 
 def encode(argv: Sequence[str]) -> None:
@@ -171,7 +175,9 @@ def encode(argv: Sequence[str]) -> None:
     raise UserError(f"--image gives {numbers} tokens: give the same number for all with --num_tokens")
   model.write_tokens(args.out, np.stack(tokens))
   k, d = tokens[0].shape
-  print(f"wrote {k} tokens of {d} numbers for each of {len(tokens)} images to {args.out}")
+  print(
+    f"wrote {counted(k, 'token')} of {d:,} numbers for each of {counted(len(tokens), 'image')} to {args.out}"
+  )
 
 
 def embedding(argv: Sequence[str]) -> None:
@@ -185,9 +191,9 @@ def embedding(argv: Sequence[str]) -> None:
   args = _parse(parser, argv, FILE_OF_TOKENS)
   model, given = _load(args, args.num_tokens)
   if len(given) != 1:
-    raise UserError(f"--image gives {len(given)} images: give one, because a file holds one word")
+    raise UserError(f"--image gives {counted(len(given), 'image')}: give one, because a file holds one word")
   model.write_embedding(args.out, given[0].tokens)
-  print(f"wrote {len(given[0].tokens)} vectors to {args.out}")
+  print(f"wrote {counted(len(given[0].tokens), 'vector')} to {args.out}")
 
 
 COMMANDS: Mapping[str, tuple[Callable[[Sequence[str]], None], str]] = {
@@ -295,15 +301,13 @@ def _read_images(
   tokens = model.read_tokens(path)
   held = tokens.shape[1]
   if number is not None and not 1 <= number <= held:
-    raise UserError(f"--image={path}:{number}: the file has {held} tokens per image, give 1 to {held}")
+    raise UserError(
+      f"--image={path}:{number}: the file has {counted(held, 'token')} per image, give 1 to {held}"
+    )
   shown = sheet.fit(np.zeros((height, width, 1), np.uint8)).shape
-  drawn = sheet.page(f"{path}, {held} tokens", shown[0], shown[1])
+  drawn = sheet.page(f"{path}, {counted(held, 'token')}", shown[0], shown[1])
   names = [path] if len(tokens) == 1 else [f"{path}, image {i}" for i in range(len(tokens))]
   return [GivenImage(name, drawn, one[:number], number) for name, one in zip(names, tokens, strict=True)]
-
-
-def _plural(k: int) -> str:
-  return "1 token" if k == 1 else f"{k} tokens"
 
 
 def _draw(args: argparse.Namespace, model: "ImageWords", sections: Mapping[str, Sequence[Entry]]) -> None:
