@@ -75,7 +75,7 @@ def main(argv: Sequence[str]) -> None:
   # Importing these takes seconds: errors in flags, configs and workdirs are reported first.
   import jax
 
-  from maskgen import plugins, processes, report
+  from maskgen import objectives, plugins, processes, report, storage
 
   processes.start(args.coordinator, args.process_count, args.process_index)
   cpu.use_cores(stages.values())
@@ -126,8 +126,10 @@ def main(argv: Sequence[str]) -> None:
         results[workdir.name] = finished
       else:
         write_config(workdir, stages[workdir], argv, _classes(experiment))
-        if from_outside and jax.process_index() == 0:
-          plugins.write_code(workdir)
+        if jax.process_index() == 0:
+          storage.write_assets(workdir, objectives.local_files(stages[workdir]["objective"]))
+          if from_outside:
+            plugins.write_code(workdir)
         experiment.write_data(workdir)
         try:
           with naming(workdir):

@@ -16,6 +16,7 @@ import pytest
 from safetensors.numpy import load_file
 from test_vilex import SECTION
 
+import maskgen
 from maskgen import objectives
 from maskgen.importers import diffusers, diffusers_configs, torch_tensors
 from maskgen.models.text_to_image import TEXT_PARTS, TextToImage
@@ -24,6 +25,7 @@ from maskgen.numerics import diffusion
 from maskgen.numerics.prompts import Segment
 from maskgen.numerics.text import open_text_tokenizer
 from maskgen.serving import ImageWords
+from maskgen.tools import convert
 
 FAMILIES = ("sd15", "sd21", "sdxl")
 PROGRAM = pathlib.Path(__file__).parent / "diffusers_reference.py"
@@ -105,6 +107,16 @@ def test_prompts_to_images(folder, family, sampler):
 
   found = generate(loaded.params, arrays["noise"])
   check(found, arrays[f"{sampler}/images"].clip(0, 1), tolerance=1e-3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_converted_model_generates(folder, family, tmp_path):
+  convert.main(["--format=diffusers", f"--weights={folder / family / 'model'}", f"--out={tmp_path / 'out'}"])
+  model, arrays = maskgen.load(tmp_path / "out"), load_file(folder / family / "reference.safetensors")
+  negative = None if family == "sdxl" else "on a dog"  # as the reference
+  request = model.request(0, None, ["the cat on the mat", "a cat"], negative) | {"noise": arrays["noise"]}
+  found = model.call("generate", request, sampler="ddim", steps=4, guidance=3.0, height=32, width=64)
+  check(found, arrays["ddim/images"].clip(0, 1), tolerance=1e-3)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import tarfile
 
 import jax
@@ -19,7 +20,7 @@ from maskgen.errors import UserError
 from maskgen.importers import diffusers
 from maskgen.importers.diffusers_layouts import LAYOUTS
 from maskgen.importers.published import PUBLISHED
-from maskgen.tools import convert
+from maskgen.tools import convert, export, generate
 from maskgen.training.pretrained import complete
 
 folders, trained = test_text_to_image.folders, tiny.trained
@@ -28,9 +29,13 @@ CONFIGS = {f"configs/vilex_{family}.py": family for family in LAYOUTS}
 
 @pytest.fixture(scope="module")
 def converted(folders, tmp_path_factory):
+  """Converted models, whose folders of diffusers are gone."""
   root = tmp_path_factory.mktemp("converted")
   for name in ("sd", "xl"):
-    convert.main(["--format=diffusers", f"--weights={folders / name}", f"--out={root / name}"])
+    given = shutil.copytree(folders / name, root / "given")
+    (given / "LICENSE.md").write_text("some terms")
+    convert.main(["--format=diffusers", f"--weights={given}", f"--out={root / name}"])
+    shutil.rmtree(given)
   return root
 
 
@@ -184,7 +189,8 @@ SMALL = dict(
 )
 def test_pictures_and_captions_to_a_vilex_model(converted, pictures, tmp_path, name, config, share):
   """With the config itself except for its sizes: two steps, then a prompt of images."""
-  given = f"decoder={converted / name},source=tar:{pictures},caption_share={share}"
+  decoder = shutil.copytree(converted / name, tmp_path / "decoder")
+  given = f"decoder={decoder},source=tar:{pictures},caption_share={share}"
   plain = load(f"configs/{config}.py:{given},batch_size=8,accumulation=1")
   data = plain["data"]
   for key in ("preprocess", "eval_preprocess"):
@@ -193,7 +199,7 @@ def test_pictures_and_captions_to_a_vilex_model(converted, pictures, tmp_path, n
     data[key] = data[key].replace(", 77)", ", 6)")
   plain["objective"] |= dict(encoder=SMALL, pretrained_encoder=False, tokens=3)
   plain["objective"] |= dict(pool_width=16, pool_depth=1, pool_heads=2)
-  plain["pretrained"] = {"decoder": str(converted / name)}
+  plain["pretrained"] = {"decoder": str(decoder)}
   plain |= dict(total_steps=2, evals={}, mesh=dict(data=-1, fsdp=1, tensor=1))
   plain["optimizer"]["main"]["warmup_steps"] = 0
   file = tmp_path / "config.py"
@@ -205,7 +211,46 @@ def test_pictures_and_captions_to_a_vilex_model(converted, pictures, tmp_path, n
   frozen = storage.read_frozen_arrays(workdir)
   stored = {name.split("/")[2]: array.dtype.name for name, array in frozen.items()}
   assert stored.pop("vae") == "float32" and set(stored.values()) == {"bfloat16"}
-  model = maskgen.load(workdir)
+  shutil.rmtree(decoder)
+  workdir = shutil.move(workdir, tmp_path / "moved")
+  export.main([f"--model={workdir}", f"--out={tmp_path / 'export'}"])
+  exported = maskgen.load(shutil.move(tmp_path / "export", tmp_path / "elsewhere"))
+  assert (tmp_path / "elsewhere" / "assets" / "0" / "LICENSE.md").read_text() == "some terms"
   image = np.random.default_rng(1).integers(0, 256, (16, 16, 3), np.uint8)
-  made = model.generate(prompt="{} b", images=[image], num_tokens=2, steps=2, batch=1)
+  made, same = (
+    model.generate(prompt="{} b", images=[image], num_tokens=2, steps=2, batch=1)
+    for model in (maskgen.load(workdir), exported)
+  )
   assert made.shape == (1, 16, 16, 3) and np.isfinite(made).all()
+  np.testing.assert_array_equal(made, same)
+
+
+# The decoder itself
+
+
+def test_a_converted_decoder_generates(converted, folders, tmp_path):
+  """As its functions do, in other sizes too, and from the command line."""
+  model, loaded = maskgen.load(converted / "sd"), diffusers.load(folders / "sd")
+  noise = np.random.default_rng(0).normal(size=(2, 8, 16, 2)).astype(np.float32)
+  texts, away = ["a b", ""], "c"
+
+  def condition(given):
+    ids, end = loaded.tokenize(given)
+    return loaded.model.condition(loaded.params, loaded.model.embed(loaded.params, ids), end)
+
+  expected = loaded.model.generate(
+    loaded.params, noise, condition(texts), condition([away] * 2), guidance=3.0, sampler="ddim", steps=2
+  )
+  request = model.request(0, 2, texts, away) | {"noise": noise}
+  size = dict(height=16, width=32)
+  found = model.call("generate", request, guidance=3.0, sampler="ddim", steps=2, **size)
+  np.testing.assert_allclose(found, expected, atol=1e-5)
+  assert model.generate(prompt="a", batch=1, steps=1, **size).shape == (1, 16, 32, 3)
+  with pytest.raises(UserError, match=r"image_size is \(15, 16\): give \(height, width\), multiples of 4"):
+    model.generate(prompt="a", batch=1, height=15)
+  flags = [f"--model={converted / 'sd'}", "--prompt=a", "--negative_prompt=b", "--steps=1", "--count=1"]
+  generate.main([*flags, "--width=32", f"--out={tmp_path / 'one.png'}"])
+  generate.main([*flags, "--width=32", f"--out_dir={tmp_path / 'many'}"])
+  with Image.open(tmp_path / "one.png") as one, Image.open(tmp_path / "many" / "00000000.png") as many:
+    assert one.size == many.size == (32, 16)
+    np.testing.assert_array_equal(np.asarray(one), np.asarray(many))

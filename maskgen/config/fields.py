@@ -17,7 +17,7 @@ import dataclasses
 import logging
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from maskgen.errors import UserError
 
@@ -28,6 +28,18 @@ FindType = Callable[[tuple[str, ...], Mapping[str, Any]], type | None]
 
 _LINEN = {"parent", "name"}  # fields that Flax adds to every module
 _warned: set[tuple[type, str]] = set()
+
+
+class Files(NamedTuple):
+  """The local files that a value of a config names.
+
+  Attributes:
+    path: the last part of the value: a file or a folder.
+    names: of the files, relative to the folder; `("",)` for a file.
+  """
+
+  path: str
+  names: tuple[str, ...]
 
 
 def operational(
@@ -79,6 +91,20 @@ def section(
     **options: of `dataclasses.field`.
   """
   return _field(dataclasses.MISSING, options, find=find, was=was, took=took, kind=kind)
+
+
+def local_files(
+  default: Any = dataclasses.MISSING, *, find: Callable[[str], Files | None], was: str = "", **options: Any
+) -> Any:
+  """A field that names local files from which the model is built; its folder gets copies of them.
+
+  Args:
+    default: the default.
+    find: returns the files that a value names, if any.
+    was: see `renamed`.
+    **options: of `dataclasses.field`.
+  """
+  return _field(default, options, local_files=find, was=was)
 
 
 def renamed(default: Any = dataclasses.MISSING, *, was: str, **options: Any) -> Any:

@@ -27,6 +27,7 @@ from maskgen.importers.published import PUBLISHED
 from maskgen.models.remat import REMAT
 from maskgen.models.text_to_image import TEXT_PARTS, TextToImage
 from maskgen.models.vilex import FrozenTextToImage
+from maskgen.numerics import text
 from maskgen.numerics.text import Captions, TextTokenizer, open_text_tokenizer
 
 FAMILIES = {
@@ -87,7 +88,7 @@ def load(
   check_dtype(param_dtype)
   root = pathlib.Path(os.path.expanduser(folder))
   model = read_model(root, family=family, **options)
-  tokenizers = read_tokenizers(root, model)
+  tokenizers = read_tokenizers(epath.Path(root), model)
   parts = (*TEXT_PARTS[: len(tokenizers)], "unet", "vae")
   files = {part: torch_tensors.find(root / part, STEMS[part]) for part in parts}
   params = {
@@ -105,8 +106,8 @@ def load(
 
 
 def read_model(folder: str | os.PathLike, *, family: str = "", **options: Any) -> TextToImage:
-  """Reads the modules from the JSON files only; arguments and errors as for `load`."""
-  root = pathlib.Path(os.path.expanduser(folder))
+  """Reads the modules from the JSON files only, also from a store; arguments and errors as for `load`."""
+  root = epath.Path(os.path.expanduser(folder))
   if not (root / "model_index.json").exists():
     raise UserError(f"{root} has no model_index.json: give a text-to-image model in diffusers' layout")
   index = torch_tensors.read_json(root / "model_index.json")
@@ -139,7 +140,7 @@ def published_model(family: str, **options: Any) -> TextToImage:
   return _assemble(texts, unet, vae, scheduler, len(texts) > 1, **options)
 
 
-def read_tokenizers(root: pathlib.Path, model: TextToImage) -> tuple[TextTokenizer, ...]:
+def read_tokenizers(root: epath.Path, model: TextToImage) -> tuple[TextTokenizer, ...]:
   """Reads the tokenizer of each text encoder; errors as for `load`."""
   parts = TEXT_PARTS[: len(model.text_encoders)]
   tokenizers = tuple(_tokenizer(root / part.replace("text_encoder", "tokenizer")) for part in parts)
@@ -152,20 +153,32 @@ def read_tokenizers(root: pathlib.Path, model: TextToImage) -> tuple[TextTokeniz
   return tokenizers
 
 
+def local_files(folder: str | os.PathLike) -> fields.Files:
+  """The files of a folder from which `Folder` is built, and its licence."""
+  root = epath.Path(os.path.expanduser(folder))
+  configs = [f"{part}/config.json" for part in ("unet", "vae", *TEXT_PARTS)]
+  names = ["model_index.json", "scheduler/scheduler_config.json", *configs]
+  for part in ("tokenizer", "tokenizer_2"):
+    found = text.local_files(f"bpe:{root / part}") if (root / part).is_dir() else None
+    names += [f"{part}/{name}" for name in found.names] if found else []
+  names += [file.name for file in root.glob("LICENSE*")]
+  return fields.Files(str(folder), tuple(name for name in names if (root / name).exists()))
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Folder:
   """A model in a config; the folder's JSON files and tokenizers are read whenever it is used.
 
   Attributes:
-    folder: with these files; its weights are not needed after the conversion. Without a folder, the model has
-      the sizes of the published `family` and cannot read captions, which is enough to estimate a step.
+    folder: with these files; its weights are not read. Without a folder, the model has the sizes of the
+      published `family` and cannot read captions, which is enough to estimate a step.
     family: one of `FAMILIES`, if the model must be of this family.
     image_size: (h, w) of the images to generate.
     param_dtype: of all frozen parameters except the autoencoder's, which are float32.
     dtype, attention, remat: how it is run, see `load`.
   """
 
-  folder: str = ""
+  folder: str = fields.local_files("", find=local_files)
   family: str = ""
   image_size: tuple[int, int]
   param_dtype: str = fields.precision("float32")
@@ -181,9 +194,9 @@ class Folder:
       raise UserError("give the folder of a text-to-image model, or the family of one")
 
   @property
-  def root(self) -> pathlib.Path:
+  def root(self) -> epath.Path:
     """The path of the folder."""
-    return pathlib.Path(os.path.expanduser(self.folder or self.family))
+    return epath.Path(os.path.expanduser(self.folder or self.family))
 
 
 def read_frozen(section: Mapping[str, Any]) -> tuple[FrozenTextToImage, Captions]:
@@ -193,7 +206,11 @@ def read_frozen(section: Mapping[str, Any]) -> tuple[FrozenTextToImage, Captions
     UserError: for a wrong section, or as for `load`.
   """
   options = {key: value for key, value in section.items() if key != "name"}
-  given: Folder = build_dataclass(Folder, options, "config.objective.decoder")
+  return frozen(build_dataclass(Folder, options, "config.objective.decoder"))
+
+
+def frozen(given: Folder) -> tuple[FrozenTextToImage, Captions]:
+  """The model of a folder, and the tokenizer of its captions; errors as for `load`."""
   how = dict(dtype=given.dtype, attention=given.attention, remat=given.remat)
   if given.folder:
     model = read_model(given.root, family=given.family, **how)
@@ -203,12 +220,22 @@ def read_frozen(section: Mapping[str, Any]) -> tuple[FrozenTextToImage, Captions
   else:
     model, layout = published_model(given.family, **how), LAYOUTS[given.family]
     start_id, end_id, paddings = layout.start_id, layout.end_id, layout.padding_ids
-  side, length = model.autoencoder.factor * model.unet.factor, model.text_encoders[0].positions
-  if len(given.image_size) != 2 or any(size < 1 or size % side for size in given.image_size):
-    raise UserError(f"image_size is {given.image_size}: give (height, width), multiples of {side}")
+  check_image_size(model, given.image_size)
+  length = model.text_encoders[0].positions
   captions = Captions(text_tokenizer=f"bpe:{given.root / 'tokenizer'}", length=length)
   ids = (start_id, end_id, paddings)
   return FrozenTextToImage(model, given.image_size, length, *ids, given.param_dtype), captions
+
+
+def check_image_size(model: TextToImage, size: tuple[int, ...]) -> None:
+  """Checks the (height, width) of images that a model is to generate.
+
+  Raises:
+    UserError: if the U-Net cannot halve the latents of this size as often as it must.
+  """
+  side = model.autoencoder.factor * model.unet.factor
+  if len(size) != 2 or any(length < 1 or length % side for length in size):
+    raise UserError(f"image_size is {size}: give (height, width), multiples of {side}")
 
 
 def section_of(path: str | os.PathLike, family: str) -> dict[str, Any]:
@@ -236,18 +263,19 @@ def section_of(path: str | os.PathLike, family: str) -> dict[str, Any]:
     raise UserError(
       f"{path} is not a text-to-image model from maskgen.tools.convert --format=diffusers: give one"
     )
-  read_model(converted["folder"], family=family)
+  check_family(read_model(converted["folder"]), family, path)
   return section | {key: converted[key] for key in ("folder", "image_size")}
 
 
 def convert(path: str | os.PathLike) -> Converted:
-  """Converts a folder for `config.pretrained.decoder` of the vilex objective; errors as for `load`."""
+  """Converts a folder, to generate with or `config.pretrained.decoder` of ViLex; raises as `load` does."""
   root = pathlib.Path(os.path.expanduser(path)).absolute()
   loaded = load(root)
   side = torch_tensors.read_json(root / "unet" / "config.json").get("sample_size") or 64
   size = (side * loaded.model.autoencoder.factor,) * 2
   section = dict(name="diffusers", folder=str(root), image_size=size)
-  return Converted({"network": "text_to_image", "decoder": section}, {"params": {"main": loaded.params}})
+  config = {"network": "text_to_image", "decoder": section}
+  return Converted(config, {"params": {"main": loaded.params}}, local_files={str(root): local_files(root)})
 
 
 def family_of(model: TextToImage) -> str:
@@ -299,7 +327,7 @@ def _assemble(
   )
 
 
-def _check_widths(model: TextToImage, root: pathlib.Path) -> None:
+def _check_widths(model: TextToImage, root: epath.Path) -> None:
   widths, unet = model.text_widths, model.unet
   if sum(widths) != unet.context_width:
     raise UserError(
@@ -319,7 +347,7 @@ def _check_widths(model: TextToImage, root: pathlib.Path) -> None:
     )
 
 
-def _tokenizer(folder: pathlib.Path) -> TextTokenizer:
+def _tokenizer(folder: epath.Path) -> TextTokenizer:
   if not folder.is_dir():
     raise UserError(f"{folder} is missing: give the complete folder of a text-to-image model")
   return open_text_tokenizer(f"bpe:{folder}")

@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import numpy as np
+from etils import epath
 from flax import traverse_util
 from safetensors import SafetensorError, safe_open
 
@@ -162,7 +163,7 @@ def find(folder: pathlib.Path, stem: str) -> list[pathlib.Path]:
   raise UserError(f"{folder} does not contain {single.name}: download the weights, or give another folder")
 
 
-def read_json(path: pathlib.Path) -> dict[str, Any]:
+def read_json(path: epath.Path | pathlib.Path) -> dict[str, Any]:
   """Reads a JSON object.
 
   Raises:

@@ -123,10 +123,14 @@ class FrozenTextToImage:
 
     return jnp.square(at_end(tokens) - jax.lax.stop_gradient(at_end(caption))).mean(axis=-1)
 
+  def noise(self, keys: jax.Array) -> jax.Array:
+    """Standard normal latents [b, h, w, c], one for each key."""
+    return jax.vmap(lambda key: jax.random.normal(key, self.latent_shape))(keys)
+
   def draw(
     self,
     params: Any,
-    keys: jax.Array,
+    noise: jax.Array,
     words: Sequence[Segment],
     images: Sequence[Segment],
     negative: Segment | None = None,
@@ -143,7 +147,7 @@ class FrozenTextToImage:
 
     Args:
       params: frozen.
-      keys: one per image.
+      noise: float32 [b, h, w, c], from `noise` or elsewhere.
       words: of the prompt: those before, between and after its images; or none.
       images: of the prompt.
       negative: what guidance moves away from, instead of the empty prompt.
@@ -152,7 +156,7 @@ class FrozenTextToImage:
       sampler: likewise.
       steps: likewise.
     """
-    nothing = self.nothing(params, len(keys)) if negative is None else self.condition(params, [negative])[0]
+    nothing = self.nothing(params, len(noise)) if negative is None else self.condition(params, [negative])[0]
     conditions, scales = [nothing], []
     if images:
       conditions.append(self.condition(params, images)[0])
@@ -169,7 +173,6 @@ class FrozenTextToImage:
       found = self.model.predict(params, copies, jnp.tile(t, len(copies)), together)
       return diffusion.guide_in_turn(jnp.split(found, len(conditions)), scales)
 
-    noise = jax.vmap(lambda key: jax.random.normal(key, self.latent_shape))(keys)
     latents = diffusion.sample(predict, noise, self.model.schedule, sampler=sampler, steps=steps)
     return self.model.decode(params, latents)
 

@@ -29,6 +29,7 @@ _WORD_END = "</w>"
 _START, _END = "<|startoftext|>", "<|endoftext|>"
 # Files of a folder that may name the padding token; if they differ, the first one applies.
 _PADDING_FILES = ("special_tokens_map.json", "tokenizer_config.json")
+_FILES = ("vocab.json", "merges.txt", "tokenizer.json", *_PADDING_FILES)
 
 
 class TextTokenizer(abc.ABC):
@@ -176,6 +177,16 @@ class BytePairTokenizer(TextTokenizer):
     return tuple(self._ids[piece] for piece in pieces)
 
 
+def local_files(spec: str) -> fields.Files | None:
+  """The files of a tokenizer, see `open_text_tokenizer`; None for the words of a list."""
+  kind, _, path = spec.partition(":")
+  if kind == "list":
+    return None
+  folder = epath.Path(os.path.expanduser(path))
+  names = tuple(name for name in _FILES if (folder / name).exists()) if folder.is_dir() else ("",)
+  return fields.Files(path, names)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Captions:
   """How a model reads texts.
@@ -185,7 +196,7 @@ class Captions:
     length: the number of ids in a caption, including special ones.
   """
 
-  text_tokenizer: str = fields.renamed(was="tokenizer")
+  text_tokenizer: str = fields.local_files(find=local_files, was="tokenizer")
   length: int
 
   def __post_init__(self):

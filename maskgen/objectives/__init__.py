@@ -172,6 +172,16 @@ def build(section: Mapping[str, Any], where: str = "config.objective") -> Object
   return found
 
 
+def local_files(section: Mapping[str, Any]) -> dict[str, fields.Files]:
+  """The local files from which an objective is built, by the values of its section that name them."""
+  found = {}
+  for _, field, value in fields.walk(find(section), section):
+    find_files = field.metadata.get("local_files")
+    if value and find_files and (named := find_files(value)):
+      found[value] = named
+  return found
+
+
 def find_encoder(section: Mapping[str, Any]) -> type:
   """Like `find`, for a section that `encoder_part` takes."""
   networks: dict[str, Any] = {name: encoder.section_type for name, encoder in NETWORKS.items()}

@@ -144,11 +144,11 @@ class Objective:
     def generate(variables, batch, rng, **options):
       params, options = variables["params"]["main"], dataclasses.asdict(self.sampling) | options
       model, count = self.model, len(batch["key"])
-      null = self._condition(params, jnp.tile(self._empty, (count, 1)))
-      condition = null
+      condition = self._condition(params, jnp.tile(self._empty, (count, 1)))
+      null = self._condition(params, batch["negative"]) if "negative" in batch else condition
       if "caption" in batch:
         condition = self._condition(params, batch["caption"])
-      else:
+      elif "negative" not in batch:
         options["guidance"] = 1.0
       grid = [side // self.patch for side in self.image_size]
       shape = (*grid, model.unet.in_channels)

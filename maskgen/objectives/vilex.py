@@ -268,7 +268,7 @@ class Objective:
       if "vectors" in batch:
         vectors, number = batch["vectors"], batch["number"]
         images = [Segment(vectors[:, i], number[:, i]) for i in range(vectors.shape[1])]
-      return decoder.draw(frozen, batch["key"], words, images, negative, **chosen)
+      return decoder.draw(frozen, decoder.noise(batch["key"]), words, images, negative, **chosen)
 
     def reconstruct(variables, batch, rng, **options):
       vectors = encode(variables, batch, rng)

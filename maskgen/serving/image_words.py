@@ -83,6 +83,8 @@ class ImageWords(Model):
         "negative_prompt has no effect on a prompt with images at image_guidance=1: set another "
         "image_guidance, or leave it out"
       )
+    if "negative" in request and request.keys().isdisjoint(("vectors", "words")):
+      raise UserError("negative_prompt needs a prompt that it is compared with: give words or images, too")
     return self._generate(request, checked)
 
   def request(

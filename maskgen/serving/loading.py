@@ -8,6 +8,7 @@ from etils import epath
 
 from maskgen import objectives, plugins, storage
 from maskgen.errors import UserError
+from maskgen.serving import published
 from maskgen.serving.model import Model
 
 
@@ -33,11 +34,11 @@ def load(path: epath.PathLike, *, trust_code: bool = False) -> Model:
   return find_class(objective)(config, objective, storage.load_variables(path, shapes))
 
 
-def load_objective(
-  path: epath.PathLike, *, trust_code: bool = False
-) -> tuple[dict[str, Any], objectives.Objective]:
-  """Returns the config and the objective of a model; arguments and errors are those of `load`."""
+def load_objective(path: epath.PathLike, *, trust_code: bool = False) -> tuple[dict[str, Any], Any]:
+  """Returns the config of a model, and its objective or what a published one has in its place; see `load`."""
   config = storage.load_config(path)
+  if config.get("network") in published.NETWORKS:
+    return config, published.NETWORKS[config["network"]](config)
   if "objective" not in config:
     raise UserError(f"{path} has a {storage.CONFIG} without an objective: give a model that maskgen trained")
   if trust_code:

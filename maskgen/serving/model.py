@@ -1,6 +1,7 @@
 """The base class of all models that `maskgen.load` returns."""
 
 import copy
+import functools
 from collections.abc import Mapping
 from typing import Any, Self
 
@@ -49,6 +50,11 @@ class Model:
     if name.startswith("_"):  # Python and notebooks probe such names on any object
       raise AttributeError(name)
     raise CannotError(self._cannot(name))
+
+  @property
+  def kind(self) -> str:
+    """The name of its objective, or of the network of a published model."""
+    return str(self.config["objective"]["name"] if "objective" in self.config else self.config["network"])
 
   @property
   def classes(self) -> tuple[str, ...] | None:
@@ -105,6 +111,12 @@ class Model:
       )
     return checked
 
+  def generated_shape(self, options: Mapping[str, Any]) -> tuple[int, ...]:
+    """The shape (h, w, c) of an image that `generate` makes with these options."""
+    generate = functools.partial(self._fns["generate"], **options)
+    made = jax.eval_shape(generate, self.variables, {"key": requests.keys(0, 1)}, requests.key(0))
+    return tuple(made.shape[1:])
+
   def _generate(self, request: Mapping[str, Any], options: dict[str, Any]) -> np.ndarray:
     """Calls `generate` on a batch of any size, in equal parts of at most `LARGEST` images."""
     count = len(request["key"])
@@ -123,6 +135,4 @@ class Model:
 
   def _cannot(self, name: str) -> str:
     known = sorted(self._fns)
-    return (
-      f"a model of objective '{self.config['objective']['name']}' cannot {name}; it can {', '.join(known)}"
-    )
+    return f"a model of objective '{self.kind}' cannot {name}; it can {', '.join(known)}"

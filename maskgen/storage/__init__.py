@@ -1,11 +1,13 @@
 """Models on disk: checkpoints, frozen parts and exports; parameters are just trees here.
 
 A workdir holds `config.json`, `checkpoints/STEP/` and, where the objective has frozen parts, `frozen/`,
-written once. An export holds `config.json`, `weights.safetensors` and its checksum. Arrays are stored flat,
+written once. An export holds `config.json`, `weights.safetensors` and its checksum. Either has `assets/` if
+its config names local files. Arrays are stored flat,
 under their path names (`params/main/encoder/...`), so that a part of a model can be read without knowing the
 rest.
 """
 
+from maskgen.storage.assets import write_assets
 from maskgen.storage.checkpoints import DAMAGED, Checkpoints, open_to_read
 from maskgen.storage.frozen import read_frozen, read_frozen_arrays, write_frozen
 from maskgen.storage.models import (
@@ -41,6 +43,7 @@ __all__ = [
   "read_frozen_arrays",
   "resolve",
   "to_host",
+  "write_assets",
   "write_export",
   "write_frozen",
 ]

@@ -13,7 +13,9 @@ import numpy as np
 from etils import epath
 
 from maskgen import files, pretrained, tree
+from maskgen.config import fields
 from maskgen.errors import UserError, nearest
+from maskgen.storage.assets import use_assets, write_assets
 from maskgen.storage.checkpoints import CHECKPOINTS, open_to_read
 from maskgen.storage.frozen import read_frozen_arrays
 from maskgen.storage.tensors import (
@@ -51,7 +53,7 @@ def is_export(path: epath.PathLike) -> bool:
 
 
 def load_config(path: epath.PathLike) -> dict[str, Any]:
-  """Reads the `config.json` of a trained model.
+  """Reads the `config.json` of a trained model, in which the model's own copies of local files are named.
 
   Args:
     path: a workdir, a step in it (`WORKDIR/checkpoints/STEP`), an export, or the name of a model that comes
@@ -75,7 +77,7 @@ def load_config(path: epath.PathLike) -> dict[str, Any]:
   if "stages" in config:
     choices = " or ".join(str(folder / stage) for stage in config["stages"])
     raise UserError(f"{path} holds several stages: give {choices}")
-  return config
+  return use_assets(config, folder)
 
 
 def model_section(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -207,14 +209,21 @@ def read_chosen(path: epath.PathLike, choose: Choose) -> dict[str, Any]:
   return {name: place(arrays[name], leaf) for name, leaf in wanted.items()}
 
 
-def write_export(path: epath.PathLike, config: Mapping[str, Any], variables: Any, half: bool = False) -> None:
-  """Writes a model as `config.json`, `weights.safetensors` and its checksum in `manifest.json`.
+def write_export(
+  path: epath.PathLike,
+  config: Mapping[str, Any],
+  variables: Any,
+  half: bool = False,
+  named: Mapping[str, fields.Files] | None = None,
+) -> None:
+  """Writes a model as `config.json`, `weights.safetensors`, its checksum in `manifest.json`, and `assets/`.
 
   Args:
     path: a new folder.
     config: of the model.
     variables: of the model.
     half: whether to store float32 as float16.
+    named: the local files that the config names, by the value that names them.
 
   Raises:
     UserError: if the path exists and is not an empty folder, or cannot be written.
@@ -225,6 +234,7 @@ def write_export(path: epath.PathLike, config: Mapping[str, Any], variables: Any
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
       raise UserError(f"{path} is not an empty folder: give a new one for the export")
     write_weights(folder, arrays, half)
+    write_assets(folder, named or {})
     files.replace(folder / CONFIG, json.dumps(config, indent=2))  # last: without it this is no model
   except OSError as error:
     raise UserError(f"{path} is not writable ({error.strerror or error}): give another folder") from None

@@ -58,7 +58,8 @@ def main(argv: Sequence[str]) -> None:
   from maskgen import __version__, storage, tree
 
   converted = importlib.import_module(f"maskgen.importers.{args.format}").convert(args.weights, **given)
-  storage.write_export(args.out, {**converted.config, "version": __version__}, converted.variables)
+  config = {**converted.config, "version": __version__}
+  storage.write_export(args.out, config, converted.variables, named=converted.local_files)
   print(f"wrote {tree.count(converted.variables):,} parameters to {args.out}")
   if converted.dead:
     print(f"ignored, as in the reference: {', '.join(converted.dead)}")

@@ -49,6 +49,8 @@ def main(argv: Sequence[str]) -> None:
   from maskgen import __version__, objectives, plugins, storage, tree
 
   model = maskgen.load(args.model)
+  if "objective" not in model.config:
+    raise UserError(f"--model={args.model} is a published model without training: copy its folder instead")
   if args.format == "mage":
     written = _write_reference(model, args.model, args.out)
   else:
@@ -56,7 +58,8 @@ def main(argv: Sequence[str]) -> None:
     config = {"objective": model.config["objective"], "version": __version__}
     if model.classes:
       config["classes"] = model.classes
-    storage.write_export(args.out, config, written, half=args.dtype == "float16")
+    named = objectives.local_files(config["objective"])
+    storage.write_export(args.out, config, written, half=args.dtype == "float16", named=named)
     plugins.copy_code(epath.Path(args.model), epath.Path(args.out))
     name = config["objective"]["name"]
     if not plugins.has_code(epath.Path(args.out), name, objectives.__name__):

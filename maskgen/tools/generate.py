@@ -44,6 +44,7 @@ def main(argv: Sequence[str]) -> None:
     "--label", help="classes, for models with them: names or numbers such as cat,dog or 3 or all"
   )
   parser.add_argument("--prompt", action="append", help="a text, for models with captions; can be repeated")
+  parser.add_argument("--negative_prompt", help="a text that guidance steers away from, with captions")
   parser.add_argument("--captions", help="text file with a prompt on each line")
   parser.add_argument("--trajectory", help="PNG file for the intermediate steps of the first images")
   folder = parser.add_argument_group("with --out_dir")
@@ -120,7 +121,9 @@ def write_grid(args: argparse.Namespace) -> None:
   name, wanted = ("label", classes) if classes else ("prompt", args.prompt or [])
   rows = max(len(wanted), 1)
   each = max(args.count // rows, 1)
-  conditions = {name: [one for one in wanted for _ in range(each)]} if wanted else {}
+  conditions: dict[str, Any] = {name: [one for one in wanted for _ in range(each)]} if wanted else {}
+  if args.negative_prompt is not None:
+    conditions["negative_prompt"] = args.negative_prompt
   count, columns = rows * each, each if rows > 1 else None
   pictures = model.generate(seed=args.seed, batch=count, **conditions, **given)
   if count == 1:
@@ -130,7 +133,7 @@ def write_grid(args: argparse.Namespace) -> None:
   print(f"wrote {counted(count, 'image')} to {args.out}")
   if args.trajectory is not None:
     shown = min(count, _ROWS)
-    first = {name: values[:shown] for name, values in conditions.items()}
+    first = _first(conditions, shown)
     made = model.trajectory(seed=args.seed, batch=shown, **first, **given)
     images.write_png(args.trajectory, images.enlarge(draw_trajectory(*made), smallest=1024))
     print(f"wrote the intermediate steps of {counted(shown, 'image')} to {args.trajectory}")
@@ -160,17 +163,19 @@ def write_folder(args: argparse.Namespace) -> None:
   objectives.check_sampling(objective, options)
   numbers = range(args.start, args.start + args.count)
   conditions, described = _conditions(args, model, numbers)
+  if args.negative_prompt is not None:
+    conditions["negative_prompt"] = described["negative_prompt"] = args.negative_prompt
   manifest = {
     "model": args.model,
     "weights": tree.fingerprint(model.variables),
-    "objective": model.config["objective"]["name"],
+    "objective": model.kind,
     "seed": args.seed,
     "sampling": sampling and dataclasses.asdict(sampling) | options,
     **described,
     "start": args.start,
     "count": args.count,
     "format": args.format,
-    "image_shape": objective.image_shape,
+    "image_shape": model.generated_shape(options),
     "made_with": {
       "maskgen": maskgen.__version__,
       "jax": jax.__version__,
@@ -178,8 +183,7 @@ def write_folder(args: argparse.Namespace) -> None:
     },
   }
   # What the model does not take is refused before the folder is begun.
-  first = {name: values if isinstance(values, str) else values[:1] for name, values in conditions.items()}
-  model.request(args.seed, 1, **first)
+  model.request(args.seed, 1, **_first(conditions, 1))
   labels, captions = conditions.get("label"), conditions.get("prompt")
   captions = [captions] * args.count if isinstance(captions, str) else captions
   made = sample_set.create(epath.Path(args.out_dir), manifest, labels, captions)
@@ -221,6 +225,11 @@ def _conditions(
     which = np.array(numbers) % len(known)
   described["labels"] = {"rule": rule, "classes": known.tolist()}
   return {"label": known[which]}, described
+
+
+def _first(conditions: dict[str, Any], count: int) -> dict[str, Any]:
+  """The conditions of the first images; a text is that of all."""
+  return {name: values if isinstance(values, str) else values[:count] for name, values in conditions.items()}
 
 
 def describe(conditions: dict[str, Any]) -> str:
