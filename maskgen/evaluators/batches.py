@@ -1,7 +1,7 @@
 """Transfers of batches between the devices of all processes and this process's memory."""
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -52,6 +52,30 @@ def collect(
   return {name: np.concatenate([part[name] for part in parts])[:limit] for name in parts[0]}
 
 
+def draw(parts: Iterable[Mapping[str, np.ndarray]], count: int, seed: int) -> dict[str, np.ndarray]:
+  """Draws at most `count` random rows of arrays that arrive in parts, in a random order.
+
+  Only these rows are kept in memory (reservoir sampling, Vitter 1985).
+
+  Args:
+    parts: arrays with a common leading axis each, at least one part.
+    count: the number of rows.
+    seed: which rows are drawn depends only on this and their number, not on the parts.
+  """
+  rng, seen = np.random.default_rng(seed), 0
+  kept: dict[str, np.ndarray] = {}
+  for part in parts:
+    rows = seen + np.arange(len(next(iter(part.values()))))
+    places = np.where(rows < count, rows, (rng.random(len(rows)) * (rows + 1)).astype(np.int64))
+    for name, values in part.items():
+      kept.setdefault(name, np.empty((count, *values.shape[1:]), values.dtype))
+      # Where two rows have one place, the later one stays, as if they came one by one.
+      kept[name][places[places < count]] = values[places < count]
+    seen += len(rows)
+  order = rng.permutation(min(seen, count))
+  return {name: values[order] for name, values in kept.items()}
+
+
 def first_batch(context: Context) -> Batch:
   """The first batch of the evaluation split."""
   return next(iter(context.batches("eval")))
@@ -63,9 +87,14 @@ def key_shapes(batch: Mapping[str, jax.ShapeDtypeStruct]) -> jax.ShapeDtypeStruc
   return jax.eval_shape(lambda: jax.random.split(jax.random.key(0), size))
 
 
+def put(array: np.ndarray, rows: jax.sharding.Sharding) -> jax.Array:
+  """Puts an array with leading axis b, the same in every process, on devices."""
+  return jax.make_array_from_callback(array.shape, rows, lambda at: array[at])
+
+
 def place(like: Batch, array: np.ndarray) -> jax.Array:
   """Puts an array with leading axis b, the same in every process, on devices, sharded like batch `like`."""
-  return jax.make_array_from_callback(array.shape, like["valid"].sharding, lambda at: array[at])
+  return put(array, like["valid"].sharding)
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""Layers that the U-Net and the autoencoder of latent diffusion share (Rombach et al. 2022).
+"""Layers of latent diffusion's U-Net and autoencoder (Rombach et al. 2022), and a classifier made of them.
 
 Submodules are named as in published weights, with an underscore instead of a dot before an index.
 Letters: b batch, h w c image, t time width.
@@ -81,3 +81,29 @@ class Upsample(nn.Module):
   def __call__(self, x: jax.Array) -> jax.Array:  # [b, h, w, c] -> [b, 2 h, 2 w, c]
     x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
     return conv(x.shape[-1], 3, self.dtype, "conv")(x)
+
+
+class Classifier(nn.Module):
+  """A small residual network from images float32 [b, h, w, c] in [0, 1] to logits float32 [b, classes].
+
+  The stem has a stride that leaves fewer than 64 rows or columns; each stage after the first halves them.
+
+  Attributes:
+    classes: the number of classes.
+    channels: of each stage, multiples of 8.
+  """
+
+  classes: int
+  channels: tuple[int, ...] = (16, 32, 64)
+
+  @nn.compact
+  def __call__(self, images: jax.Array) -> jax.Array:
+    stride = max(min(images.shape[1:3]) // 32, 1)
+    size = 2 * stride + 1
+    x = nn.Conv(self.channels[0], (size, size), stride, padding=stride, name="conv_in")(2.0 * images - 1.0)
+    for i, channels in enumerate(self.channels):
+      if i:
+        x = Downsample(((1, 1), (1, 1)), "float32", name=f"downsample_{i}")(x)
+      x = ResnetBlock(channels, 8, 1e-6, "float32", name=f"block_{i}")(x)
+    x = nn.swish(group_norm(8, 1e-6, "float32", "norm_out")(x))
+    return nn.Dense(self.classes, name="logits")(x.mean(axis=(1, 2)))

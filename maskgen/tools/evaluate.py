@@ -45,13 +45,13 @@ class Reference(NamedTuple):
 
 def main(argv: Sequence[str]) -> None:
   """Parses the command line, prints the metrics and writes them."""
-  from maskgen.evaluators import comparison, paired
+  from maskgen.evaluators import classifier_scores, comparison, paired
 
   parser = cli.Parser(
     "Compares pictures with real ones: FID and its family in the features of Inception-v3 as one of four "
-    "published tools computes them, or the same distances in another network's features; and reconstructions "
-    "with their originals. docs/evaluation.md describes all metrics: "
-    f"{', '.join((*comparison.METRICS, *paired.METRICS, *CODES))}.",
+    "published tools computes them, or the same distances in another network's features; what a classifier "
+    "learns from them; and reconstructions with their originals. docs/evaluation.md describes all metrics: "
+    f"{', '.join((*comparison.METRICS, *classifier_scores.METRICS, *paired.METRICS, *CODES))}.",
     "python -m maskgen.tools.evaluate --generated=samples.npz --reference=VIRTUAL_imagenet256_labeled.npz",
   )
   parser.add_argument("--generated", help="folder of pictures, or npz file with arr_0")
@@ -88,6 +88,10 @@ def main(argv: Sequence[str]) -> None:
     )
   numbers: dict[str, float] = {}
   described: dict[str, Any] = {}
+  if of_classifiers := {*metrics} & {*classifier_scores.METRICS}:
+    assert reference.pictures is not None
+    rows = feature_flags.shardings()[1]
+    numbers |= classifier_scores.compare(of_classifiers, generated, reference.pictures, rows, args.batch_size)
   if of_pairs := [name for name in metrics if name in paired.METRICS]:
     numbers |= measure_pairs(of_pairs, generated, reference, args)
   if model is not None and set(CODES) & set(metrics):
@@ -112,7 +116,7 @@ def check_flags(args: argparse.Namespace) -> None:
   Raises:
     UserError: if one is wrong.
   """
-  from maskgen.evaluators import comparison, paired
+  from maskgen.evaluators import classifier_scores, comparison, paired
 
   if args.json is not None:
     cli.check_out(args.json, "json", ".json")
@@ -123,7 +127,8 @@ def check_flags(args: argparse.Namespace) -> None:
   if args.labels not in comparison.LABELS:
     raise UserError(f"--labels={args.labels} does not exist{nearest(args.labels, comparison.LABELS)}")
   names = () if args.metrics is None else args.metrics.split(",")
-  comparison.check_metrics(names, args.protocol or "", (*paired.METRICS, *CODES))
+  others = (*classifier_scores.METRICS, *paired.METRICS, *CODES)
+  comparison.check_metrics(names, args.protocol or "", others)
   if args.model is None and (of_codes := [name for name in names if name in CODES]):
     raise UserError(f"metric '{of_codes[0]}' is of a tokenizer: give --model instead of --generated")
   if any(("lpips" in names) != bool(path) for path in (args.lpips_trunk, args.lpips_heads)):
@@ -152,7 +157,7 @@ def choose(args: argparse.Namespace, reference: Reference) -> tuple[str, ...]:
   Raises:
     UserError: if the reference does not have what one needs.
   """
-  from maskgen.evaluators import comparison, paired
+  from maskgen.evaluators import comparison
 
   if args.metrics is None:
     defaults = comparison.DEFAULTS[args.protocol or ""]
@@ -161,7 +166,7 @@ def choose(args: argparse.Namespace, reference: Reference) -> tuple[str, ...]:
   of_sets = [metric for metric in metrics if metric in comparison.METRICS]
   for metric in metrics:
     needs = comparison.reference_needs_of([metric]) if metric in of_sets else {"pooled"}
-    if (metric in of_sets or metric in paired.METRICS) and not all(map(reference.has, needs)):
+    if metric not in CODES and not all(map(reference.has, needs)):
       raise UserError(
         f"metric '{metric}' needs the pictures of the reference, but {reference.name} has only statistics: "
         "give a folder, or an npz file with pictures"

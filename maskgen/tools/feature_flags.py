@@ -11,6 +11,8 @@ from maskgen import cli
 from maskgen.errors import UserError
 
 if TYPE_CHECKING:
+  from jax.sharding import NamedSharding
+
   from maskgen.evaluators.comparison import Network
 
 INCEPTION = "inception_v3"
@@ -59,7 +61,7 @@ def open_network(args: argparse.Namespace) -> "Network":
   if args.features != INCEPTION:
     return comparison.open_space(_spec(args))
   params = inception.load(args.weights or inception.fetch())
-  return comparison.open_inception(jax.device_put(params, _shardings()[0]), args.protocol)
+  return comparison.open_inception(jax.device_put(params, shardings()[0]), args.protocol)
 
 
 def _spec(args: argparse.Namespace) -> str:
@@ -83,7 +85,7 @@ def stream(
 
   from maskgen.evaluators.batches import gather
 
-  sharding = _shardings()[1]
+  sharding = shardings()[1]
   size = -(-batch_size // jax.local_device_count()) * jax.local_device_count()
   with tqdm(total=count, desc=what, unit="picture", disable=None) as progress:
     for batch in batches:
@@ -94,7 +96,7 @@ def stream(
       progress.update(len(batch))
 
 
-def _shardings() -> tuple[Any, Any]:
+def shardings() -> tuple["NamedSharding", "NamedSharding"]:
   """A copy on each device of this process, and rows over them."""
   import jax
 
