@@ -30,8 +30,7 @@ from maskgen import config as config_lib
 # The paper's ViT-B and ViT-L.
 SIZES = {
   "base": dict(width=768, depth=12, heads=12, decoder_width=768),
-  # Recomputes cheap operations: 16 images fit on a chip of 16 GB.
-  "large": dict(width=1024, depth=24, heads=16, decoder_width=1024, remat="dots"),
+  "large": dict(width=1024, depth=24, heads=16, decoder_width=1024),
 }
 
 
@@ -92,8 +91,9 @@ def full(args) -> ml_collections.ConfigDict:
         decoder_heads=16,
         dropout=0.1,
         dtype="bfloat16",
-        # Compiles one block for all.
+        # Compiles one block for all, and recomputes cheap operations, which is faster than to store them.
         scan=True,
+        remat="dots",
         mask_ratio=dict(mean=0.55, std=0.25, low=0.5, high=1.0),
         label_smoothing=0.1,
         sampling=dict(steps=20, schedule="cosine", temperature=6.0),
@@ -121,6 +121,7 @@ def shrink(config: ml_collections.ConfigDict, small: ml_collections.ConfigDict) 
     config.objective[key] = small.objective[key]
   config.objective.update(tokenizer=small.objective.tokenizer, sampling=small.objective.sampling)
   config.objective.dtype = config.objective.tokenizer.dtype = "float32"
+  config.objective.remat = "none"
   config.optimizer.main.warmup_steps = small.optimizer.main.warmup_steps
   # A short run needs a larger learning rate than the linear scaling rule gives.
   config.optimizer.main.base_learning_rate = small.optimizer.main.learning_rate * 256 / small.batch_size

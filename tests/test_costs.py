@@ -147,7 +147,7 @@ def test_calls_are_entered(wrap):
 
 def test_a_kernel_counts_once_per_element_of_its_grid():
   def product(x_ref, w_ref, y_ref):
-    y_ref[...] = x_ref[...] @ w_ref[...]
+    y_ref[...] = jnp.tanh(x_ref[...] @ w_ref[...])
 
   def kernel(x, w):
     block = pl.BlockSpec((4, 8), lambda i: (i, 0))
@@ -160,8 +160,9 @@ def test_a_kernel_counts_once_per_element_of_its_grid():
     )(x, w)
 
   args = shape(24, 8), shape(8, 8)
-  assert flops.count(lambda x, w: kernel(x, w) @ w, *args) == 2 * flops.count_kernels(kernel, *args)
-  assert flops.count_kernels(lambda x, w: kernel(x, w) @ w, *args) == 2 * 24 * 8 * 8
+  one, tile = 2 * 24 * 8 * 8, 8 * 128
+  assert flops.count_kernels(lambda x, w: jnp.tanh(kernel(x, w) @ w), *args) == (one, 6 * tile)
+  assert flops.count(lambda x, w: kernel(x, w) @ w, *args) == 2 * one
 
 
 def test_a_checkpoint_recomputes():
@@ -628,12 +629,16 @@ def test_the_compiler_estimates_everything_but_kernels_and_communication():
   assert (program.cycles, program.kernel_traffic) == (500, 256)
   chip = dataclasses.replace(CHIP, clock=1e3)
   bounds = {"interconnect": 0.25, "network": 0.5}
-  found = chips.expected(chip, 8, program, 8e12, bounds)
+  work = (8 * 10**12, 0)
+  found = chips.expected(chip, 8, program, work, bounds)
   assert found == pytest.approx({"compiler": 0.5, "kernels": 1.4, "communication": 0.75})
   # A kernel that moves more than it computes.
-  found = chips.expected(chip, 8, dataclasses.replace(program, kernel_traffic=2 * 10**11), 8e12, bounds)
+  found = chips.expected(chip, 8, dataclasses.replace(program, kernel_traffic=2 * 10**11), work, bounds)
   assert found["kernels"] == pytest.approx(2.8)
-  assert chips.expected(CHIP, 8, program, 0, bounds) is None
+  # A kernel whose vector operations take longer than its products.
+  found = chips.expected(chip, 8, program, (8, 8 * 3 * 4096 * 1000), bounds)
+  assert found["kernels"] == pytest.approx(4.2)
+  assert chips.expected(CHIP, 8, program, work, bounds) is None
 
 
 def test_an_all_reduce_is_a_reduce_scatter_and_an_all_gather():

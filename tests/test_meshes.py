@@ -77,6 +77,7 @@ WAYS = {
   "full remat": dict(objective__remat="full"),
   "scan": dict(objective__scan="True"),
   "scan with remat": dict(objective__scan="True", objective__remat="full"),
+  "fused attention": dict(objective__scan="True", objective__remat="dots", objective__attention="pallas"),
 }
 
 

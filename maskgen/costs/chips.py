@@ -22,6 +22,7 @@ class Chip:
   )
   price: float | None = None  # US dollars per hour on demand, without commitment; None if unknown
   clock: float | None = None  # cycles per second of the compiler's estimates; None if it has none
+  lanes: int = 4096  # vector operations on 32-bit numbers per cycle, by the same compiler
 
 
 # TPUs: the page of each version at cloud.google.com/tpu/docs. One way is half of the bidirectional bandwidth
@@ -34,7 +35,7 @@ class Chip:
 _CHIPS = {
   "TPU v4": Chip("TPU v4", 275e12, 30.75 * _GiB, 1200e9, 1.1e15 / 4096, price=3.22, clock=1.05e9),
   "TPU v5 lite": Chip("TPU v5e", 197e12, 15.75 * _GiB, 819e9, 200e9, 6.4e12 / 8 / 256, 1.20, 1.5e9),
-  "TPU v5": Chip("TPU v5p", 459e12, 95.74 * _GiB, 2765e9, 600e9, 50e9 / 8, clock=1.75e9),
+  "TPU v5": Chip("TPU v5p", 459e12, 95.74 * _GiB, 2765e9, 600e9, 50e9 / 8, clock=1.75e9, lanes=8192),
   "TPU v6 lite": Chip("TPU v6e", 918e12, 31.25 * _GiB, 1640e9, 400e9, 25.6e12 / 8 / 256, 2.70, 1.75e9),
   "NVIDIA A100-SXM4-40GB": Chip("A100 40 GB", 312e12, 40e9, 1555e9, 300e9),
   "NVIDIA A100-SXM4-80GB": Chip("A100 80 GB", 312e12, 80e9, 2039e9, 300e9),
@@ -60,19 +61,19 @@ def chip_of(device: Any) -> Chip | None:
 
 
 def expected(
-  chip: Chip, num_devices: int, program: Program, kernel_flops: float, bounds: dict[str, float]
+  chip: Chip, num_devices: int, program: Program, kernels: tuple[int, int], bounds: dict[str, float]
 ) -> dict[str, float] | None:
-  """The time of a step by the TPU compiler's own estimates, which no overlap of communication shortens.
+  """The time of a step by the TPU compiler's own estimates, with nothing overlapping.
 
-  They include what the vector units do, such as random bits, but neither communication nor Pallas kernels,
-  which count with the larger of their arithmetic and their traffic at the chip's peak, and a factor by which
-  the compiler's estimates of its own kernels exceed such a bound.
+  They include what the vector units do, such as random bits, but neither communication nor Pallas kernels.
+  A kernel counts with the largest of its products, its other operations and its traffic at the chip's peak,
+  times a factor by which the compiler's estimates of its own kernels exceed such a bound.
 
   Args:
     chip: of every device.
     num_devices: the number of devices of all slices together.
     program: of one device.
-    kernel_flops: operations in Pallas kernels, of all devices together.
+    kernels: what all devices together compute in kernels, from `flops.count_kernels`.
     bounds: of the same program, from `bounds`.
 
   Returns:
@@ -80,7 +81,10 @@ def expected(
   """
   if chip.clock is None or not program.cycles:
     return None
-  ideal = max(kernel_flops / (num_devices * chip.flops), program.kernel_traffic / chip.bandwidth)
+  products, elements = (amount / num_devices for amount in kernels)
+  ideal = max(
+    products / chip.flops, elements / (chip.lanes * chip.clock), program.kernel_traffic / chip.bandwidth
+  )
   return {
     "compiler": program.cycles / chip.clock,
     "kernels": _KERNEL_FACTOR * ideal,

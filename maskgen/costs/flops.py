@@ -27,12 +27,22 @@ def count(fn: Callable[..., Any], *args: Any) -> int:
   Returns:
     The operations of all devices together.
   """
-  return _count(_trace(fn, *args))
+  return _count(_trace(fn, *args), _products)
 
 
-def count_kernels(fn: Callable[..., Any], *args: Any) -> int:
-  """The part of `count` that is inside Pallas kernels."""
-  return _count(_trace(fn, *args), kernels=True)
+def count_kernels(fn: Callable[..., Any], *args: Any) -> tuple[int, int]:
+  """What `fn(*args)` computes inside Pallas kernels.
+
+  Args:
+    fn: as in `count`.
+    *args: likewise.
+
+  Returns:
+    The part of `count` that is inside, and the elements that other operations compute there, in whole tiles
+    of 8 x 128.
+  """
+  jaxpr = _trace(fn, *args)
+  return _count(jaxpr, _products, kernels=True), _count(jaxpr, _elements, kernels=True)
 
 
 def _trace(fn: Callable[..., Any], *args: Any) -> core.Jaxpr:
@@ -40,29 +50,51 @@ def _trace(fn: Callable[..., Any], *args: Any) -> core.Jaxpr:
   return partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))[0]
 
 
-def _count(jaxpr: core.Jaxpr | core.ClosedJaxpr, kernels: bool = False) -> int:
-  return sum(_count_equation(equation, kernels) for equation in jaxpr.eqns)
+_Cost = Callable[[Any], int]  # of an equation without others inside
 
 
-def _count_equation(equation: Any, kernels: bool) -> int:
+def _count(jaxpr: core.Jaxpr | core.ClosedJaxpr, cost: _Cost, kernels: bool = False) -> int:
+  return sum(_count_equation(equation, cost, kernels) for equation in jaxpr.eqns)
+
+
+def _count_equation(equation: Any, cost: _Cost, kernels: bool) -> int:
   params = equation.params
   match equation.primitive.name:
-    case "dot_general":
-      return 0 if kernels else _dot(equation)
-    case "conv_general_dilated":
-      return 0 if kernels else _convolution(equation)
     case "scan":
-      return params["length"] * _count(params["jaxpr"], kernels)
+      return params["length"] * _count(params["jaxpr"], cost, kernels)
     case "cond":
-      return max(_count(branch, kernels) for branch in params["branches"])
+      return max(_count(branch, cost, kernels) for branch in params["branches"])
     case "shard_map":
       axes = params.get("newly_manual_axes") or params["manual_axes"]  # the name before jax 0.10
       shards = math.prod(params["mesh"].shape[axis] for axis in axes)
-      return shards * _count(params["jaxpr"], kernels)
+      return shards * _count(params["jaxpr"], cost, kernels)
     case "pallas_call":
-      return math.prod(params["grid_mapping"].grid) * _count(params["jaxpr"])
+      return math.prod(params["grid_mapping"].grid) * _count(params["jaxpr"], cost)
   inner = [leaf for leaf in jax.tree.leaves(params) if isinstance(leaf, core.Jaxpr | core.ClosedJaxpr)]
-  return sum(_count(jaxpr, kernels) for jaxpr in inner)
+  if inner:
+    return sum(_count(jaxpr, cost, kernels) for jaxpr in inner)
+  return 0 if kernels else cost(equation)
+
+
+def _products(equation: Any) -> int:
+  match equation.primitive.name:
+    case "dot_general":
+      return _dot(equation)
+    case "conv_general_dilated":
+      return _convolution(equation)
+  return 0
+
+
+# These are not counted as elements: products, and what only moves or names values.
+_NO_ELEMENTS = {"dot_general", "get", "swap", "broadcast_in_dim", "reshape", "squeeze", "iota"}
+
+
+def _elements(equation: Any) -> int:
+  if equation.primitive.name in _NO_ELEMENTS:
+    return 0
+  arrays = [var.aval.shape for var in (*equation.invars, *equation.outvars) if hasattr(var.aval, "shape")]
+  whole = [(*shape[:-2], -(-shape[-2] // 8) * 8, -(-shape[-1] // 128) * 128) for shape in arrays if shape[1:]]
+  return max(map(math.prod, whole), default=0)
 
 
 def _dot(equation: Any) -> int:

@@ -5,12 +5,14 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+from jax.ad_checkpoint import checkpoint_name
 
 from maskgen.errors import UserError, nearest
 
-# In order of increasing time and decreasing memory: store everything; store each block's input and the
-# results of products with parameters; store only each block's input.
+# In order of decreasing memory: store everything; store each block's input, the results of products with
+# parameters and what is marked by `keep`; store only each block's input.
 REMAT = ("none", "dots", "full")
+_KEPT = "kept"
 
 
 def check_remat(remat: str, choices: Sequence[str] = REMAT) -> None:
@@ -21,6 +23,11 @@ def check_remat(remat: str, choices: Sequence[str] = REMAT) -> None:
   """
   if remat not in choices:
     raise UserError(f"remat '{remat}' is not supported here{nearest(remat, choices)}")
+
+
+def keep(x: jax.Array) -> jax.Array:
+  """Marks an array that "dots" stores although it is not the result of a product with parameters."""
+  return checkpoint_name(x, _KEPT)
 
 
 def remat(fn: Callable[..., Any], how: str, *, in_scan: bool = False) -> Callable[..., Any]:
@@ -42,4 +49,11 @@ def remat_module(module: type[nn.Module], how: str) -> type[nn.Module]:
 
 
 def _policy(how: str) -> Callable[..., Any] | None:
-  return jax.checkpoint_policies.dots_with_no_batch_dims_saveable if how == "dots" else None
+  policies = jax.checkpoint_policies
+  return (
+    policies.save_from_both_policies(
+      policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(_KEPT)
+    )
+    if how == "dots"
+    else None
+  )

@@ -5,8 +5,6 @@ axis, [b * n, d]: if n is odd, as with a class position, TPUs pad [b, n, d] and 
 compile.
 """
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -15,13 +13,15 @@ import jax.numpy as jnp
 
 from maskgen import sharding
 from maskgen.errors import UserError, nearest
+from maskgen.models import fused_attention
 from maskgen.models import remat as remat_lib
+from maskgen.numerics import dropout
 
 kernel_init = nn.initializers.xavier_uniform()
 # MAE initialises one fused [d, 3d] projection: the limit sqrt(6 / 4d) for each of the three.
 qkv_init = nn.initializers.variance_scaling(0.5, "fan_avg", "uniform")
 embedding_init = nn.initializers.normal(0.02)
-ATTENTION = ("auto", "xla", "cudnn")
+ATTENTION = ("auto", "xla", "cudnn", "pallas")
 
 
 def check_attention(attention: str, dtype: str, dropout: float) -> None:
@@ -39,11 +39,7 @@ def check_attention(attention: str, dtype: str, dropout: float) -> None:
 
 
 class Dropout(nn.Module):
-  """Sets each value to 0 with probability `rate`, to within 2^-17, and scales the others to keep the mean.
-
-  Unlike `nn.Dropout`, it separates the generation of random bits from the surrounding products: the TPU
-  compiler would fuse them, and compile several times as long.
-  """
+  """Sets each value to 0 with probability `rate`, and scales the others to keep the mean."""
 
   rate: float
 
@@ -51,8 +47,7 @@ class Dropout(nn.Module):
   def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:  # any shape
     if not train or not self.rate:
       return x
-    bits = jax.lax.optimization_barrier(jax.random.bits(self.make_rng("dropout"), x.shape, jnp.uint16))
-    return jnp.where(bits >= round(self.rate * 2**16), x / (1.0 - self.rate), 0)
+    return dropout.drop(x, dropout.seeds(self.make_rng("dropout"), x.shape[:1]), self.rate)
 
 
 class DropPath(nn.Module):
@@ -74,25 +69,33 @@ def attend(
   value: jax.Array,
   *,
   attention: str,
-  dropout: Callable[[jax.Array], jax.Array] | None = None,
+  seeds: dropout.Seeds | None = None,
+  rate: float = 0.0,
   causal: bool = False,
 ) -> jax.Array:
   """Scaled dot-product attention [b, n, h, d / h], softmax in float32; if `causal`, to no later position.
 
+  Weights are dropped at `rate` by `seeds` of [b, h], if given.
+
   "auto" uses cuDNN's fused kernel on NVIDIA GPUs where it applies: 16-bit dtypes, no dropout on the weights,
-  and heads whose width is a multiple of 8 up to 128. Otherwise, and on TPUs, it uses XLA: sequences of a few
-  hundred tokens gain nothing from a fused kernel.
+  and heads whose width is a multiple of 8 up to 128. On TPUs it uses a Pallas kernel where that applies, for
+  self-attention of up to about five hundred positions, as "pallas" does everywhere: by the TPU compiler's
+  estimate, XLA takes several times as long, which writes scores to HBM. Otherwise it uses XLA.
   """
   width = query.shape[-1]
-  fits = dropout is None and query.dtype.itemsize == 2 and width % 8 == 0 and width <= 128
-  if attention == "cudnn" or (attention == "auto" and fits and sharding.platform() == "gpu"):
+  platform = sharding.platform()
+  fused = attention == "pallas" or (attention == "auto" and platform == "tpu")
+  if fused and not causal and fused_attention.fits(query, key):
+    return fused_attention.attend(query, key, value, seeds, rate)
+  fits = seeds is None and query.dtype.itemsize == 2 and width % 8 == 0 and width <= 128
+  if attention == "cudnn" or (attention == "auto" and fits and platform == "gpu"):
     return jax.nn.dot_product_attention(query, key, value, is_causal=causal, implementation="cudnn")
   scores = jnp.einsum("bqhc,bkhc->bhqk", query, key, preferred_element_type=jnp.float32)
   if causal:
     seen = jnp.tri(query.shape[1], key.shape[1], dtype=bool)
     scores = jnp.where(seen[None, None], scores, -jnp.inf)
   weights = jax.nn.softmax(scores / width**0.5).astype(query.dtype)
-  weights = weights if dropout is None else dropout(weights)
+  weights = weights if seeds is None else dropout.drop(weights, seeds, rate)
   return jnp.einsum("bhqk,bkhc->bqhc", weights, value)
 
 
@@ -130,8 +133,11 @@ class Attention(nn.Module):
       renew = jax.vmap(lambda old, new, at: old.at[at].set(new, unique_indices=True))
       key = renew(self.get_variable("cache", "key"), key, at)
       value = renew(self.get_variable("cache", "value"), value, at)
-    dropout = functools.partial(Dropout(self.dropout), train=True) if train and self.dropout else None
-    y = attend(query, key, value, attention=self.attention, dropout=dropout).reshape(x.shape)
+    seeds = None
+    if train and self.dropout:
+      seeds = dropout.seeds(self.make_rng("dropout"), (query.shape[0], self.heads))
+    y = attend(query, key, value, attention=self.attention, seeds=seeds, rate=self.dropout)
+    y = remat_lib.keep(y.reshape(x.shape))
     y = nn.Dense(width, kernel_init=kernel_init, dtype=self.dtype, name="out")(y)
     return sharding.constrain_batch(y)
 
@@ -196,7 +202,7 @@ class Transformer(nn.Module):
 
   Attributes:
     depth: the number of blocks.
-    heads, dropout, dtype, attention: of each block; `attention` is "auto", "xla" or "cudnn", see `attend`.
+    heads, dropout, dtype, attention: of each block; for `attention` see `attend`.
     remat: what the backward pass recomputes, see `maskgen.models.remat`.
     scan: whether to loop over one compiled block, which compiles faster and uses less memory with `remat`,
       or to compile each block separately. Results and parameters are the same: the blocks' parameters are
