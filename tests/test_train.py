@@ -156,6 +156,19 @@ def test_a_killed_run_ends_like_one_that_is_not(name, kills, experiments, uninte
   assert_same_run(experiment, workdir, run(experiment, workdir), uninterrupted(name))
 
 
+@pytest.mark.parametrize("name", tiny.STAGES)
+def test_the_first_state_has_the_types_of_later_ones(name, experiments):
+  experiment = experiments(name)  # of other types, the second step would be compiled again
+  first = jax.eval_shape(experiment._init, experiment.objective.pretrained_shapes())[0]
+  targets = (experiment.targets["state"], experiment.targets["frozen"], experiment.data.spec)
+  later = jax.eval_shape(experiment.update, *targets)[0]
+
+  def types(state):
+    return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.weak_type), state)
+
+  assert types(first) == types(later)
+
+
 def test_a_save_that_was_not_completed_does_not_count(experiments, uninterrupted, tmp_path):
   experiment = experiments("mage")
   workdir = new_workdir(tmp_path, experiment)

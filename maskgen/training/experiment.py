@@ -163,7 +163,8 @@ class Experiment:
       params=params,
       opt_state={group: tx.init(params[group]) for group, tx in self._transforms.items()},
       ema={group: jax.tree.map(jnp.copy, params[group]) for group in self.config.ema},
-      model_state=parts["extra"],
+      # With the types that a step returns: of weakly typed arrays, a second step would be compiled.
+      model_state=jax.tree.map(lambda x: x.astype(x.dtype), parts["extra"]),
     )
     return state, parts["frozen"]
 
