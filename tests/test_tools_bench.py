@@ -458,3 +458,68 @@ def test_a_damaged_picture_is_named_as_such(photos):
   batches = Handwritten(f"folder:{photos}", "train", "decode|resize(16)").batches(6)
   with pytest.raises(UserError, match=r"the hand-written loop cannot read .*folder"):
     next(batches)
+
+
+QUICKSTART = "--config=configs/quickstart.py"
+
+
+@pytest.fixture
+def raced(tmp_path, repository):
+  """A finished run of the quickstart as a speedrun reads it, with an evaluation every 1000 steps."""
+  config = config_lib.to_dict(config_lib.load(str(repository / "configs/quickstart.py"), {}))
+
+  def write(*evaluations):
+    lines = [
+      {
+        "step": 1000 * number,
+        "probe/top1": top1,
+        "generation/frechet_pixels": frechet,
+        "timing/seconds": seconds,
+      }
+      for number, (top1, frechet, seconds) in enumerate(evaluations, 1)
+    ]
+    (tmp_path / "mage").mkdir(exist_ok=True)
+    (tmp_path / "mage" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    run = {"wall_seconds": 300.0, "device": "2 x cpu", "version": "0.1.0"}
+    (tmp_path / "results.json").write_text(json.dumps({"run": run}))
+    return f"--workdir={tmp_path}"
+
+  return write
+
+
+def test_a_speedrun_ends_where_both_numbers_are_good_enough(raced, capsys):
+  # Of 300 s, 80 s passed after the second evaluation.
+  main(["speedrun", raced((0.95, 1.2, 90.0), (0.94, 0.9, 140.0), (0.93, 1.0, 220.0))])
+  found = _numbers(capsys)
+  assert (found["seconds"], found["step"]) == (220.0, 2000)
+  assert (found["probe/top1"], found["generation/frechet_pixels"]) == (0.94, 0.9)
+
+
+def test_a_speedrun_that_has_not_arrived_says_so(raced, tmp_path):
+  with pytest.raises(
+    UserError, match=r"has not reached 0.93 and 1 \(step 1000: 0.950 and 1.2; step 2000: 0.9"
+  ):
+    main(["speedrun", raced((0.95, 1.2, 90.0), (0.92, 0.9, 140.0))])
+  (tmp_path / "results.json").unlink()
+  with pytest.raises(UserError, match=r"results\.json"):
+    main(["speedrun", f"--workdir={tmp_path}"])
+
+
+@pytest.mark.parametrize(
+  "change, named",
+  [
+    (
+      "tokenizer.data.source=synthetic",
+      "tokenizer.data.source is 'synthetic': a speedrun has 'digits'",
+    ),
+    ("mage.data.eval_split=train", "config.mage.data.eval_split is 'train'"),
+    ("mage.pretrained.tokenizer=digits", "config.mage.pretrained.tokenizer is digits"),
+    ("mage.evals.generation.num_images=10", "config.mage.evals.generation.num_images is 10"),
+    ("mage.evals.probe.type=loss", "config.mage.evals.probe.type is 'loss'"),
+  ],
+)
+def test_who_breaks_a_rule_does_not_race(change, named, tmp_path):
+  with pytest.raises(UserError) as error:
+    main(["speedrun", QUICKSTART, f"--workdir={tmp_path}/run", f"--config.{change}"])
+  assert named in str(error.value) and not (tmp_path / "run").exists()
