@@ -112,6 +112,26 @@ def test_generated_image_i_depends_on_seed_and_i_alone(mage):
   np.testing.assert_allclose(few, many[:2], atol=1e-5)
 
 
+def test_a_batch_of_another_size_compiles_nothing_and_changes_nothing(mage):
+  inputs = pictures(8)
+  images, features = mage.generate(batch=8, **OPTIONS), mage.features(inputs)
+  compiled = []
+
+  def note(event, *_, **__):
+    compiled.append(event)
+
+  jax.monitoring.register_event_duration_secs_listener(note)
+  try:
+    for size in (7, 8):
+      np.testing.assert_array_equal(mage.generate(batch=size, **OPTIONS), images[:size])
+      np.testing.assert_array_equal(mage.features(inputs[:size]), features[:size])
+  finally:
+    jax.monitoring.unregister_event_duration_listener(note)
+  assert not compiled
+  exact = mage.call("generate", mage.request(0, 7), **OPTIONS)
+  np.testing.assert_allclose(mage.generate(batch=7, **OPTIONS), exact, atol=1e-6)
+
+
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "arccos"])
 def test_sampling_options_are_taken(mage, schedule):
   assert_pixels(mage.generate(batch=2, schedule=schedule, **OPTIONS), 2)

@@ -16,4 +16,4 @@ class Classifier(Tokenizer):
 
   def classify(self, images: np.ndarray) -> np.ndarray:
     """Returns class probabilities, float32 [b, classes], in the order of `classes`, their names."""
-    return self.call("classify", {"image": self.check_images(images)})
+    return self._each("classify", {"image": self.check_images(images)})

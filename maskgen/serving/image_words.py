@@ -37,7 +37,7 @@ class ImageWords(Model):
     They take the place of word embeddings in prompts; the first ones carry the most important information.
     """
     number = self._check_number(num_tokens)
-    return self.call("encode", {"image": self.check_images(images)})[:, :number]
+    return self._each("encode", {"image": self.check_images(images)})[:, :number]
 
   def reconstruct(
     self, images: np.ndarray, num_tokens: int | None = None, seed: int = 0, **options: Any
@@ -49,7 +49,7 @@ class ImageWords(Model):
     checked = self.check_images(images)
     number = np.full((len(checked), 1), self._check_number(num_tokens), np.int32)
     request = {"image": checked, "number": number, "key": requests.keys(seed, len(checked))}
-    return images_lib.like(checked, self.call("reconstruct", request, **self._options(options)))
+    return images_lib.like(checked, self._each("reconstruct", request, **self._options(options)))
 
   def generate(
     self,

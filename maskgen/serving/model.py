@@ -14,7 +14,7 @@ from maskgen import objectives, sharding
 from maskgen.errors import UserError
 from maskgen.serving import requests
 
-# The largest batch of `generate`: more images are made in several, so that memory holds only their pixels.
+# The largest batch of a method: more images are computed in several, so that memory holds only results.
 LARGEST = 256
 
 
@@ -84,6 +84,22 @@ class Model:
       batch = jax.device_put(batch, sharding.batch_sharding(self._mesh))
     return jax.tree.map(np.asarray, self._fns[name](self.variables, batch, rng, **options))
 
+  def _each(self, name: str, batch: Mapping[str, Any], **options: Any) -> Any:
+    """Like `call`, for a function that computes each row for itself: in batches of few sizes.
+
+    See `requests.padded`; on several devices only the last batch has another size, and none is padded.
+    """
+    count = len(jax.tree.leaves(batch)[0])
+    parts = []
+    for start in range(0, count, LARGEST):
+      size = min(count - start, LARGEST)
+      if self._mesh is None:
+        size = min(requests.padded(size), LARGEST)
+      rows = np.arange(start, start + size).clip(max=count - 1)
+      part = {key: requests.take(values, rows) for key, values in batch.items()}
+      parts.append(self.call(name, part, **options))
+    return jax.tree.map(lambda *values: np.concatenate(values)[:count], *parts)
+
   def on_local_devices(self) -> Self:
     """Returns this model on all devices of this process; each computes an equal part of every batch."""
     spread = copy.copy(self)
@@ -94,7 +110,7 @@ class Model:
 
   def features(self, images: np.ndarray) -> np.ndarray:
     """Returns features of images, float32 [b, d]: the normalised mean of the encoder's output tokens."""
-    return self.call("features", {"image": self.check_images(images)})
+    return self._each("features", {"image": self.check_images(images)})
 
   def check_images(self, images: np.ndarray, *, any_size: bool = False) -> np.ndarray:
     """Checks images given by a user and returns them as uint8 or float32 [b, h, w, c].
@@ -118,15 +134,7 @@ class Model:
     return tuple(made.shape[1:])
 
   def _generate(self, request: Mapping[str, Any], options: dict[str, Any]) -> np.ndarray:
-    """Calls `generate` on a batch of any size, in equal parts of at most `LARGEST` images."""
-    count = len(request["key"])
-    size = -(-count // -(-count // LARGEST))
-    parts = []
-    for start in range(0, count, size):
-      rows = np.arange(start, start + size).clip(max=count - 1)
-      part = request if size == count else {name: values[rows] for name, values in request.items()}
-      parts.append(self.call("generate", part, **options))
-    return np.concatenate(parts)[:count]
+    return self._each("generate", request, **options)
 
   def _options(self, options: dict[str, Any]) -> dict[str, Any]:
     given = requests.options(options)

@@ -34,7 +34,7 @@ class TokenModel(Tokenizer):
     """
     tokens = self.check_tokens(tokens)
     token_mask = images_lib.check_mask(token_mask, tokens.shape, "token_mask")
-    return self.call("logits", {"tokens": tokens, "token_mask": token_mask})
+    return self._each("logits", {"tokens": tokens, "token_mask": token_mask})
 
   def generate(
     self,
@@ -72,7 +72,7 @@ class TokenModel(Tokenizer):
       Images float32 [batch, steps, h, w, c] in [0, 1] after each step, in which unknown tokens have their
       most recent samples; and which tokens are unknown, bool [batch, steps, h', w'].
     """
-    return self.call("trajectory", self.request(seed, batch, label, prompt), **self._options(options))
+    return self._each("trajectory", self.request(seed, batch, label, prompt), **self._options(options))
 
   def inpaint(
     self,
@@ -163,7 +163,7 @@ class TokenModel(Tokenizer):
     windows = [editing.choose_window(hole, size, factor) for hole in grown]
     cuts = [w.cut(image, hole, size) for w, image, hole in zip(windows, images, grown, strict=True)]
     image, mask = (np.stack(part) for part in zip(*cuts, strict=True))
-    made = self.call("inpaint", {"image": image, "mask": mask, **request}, **options)
+    made = self._each("inpaint", {"image": image, "mask": mask, **request}, **options)
     parts = zip(windows, images, made, holes, strict=True)
     return np.stack([w.paste(image, new, editing.opacity(hole, feather)) for w, image, new, hole in parts])
 

@@ -21,16 +21,16 @@ class Tokenizer(Model):
 
   def encode(self, images: np.ndarray) -> np.ndarray:
     """Returns the codes of images, int32 [b, n], in row-major order of the token grid."""
-    return self.call("encode", {"image": self.check_images(images)})
+    return self._each("encode", {"image": self.check_images(images)})
 
   def decode(self, tokens: np.ndarray) -> np.ndarray:
     """Returns the images of codes int32 [b, n], float32 [b, h, w, c] in [0, 1]."""
-    return self.call("decode", {"tokens": self.check_tokens(tokens)})
+    return self._each("decode", {"tokens": self.check_tokens(tokens)})
 
   def reconstruct(self, images: np.ndarray) -> np.ndarray:
     """Encodes and decodes images; keeps their dtype."""
     checked = self.check_images(images)
-    return images_lib.like(checked, self.call("reconstruct", {"image": checked}))
+    return images_lib.like(checked, self._each("reconstruct", {"image": checked}))
 
   @functools.cached_property
   def num_tokens(self) -> int:
