@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 import os
+import pathlib
 import uuid
 from collections.abc import Mapping
 from typing import Any
@@ -41,6 +42,11 @@ def replace(path: epath.Path, content: str | bytes, *, sync: bool = True) -> Non
         os.fsync(folder)
       finally:
         os.close(folder)
+
+
+def cache_folder() -> pathlib.Path:
+  """Where to keep what can be made again: `$XDG_CACHE_HOME/maskgen`, by default `~/.cache/maskgen`."""
+  return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "maskgen"
 
 
 def damaged(path: epath.PathLike, reason: Any, remedy: str) -> UserError:

@@ -75,10 +75,11 @@ def main(argv: Sequence[str]) -> None:
   # Importing these takes seconds: errors in flags, configs and workdirs are reported first.
   import jax
 
-  from maskgen import objectives, plugins, processes, report, storage
+  from maskgen import compile_cache, objectives, plugins, processes, report, storage
 
   processes.start(args.coordinator, args.process_count, args.process_index)
   cpu.use_cores(stages.values())
+  compile_cache.use()
   if problem := cpu.missing_accelerator(jax.default_backend()):
     log.warning("%s", problem)
 
@@ -167,12 +168,13 @@ def evaluate_checkpoint(args: argparse.Namespace, overrides: Mapping[str, str]) 
   cli.check_out_folder(args.workdir, "workdir")
   stage, config = choose_stage(args.config, overrides, args.stage, args.checkpoint)
 
-  from maskgen import processes
+  from maskgen import compile_cache, processes
   from maskgen.training import evaluation, memory
   from maskgen.training.experiment import Experiment
 
   processes.start(args.coordinator, args.process_count, args.process_index)
   cpu.use_cores([config])
+  compile_cache.use()
   with name_stage(stage) if stage else contextlib.nullcontext():
     experiment = Experiment(config)
     memory.check(experiment, args.checkpoint)

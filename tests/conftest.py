@@ -21,19 +21,19 @@ os.environ["XLA_FLAGS"] = " ".join(
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
+# Subprocesses have it, too.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{tempfile.gettempdir()}/maskgen_test_compile_cache"
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
 import jax
 import pytest
 
 from maskgen import plugins
 from maskgen.config import fields
 
-_CACHE = pathlib.Path(tempfile.gettempdir()) / "maskgen_test_compile_cache"
-
 # Arrays of different rank do not broadcast by accident. (Flax and Optax rule strict dtypes out.)
 jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update("jax_compilation_cache_dir", str(_CACHE))
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 def pytest_collection_finish() -> None:

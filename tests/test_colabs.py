@@ -14,7 +14,6 @@ import shlex
 import sys
 import tomllib
 
-import jax
 import nbformat
 import numpy as np
 import pytest
@@ -210,9 +209,6 @@ def execute(name: str, given: dict[str, str], home: pathlib.Path) -> list[nbform
   notebook.cells.insert(place + 1, nbformat.v4.new_code_cell(source, id="given"))
   env = {
     "IPYTHONDIR": str(home / "ipython"),
-    "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     "PATH": os.pathsep.join((str(pathlib.Path(sys.executable).parent), os.environ["PATH"])),
     "PYTHONPATH": str(ROOT),
   }

@@ -11,7 +11,6 @@ import subprocess
 import sys
 from typing import Any
 
-import jax
 import ml_collections
 import numpy as np
 import pytest
@@ -155,16 +154,11 @@ XLA_FLAGS = os.environ.get("XLA_FLAGS", "").replace("--xla_force_host_platform_d
 
 
 def python(*arguments: str, env: dict[str, str] | None = None, **options) -> subprocess.Popen:
-  """Starts Python as a user would, with the tests' compile cache and, unless `env` says else, devices."""
-  cache = {
-    "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
-    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    "PYTHONPATH": str(pathlib.Path(__file__).parents[1]),
-  }
+  """Starts Python as a user would, with the tests' compile cache and devices unless `env` says else."""
+  path = {"PYTHONPATH": str(pathlib.Path(__file__).parents[1])}
   pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
   return subprocess.Popen(
-    [sys.executable, *arguments], env=os.environ | cache | (env or {}), **pipes | options
+    [sys.executable, *arguments], env=os.environ | path | (env or {}), **pipes | options
   )
 
 

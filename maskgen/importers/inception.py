@@ -7,7 +7,6 @@ pytorch-fid and torch-fidelity publish the same file.
 import functools
 import hashlib
 import logging
-import os
 import pathlib
 import urllib.error
 import urllib.request
@@ -73,18 +72,13 @@ def to_pytorch(params: Any) -> dict[str, Any]:
   return renamed
 
 
-def cache_folder() -> pathlib.Path:
-  """Where fetched weights are kept: `$XDG_CACHE_HOME/maskgen`, by default `~/.cache/maskgen`."""
-  return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "maskgen"
-
-
 def fetch(address: str = ADDRESS, sha256: str = SHA256) -> pathlib.Path:
   """Returns the path of the published file, which is downloaded if the cache folder does not have it.
 
   Raises:
     UserError: if it cannot be downloaded, or its checksum is not the published one.
   """
-  path = cache_folder() / address.rpartition("/")[2]
+  path = files.cache_folder() / address.rpartition("/")[2]
   if path.exists():
     data = path.read_bytes()
   else:

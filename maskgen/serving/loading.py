@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from maskgen import objectives, plugins, storage
+from maskgen import compile_cache, objectives, plugins, storage
 from maskgen.errors import UserError
 from maskgen.serving import published
 from maskgen.serving.model import Model
@@ -30,6 +30,7 @@ def load(path: epath.PathLike, *, trust_code: bool = False) -> Model:
       not find the module of its objective.
   """
   config, objective = load_objective(path, trust_code=trust_code)
+  compile_cache.use()
   shapes = jax.eval_shape(objective.init, jax.random.key(0), objective.pretrained_shapes())
   return find_class(objective)(config, objective, storage.load_variables(path, shapes))
 
