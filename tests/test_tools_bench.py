@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from etils import epath
 from PIL import Image
 
 from maskgen import config as config_lib
@@ -19,7 +20,7 @@ from maskgen.config import fields
 from maskgen.costs import flops
 from maskgen.data.pipeline import Data
 from maskgen.errors import UserError
-from maskgen.main import split_stages
+from maskgen.main import split_stages, write_config
 from maskgen.tools.bench import main
 from maskgen.training.pretrained import complete
 
@@ -480,7 +481,7 @@ def raced(tmp_path, repository):
     ]
     (tmp_path / "mage").mkdir(exist_ok=True)
     (tmp_path / "mage" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (tmp_path / "config.json").write_text(json.dumps(config))
+    write_config(epath.Path(tmp_path), config, ["--config=configs/quickstart.py"])
     run = {"wall_seconds": 300.0, "device": "2 x cpu", "version": "0.1.0"}
     (tmp_path / "results.json").write_text(json.dumps({"run": run}))
     return f"--workdir={tmp_path}"

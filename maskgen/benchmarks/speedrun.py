@@ -104,7 +104,7 @@ def judge(root: epath.Path) -> dict[str, Any]:
   results = train.read_results(root)
   if results is None:
     raise UserError(f"{root} has no {train.RESULTS}: give the folder of a run, and finish it first")
-  config = files.read_json(root / storage.CONFIG, "restore it from a copy")
+  config = config_lib.without_origin(files.read_json(root / storage.CONFIG, "restore it from a copy"))
   check_rules(config)
   lines = metrics.read(root / config["stages"][-1])
   evaluations = [line for line in lines if {_TOP1, _FRECHET} <= line.keys()]
