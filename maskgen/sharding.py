@@ -148,22 +148,31 @@ def check_batch(batch_size: int, accumulation: int, mesh: jax.sharding.Mesh) -> 
     )
 
 
-def shard(shapes: Any, rules: Sequence[tuple[str, Sequence[Any]]], mesh: jax.sharding.Mesh) -> Any:
+def shard(
+  shapes: Any, rules: Sequence[tuple[str, Sequence[Any]]], mesh: jax.sharding.Mesh, over_data: bool = False
+) -> Any:
   """Chooses a `NamedSharding` for every leaf of a tree of shapes.
 
   The rules see full paths, so one rule covers a parameter, its average and its optimizer state.
+
+  Args:
+    shapes: the tree.
+    rules: see the module.
+    mesh: the devices.
+    over_data: whether large leaves are also sharded over `data`, along the largest dimension that divides.
 
   Raises:
     UserError: for a rule that is the first match of no parameter or does not fit a shape, and on an fsdp mesh
       for a large parameter that no rule matches and that has no divisible dimension.
   """
   chosen = tree.first_match(shapes, rules, None)
-  return jax.tree_util.tree_map_with_path(
-    lambda path, leaf: NamedSharding(
-      mesh, _spec(tree.path_name(path), leaf.shape, chosen[tree.path_name(path)], mesh)
-    ),
-    shapes,
-  )
+
+  def choose(path: Any, leaf: Any) -> NamedSharding:
+    name = tree.path_name(path)
+    spec = _spec(name, leaf.shape, chosen[name], mesh)
+    return NamedSharding(mesh, _over_data(spec, leaf.shape, mesh) if over_data else spec)
+
+  return jax.tree_util.tree_map_with_path(choose, shapes)
 
 
 def coverage(targets: Any, rules: Sequence[tuple[str, Sequence[Any]]]) -> str:
@@ -231,6 +240,17 @@ def _spec(
         f"sharding rule {axes} does not fit {name} of shape {shape}: {size} is not divisible by {ways}"
       )
   return PartitionSpec(*axes)
+
+
+def _over_data(spec: PartitionSpec, shape: tuple[int, ...], mesh: jax.sharding.Mesh) -> PartitionSpec:
+  if math.prod(shape) < SMALL:
+    return spec
+  names = [_names(entry) for entry in (*spec, *(None,) * (len(shape) - len(spec)))]
+  for dimension in np.argsort(shape, kind="stable")[::-1]:
+    axes = (*names[dimension], "data")
+    if "data" not in sum(names, ()) and shape[dimension] % math.prod(mesh.shape[axis] for axis in axes) == 0:
+      return PartitionSpec(*names[:dimension], axes, *names[dimension + 1 :])
+  return spec
 
 
 def _default_spec(name: str, shape: tuple[int, ...], mesh: jax.sharding.Mesh) -> PartitionSpec:

@@ -32,9 +32,9 @@ RULES = {
 }
 
 
-def experiment(stage, mesh=(-1, 1, 1), rules=True, **overrides):
+def experiment(stage, mesh=(-1, 1, 1), rules=True, over_data=False, **overrides):
   config = tiny.stage(stage, **overrides)
-  config["mesh"] = dict(zip(sharding.AXES, mesh, strict=True))
+  config["mesh"] = dict(zip(sharding.AXES, mesh, strict=True), optimizer_over_data=over_data)
   config["sharding"] = RULES[stage] if rules else ()
   if stage == "mage":
     config["pretrained"] = {"tokenizer": "random"}
@@ -100,6 +100,20 @@ def test_how_the_blocks_are_run_changes_no_number(way, deep):
 def test_remat_of_a_tokenizer_changes_no_number(alone):
   found, _ = losses(experiment("tokenizer", (2, 2, 2), objective__remat="full"))
   np.testing.assert_allclose(found, alone["tokenizer"][0], rtol=1e-5)
+
+
+def test_optimizer_state_over_data_changes_no_number(alone, monkeypatch):
+  monkeypatch.setattr(sharding, "SMALL", 2**6)
+  built = experiment("mage", (2, 2, 2), over_data=True)
+  found, _ = losses(built)
+  np.testing.assert_allclose(found, alone["mage"][0], rtol=1e-5)
+  state = built.targets["state"]
+  assert not any(
+    "data" in jax.tree.leaves(tuple(leaf.sharding.spec)) for leaf in jax.tree.leaves(state.params)
+  )
+  split = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.size >= 2**6]
+  assert all(leaf.sharding.num_devices == 8 and not leaf.sharding.is_fully_replicated for leaf in split)
+  assert all("data" in jax.tree.leaves(tuple(leaf.sharding.spec)) for leaf in split)
 
 
 def test_accumulation_changes_no_number():

@@ -18,11 +18,14 @@ class Mesh:
     data: data parallelism; parameters are replicated along it.
     fsdp: data parallelism with parameters and optimizer state sharded along it.
     tensor: tensor parallelism, according to the rules in `sharding`.
+    optimizer_over_data: whether optimizer state is sharded along `data` as well (ZeRO-1, Rajbhandari et al.
+      2020): each device then updates a part of the parameters.
   """
 
   data: int = -1
   fsdp: int = 1
   tensor: int = 1
+  optimizer_over_data: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

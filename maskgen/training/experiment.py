@@ -118,7 +118,12 @@ class Experiment:
       layers = encoder.layers(group) if encoder else ()
       self._transforms[group] = optimizer.make_transform(schedule, groups[group], layers)
     state, frozen = jax.eval_shape(self._init, pretrained)
-    shardings = sharding.shard({"state": state, "frozen": frozen}, cfg.sharding, self.mesh)
+    shapes = {"state": state, "frozen": frozen}
+    shardings = sharding.shard(shapes, cfg.sharding, self.mesh)
+    over_data = cfg.mesh.optimizer_over_data
+    spread = sharding.shard(shapes, cfg.sharding, self.mesh, over_data)["state"]
+    self._parts = (spread.params, shardings["state"].params) if over_data else None
+    shardings["state"] = shardings["state"].replace(opt_state=spread.opt_state)
     everywhere = sharding.replicated(self.mesh)
     self.targets = {
       "state": _attach(state, shardings["state"]),
@@ -148,6 +153,7 @@ class Experiment:
       seed=cfg.seed,
       ema=cfg.ema,
       accumulation=accumulation or cfg.accumulation,
+      parts=self._parts,
     )
     return sharding.on_mesh(update, self.mesh)
 

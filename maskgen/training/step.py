@@ -53,6 +53,7 @@ def make_update(
   seed: int,
   ema: Mapping[str, float],
   accumulation: int,
+  parts: tuple[Any, Any] | None = None,
 ) -> Update:
   """Builds `update(state, frozen, batch) -> (state, metrics)`; pure, to be compiled by the caller.
 
@@ -64,6 +65,8 @@ def make_update(
     ema: decay of each group's moving average; other groups have none.
     accumulation: number of micro-batches. Micro-batch j takes the examples j, j + k, j + 2k, ..., so that no
       example changes its device. Exact if the objective's loss is a mean of per-example losses.
+    parts: shardings of the parameters that each device updates, and of those that it holds afterwards, if
+      these differ.
   """
 
   def gradients(params, frozen, model_state, batch, rng, step):
@@ -108,14 +111,19 @@ def make_update(
     grads, metrics, model_state = compute(
       state.params, frozen, state.model_state, batch, model_rng, state.step
     )
+    old = state.params
+    if parts:
+      grads, old = (jax.lax.with_sharding_constraint(tree, parts[0]) for tree in (grads, old))
     params, opt_state, averages = {}, {}, {}
     for group, transform in transforms.items():
-      updates, opt_state[group] = transform.update(grads[group], state.opt_state[group], state.params[group])
-      params[group] = optax.apply_updates(state.params[group], updates)
+      updates, opt_state[group] = transform.update(grads[group], state.opt_state[group], old[group])
+      params[group] = optax.apply_updates(old[group], updates)
       metrics[f"norm/{group}_gradient"] = optax.tree.norm(grads[group])
       metrics[f"norm/{group}_parameters"] = optax.tree.norm(params[group])
       metrics[f"norm/{group}_update"] = optax.tree.norm(updates)
       metrics[f"learning_rate/{group}"] = schedules[group](state.step)
+      if parts:
+        params[group] = jax.lax.with_sharding_constraint(params[group], parts[1][group])
       if group in ema:
         # Early averages would be dominated by the initialisation: let their horizon grow with the step.
         decay = jnp.minimum(ema[group], (1.0 + state.step) / (10.0 + state.step))
