@@ -13,7 +13,7 @@ from sklearn.linear_model import Ridge
 
 from maskgen import evaluators
 from maskgen.errors import UserError
-from maskgen.evaluators import batches, probe, reconstruction
+from maskgen.evaluators import batches, linear, plain_features, reconstruction
 from maskgen.images import to_float
 
 BATCH = 16
@@ -254,7 +254,7 @@ def test_ridge_equals_scikit_learn():
   rng = np.random.default_rng(0)
   for shape in ((30, 5), (5, 30)):  # both of its systems
     features, targets = rng.normal(2.0, 1.0, shape), rng.normal(size=(shape[0], 3))
-    weights, bias = probe.ridge(features, targets, penalty=0.7)
+    weights, bias = linear.ridge(features, targets, penalty=0.7)
     reference = Ridge(alpha=0.7).fit(features, targets)
     np.testing.assert_allclose(weights, reference.coef_.T, atol=1e-9)
     np.testing.assert_allclose(bias, reference.intercept_, atol=1e-9)
@@ -262,10 +262,10 @@ def test_ridge_equals_scikit_learn():
 
 def test_draws_are_balanced_and_differ_by_seed():
   labels = np.random.default_rng(0).permutation(np.repeat(np.arange(4), (5, 6, 20, 30)))
-  draw = probe.balanced_draw(labels, shots=5, classes=4, seed=0)
+  draw = linear.balanced_draw(labels, shots=5, classes=4, seed=0)
   assert len(set(draw)) == 20
   np.testing.assert_array_equal(np.bincount(labels[draw]), [5, 5, 5, 5])
-  assert set(draw) != set(probe.balanced_draw(labels, shots=5, classes=4, seed=1))
+  assert set(draw) != set(linear.balanced_draw(labels, shots=5, classes=4, seed=1))
 
 
 def test_separable_features_are_perfect_and_noise_is_chance(digits):
@@ -314,14 +314,14 @@ def test_probe_baselines_run_once_and_can_be_left_out(digits):
 def test_baselines_are_reduced_only_where_they_are_too_wide(noise):
   images = jnp.asarray(noise[0][0])
   flat = to_float(images).reshape(len(images), -1)
-  np.testing.assert_array_equal(probe.pooled_pixels(images, 432), flat)
+  np.testing.assert_array_equal(plain_features.pooled_pixels(images, 432), flat)
   small = to_float(images).reshape(-1, 4, 3, 4, 3, 3).mean(axis=(2, 4))
-  pooled = probe.pooled_pixels(images, 60)  # 4 x 4 of 3 channels are 48
+  pooled = plain_features.pooled_pixels(images, 60)  # 4 x 4 of 3 channels are 48
   np.testing.assert_allclose(pooled, small.reshape(len(images), -1), atol=1e-6)
   tokens = jnp.asarray(np.random.default_rng(0).integers(0, 50, (200, 64)))
-  onehot = probe.hashed_onehot(tokens, 50, 3200)
+  onehot = plain_features.hashed_onehot(tokens, 50, 3200)
   np.testing.assert_array_equal(onehot, jax.nn.one_hot(tokens, 50).reshape(200, -1))
-  hashed = np.asarray(probe.hashed_onehot(tokens, 50, 1000))
+  hashed = np.asarray(plain_features.hashed_onehot(tokens, 50, 1000))
   assert hashed.shape == (200, 1000)
   exact, about = np.asarray(onehot @ onehot.T), hashed @ hashed.T
   assert abs(about - exact).mean() < 3 and abs((about - exact).mean()) < 0.1

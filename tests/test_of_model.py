@@ -2,12 +2,14 @@
 
 import json
 
+import numpy as np
 import pytest
 import tiny
 
 from maskgen import main, storage
 from maskgen.errors import UserError
 from maskgen.evaluators import feature_spaces
+from maskgen.report import runs as tables
 from maskgen.tools import bench, export, sweep
 from maskgen.training import evaluation
 
@@ -46,6 +48,20 @@ def test_a_checkpoint_and_an_export_have_the_numbers_of_training(trained, export
   (fourth,) = (line for line in lines if line["step"] == 4 and "validation/loss" in line)
   assert numbers["at step 4"] == {key: fourth[key] for key in results} != results
   assert all(file.parent.name == "samples" for file in tmp_path.rglob("*") if file.is_file())
+
+
+def test_a_probe_of_any_model_with_its_tables(exported, tmp_path, numbers):
+  evals = {"type": "probe", "every_steps": 1, "baselines": False, "shots": (), "num_images": 64}
+  evals |= {"sweeps": ("clip",), "neighbours": (10,), "per_class": ("top1_clip",)}
+  evaluate(exported, tmp_path, *(f"--config.mage.evals.probe.{key}={value}" for key, value in evals.items()))
+  found = numbers[f"of {exported}"]
+  assert {"probe/top1_clip", "probe/log10_C_clip", "probe/top1_knn10"} < found.keys()
+  names = ["classes_top1_clip", "confusion_top1_clip"]
+  rows = {name: tables.read_table(tmp_path / f"samples/probe_{name}_eval.csv") for name in names}
+  assert rows[names[0]][0] == ["class", "images", "top1", "low", "high", "taken_for", "as_often"]
+  counts = np.array([row[1:] for row in rows[names[1]][1:]], int)
+  assert np.trace(counts) / counts.sum() == pytest.approx(found["probe/top1_clip"])
+  assert (tmp_path / "samples/probe_confusion_top1_clip_eval.png").exists()
 
 
 def test_a_model_of_another_stage(trained, tmp_path, numbers):
