@@ -147,6 +147,28 @@ def test_memory_of_the_state_falls_as_one_over_fsdp():
     np.testing.assert_allclose(found, sizes[1] / fsdp, rtol=0.1)
 
 
+# Statistics of evaluations
+
+EVALS = dict(evals__generation__type="generation", evals__generation__every_steps="1")
+
+
+def statistics(built):
+  """Of the features of the real pictures: the mean, and the diagonal and row sums of the covariance."""
+  gaussian = built.evaluators["generation"][1]._fit_split("train")
+  return np.concatenate([gaussian.mean, gaussian.covariance.diagonal(), gaussian.covariance.sum(axis=0)])
+
+
+@pytest.fixture(scope="module")
+def statistics_alone():
+  return statistics(experiment("mage", (1, 1, 1), **EVALS))
+
+
+@pytest.mark.parametrize("devices", [2, 8])
+def test_statistics_do_not_depend_on_the_number_of_devices(devices, statistics_alone):
+  found = statistics(experiment("mage", (devices, 1, 1), **EVALS))
+  np.testing.assert_allclose(found, statistics_alone, rtol=1e-6, atol=1e-6 * np.abs(statistics_alone).max())
+
+
 # Processes
 
 SCRIPT = """
@@ -156,13 +178,15 @@ jax.config.update("jax_num_cpu_devices", 4)
 jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
 sys.path.insert(0, sys.argv[3])
 import test_meshes
-built = test_meshes.experiment(sys.argv[4], tuple(json.loads(sys.argv[5])))
-print(json.dumps(test_meshes.losses(built)[0].tolist()))
+evals = test_meshes.EVALS if sys.argv[4] == "mage" else {}
+built = test_meshes.experiment(sys.argv[4], tuple(json.loads(sys.argv[5])), **evals)
+statistics = test_meshes.statistics(built).tolist() if evals else None
+print(json.dumps([test_meshes.losses(built)[0].tolist(), statistics]))
 """
 
 
 @pytest.mark.parametrize("stage,mesh", [("mage", (2, 2, 2)), ("tokenizer", (2, 4, 1))])
-def test_two_processes_give_the_same_losses(stage, mesh, alone):
+def test_two_processes_give_the_same_losses_and_statistics(stage, mesh, alone, statistics_alone):
   address = f"127.0.0.1:{tiny.free_port()}"
   folder, env = str(pathlib.Path(__file__).parent), {"XLA_FLAGS": tiny.XLA_FLAGS}
   processes = [
@@ -172,4 +196,9 @@ def test_two_processes_give_the_same_losses(stage, mesh, alone):
   for process in processes:
     out, err = process.communicate()
     assert process.returncode == 0, err[-2000:]
-    np.testing.assert_allclose(json.loads(out.splitlines()[-1]), alone[stage][0], rtol=1e-5, atol=1e-6)
+    found, gaussian = json.loads(out.splitlines()[-1])
+    np.testing.assert_allclose(found, alone[stage][0], rtol=1e-5, atol=1e-6)
+    if gaussian is not None:
+      np.testing.assert_allclose(
+        gaussian, statistics_alone, rtol=1e-6, atol=1e-6 * np.abs(statistics_alone).max()
+      )
