@@ -13,13 +13,14 @@ from PIL import Image
 
 from maskgen import config as config_lib
 from maskgen import objectives, sharding
-from maskgen.benchmarks import common, dataless, devices, recording
+from maskgen.benchmarks import common, dataless, devices, evaluate, recording
 from maskgen.benchmarks.handwritten import Handwritten
 from maskgen.benchmarks.model_flops import model_flops
 from maskgen.config import fields
 from maskgen.costs import flops
 from maskgen.data.pipeline import Data
 from maskgen.errors import UserError
+from maskgen.evaluators import comparison
 from maskgen.main import split_stages, write_config
 from maskgen.tools.bench import main
 from maskgen.training.pretrained import complete
@@ -263,6 +264,37 @@ def test_sample_compares_the_reuse_of_features(capsys):
     assert line["ratio_min"] <= line["ratio_max"]
 
 
+def test_evaluate(capsys, caplog, monkeypatch):
+  """With a small network in the place of Inception-v3, and without torch-fidelity."""
+  widths = {"pooled": 12, "logits": 5}
+
+  def extract(images):
+    return {name: images.reshape(len(images), -1)[:, :d].astype(jnp.float32) for name, d in widths.items()}
+
+  network = comparison.Network("inception_v3", "torch-fidelity", "", extract)
+  monkeypatch.setattr(evaluate, "_WIDTHS", widths)
+  monkeypatch.setattr(evaluate, "_random_weights", lambda: None)
+  monkeypatch.setattr(comparison, "open_inception", lambda params, protocol: network)
+  monkeypatch.setattr(evaluate, "_PACKAGES", ("torch_of_nobody",))
+  main(["evaluate", "--pictures=6", "--side=8", "--samples=1000", "--batch_size=500", "--rounds=1"])
+  assert "torch_of_nobody is not installed, so only maskgen is measured" in caplog.text
+  numbers = _numbers(capsys)
+  assert _check_spread(numbers, "maskgen_pictures_per_second") > 0
+  assert _check_spread(numbers, "maskgen_metrics_seconds") > 0
+  assert numbers.pop("peak_memory_bytes") > 1e7
+  assert numbers == {
+    "device": "cpu",
+    "devices": 8,
+    "peak_memory_of": "process",
+    "torch_of_nobody": None,
+    "pictures": 6,
+    "side": 8,
+    "samples": 1000,
+    "batch_size": 500,
+    "rounds": 1,
+  }
+
+
 def test_steps_and_samples_are_without_tensorflow():
   code = f"""
 import sys
@@ -443,6 +475,8 @@ def test_kinds_of_operations(function, shapes, kinds):
     (["sample", TINY, "--reuse=2,x"], "--reuse=2,x: give numbers of at least 1"),
     (["sample", TINY, "--reuse=2"], "reuse is 2: it must divide the number of steps, 3"),
     (["sample", TINY, "--repeats=0"], "--repeats=0: give at least 1"),
+    (["evaluate", "--pictures=0"], "--pictures=0: give at least 1"),
+    (["evaluate", "--samples=999"], "--samples=999: give at least 1000"),
     (["tokens", TINY, "--steps=0"], "--steps=0: give at least 1"),
     (["tokens", TINY, "--batch_size=0"], "--batch_size=0: give at least 1"),
     (["tokens", TINY, "--batch_size=9"], "9"),

@@ -81,7 +81,8 @@ def kid(
 
 
 def _cubic(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-  return (a @ b.T / a.shape[1] + 1) ** 3
+  kernel = a @ b.T / a.shape[1] + 1
+  return kernel * kernel * kernel  # a power takes several times as long
 
 
 def manifold_metrics(generated: np.ndarray, real: np.ndarray, *, k: int, strict: bool) -> Mapping[str, float]:
