@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import runpy
 
 import jax
 import numpy as np
@@ -17,7 +18,7 @@ from maskgen.evaluators import comparison, frechet, paired, picture_sets, statis
 from maskgen.evaluators.feature_spaces import pixels
 from maskgen.importers import lpips as lpips_files
 from maskgen.models import lpips
-from maskgen.tools import evaluate, reference_stats
+from maskgen.tools import evaluate, feature_flags, reference_stats
 
 RNG = np.random.default_rng(0)
 SIDE, WIDTH = 16, 192  # of pictures; of the features of the space "pixels"
@@ -64,6 +65,35 @@ def test_folders_and_npz_files_give_the_same_numbers(data, capsys):
   assert f"frechet_pixels = {found[0]['frechet_pixels']:.7g}" in capsys.readouterr().out
   a, b = (frechet.fit([np.asarray(pixels(images))]) for images in (GENERATED, REAL))
   np.testing.assert_allclose(found[0]["frechet_pixels"], frechet.distance(a, b), rtol=1e-6)
+
+
+def test_device_memory_does_not_grow_with_the_number_of_pictures():
+  network = comparison.open_space("pixels")
+
+  def peak(count):
+    sizes = []
+    batches = (np.zeros((24, SIDE, SIDE, 3), np.uint8) for _ in range(count // 24))
+    for _ in feature_flags.stream(network, batches, count, 24, "pictures"):
+      sizes.append(sum(array.nbytes for array in jax.live_arrays()))
+    return max(sizes)
+
+  few, many = peak(24), peak(240)  # in this order: what an earlier test left may only go away
+  assert many <= few
+
+
+def test_what_moves_a_distance(data, repository, capsys):
+  """The script of docs/distances.md."""
+  script = runpy.run_path(str(repository / "docs" / "distances.py"))
+  script["main"]([f"--pictures={data}/real", "--features=pixels", "--batch_size=24"])
+  rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+  assert [row[0] for row in rows[:3]] == [
+    "none: 30 pictures each",
+    "18 pictures of A, classes in equal shares",
+    "18 pictures of A, classes in shares 1 to 2",
+  ]
+  moved = {row[0]: float(row[2]) for row in rows if len(row) > 2}
+  assert 0 < moved["B as JPEG of quality 95"] < moved["B as JPEG of quality 75"]
+  assert 0 < moved["A halved by lanczos, B by bicubic"] < moved["A halved by lanczos, B by nearest"]
 
 
 def test_statistics_of_a_data_set_replace_its_pictures(data, caplog):
