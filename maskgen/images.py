@@ -54,6 +54,13 @@ def to_rgb(images: np.ndarray) -> np.ndarray:
   return np.repeat(images, 3, axis=-1) if images.shape[-1] == 1 else images
 
 
+def to_rgb_on_devices(images: jax.Array) -> jax.Array:
+  """Does what `to_rgb` does, where the images are."""
+  if images.dtype != jnp.uint8:
+    images = jnp.rint(jnp.clip(images, 0.0, 1.0) * 255.0).astype(jnp.uint8)
+  return jnp.repeat(images, 3, axis=-1) if images.shape[-1] == 1 else images
+
+
 def like(given: np.ndarray, made: np.ndarray) -> np.ndarray:
   """Converts float images in [0, 1] to the dtype of the images a user gave: uint8, or unchanged."""
   return to_uint8(made) if given.dtype == np.uint8 else made

@@ -13,8 +13,16 @@ from sklearn.linear_model import Ridge
 
 from maskgen import evaluators
 from maskgen.errors import UserError
-from maskgen.evaluators import batches, linear, plain_features, reconstruction
-from maskgen.images import to_float
+from maskgen.evaluators import (
+  batches,
+  comparison,
+  generation,
+  linear,
+  plain_features,
+  reconstruction,
+  statistics_files,
+)
+from maskgen.images import to_float, to_rgb_on_devices
 
 BATCH = 16
 CLASSES = tuple("0123456789")
@@ -231,6 +239,72 @@ def test_what_does_not_depend_on_the_variables_is_computed_once(digits):
   count = len(passes)
   assert evaluator.run(None, jax.random.key(1)).numbers == first.numbers
   assert len(passes) == count
+
+
+# Inception-v3 is replaced by a projection: these rules depend on its protocol only.
+
+
+@pytest.fixture
+def inception(monkeypatch):
+  mix = np.random.default_rng(0).normal(size=(8 * 8 * 3, 6))
+
+  def extract(images):
+    rows = np.asarray(to_rgb_on_devices(images), np.float64).reshape(len(images), -1) @ mix / 100
+    return {"pooled": rows, "spatial": rows[:, :5], "logits": rows}
+
+  network = comparison.Network("inception_v3", "adm", "weights", extract)
+  monkeypatch.setattr(comparison, "open_network", lambda *spec: network)
+  for module in (comparison, generation):
+    monkeypatch.setattr(module, "FEATURES", 6)
+  return network
+
+
+def test_generation_has_fid_under_the_name_of_its_protocol(digits, inception, tmp_path):
+  metrics = ("fid", "sfid", "is", "precision")
+  context = make_context({"generate": replay(digits[0][0]), "generate_uniform": uniform}, *digits)
+  context = dataclasses.replace(context, num_train=600)
+  numbers = run("generation", context, features="inception_v3", num_images=50, metrics=metrics).numbers
+  where = "50/adm/train/unconditional"
+  names = {f"fid{where}", f"sfid{where}", f"precision{where}", "is50/adm/unconditional"}
+  assert numbers.keys() == names
+  real = comparison.collect("real", [inception.extract(jnp.asarray(digits[0][0]))], {"pooled_moments"})
+  manifest = statistics_files.Manifest(
+    "inception_v3", "adm", "weights", 600, (8, 8), "digits", "train", "decode", "", "", {}
+  )
+  path = str(tmp_path / "digits.npz")
+  statistics_files.write(path, real, manifest)
+  options = dict(features="inception_v3", num_images=50, reference=path)
+  against = run("generation", context, **options).numbers
+  np.testing.assert_allclose(against["fid50/adm/digits/unconditional"], numbers[f"fid{where}"], rtol=1e-6)
+  for changes, options_too, message in (
+    (dict(weights="others"), {}, "another weights of the network"),
+    (dict(size=(16, 16)), {}, "another size of pictures"),
+    (dict(protocol="clean"), {}, "another protocol"),
+    (dict(count=5), {}, "FID on 6 features needs at least 6 pictures in .*digits.npz, but there are 5"),
+    ({}, dict(metrics=("recall",)), "metric 'recall' needs what .*digits.npz does not have"),
+    ({}, dict(num_images=5), "FID on 6 features needs at least 6 pictures in num_images"),
+    ({}, dict(reference="nowhere.npz"), "reference nowhere.npz is no file of statistics"),
+    ({}, dict(metrics=("fids",)), "metric 'fids' does not exist; did you mean 'fid'"),
+  ):
+    statistics_files.write(path, real, dataclasses.replace(manifest, **changes))
+    with pytest.raises(UserError, match=message):
+      evaluators.build("it", {"type": "generation", **options, **options_too}, context)
+
+
+def test_weights_of_inception_are_missing_before_a_run(digits):
+  context = make_context({"generate": replay(digits[0][0])}, *digits)
+  for options, message in (
+    (dict(features="inception_v3:nowhere"), "the weights nowhere of inception_v3 do not exist"),
+    (
+      dict(features="inception_v3", protocol="clear"),
+      "protocol 'clear' does not exist; did you mean 'clean'",
+    ),
+    (dict(protocol="adm"), "protocol 'adm' is for inception_v3, not for pixels"),
+    (dict(metrics=("sfid",)), "metric 'sfid' needs Inception-v3"),
+    (dict(metrics=("kid",)), "KID needs at least 1,000 pictures in num_images"),
+  ):
+    with pytest.raises(UserError, match=message):
+      evaluators.build("it", {"type": "generation", "num_images": 50, **options}, context)
 
 
 def test_keys_depend_on_the_seed_and_the_image_alone(noise):

@@ -68,7 +68,7 @@ def test_folders_and_npz_files_give_the_same_numbers(data, capsys):
 
 
 def test_device_memory_does_not_grow_with_the_number_of_pictures():
-  network = comparison.open_space("pixels")
+  network = comparison.open_network("pixels")
 
   def peak(count):
     sizes = []
@@ -180,7 +180,7 @@ def test_wrong_flags_are_one_sentence(data):
     ("--metrics=fidd", "metric 'fidd' does not exist; did you mean 'fid'"),
     ("--metrics=sfid", "'sfid' needs Inception-v3"),
     ("--labels=balance", "--labels=balance does not exist; did you mean 'balanced'"),
-    ("--protocol=adm", "--protocol=adm is for Inception-v3, not for pixels"),
+    ("--protocol=adm", "protocol 'adm' is for inception_v3, not for pixels"),
     ("--features=pixel", "did you mean 'pixels'"),
     (f"--weights={data}/real.npz", "'pixels' has no weights: leave .*real.npz out"),
     ("--json=out.txt", "give the name of a .json file"),

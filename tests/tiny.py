@@ -31,6 +31,7 @@ class FakeObjective:
   captions: Captions | None = None
   tokens: int = 0
   sampling: Any = MaskedSampling()
+  image_shape: tuple[int, int, int] = (8, 8, 3)
 
 
 def record_calls(predict: dict[str, Any]) -> set[Any]:

@@ -6,6 +6,7 @@ such as `frechet_mobilenet_v2` and `kid_mobilenet_v2`.
 """
 
 import dataclasses
+import functools
 import hashlib
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,13 +16,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from jax.sharding import NamedSharding, PartitionSpec
 
+from maskgen import images as images_lib
 from maskgen import tree
 from maskgen.errors import UserError, nearest
 from maskgen.evaluators import feature_spaces, protocols, set_metrics
 from maskgen.evaluators.batches import gather
+from maskgen.evaluators.context import Context
 from maskgen.evaluators.frechet import Gaussian, Moments, distance
+from maskgen.importers import inception
+from maskgen.models.inception import FEATURES, Outputs
 
+INCEPTION, DEFAULT_PROTOCOL = "inception_v3", "adm"
 # Metrics, and what they need of each set: keys of `Features`.
 METRICS = {
   "fid": ("pooled_moments",),
@@ -59,7 +66,8 @@ class Network:
     name: "inception_v3", or the name of a feature space.
     protocol: how pictures are prepared for Inception-v3, a name in `protocols.PROTOCOLS`; "" for others.
     weights: the fingerprint of its weights; "" if it has none.
-    extract: from images uint8 [b, h, w, 3] to "pooled" [b, d], and for Inception-v3 "spatial" and "logits".
+    extract: from images [b, h, w, c], uint8 or float32 in [0, 1], to "pooled" [b, d], and for Inception-v3
+      "spatial" and "logits".
   """
 
   name: str
@@ -67,30 +75,68 @@ class Network:
   weights: str
   extract: Callable[[jax.Array], Mapping[str, Any]]
 
-  def width(self, size: tuple[int, int]) -> int:
-    """The number of features of a picture of this (height, width)."""
-    image = jax.ShapeDtypeStruct((1, *size, 3), jnp.uint8)
+  def width(self, size: tuple[int, int], channels: int = 3) -> int:
+    """The number of pooled features of a picture of this (height, width)."""
+    if self.protocol:
+      return FEATURES
+    image = jax.ShapeDtypeStruct((1, *size, channels), jnp.uint8)
     return jax.eval_shape(self.extract, image)["pooled"].shape[1]
 
 
-def open_inception(params: Any, protocol: str) -> Network:
-  """Returns Inception-v3 with parameters, which may be on devices."""
-  protocols.check(protocol)
-  apply = protocols.open_inception(params, protocol)
+def check_features(spec: str, protocol: str = "") -> None:
+  """Checks that `open_network` knows a network, and its file if one is given.
 
-  def extract(images: jax.Array) -> Mapping[str, Any]:
-    outputs = apply(images)
-    return {"pooled": outputs.pooled, "spatial": outputs.spatial, "logits": outputs.logits_unbiased}
+  Raises:
+    UserError: if not.
+  """
+  name, _, path = spec.partition(":")
+  if name != INCEPTION:
+    feature_spaces.check_space(spec)
+    if protocol:
+      raise UserError(f"protocol '{protocol}' is for {INCEPTION}, not for {name}: leave it out")
+    return
+  protocols.check(protocol or DEFAULT_PROTOCOL)
+  if path and not epath.Path(path).exists():
+    raise UserError(f"the weights {path} of {INCEPTION} do not exist: give the path of {inception.FILE}")
 
-  return Network("inception_v3", protocol, tree.fingerprint(params), extract)
 
+def open_network(spec: str, protocol: str = "", context: Context | None = None) -> Network:
+  """Opens a feature network.
 
-def open_space(spec: str) -> Network:
-  """Returns another network, by what `feature_spaces.open_space` takes."""
-  space, path = feature_spaces.open_space(spec, None), spec.partition(":")[2]
-  is_file = bool(path) and epath.Path(path).is_file()
+  Args:
+    spec: "inception_v3:/path/to/weights", or "inception_v3" for the published weights, which are downloaded
+      once; or what `feature_spaces.open_space` takes.
+    protocol: how pictures are prepared for Inception-v3, by default "adm".
+    context: the context of the run whose images are compared, if it is a run.
+
+  Raises:
+    UserError: as `check_features` and importers do.
+  """
+  check_features(spec, protocol)
+  name, _, path = spec.partition(":")
+  if name == INCEPTION:
+    return open_inception(inception.load(path or inception.fetch()), protocol or DEFAULT_PROTOCOL)
+  space, is_file = feature_spaces.open_space(spec, context), bool(path) and epath.Path(path).is_file()
   weights = hashlib.sha256(epath.Path(path).read_bytes()).hexdigest() if is_file else ""
   return Network(feature_spaces.name_of(spec), "", weights, lambda images: {"pooled": space(images)})
+
+
+def open_inception(params: Any, protocol: str) -> Network:
+  """Returns Inception-v3 with parameters, which are copied to the devices of the images at first use."""
+  protocols.check(protocol)
+
+  @functools.cache
+  def apply_on(devices: jax.sharding.Sharding) -> Callable[[jax.Array], Outputs]:
+    return protocols.open_inception(jax.device_put(params, devices), protocol)
+
+  def extract(images: jax.Array) -> Mapping[str, Any]:
+    devices = images.sharding
+    if isinstance(devices, NamedSharding):
+      devices = NamedSharding(devices.mesh, PartitionSpec())
+    outputs = apply_on(devices)(images_lib.to_rgb_on_devices(images))
+    return {"pooled": outputs.pooled, "spatial": outputs.spatial, "logits": outputs.logits_unbiased}
+
+  return Network(INCEPTION, protocol, tree.fingerprint(params), extract)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,9 +217,9 @@ def check_metrics(metrics: Iterable[str], protocol: str, others: Sequence[str] =
     if metric not in METRICS:
       raise UserError(f"metric '{metric}' does not exist{nearest(metric, (*METRICS, *others))}")
     if not protocol and metric not in _OF_ANY_NETWORK:
-      raise UserError(f"metric '{metric}' needs Inception-v3: leave it out, or give --features=inception_v3")
+      raise UserError(f"metric '{metric}' needs Inception-v3: leave it out, or use the features {INCEPTION}")
     if metric == "sfid" and protocol != "adm":
-      raise UserError("metric 'sfid' is defined by ADM's evaluator: give --protocol=adm or leave it out")
+      raise UserError("metric 'sfid' is defined by ADM's evaluator: use the protocol adm, or leave it out")
 
 
 def needs_of(metrics: Iterable[str]) -> set[str]:

@@ -28,6 +28,7 @@ class Context:
     fresh_variables: (seed, frozen) -> untrained variables of the same shapes, with these frozen parts.
     class_names: the classes, or None if the data has no labels.
     lacks: why it has none, if some records could have some: `{"label": problem and remedy}`.
+    num_train: the number of images of the split "train", if it is known.
   """
 
   objective: Any
@@ -36,6 +37,7 @@ class Context:
   fresh_variables: Callable[[int, Any], Any]
   class_names: tuple[str, ...] | None
   lacks: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  num_train: int | None = None
 
   @property
   def codebook_size(self) -> int:

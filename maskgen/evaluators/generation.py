@@ -3,27 +3,22 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
 import numpy as np
+from etils import epath
 
 from maskgen import images as images_lib
 from maskgen.config import fields
 from maskgen.errors import UserError
-from maskgen.evaluators import classifiers, frechet, pictures
-from maskgen.evaluators.batches import (
-  collect,
-  first_batch,
-  gather,
-  generate,
-  key_shapes,
-  one_blas_thread,
-  stream,
-)
+from maskgen.evaluators import classifiers, comparison, pictures, statistics_files
+from maskgen.evaluators.batches import collect, first_batch, gather, generate, key_shapes, one_blas_thread
+from maskgen.evaluators.comparison import Features, Network
 from maskgen.evaluators.context import Batch, Call, Context, Report
-from maskgen.evaluators.feature_spaces import Space, name_of, open_space
+from maskgen.evaluators.statistics_files import Statistics
+from maskgen.models.inception import FEATURES
 
 
 def class_balance(classes: np.ndarray, num_classes: int) -> dict[str, float]:
@@ -43,23 +38,30 @@ def class_balance(classes: np.ndarray, num_classes: int) -> dict[str, float]:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluator:
-  """Generates images and compares them with the real images of the training split.
+  """Generates images and compares them with real images, by default those of the training split.
 
-  Metrics, where S is the name of the feature space:
+  Metrics in a feature space S:
     `frechet_S`: the Frechet distance of the generated images. It falls with the number of images, so compare
-      equal numbers only.
+      equal numbers only. Other `metrics` are `kid_S`, `precision_S` and so on.
     `frechet_S_floor`: the distance of the evaluation split, for reference.
     `frechet_S_uniform_codes`: the distance of the same number of images decoded from uniformly drawn codes,
       if the objective has the prediction function `generate_uniform`.
-    With a classifier: its accuracy on the evaluation split, `<classifier>_top1`, and `class_share_min` and
-      `class_entropy` (nats) of its predictions for the generated images.
-    If the objective takes labels, all classes are generated equally often, and `<classifier>_agreement` is
-      the share of images for which the classifier predicts the label.
+  With features="inception_v3" instead FID and its family as a published tool computes them, under names of
+    `comparison.metric_name` such as `fid50k/adm/imagenet_256/balanced`, without floor and uniform codes.
+  With a classifier: its accuracy on the evaluation split, `<classifier>_top1`, and `class_share_min` and
+    `class_entropy` (nats) of its predictions for the generated images.
+  If the objective takes labels, all classes are generated equally often, and with a classifier
+    `<classifier>_agreement` is the share of images for which it predicts the label.
   Pictures: `generated`, the first samples; `generated_by_class`, a row for each class.
 
   Attributes:
     num_images: the number of images to generate.
-    features: see `feature_spaces.open_space`.
+    features: see `comparison.open_network`.
+    protocol: the tool whose rules Inception-v3 follows, one of `protocols.PROTOCOLS`; by default "adm".
+    metrics: names in `comparison.METRICS`; by default the distance alone.
+    reference: npz file of `maskgen.tools.reference_stats` or another tool with statistics of the real images;
+      by default they are those of the training split under the evaluation preprocessing.
+    reference_name: in the names of metrics, by default that of the file, or "train".
     classifier: a name in `classifiers.CLASSIFIERS`, for small labelled data, or None.
     num_pictures: the number of samples in the picture.
     seed: image i depends only on this and i, at every training step.
@@ -72,6 +74,10 @@ class Evaluator:
   context: Context
   num_images: int = 1000
   features: str = "pixels"
+  protocol: str = ""
+  metrics: tuple[str, ...] = ("fid",)
+  reference: str | None = None
+  reference_name: str = ""
   classifier: str | None = None
   num_pictures: int = 64
   seed: int = 0
@@ -81,7 +87,6 @@ class Evaluator:
   )
 
   def __post_init__(self):
-    _ = self._space  # this checks `features`
     classifiers.check(self.classifier, self.context)
     self.context.check_sampling(self.sampling)
     if self.captions and self.context.captions is None:
@@ -93,10 +98,24 @@ class Evaluator:
       raise UserError(
         f"num_images is {self.num_images} and num_pictures is {self.num_pictures}: give at least 2 and 1"
       )
+    self._check_comparison()
+
+  def _check_comparison(self) -> None:
+    """Checks before a run that the generated images can be compared with the real ones."""
+    network, num_train = self._network, self.context.num_train
+    width = FEATURES if network.protocol else 0  # of other networks it is compared when it is known
+    if not self.metrics:
+      raise UserError("metrics is empty: give at least one, such as 'fid'")
+    comparison.check_metrics(self.metrics, network.protocol)
+    comparison.check_counts(self.metrics, self.num_images, "num_images", network, width)
+    if self._statistics is not None:
+      self._statistics.check(self.metrics, network, self.context.objective.image_shape)
+    elif num_train is not None:
+      comparison.check_counts(self.metrics, num_train, "the training split", network, width)
 
   def trace(self, call: Call, batch: Mapping[str, jax.ShapeDtypeStruct]) -> None:
     inputs = {"key": key_shapes(batch)}
-    if "generate_uniform" in self.context.predict:
+    if "generate_uniform" in self.context.predict and self._has_floor:
       call("generate_uniform", inputs)
     wanted = ("label",) * bool(self.context.num_classes) + ("caption",) * self.captions
     call("generate", inputs | {name: batch[name] for name in wanted}, **self.sampling)
@@ -104,24 +123,23 @@ class Evaluator:
   def memory(
     self, call: Call, batch: Mapping[str, jax.ShapeDtypeStruct], num_images: Mapping[str, int]
   ) -> int:
-    if self.classifier is None:
-      return 0
-    # Pixels in float64, in batches and put together.
-    return 16 * math.prod(batch["image"].shape[1:]) * max(num_images.values())
+    needed = 0
+    if self._network.protocol and "pooled" in comparison.needs_of(self.metrics):
+      needed += 4 * FEATURES * (self.num_images + (0 if self.reference else num_images["train"]))
+    if self.classifier is not None:
+      # Pixels in float64, in batches and put together.
+      needed += 16 * math.prod(batch["image"].shape[1:]) * max(num_images.values())
+    return needed
 
   @one_blas_thread
   def run(self, variables: Any, rng: jax.Array) -> Report:
     """Evaluates; `rng` is a typed key."""
     report, predict = self.measure(variables, rng, **self.sampling), self.context.predict
     numbers = dict(report.numbers)
-
-    def uniform_features():
-      for images, count in self._draws(predict["generate_uniform"], variables, rng):
-        yield gather(self._space(images))[:count]
-
-    if "generate_uniform" in predict:
-      uniform = frechet.fit(uniform_features())
-      numbers[f"frechet_{name_of(self.features)}_uniform_codes"] = frechet.distance(uniform, self._real)
+    if "generate_uniform" in predict and self._has_floor:
+      draws = self._draws(predict["generate_uniform"], variables, rng)
+      uniform = self._features("the images of uniform codes", ("fid",), draws)
+      numbers[f"{self._name('fid')}_uniform_codes"] = self._distance(uniform)
     if self.classifier is not None:
       numbers[f"{self.classifier}_top1"] = self._real_classes[1]
     return Report(numbers, report.pictures)
@@ -129,54 +147,99 @@ class Evaluator:
   @one_blas_thread
   def measure(self, variables: Any, rng: jax.Array, **options: Any) -> Report:
     """The part of `run` that depends on sampling, with these options of `generate`."""
-    name, num_classes = f"frechet_{name_of(self.features)}", self.context.num_classes
+    num_classes = self.context.num_classes
     shown: list[np.ndarray] = []
     classes: list[np.ndarray] = []
 
-    def generated_features():
+    def generated() -> Iterator[tuple[jax.Array, np.ndarray]]:
       conditions = {"num_classes": num_classes, "captions": self._eval_captions}
-      draws = self._draws(self.context.predict["generate"], variables, rng, **conditions, **options)
-      for images, count in draws:
+      for images, used in self._draws(
+        self.context.predict["generate"], variables, rng, **conditions, **options
+      ):
         num_shown = sum(map(len, shown))
         if num_shown < self.num_pictures:
-          shown.append(gather(images)[: min(count, self.num_pictures - num_shown)])
+          shown.append(gather(images)[used][: self.num_pictures - num_shown])
         if self.classifier is not None:
-          classes.append(self._real_classes[0].predict(_flat(gather(images)[:count])))
-        yield gather(self._space(images))[:count]
+          classes.append(self._real_classes[0].predict(_flat(gather(images)[used])))
+        yield images, used
 
-    numbers = {
-      name: frechet.distance(frechet.fit(generated_features()), self._real),
-      f"{name}_floor": self._floor,
-    }
+    made = self._features("the generated images", self.metrics, generated())
+    found = comparison.compute(self.metrics, self._network, made, self._real)
+    numbers = {self._name(metric): value for metric, value in found.items()}
+    if self._has_floor:
+      numbers[f"{self._name('fid')}_floor"] = self._floor
     if self.classifier is not None:
       seen = np.concatenate(classes)
       numbers |= class_balance(seen, len(self.context.class_names or ()))
       if num_classes:
         asked = np.arange(len(seen)) % num_classes
         numbers[f"{self.classifier}_agreement"] = float(np.mean(seen == asked))
-    made = {"generated": images_lib.grid(np.concatenate(shown))}
+    drawn = {"generated": images_lib.grid(np.concatenate(shown))}
     if num_classes:
-      made["generated_by_class"] = pictures.generated(
+      drawn["generated_by_class"] = pictures.generated(
         self.context, variables, rng, self.num_pictures, self.seed, **options
       )
-    return Report(numbers, made)
+    return Report(numbers, drawn)
 
-  def _draws(self, fn, variables, rng, **options):
-    return generate(
-      fn,
-      variables,
-      rng,
-      like=self._like,
-      seed=self.seed,
-      num_images=self.num_images,
-      **options,
+  def _draws(self, fn, variables, rng, **options) -> Iterator[tuple[jax.Array, np.ndarray]]:
+    """Yields images [b, h, w, c] that `fn` makes, and which of them count, bool [b]."""
+    made = generate(
+      fn, variables, rng, like=self._like, seed=self.seed, num_images=self.num_images, **options
     )
+    for images, count in made:
+      yield images, np.arange(len(images)) < count
+
+  def _features(
+    self, name: str, metrics: Sequence[str], batches: Iterable[tuple[jax.Array, np.ndarray]]
+  ) -> Features:
+    """What metrics need of a set of images that arrives as `_draws` yields it."""
+    needs = comparison.needs_of(metrics)
+    keys = {need.removesuffix("_moments") for need in needs}
+
+    def features() -> Iterator[dict[str, np.ndarray]]:
+      for images, used in batches:
+        outputs = self._network.extract(images)
+        yield {key: gather(outputs[key])[used] for key in keys}
+
+    return comparison.collect(name, features(), needs)
+
+  def _split(self, split: str, metrics: Sequence[str]) -> Features:
+    batches = ((batch["image"], gather(batch["valid"])) for batch in self.context.batches(split))
+    return self._features(f"the split '{split}'", metrics, batches)
+
+  def _distance(self, features: Features) -> float:
+    return comparison.compute(("fid",), self._network, features, self._real)["fid"]
+
+  def _name(self, metric: str) -> str:
+    reference = self.reference_name or (
+      "train" if self.reference is None else epath.Path(self.reference).stem
+    )
+    return comparison.metric_name(metric, self._network, self.num_images, reference, self._labels)
+
+  @property
+  def distance(self) -> str:
+    """The name of the metric by which samples are ranked: the distance, or else the first."""
+    return self._name("fid" if "fid" in self.metrics else self.metrics[0])
+
+  @property
+  def _labels(self) -> str:
+    if self.captions:
+      return "captions"
+    return "balanced" if self.context.num_classes else "unconditional"
+
+  @property
+  def _has_floor(self) -> bool:
+    return not self._network.protocol and "fid" in self.metrics
 
   # The properties below do not depend on the variables: computed at the first evaluation, then kept.
 
   @functools.cached_property
-  def _space(self) -> Space:
-    return open_space(self.features, self.context)
+  def _network(self) -> Network:
+    return comparison.open_network(self.features, self.protocol, self.context)
+
+  @functools.cached_property
+  def _statistics(self) -> Statistics | None:
+    return None if self.reference is None else statistics_files.open_statistics(self.reference)
 
   @functools.cached_property
   def _like(self) -> Batch:
@@ -191,17 +254,21 @@ class Evaluator:
       "caption"
     ]
 
-  def _fit_split(self, split: str) -> frechet.Gaussian:
-    parts = stream(self.context, split, lambda batch: {"features": self._space(batch["image"])})
-    return frechet.fit(part["features"] for part in parts)
-
   @functools.cached_property
-  def _real(self) -> frechet.Gaussian:
-    return self._fit_split("train")
+  def _real(self) -> Features:
+    network = self._network
+    if self._statistics is not None:
+      found = self._statistics.features
+    else:
+      found = self._split("train", [metric for metric in self.metrics if metric != "is"])
+    if not network.protocol and found.pooled_moments is not None:
+      width = len(found.pooled_moments.mean)
+      comparison.check_counts(self.metrics, self.num_images, "num_images", network, width)
+    return found
 
   @functools.cached_property
   def _floor(self) -> float:
-    return frechet.distance(self._fit_split("eval"), self._real)
+    return self._distance(self._split("eval", ("fid",)))
 
   @functools.cached_property
   def _real_classes(self) -> tuple[Any, float]:

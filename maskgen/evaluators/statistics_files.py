@@ -9,7 +9,7 @@ import importlib.metadata
 import io
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from etils import epath
 
 from maskgen import files
 from maskgen.errors import UserError
+from maskgen.evaluators import comparison
 from maskgen.evaluators.comparison import Features, Network
 from maskgen.evaluators.frechet import Gaussian
 from maskgen.importers import tensors
@@ -59,9 +60,57 @@ class Manifest:
   versions: Mapping[str, str]
 
 
+@dataclasses.dataclass(frozen=True)
+class Statistics:
+  """A file that is the reference of a run.
+
+  Attributes:
+    path: of the file.
+    features: its content.
+    manifest: how they were made, or None.
+  """
+
+  path: str
+  features: Features
+  manifest: Manifest | None
+
+  def check(self, metrics: Sequence[str], network: Network, shape: tuple[int, int, int]) -> None:
+    """Checks that generated images of a shape (h, w, c) can be compared with them.
+
+    Raises:
+      UserError: if not.
+    """
+    for metric in metrics:
+      if any(getattr(self.features, need) is None for need in comparison.reference_needs_of([metric])):
+        raise UserError(
+          f"metric '{metric}' needs what {self.path} does not have: leave it out, or the reference, which "
+          "then is the training split"
+        )
+    *size, channels = shape
+    width = network.width((size[0], size[1]), channels)
+    check(self.path, self.features, self.manifest, network, (size[0], size[1]), width)
+    if self.features.count is not None:
+      comparison.check_counts(metrics, self.features.count, self.path, network, width)
+
+
+def open_statistics(path: str) -> Statistics:
+  """Opens the reference of a run.
+
+  Raises:
+    UserError: if there is no such file, or as `read` does.
+  """
+  found = read(path) if epath.Path(path).exists() else None
+  if found is None:
+    raise UserError(
+      f"reference {path} is no file of statistics: give an npz file of maskgen.tools.reference_stats"
+    )
+  return Statistics(path, *found)
+
+
 def versions() -> dict[str, str]:
-  """The versions of maskgen and of the packages that features depend on."""
-  return {name: importlib.metadata.version(name) for name in ("maskgen", "jax", "jaxlib", "numpy", "pillow")}
+  """The versions of maskgen and of the packages that numbers depend on."""
+  packages = ("maskgen", "jax", "jaxlib", "numpy", "scipy", "scikit-learn", "pillow")
+  return {name: importlib.metadata.version(name) for name in packages}
 
 
 def write(path: str, features: Features, manifest: Manifest) -> None:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 SIDE = 299
 CLASSES = 1008
+FEATURES = 2048  # of the pooled ones, in which FID is computed
 EPSILON = 1e-3
 SPATIAL_CHANNELS = 7  # of which sFID uses (Nash et al. 2021, section 4.3)
 

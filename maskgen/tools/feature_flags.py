@@ -38,30 +38,20 @@ def check(args: argparse.Namespace) -> None:
   Raises:
     UserError: if one is wrong.
   """
-  from maskgen.evaluators import feature_spaces, protocols
+  from maskgen.evaluators import comparison
 
   if args.batch_size < 1:
     raise UserError(f"--batch_size={args.batch_size}: give at least 1")
-  if args.features == INCEPTION:
-    args.protocol = args.protocol or "adm"
-    protocols.check(args.protocol)
-    return
-  if args.protocol is not None:
-    raise UserError(f"--protocol={args.protocol} is for Inception-v3, not for {args.features}: leave it out")
-  feature_spaces.check_space(_spec(args))
+  comparison.check_features(_spec(args), args.protocol or "")
+  if args.features.partition(":")[0] == INCEPTION:
+    args.protocol = args.protocol or comparison.DEFAULT_PROTOCOL
 
 
 def open_network(args: argparse.Namespace) -> "Network":
-  """Opens the network on all devices of this process; errors are those of importers."""
-  import jax
-
+  """Opens the network; errors are those of importers."""
   from maskgen.evaluators import comparison
-  from maskgen.importers import inception
 
-  if args.features != INCEPTION:
-    return comparison.open_space(_spec(args))
-  params = inception.load(args.weights or inception.fetch())
-  return comparison.open_inception(jax.device_put(params, shardings()[0]), args.protocol)
+  return comparison.open_network(_spec(args), args.protocol or "")
 
 
 def _spec(args: argparse.Namespace) -> str:

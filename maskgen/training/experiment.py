@@ -342,7 +342,7 @@ class Experiment:
   def _build_evaluators(self) -> None:
     data, fresh = self.data, jax.jit(self._fresh_variables)
     context = evaluators.Context(
-      self.objective, self.predict, self._eval_batches, fresh, data.class_names, data.lacks
+      self.objective, self.predict, self._eval_batches, fresh, data.class_names, data.lacks, data.num_train
     )
     self.evaluators: dict[str, tuple[int, evaluators.Evaluator]] = {}
     for name, section in self.config.evals.items():
