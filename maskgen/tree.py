@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
 from maskgen.errors import UserError
 
@@ -81,10 +82,15 @@ def table(rows: Sequence[tuple[str, str, str]]) -> str:
 
 
 def fingerprint(tree: Any) -> str:
-  """Returns a hexadecimal digest of a tree's names, dtypes, shapes and values."""
+  """Returns a hexadecimal digest of a tree's names, dtypes, shapes and values.
+
+  A collective call if arrays are sharded over several processes.
+  """
   digest = hashlib.sha256()
   for name, leaf in sorted(flatten(tree).items()):
     digest.update(f"{name} {_describe(leaf)}\n".encode())
+    if not getattr(leaf, "is_fully_addressable", True):
+      leaf = multihost_utils.process_allgather(leaf, tiled=True)
     digest.update(np.ascontiguousarray(leaf).tobytes())
   return digest.hexdigest()
 

@@ -133,6 +133,7 @@ def test_a_workdir(kind, run):
     "frozen/manifest.json",
     "frozen/weights.safetensors",
     "metrics.jsonl",
+    "receipts.json",
     "report.html",
     "results.json",
   ]

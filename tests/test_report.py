@@ -61,6 +61,12 @@ def make_run(folder, name: str, steps: int = STEPS, finished: bool = True) -> ep
     (root / number / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     if finished:
       (root / number / "results.json").write_text(json.dumps({"probe/top1": 0.5}))
+      receipt = {
+        "evaluations": {"probe": {"numbers": {"top1": 0.5}}},
+        "model": {"weights": "ab<c"},
+        "config": 7,
+      }
+      (root / number / "receipts.json").write_text(json.dumps(receipt))
   for step in range(100):
     images.write_png(root / "two/samples" / f"grid_{step:07d}.png", np.full((8, 8, 3), step, np.uint8))
   for step, count in ((10, 1), (20, 2)):
@@ -90,6 +96,8 @@ def test_a_page_is_whole_and_thin(tmp_path):
   assert "probe/top1</th><td>0.5</td>" in text
   assert "classes at step 20</summary>" in text and "classes at step 10<" not in text
   assert text.count("<tr><th>a, &lt;b&gt;</th><td>0.5</td></tr>") == 2
+  assert text.count("<summary>receipt of ") == 2 and 'probe.numbers.top1</th><td class="fact">0.5<' in text
+  assert "ab&lt;c" in text
   assert len(text) < 400_000
   (root / "two/samples/classes_0000030.csv").write_text("a,b\n" + "1,2\n" * page.MOST_CELLS)
   assert "<p>too large for this page: classes_0000030.csv" in page.render([runs.read(root)])

@@ -62,6 +62,11 @@ class Context:
     """
     objectives.check_sampling(self.objective, options)
 
+  def full_sampling(self, options: Mapping[str, Any]) -> dict[str, Any]:
+    """All options of sampling functions that are called with these, the objective's own included."""
+    defaults = getattr(self.objective, "sampling", None)
+    return ({} if defaults is None else dataclasses.asdict(defaults)) | dict(options)
+
 
 @dataclasses.dataclass(frozen=True)
 class Report:
@@ -109,4 +114,10 @@ class Evaluator(Protocol):
       call: see `trace`.
       batch: likewise.
       num_images: the number of images of each split.
+    """
+
+  def facts(self) -> Mapping[str, Any]:
+    """What its metrics depend on beside its options, for receipts; by default nothing. A collective call.
+
+    Everything is JSON: the hash of a feature network, how images were labelled, what they were compared with.
     """

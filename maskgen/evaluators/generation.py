@@ -181,6 +181,16 @@ class Evaluator:
       )
     return Report(numbers, drawn)
 
+  def facts(self) -> dict[str, Any]:
+    network, reference = self._network, self._statistics
+    moments = self._real.pooled_moments
+    return {
+      "labels": self._labels,
+      "network": {"name": network.name, "protocol": network.protocol, "weights": network.weights},
+      "reference": "the training split" if reference is None else reference.facts(),
+      "samples_per_dimension": None if moments is None else self.num_images / len(moments.mean),
+    }
+
   def _draws(self, fn, variables, rng, **options) -> Iterator[tuple[jax.Array, np.ndarray]]:
     """Yields images [b, h, w, c] that `fn` makes, and which of them count, bool [b]."""
     made = generate(

@@ -1,21 +1,26 @@
 """Pictures to evaluate: folders, and npz files in the layout of ADM's evaluator."""
 
+import collections
 import concurrent.futures
 import contextlib
+import csv
 import dataclasses
+import hashlib
 import pathlib
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from etils import epath
 from PIL import Image
 
+from maskgen import files
 from maskgen.data.listing import SUFFIXES, is_hidden, is_picture
 from maskgen.errors import UserError
 
-IMAGES = "arr_0"
+IMAGES, LABELS = "arr_0", "arr_1"
 # What reading or decompressing a damaged member of an npz file raises.
 _DAMAGE = (ValueError, EOFError, OSError, NotImplementedError, zipfile.BadZipFile, zlib.error)
 
@@ -29,15 +34,73 @@ class PictureSet:
     names: of each picture, sorted; the order of the pictures.
     shape: (height, width).
     read: (batch size) -> batches uint8 [b, h, w, 3] in order; the last one may be smaller.
+    formats: the number of files by format, such as "100 PNG".
+    digest: () -> the hash of all bytes.
+    labels: the class of each picture, int [n], if `labels.csv` in the folder or `arr_1` of the npz file says.
   """
 
   name: str
   names: tuple[str, ...]
   shape: tuple[int, int]
   read: Callable[[int], Iterator[np.ndarray]]
+  formats: str = ""
+  digest: Callable[[], str] = str
+  labels: np.ndarray | None = None
 
   def __len__(self) -> int:
     return len(self.names)
+
+  def facts(self) -> dict[str, Any]:
+    """Formats, classes and hash, for receipts."""
+    classes = None
+    if self.labels is not None:
+      counts = np.unique(self.labels, return_counts=True)[1]
+      classes = {"number": len(counts), "fewest": int(counts.min()), "most": int(counts.max())}
+    return {"formats": self.formats, "classes": classes, "sha256": self.digest()}
+
+
+def made_by(path: str) -> dict[str, Any] | None:
+  """The manifest of a folder or an npz file that maskgen.tools.generate wrote; None for other programs'.
+
+  Raises:
+    UserError: if it is damaged.
+  """
+  root = pathlib.Path(path)
+  file = (root if root.is_dir() else root.parent) / files.MANIFEST
+  if not file.is_file() or not (root.is_dir() or root.name == "samples.npz"):
+    return None
+  found = files.read_json(epath.Path(file), "generate the pictures again")
+  return found if {"sampling", "labels", "captions", "count"} <= found.keys() else None
+
+
+def check_labels(labels: str, pictures: PictureSet, manifest: Mapping[str, Any] | None) -> None:
+  """Checks that generated pictures are labelled as is said, and that all of them are there.
+
+  Args:
+    labels: one of `comparison.LABELS`.
+    pictures: the pictures.
+    manifest: see `made_by`.
+
+  Raises:
+    UserError: if not.
+  """
+  if labels == "balanced" and pictures.labels is not None:
+    counts = np.unique(pictures.labels, return_counts=True)[1]
+    if np.ptp(counts) > 1:
+      raise UserError(
+        f"--labels=balanced, but {pictures.name} has {counts.min():,} pictures of one class and "
+        f"{counts.max():,} of another: give --labels=random, or as many of each"
+      )
+  if manifest is None:
+    return
+  if manifest["count"] != len(pictures):
+    raise UserError(
+      f"{pictures.name} has {len(pictures):,} of the {manifest['count']:,} pictures of its {files.MANIFEST}: "
+      "generate the others, too"
+    )
+  known = "captions" if manifest["captions"] else (manifest["labels"] or {"rule": "unconditional"})["rule"]
+  if labels not in ("unstated", known):
+    raise UserError(f"--labels={labels}, but {pictures.name} was made with '{known}' labels: give that")
 
 
 def open_pictures(path: str) -> PictureSet:
@@ -67,14 +130,14 @@ def has_pictures(path: str) -> bool:
 
 
 def _open_folder(path: str, root: pathlib.Path) -> PictureSet:
-  files = (file.relative_to(root) for file in root.rglob("*") if is_picture(file.name) and file.is_file())
-  names = sorted(file.as_posix() for file in files if not any(map(is_hidden, file.parts)))
+  found = (file.relative_to(root) for file in root.rglob("*") if is_picture(file.name) and file.is_file())
+  names = sorted(file.as_posix() for file in found if not any(map(is_hidden, file.parts)))
   if not names:
     raise UserError(f"folder '{path}' has no pictures: put {', '.join(SUFFIXES)} files there")
 
-  def header(name: str) -> tuple[int, int]:
+  def header(name: str) -> tuple[str, tuple[int, int]]:
     with _damage(root / name), (root / name).open("rb") as file, Image.open(file) as picture:
-      return picture.height, picture.width
+      return str(picture.format), (picture.height, picture.width)
 
   def pixels(name: str) -> np.ndarray:
     with _damage(root / name), (root / name).open("rb") as file, Image.open(file) as picture:
@@ -85,15 +148,39 @@ def _open_folder(path: str, root: pathlib.Path) -> PictureSet:
       for start in range(0, len(names), batch_size):
         yield np.stack(list(pool.map(pixels, names[start : start + batch_size])))
 
+  def digest() -> str:
+    found = hashlib.sha256()
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+      for name, one in zip(names, pool.map(lambda name: _sha256(root / name), names), strict=True):
+        found.update(f"{name} {one}\n".encode())
+    return found.hexdigest()
+
   with concurrent.futures.ThreadPoolExecutor() as pool:
-    shapes = list(pool.map(header, names))
+    formats, shapes = zip(*pool.map(header, names), strict=True)
   for name, shape in zip(names, shapes, strict=True):
     if shape != shapes[0]:
       raise UserError(
         f"{root / name} has {_size(shape)} pixels, but {root / names[0]} has {_size(shapes[0])}: give "
         "pictures of one size"
       )
-  return PictureSet(path, tuple(names), shapes[0], read)
+  counts = ", ".join(f"{count} {kind}" for kind, count in sorted(collections.Counter(formats).items()))
+  return PictureSet(path, tuple(names), shapes[0], read, counts, digest, _labels_of(root, names))
+
+
+def _labels_of(root: pathlib.Path, names: Sequence[str]) -> np.ndarray | None:
+  """What `labels.csv` of maskgen.tools.generate says; None if it is not about just these pictures."""
+  if not (root / "labels.csv").is_file():
+    return None
+  rows = csv.DictReader((root / "labels.csv").read_text().splitlines())
+  found = {row.get("file"): row.get("label") or "" for row in rows}
+  if found.keys() != {*names} or not all(label.isdecimal() for label in found.values()):
+    return None
+  return np.array([int(found[name]) for name in names])
+
+
+def _sha256(file: pathlib.Path) -> str:
+  with file.open("rb") as opened:
+    return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 @contextlib.contextmanager
@@ -131,7 +218,16 @@ def _open_npz(path: str, root: pathlib.Path) -> PictureSet:
         data = member.read(rows * height * width * 3)
         yield np.frombuffer(data, np.uint8).reshape(rows, height, width, 3)
 
-  return PictureSet(path, tuple(f"{IMAGES}[{i}]" for i in range(count)), (height, width), read)
+  names = tuple(f"{IMAGES}[{i}]" for i in range(count))
+  labels = _read_labels(path, count) if LABELS in members else None
+  return PictureSet(path, names, (height, width), read, "1 npz", lambda: _sha256(root), labels)
+
+
+def _read_labels(path: str, count: int) -> np.ndarray | None:
+  """ADM's array of classes; None if it is anything else."""
+  with _npz_damage(path), np.load(path, allow_pickle=False) as archive:
+    labels = archive[LABELS]
+  return labels if labels.shape == (count,) and np.issubdtype(labels.dtype, np.integer) else None
 
 
 @contextlib.contextmanager

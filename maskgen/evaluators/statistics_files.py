@@ -5,6 +5,7 @@ spatial features of Inception-v3; `manifest` is a JSON object, see `Manifest`, w
 """
 
 import dataclasses
+import hashlib
 import importlib.metadata
 import io
 import json
@@ -91,6 +92,16 @@ class Statistics:
     check(self.path, self.features, self.manifest, network, (size[0], size[1]), width)
     if self.features.count is not None:
       comparison.check_counts(metrics, self.features.count, self.path, network, width)
+
+  def facts(self) -> dict[str, Any]:
+    """What it is, for receipts."""
+    manifest = None if self.manifest is None else dataclasses.asdict(self.manifest)
+    return {"path": self.path, "manifest": manifest, "sha256": hash_of(self.path)}
+
+
+def hash_of(path: str) -> str:
+  """The hash of a file."""
+  return hashlib.sha256(epath.Path(path).read_bytes()).hexdigest()
 
 
 def open_statistics(path: str) -> Statistics:

@@ -3,6 +3,7 @@
 import base64
 import html
 import io
+import json
 import pathlib
 import string
 from collections.abc import Iterable, Mapping, Sequence
@@ -195,15 +196,31 @@ def evenly(items: Sequence[Any], most: int) -> list[Any]:
 
 
 def _settings(run: Run) -> str:
-  """The command, the config, and the receipts of the numbers."""
+  """The command, the config, and the receipts of the results."""
   lines = [f"<h2>{html.escape(run.name)}</h2>"]
   if command := run.config.get("command"):
     lines.append(f"<p>Started by</p><pre>{html.escape(command)}</pre>")
   config = config_lib.without_origin(run.config)
   lines.append(_folded("config", f"<pre>{html.escape(to_text(config))}</pre>"))
-  if run.receipts:
-    lines.append(_folded("receipts", f"<pre>{html.escape(to_text(run.receipts))}</pre>"))
+  for stage in run.stages:
+    if stage.receipt:
+      lines.append(_folded(f"receipt of {stage.name or 'the results'}", _receipt(stage.receipt)))
   return "\n".join(lines)
+
+
+def _receipt(receipt: Mapping[str, Any]) -> str:
+  """What the results were computed from, a table for each part; the config is shown already."""
+
+  def rows(value: Any, name: str) -> str:
+    if isinstance(value, Mapping) and value:
+      return "".join(rows(inner, f"{name}.{key}".lstrip(".")) for key, inner in value.items())
+    text = value if isinstance(value, str) else json.dumps(value)
+    return f'<tr><th>{html.escape(name)}</th><td class="fact">{html.escape(text)}</td></tr>'
+
+  evaluations = receipt.get("evaluations", {})
+  parts = {key: value for key, value in receipt.items() if key not in ("config", "evaluations")}
+  tables = "".join(rows(value, name) for name, value in (*evaluations.items(), *parts.items()))
+  return f'<div class="wide"><table><tbody>{tables}</tbody></table></div>'
 
 
 def _folded(title: str, content: str) -> str:

@@ -31,6 +31,7 @@ class Stage:
     results: the final values of evaluations; empty while the stage is unfinished.
     pictures: the files of each picture by step.
     tables: the files of each table by step.
+    receipt: its `receipts.json`, or empty.
   """
 
   name: str
@@ -39,6 +40,7 @@ class Stage:
   results: Mapping[str, float]
   pictures: Mapping[str, Files]
   tables: Mapping[str, Files]
+  receipt: Mapping[str, Any]
 
   @property
   def step(self) -> int:
@@ -55,14 +57,12 @@ class Run:
     config: its `config.json`.
     facts: what `results.json` says of the whole run, such as its device.
     stages: those that have begun.
-    receipts: its `receipts.json`, or empty.
   """
 
   name: str
   config: Mapping[str, Any]
   facts: Mapping[str, Any]
   stages: list[Stage]
-  receipts: Mapping[str, Any]
 
 
 def read(workdir: epath.Path) -> Run:
@@ -82,7 +82,6 @@ def read(workdir: epath.Path) -> Run:
     config,
     results.get("run", {}) if "stages" in config else {},
     [stage for stage in stages if stage.curves],
-    _read(workdir / "receipts.json"),
   )
 
 
@@ -98,7 +97,8 @@ def _read_stage(name: str, config: Mapping[str, Any], folder: epath.Path) -> Sta
     if match := _SAMPLE.fullmatch(file.name):
       samples[match[3]].setdefault(match[1], []).append((int(match[2]), file))
   by_step = {key: sorted(points.items()) for key, points in curves.items()}
-  return Stage(name, config, by_step, _read(folder / "results.json"), samples["png"], samples["csv"])
+  results, receipt = (_read(folder / f"{kind}.json") for kind in ("results", "receipts"))
+  return Stage(name, config, by_step, results, samples["png"], samples["csv"], receipt)
 
 
 def read_table(file: epath.Path) -> list[list[str]]:

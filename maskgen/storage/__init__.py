@@ -8,10 +8,11 @@ rest.
 """
 
 from maskgen.storage.assets import write_assets
-from maskgen.storage.checkpoints import DAMAGED, Checkpoints, open_to_read
+from maskgen.storage.checkpoints import CHECKPOINTS, DAMAGED, Checkpoints, open_to_read
 from maskgen.storage.frozen import read_frozen, read_frozen_arrays, write_frozen
 from maskgen.storage.models import (
   CONFIG,
+  averages,
   find_section,
   found_first,
   is_export,
@@ -26,10 +27,12 @@ from maskgen.storage.models import (
 from maskgen.storage.tensors import WEIGHTS, to_host
 
 __all__ = [
+  "CHECKPOINTS",
   "CONFIG",
   "DAMAGED",
   "WEIGHTS",
   "Checkpoints",
+  "averages",
   "find_section",
   "found_first",
   "is_export",

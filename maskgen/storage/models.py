@@ -209,6 +209,27 @@ def read_chosen(path: epath.PathLike, choose: Choose) -> dict[str, Any]:
   return {name: place(arrays[name], leaf) for name, leaf in wanted.items()}
 
 
+def averages(path: epath.PathLike) -> list[str] | None:
+  """The groups of a run's parameters that have moving averages; None for an export, which does not say.
+
+  Raises:
+    UserError: if the path is no model, or has no checkpoint yet.
+  """
+  load_config(path)
+  folder, step = locate(path)
+  if has_weights(folder):
+    return None
+  groups: set[str] = set()
+
+  def note(stored: dict[str, Any]) -> dict[str, Any]:
+    groups.update(name.split("/")[1] for name in stored if name.startswith("ema/"))
+    return {}
+
+  with closing(open_to_read(folder.absolute())) as checkpoints:
+    checkpoints.read(note, step)
+  return sorted(groups)
+
+
 def write_export(
   path: epath.PathLike,
   config: Mapping[str, Any],

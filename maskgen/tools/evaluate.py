@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 # Metrics of a tokenizer's codes.
 CODES = ("codebook_usage", "perplexity")
+# Flags that do not change a number.
+OUTPUTS = ("json", "page")
 
 
 class Reference(NamedTuple):
@@ -38,6 +41,12 @@ class Reference(NamedTuple):
   statistics: "Features | None"
   manifest: "Manifest | None"
 
+  @property
+  def num_pictures(self) -> int | None:
+    """The number of pictures, if it is known."""
+    known = None if self.statistics is None else self.statistics.count
+    return len(self.pictures) if known is None and self.pictures is not None else known
+
   def has(self, need: str) -> bool:
     """Whether it has a key of `Features`."""
     return self.pictures is not None or getattr(self.statistics, need, None) is not None
@@ -45,37 +54,80 @@ class Reference(NamedTuple):
 
 def main(argv: Sequence[str]) -> None:
   """Parses the command line, prints the metrics and writes them."""
+  from maskgen.evaluators import receipts
+
+  args = parser().parse_args(argv)
+  check_flags(args)
+  inputs = open_inputs(args)
+  numbers = compute(inputs)
+  for name, value in numbers.items():
+    print(f"{name} = {value:.7g}")
+  if args.json is not None:
+    receipt = {"metrics": numbers, **describe(inputs), **receipts.surroundings()}
+    files.replace(epath.Path(args.json), json.dumps(receipt, indent=2))
+
+
+def parser() -> cli.Parser:
+  """The flags."""
   from maskgen.evaluators import classifier_scores, comparison, paired
 
-  parser = cli.Parser(
+  made = cli.Parser(
     "Compares pictures with real ones: FID and its family in the features of Inception-v3 as one of four "
     "published tools computes them, or the same distances in another network's features; what a classifier "
     "learns from them; and reconstructions with their originals. docs/evaluation.md describes all metrics: "
     f"{', '.join((*comparison.METRICS, *classifier_scores.METRICS, *paired.METRICS, *CODES))}.",
     "python -m maskgen.tools.evaluate --generated=samples.npz --reference=VIRTUAL_imagenet256_labeled.npz",
   )
-  parser.add_argument("--generated", help="folder of pictures, or npz file with arr_0")
-  parser.add_argument("--model", help="a tokenizer: its reconstructions of --reference are evaluated")
-  parser.add_argument(
+  made.add_argument("--generated", help="folder of pictures, or npz file with arr_0")
+  made.add_argument("--model", help="a tokenizer: its reconstructions of --reference are evaluated")
+  made.add_argument(
     "--reference",
     required=True,
     help="as --generated, or npz file with statistics, of maskgen.tools.reference_stats or another tool",
   )
-  parser.add_argument("--metrics", help="names with commas between; default those of the protocol's own tool")
-  parser.add_argument(
+  made.add_argument("--metrics", help="names with commas between; default those of the protocol's own tool")
+  made.add_argument(
     "--labels", default="unstated", help=f"of the generated pictures: {', '.join(comparison.LABELS)}"
   )
-  parser.add_argument("--reference_name", help="in the names of metrics; default that of the file or folder")
-  parser.add_argument("--lpips_trunk", help="for lpips: torchvision's weights of AlexNet or VGG16")
-  parser.add_argument("--lpips_heads", help="for lpips: the published alex.pth or vgg.pth")
-  parser.add_argument("--json", help="JSON file to write")
-  parser.add_argument("--page", help="PNG file to write: crops of reconstructions beside their originals")
-  feature_flags.add(parser)
-  args = parser.parse_args(argv)
-  feature_flags.check(args)
-  check_flags(args)
+  made.add_argument("--reference_name", help="in the names of metrics; default that of the file or folder")
+  made.add_argument("--lpips_trunk", help="for lpips: torchvision's weights of AlexNet or VGG16")
+  made.add_argument("--lpips_heads", help="for lpips: the published alex.pth or vgg.pth")
+  made.add_argument("--json", help="JSON file to write")
+  made.add_argument("--page", help="PNG file to write: crops of reconstructions beside their originals")
+  feature_flags.add(made)
+  return made
 
-  from maskgen.evaluators.picture_sets import open_pictures
+
+class Inputs(NamedTuple):
+  """What is compared.
+
+  Attributes:
+    args: the flags.
+    reference: the real pictures.
+    metrics: the plain names of metrics.
+    model: that reconstructs the pictures of the reference, or None.
+    generated: the pictures that are evaluated.
+    manifest: how maskgen generated them, or None.
+    network: for metrics of sets, or None.
+  """
+
+  args: argparse.Namespace
+  reference: Reference
+  metrics: tuple[str, ...]
+  model: "Tokenizer | None"
+  generated: "PictureSet"
+  manifest: Mapping[str, Any] | None
+  network: "Network | None"
+
+
+def open_inputs(args: argparse.Namespace) -> Inputs:
+  """Opens what the flags name; no pixels are read yet.
+
+  Raises:
+    UserError: if something is missing, or does not fit.
+  """
+  from maskgen.evaluators import comparison
+  from maskgen.evaluators.picture_sets import check_labels, made_by, open_pictures
 
   reference = open_reference(args.reference, args.reference_name)
   metrics = choose(args, reference)
@@ -86,28 +138,35 @@ def main(argv: Sequence[str]) -> None:
       f"pictures of {args.generated} have {generated.shape} (height, width) pixels, but those of "
       f"{args.reference} have {reference.pictures.shape}: resize them to one size"
     )
+  manifest = None if args.generated is None else made_by(args.generated)
+  check_labels(args.labels, generated, manifest)
+  of_sets = any(name in comparison.METRICS for name in metrics)
+  network = feature_flags.open_network(args) if of_sets else None
+  return Inputs(args, reference, metrics, model, generated, manifest, network)
+
+
+def compute(inputs: Inputs) -> dict[str, float]:
+  """The metrics by their names in results; errors are those of `measure` and `measure_pairs`."""
+  from maskgen.evaluators import classifier_scores, comparison, paired
+
+  args, metrics, generated, reference = inputs.args, inputs.metrics, inputs.generated, inputs.reference
   numbers: dict[str, float] = {}
-  described: dict[str, Any] = {}
   if of_classifiers := {*metrics} & {*classifier_scores.METRICS}:
     assert reference.pictures is not None
     rows = feature_flags.shardings()[1]
     numbers |= classifier_scores.compare(of_classifiers, generated, reference.pictures, rows, args.batch_size)
   if of_pairs := [name for name in metrics if name in paired.METRICS]:
     numbers |= measure_pairs(of_pairs, generated, reference, args)
-  if model is not None and set(CODES) & set(metrics):
-    found = model.code_statistics(args.batch_size)
+  if inputs.model is not None and set(CODES) & set(metrics):
+    found = inputs.model.code_statistics(args.batch_size)
     numbers |= {name: found[name] for name in CODES if name in metrics}
-  if of_sets := [name for name in metrics if name in comparison.METRICS]:
-    network = feature_flags.open_network(args)
-    found = measure(of_sets, network, generated, reference, args.batch_size)
-    names = (reference.name, args.labels)
-    numbers |= {comparison.metric_name(m, network, len(generated), *names): v for m, v in found.items()}
-    described = {"network": network.name, "protocol": network.protocol, "weights": network.weights}
-  for name, value in numbers.items():
-    print(f"{name} = {value:.7g}")
-  if args.json is not None:
-    described |= describe(generated, reference, args)
-    files.replace(epath.Path(args.json), json.dumps({"metrics": numbers, **described}, indent=2))
+  if inputs.network is not None:
+    of_sets = [name for name in metrics if name in comparison.METRICS]
+    found = measure(of_sets, inputs.network, generated, reference, args.batch_size)
+    for metric, value in found.items():
+      name = comparison.metric_name(metric, inputs.network, len(generated), reference.name, args.labels)
+      numbers[name] = value
+  return numbers
 
 
 def check_flags(args: argparse.Namespace) -> None:
@@ -118,6 +177,7 @@ def check_flags(args: argparse.Namespace) -> None:
   """
   from maskgen.evaluators import classifier_scores, comparison, paired
 
+  feature_flags.check(args)
   if args.json is not None:
     cli.check_out(args.json, "json", ".json")
   if args.page is not None:
@@ -180,10 +240,12 @@ class Tokenizer(NamedTuple):
   Attributes:
     reconstructions: what it makes of them.
     code_statistics: (batch size) -> usage and perplexity of its codebook on them.
+    weights: the fingerprint of its variables.
   """
 
   reconstructions: "PictureSet"
   code_statistics: Callable[[int], Mapping[str, float]]
+  weights: str
 
 
 def open_model(path: str, reference: Reference) -> Tokenizer:
@@ -193,6 +255,7 @@ def open_model(path: str, reference: Reference) -> Tokenizer:
     UserError: if it is none, or takes no pictures of this size.
   """
   import maskgen
+  from maskgen import tree
   from maskgen.evaluators import paired, reconstruction
   from maskgen.serving import Tokenizer as Base
 
@@ -214,7 +277,7 @@ def open_model(path: str, reference: Reference) -> Tokenizer:
       counts += np.bincount(model.encode(paired.tiles(batch, size)).ravel(), minlength=len(counts))
     return reconstruction.codebook_statistics(counts)
 
-  return Tokenizer(made, code_statistics)
+  return Tokenizer(made, code_statistics, tree.fingerprint(model.variables))
 
 
 def measure_pairs(
@@ -283,20 +346,45 @@ def measure(
   )
 
 
-def describe(generated: "PictureSet", reference: Reference, args: argparse.Namespace) -> dict[str, Any]:
-  """Which pictures were compared, for the JSON file."""
+def describe(inputs: Inputs) -> dict[str, Any]:
+  """The facts of the receipt, which is the JSON file; see `receipts`."""
   from maskgen.evaluators import statistics_files
 
-  return {
-    "generated": {"path": args.generated or args.model, "count": len(generated), "size": generated.shape},
-    "reference": {
-      "path": args.reference,
-      "pictures": None if reference.pictures is None else len(reference.pictures),
-      "manifest": None if reference.manifest is None else dataclasses.asdict(reference.manifest),
-    },
-    "labels": args.labels,
-    "versions": statistics_files.versions(),
+  args, generated, reference, network = inputs.args, inputs.generated, inputs.reference, inputs.network
+  described: dict[str, Any] = {}
+  if network is not None:
+    described = {"network": network.name, "protocol": network.protocol, "weights": network.weights}
+  if args.lpips_trunk is not None:
+    described["lpips"] = {
+      name: hashlib.sha256(epath.Path(file).read_bytes()).hexdigest()
+      for name, file in (("trunk", args.lpips_trunk), ("heads", args.lpips_heads))
+    }
+  described["labels"] = args.labels
+  described["generated"] = {
+    "path": args.generated or args.model,
+    "count": len(generated),
+    "size": generated.shape,
+    **(generated.facts() if inputs.model is None else {"weights": inputs.model.weights}),
+    "made_by": inputs.manifest,
   }
+  pictures = reference.pictures
+  described["reference"] = {
+    "path": args.reference,
+    "name": reference.name,
+    "pictures": None if pictures is None else len(pictures),
+    **({} if pictures is None else {"size": pictures.shape, **pictures.facts()}),
+    "manifest": None if reference.manifest is None else dataclasses.asdict(reference.manifest),
+  }
+  if reference.statistics is not None and pictures is None:
+    described["reference"]["sha256"] = statistics_files.hash_of(args.reference)
+  if network is not None:
+    width = network.width(generated.shape)
+    described["samples_per_dimension"] = {
+      "generated": len(generated) / width,
+      "reference": reference.num_pictures / width if reference.num_pictures else None,
+    }
+  described["arguments"] = {name: value for name, value in vars(args).items() if name not in OUTPUTS}
+  return described
 
 
 if __name__ == "__main__":

@@ -64,9 +64,9 @@ def main(argv: Sequence[str]) -> None:
     raise UserError(f"--num_images={args.num_images}: give at least 2")
   cli.check_out_folder(args.out)
   if args.features is not None:
-    from maskgen.evaluators.feature_spaces import check_space
+    from maskgen.evaluators.comparison import check_features
 
-    check_space(args.features)
+    check_features(args.features)
   config = _config(args, main_lib.parse_overrides(rest))
   objective = objectives.build(config.get("objective", {}))
   if not hasattr(objective, "sampling"):
@@ -147,8 +147,9 @@ def sweep(
   """Measures the settings that are not in the table yet, then sorts the table and draws the sheet."""
   import jax
 
-  from maskgen import images, objectives, storage, tree
-  from maskgen.evaluators.feature_spaces import name_of
+  from maskgen import images, objectives, tree
+  from maskgen.evaluators import receipts
+  from maskgen.training import evaluation, receipt
   from maskgen.training.experiment import Experiment
 
   # The first evaluation of generated images in the run's config, if any: its feature space and classifier.
@@ -160,10 +161,8 @@ def sweep(
     section["features"] = features
   experiment = Experiment({**config, "evals": {"sweep": section}})
   evaluator: Any = experiment.evaluators["sweep"][1]
-  variables = storage.load_variables(
-    model, experiment.targets["state"].variables(experiment.targets["frozen"])
-  )
-  rank = f"frechet_{name_of(evaluator.features)}"
+  variables, step = evaluation.load(experiment, model)
+  rank = evaluator.distance
   reference = json.dumps([experiment.data.fingerprints, config["data"].get("eval_preprocess")])
   values = (
     tree.fingerprint(variables)[:12],
@@ -196,7 +195,25 @@ def sweep(
   chosen = [row for row in rows if any(find([row], setting) for setting in wanted)]
   print("\n".join(_markdown(chosen, wanted)))
   _draw(out, chosen, wanted, rank)
-  print(f"wrote {out / TABLE} and {out / SHEET}")
+  described = receipt.of_run(experiment, variables, receipt.located(model, step), {})
+  receipts.write(out, described | _of_settings(described, wanted, rows))
+  print(f"wrote {out / TABLE} and {out / SHEET}, and {out / receipts.FILE} of these settings")
+
+
+def _of_settings(
+  described: Mapping[str, Any], wanted: Sequence[Any], rows: Sequence[Mapping[str, str]]
+) -> dict[str, Any]:
+  """What a receipt says of the settings: an evaluation for each, in the place of the sweep's."""
+  facts, evaluations, sections = described["evaluations"]["sweep"], {}, {}
+  section = described["config"]["evals"]["sweep"]
+  for setting in wanted:
+    options = dataclasses.asdict(setting)
+    row = next(row for row in rows if find([row], setting))
+    others = {*options, *BASE, "seconds_per_image"}
+    numbers = {name: float(value) for name, value in row.items() if name not in others and value}
+    evaluations[_name(options)] = {**facts, "sampling": options, "numbers": numbers}
+    sections[_name(options)] = {**section, "sampling": options}
+  return {"evaluations": evaluations, "config": {**described["config"], "evals": sections}}
 
 
 def _time(experiment: Any, variables: Any, options: dict[str, Any]) -> tuple[float, np.ndarray]:

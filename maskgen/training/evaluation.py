@@ -9,8 +9,9 @@ from etils import epath
 
 from maskgen import storage
 from maskgen.errors import UserError, out_of_memory
-from maskgen.evaluators import Evaluator, Report
+from maskgen.evaluators import Evaluator, Report, receipts
 from maskgen.training import metrics as metrics_lib
+from maskgen.training import receipt
 from maskgen.training.experiment import Experiment
 
 log = logging.getLogger("maskgen")
@@ -55,23 +56,31 @@ def due_evaluators(experiment: Experiment, step: int | None) -> dict[str, Evalua
 
 
 def evaluate_model(experiment: Experiment, path: epath.PathLike, workdir: epath.Path) -> dict[str, float]:
-  """Runs all evaluations on a model; only writes to `samples/` in a folder.
+  """Runs all evaluations on a model; writes `samples/` and, in `eval/` of a run's workdir, `receipts.json`.
 
   Args:
     experiment: of the model's objective.
     path: a workdir, whose newest checkpoint counts, a step in it, or an export.
     workdir: the folder.
   """
+  variables, step = load(experiment, path)
+  report = evaluate(experiment, variables, None)
+  show(workdir.name, f"of {path}" if step is None else f"at step {step}", report.numbers)
+  metrics_lib.write_samples(workdir, "eval", report)
+  # A run's own receipts are those of its results.
+  folder = workdir / "eval" if (workdir / storage.CHECKPOINTS).exists() else workdir
+  receipts.write(folder, receipt.of_run(experiment, variables, receipt.located(path, step), report.numbers))
+  return dict(report.numbers)
+
+
+def load(experiment: Experiment, path: epath.PathLike) -> tuple[Any, int | None]:
+  """The variables of a model, see `storage.load_variables`, and its step unless it is an export."""
   state, frozen = experiment.targets["state"], experiment.targets["frozen"]
   parts = {"params": state.params, "frozen": frozen, "extra": state.model_state}
   if not storage.is_export(path):
     parts["step"] = state.step
   variables = storage.load_variables(path, parts)
-  where = f"at step {int(variables.pop('step'))}" if "step" in variables else f"of {path}"
-  report = evaluate(experiment, variables, None)
-  show(workdir.name, where, report.numbers)
-  metrics_lib.write_samples(workdir, "eval", report)
-  return dict(report.numbers)
+  return variables, int(variables.pop("step")) if "step" in variables else None
 
 
 def show(name: str, where: str, numbers: Mapping[str, float]) -> None:

@@ -12,8 +12,10 @@ from etils import epath
 
 from maskgen import files, storage, tree
 from maskgen.errors import UserError, out_of_memory, storage_errors
+from maskgen.evaluators import receipts
 from maskgen.evaluators.batches import gather
 from maskgen.training import metrics as metrics_lib
+from maskgen.training import receipt
 from maskgen.training.clock import Clock
 from maskgen.training.evaluation import due_evaluators, evaluate, show
 from maskgen.training.experiment import Experiment
@@ -46,7 +48,11 @@ def train(experiment: Experiment, workdir: epath.Path) -> dict[str, float]:
       storage_errors(workdir),
       closing(storage.Checkpoints(workdir, experiment.config.checkpoint)) as checkpoints,
     ):
-      loop(experiment, workdir, checkpoints)
+      variables = loop(experiment, workdir, checkpoints)
+      results = final_results(workdir, list(experiment.evaluators))
+      model = {"path": ".", "step": experiment.total_steps, "averages": sorted(experiment.config.ema)}
+      receipts.write(workdir, receipt.of_run(experiment, variables, model, results))
+      return results
   except metrics_lib.NotFiniteError as error:
     records = {"step": error.step, "records": experiment.data.describe(gather(error.records))}
     if jax.process_index() == 0:
@@ -59,11 +65,10 @@ def train(experiment: Experiment, workdir: epath.Path) -> dict[str, float]:
       f"the memory of the devices is exhausted ({found}): raise config.accumulation or "
       "config.mesh.fsdp, lower config.batch_size, or compute in bfloat16 (config.objective.dtype)"
     ) from error
-  return final_results(workdir, list(experiment.config.evals))
 
 
-def loop(experiment: Experiment, workdir: epath.Path, checkpoints: storage.Checkpoints) -> None:
-  """Trains from the newest checkpoint of the workdir to the end; for errors see `train`."""
+def loop(experiment: Experiment, workdir: epath.Path, checkpoints: storage.Checkpoints) -> Any:
+  """Trains from the newest checkpoint to the end; returns what predictions use. For errors see `train`."""
   cfg, total = experiment.config, experiment.total_steps
   if checkpoints.latest() is None:
     check_nothing_lost(workdir, cfg.checkpoint.save_steps)
@@ -130,7 +135,7 @@ def loop(experiment: Experiment, workdir: epath.Path, checkpoints: storage.Check
       if stop:
         raise PreemptedError
       if step == total:
-        break
+        return state.variables(frozen)
 
       began = time.monotonic()
       batch = next(batches)
