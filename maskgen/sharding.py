@@ -23,6 +23,8 @@ from maskgen.errors import UserError
 AXES = ("data", "fsdp", "tensor")
 # Below this number of scalars, gathering a parameter costs more than replicating it.
 SMALL = 2**16
+# A mesh without devices, for `on_mesh`: the shapes of a function's results, before JAX has any devices.
+SHAPES_ONLY = jax.sharding.AbstractMesh((1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def make_mesh(section: config_lib.Mesh, devices: Sequence[jax.Device] | None = None) -> jax.sharding.Mesh:
@@ -86,14 +88,19 @@ def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
 def platform() -> str:
   """The platform that a function is traced for, "cpu", "gpu" or "tpu": the mesh's, if there is one.
 
-  A program may be compiled ahead of time for devices that are not the default backend.
+  A program may be compiled ahead of time for devices that are not the default backend. Under `SHAPES_ONLY` it
+  is "cpu", and no backend starts.
   """
-  device = jax.sharding.get_abstract_mesh().abstract_device
-  name = jax.default_backend() if device is None else device.platform
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh == SHAPES_ONLY:
+    return "cpu"
+  name = jax.default_backend() if mesh.abstract_device is None else mesh.abstract_device.platform
   return "gpu" if name in ("cuda", "rocm") else name
 
 
-def on_mesh(fn: Callable[..., Any], mesh: jax.sharding.Mesh) -> Callable[..., Any]:
+def on_mesh(
+  fn: Callable[..., Any], mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh
+) -> Callable[..., Any]:
   """Returns `fn`, traced under a mesh that `platform`, `constrain_batch` and `gather` see."""
 
   @functools.wraps(fn)

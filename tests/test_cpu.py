@@ -2,8 +2,12 @@
 
 import sys
 
+import jax
+import jax.numpy as jnp
 import pytest
 import tiny
+
+from maskgen.models.transformer import Transformer
 
 CORES = """
 import os, jax
@@ -12,6 +16,9 @@ from maskgen.training import cpu
 def stage(batch_size, accumulation=1, **mesh):
   sections = dict(data={{}}, objective={{}}, optimizer={{}}, mesh=mesh)
   return dict(batch_size=batch_size, accumulation=accumulation, total_steps=1, **sections)
+def vit_b(batch_size):
+  from maskgen import main
+  return main.choose_stage("configs/mage_base.py", {{"batch_size": str(batch_size)}})[1]
 {before}
 cpu.use_cores([{stages}])
 print(jax.device_count())
@@ -26,6 +33,8 @@ print(jax.device_count())
     (4, "stage(12), stage(18)", {}, "", 3),
     (4, "stage(64), stage(8, accumulation=4)", {}, "", 2),
     (4, "stage(64), stage(64, data=1)", {}, "", 1),
+    (4, "vit_b(512)", {}, "", 4),
+    (4, "stage(64), vit_b(32)", {}, "", 1),
     (4, "stage(64)", {"JAX_NUM_CPU_DEVICES": "3"}, "", 3),
     (4, "stage(64)", {"XLA_FLAGS": "--xla_force_host_platform_device_count=3"}, "", 3),
     (4, "stage(64)", {}, "jax.devices()", 1),
@@ -61,3 +70,11 @@ def test_large_pages_restart_the_same_program(env, before, tunables, monkeypatch
   process = tiny.python("-c", PAGES.format(before=before), "--a=b c", "", env=env)
   out, err = process.communicate()
   assert out == f"{process.pid} {['--a=b c', '']} {tunables}\n", err
+
+
+@pytest.mark.parametrize(("remat", "loops"), [("none", 0), ("full", 1)])
+def test_scanned_blocks_are_a_loop_only_where_that_saves_memory(remat, loops):
+  model, x = Transformer(depth=3, heads=1, scan=True, remat=remat), jnp.ones((1, 2, 4))
+  params = model.init(jax.random.key(0), x, train=False)
+  program = jax.jit(model.apply, static_argnames="train").lower(params, x, train=False)
+  assert program.as_text().count("stablehlo.while") == loops

@@ -206,7 +206,8 @@ class Transformer(nn.Module):
     remat: what the backward pass recomputes, see `maskgen.models.remat`.
     scan: whether to loop over one compiled block, which compiles faster and uses less memory with `remat`,
       or to compile each block separately. Results and parameters are the same: the blocks' parameters are
-      stacked on use, so that names, rules and checkpoints do not depend on it.
+      stacked on use, so that names, rules and checkpoints do not depend on it. On CPUs it only has an effect
+      with `remat`.
     drop_path: the probability with which an example skips each of the last block's two branches during
       training; 0 for the first block, and linear in between.
     hidden: width inside the MLPs, by default 4 d.
@@ -271,7 +272,10 @@ class Transformer(nn.Module):
       for i, rest in enumerate(zip(keys, rates, caches, strict=True))
     ]
     if self.scan:
-      x, stacked = jax.lax.scan(run, x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *inputs))
+      # On a CPU, stacking parameters and what the backward pass needs costs more than it saves.
+      unroll = sharding.platform() == "cpu" and self.remat == "none"
+      together = jax.tree.map(lambda *leaves: jnp.stack(leaves), *inputs)
+      x, stacked = jax.lax.scan(run, x, together, unroll=unroll)
       kept = [jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(self.depth)]
     else:
       kept = []

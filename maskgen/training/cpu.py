@@ -1,24 +1,30 @@
 """Fast training on a machine without accelerators: its cores and its memory."""
 
 import contextlib
+import functools
 import glob
 import importlib.metadata
+import math
 import os
 import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from maskgen import config as config_lib
+from maskgen.errors import UserError
 
+# With more, updating them on each device costs more than the device gains.
+_PARAMETERS_PER_EXAMPLE = 2_000_000
 _ACCELERATORS = ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia[0-9]*", "/dev/kfd")
 
 
 def use_cores(stages: Iterable[Mapping[str, Any]]) -> None:
-  """Makes each core a device, if every stage can use them; call it before anything asks JAX for devices.
+  """Makes each core a device, if every stage gains from it; call it before anything asks JAX for devices.
 
-  Several devices use cores better than the threads of one. Each holds a copy of the state, so there are at
-  most four. Multi-process runs are unchanged, as is a number of devices given by `XLA_FLAGS` or
-  `JAX_NUM_CPU_DEVICES`. Accelerators are unaffected.
+  Several devices use cores better than the threads of one, but each holds a copy of the state and updates all
+  parameters: there are at most four, and one where parameters are many and examples few. Multi-process runs
+  are unchanged, as are machines with accelerators, and a number of devices given by `XLA_FLAGS` or
+  `JAX_NUM_CPU_DEVICES`.
 
   Args:
     stages: plain configs, each of one stage.
@@ -31,13 +37,42 @@ def use_cores(stages: Iterable[Mapping[str, Any]]) -> None:
   given = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
   if given or jax.config.values["jax_num_cpu_devices"] != -1 or jax.distributed.is_initialized():
     return
+  if _accelerators() and os.environ.get("JAX_PLATFORMS") != "cpu":
+    return
   counts = set(range(1, min(os.cpu_count() or 1, 4) + 1))
   for stage in stages:
     cfg = config_lib.build_dataclass(config_lib.RunConfig, stage, "config")
     divides = cfg.mesh == config_lib.Mesh()
     counts &= {n for n in counts if divides and cfg.batch_size % (cfg.accumulation * n) == 0}
+    if len(counts) > 1 and _parameters(cfg.objective) > _PARAMETERS_PER_EXAMPLE * cfg.batch_size:
+      counts = {1}
   with contextlib.suppress(RuntimeError):  # a notebook may have asked for devices before
     jax.config.update("jax_num_cpu_devices", max(counts, default=1))
+
+
+def _parameters(section: Mapping[str, Any]) -> int:
+  """The number of parameters that an objective trains, from their shapes; 0 if its section is wrong."""
+  import jax
+  import jax.numpy as jnp
+
+  from maskgen import objectives, sharding
+
+  def init(objective: objectives.Objective) -> Any:
+    shapes = objective.pretrained_shapes()
+    pretrained = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+    return objective.init(jax.random.key(0), pretrained)["params"]
+
+  try:
+    objective = objectives.build(section)
+    params = jax.eval_shape(sharding.on_mesh(functools.partial(init, objective), sharding.SHAPES_ONLY))
+  except UserError:  # the experiment will say in which stage
+    return 0
+  return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+
+
+def _accelerators() -> list[str]:
+  """The device files of this machine's accelerators."""
+  return [path for pattern in _ACCELERATORS for path in glob.glob(pattern)]
 
 
 def missing_accelerator(platform: str) -> str:
@@ -46,7 +81,7 @@ def missing_accelerator(platform: str) -> str:
   Args:
     platform: of JAX's devices, such as "cpu".
   """
-  found = [path for pattern in _ACCELERATORS for path in glob.glob(pattern)]
+  found = _accelerators()
   if platform != "cpu" or not found or os.environ.get("JAX_PLATFORMS") == "cpu":
     return ""
   makers = {"nvidia": "cuda12", "kfd": "rocm7-local"}
@@ -67,7 +102,7 @@ def use_large_pages() -> None:
   """
   if "GLIBC_TUNABLES" in os.environ or not sys.platform.startswith("linux"):
     return
-  if any(map(glob.glob, _ACCELERATORS)):
+  if _accelerators():
     return
   os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
   os.execv(sys.executable, sys.orig_argv)
