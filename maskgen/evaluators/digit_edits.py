@@ -12,14 +12,12 @@ import numpy as np
 from maskgen.config import fields
 from maskgen.data import digit_scenes as scenes
 from maskgen.errors import UserError, nearest
-from maskgen.evaluators import pictures
-from maskgen.evaluators.batches import gather, key_shapes, make_keys, one_blas_thread, place, valid_rows
+from maskgen.evaluators import pictures, prompted
+from maskgen.evaluators.batches import make_keys, one_blas_thread, valid_rows
 from maskgen.evaluators.context import Batch, Call, Context, Report
 from maskgen.evaluators.digit_reader import Reader
-from maskgen.evaluators.vilex import as_words, check_tokens
-
-# The places of the image and of the new word in a prompt.
-_IMAGE, _WORD = "{}", "*"
+from maskgen.evaluators.prompted import IMAGE, WORD
+from maskgen.evaluators.vilex import check_tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,9 +83,10 @@ class Evaluator:
     prompt, kinds = self.prompts[kind], [kind for kind in scenes.KINDS if kind != "class"]
     if kind not in kinds:
       raise UserError(f"prompts has '{kind}', which cannot be changed{nearest(kind, kinds)}")
-    if not isinstance(prompt, str) or prompt.count(_IMAGE) != 1 or prompt.count(_WORD) != 1:
-      raise UserError(f"prompts.{kind} is {prompt!r}: give a text with one {_IMAGE} and one {_WORD}")
-    said = [self._words([prompt.replace(_WORD, word)])["num_words"].sum() for word in scenes.KINDS[kind]]
+    if not isinstance(prompt, str) or prompt.count(IMAGE) != 1 or prompt.count(WORD) != 1:
+      raise UserError(f"prompts.{kind} is {prompt!r}: give a text with one {IMAGE} and one {WORD}")
+    texts = [prompt.replace(WORD, word) for word in scenes.KINDS[kind]]
+    said = prompted.words_around(self.context, texts)["num_words"].sum(axis=1)
     assert self.context.captions is not None
     max_words = self.context.captions.length - 2 - max(self._numbers)
     if max(said) > max_words:
@@ -99,14 +98,8 @@ class Evaluator:
     return {**self.sampling, "text_guidance": guidance}
 
   def trace(self, call: Call, batch: Mapping[str, jax.ShapeDtypeStruct]) -> None:
-    tokens, size = call("encode", batch), batch["valid"].shape[0]
-    inputs = {
-      "vectors": jax.ShapeDtypeStruct((size, 1, *tokens.shape[1:]), tokens.dtype),
-      "number": jax.ShapeDtypeStruct((size, 1), np.int32),
-      "key": key_shapes(batch),
-      **jax.eval_shape(lambda: self._words([_IMAGE] * size)),
-    }
-    call("generate", inputs, **self._options(self.text_guidance[0]))
+    tokens = call("encode", batch)
+    prompted.trace(self.context, call, batch, tokens, **self._options(self.text_guidance[0]))
 
   @property
   def _numbers(self) -> tuple[int, ...]:
@@ -125,7 +118,7 @@ class Evaluator:
     numbers = {"class_real": float(np.mean(real["class"] == sources["label"]))}
     for kind, prompt in self.prompts.items():
       wanted = np.array([scenes.contradict(one, kind)[kind] for one in said])
-      texts = [prompt.replace(_WORD, scenes.KINDS[kind][value]) for value in wanted]
+      texts = [prompt.replace(WORD, scenes.KINDS[kind][value]) for value in wanted]
       for k, guidance in itertools.product(self._numbers, self.text_guidance):
         read = self._reader.read(self._draw(variables, rng, like, sources, texts, k, guidance))
         followed, kept = read[kind] == wanted, read["class"] == sources["label"]
@@ -170,30 +163,14 @@ class Evaluator:
     guidance: float,
   ) -> np.ndarray:
     """Pictures float32 [m, h, w, c] for m prompts and sources, with k tokens of each source."""
-    size, made = len(like["valid"]), []
-    arrays = {"vectors": sources["tokens"][:, None], **self._words(texts)}
-    for start in range(0, len(texts), size):
-      rows = np.arange(start, start + size) % len(texts)  # the surplus repeats the first rows
-      batch = {name: place(like, value[rows]) for name, value in arrays.items()}
-      batch["number"] = place(like, np.full((size, 1), k, np.int32))
-      batch["key"] = jax.random.wrap_key_data(place(like, sources["key"][rows]))
-      drawn = self.context.predict["generate"](variables, batch, rng, **self._options(guidance))
-      made.append(gather(drawn)[: len(texts) - start])
-    return np.concatenate(made)
-
-  def _words(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
-    """The words before and after the image in each prompt."""
-    captions = self.context.captions
-    assert captions is not None
-    pieces = zip(*(text.split(_IMAGE) for text in texts), strict=True)
-    return as_words(captions, np.stack([captions.read(piece) for piece in pieces], axis=1))
+    return prompted.draw(self.context, variables, rng, like, sources, texts, k, **self._options(guidance))
 
   def _sheet(
     self, variables: Any, rng: jax.Array, like: Batch, sources: Mapping[str, np.ndarray]
   ) -> np.ndarray:
-    texts = [_IMAGE]
+    texts = [IMAGE]
     for kind, prompt in self.prompts.items():
-      texts += [prompt.replace(_WORD, word) for word in scenes.KINDS[kind]]
+      texts += [prompt.replace(WORD, word) for word in scenes.KINDS[kind]]
     first = {name: values[: self.num_pictures] for name, values in sources.items()}
     count = len(first["label"])
     repeated = {name: np.concatenate([values] * len(texts)) for name, values in first.items()}

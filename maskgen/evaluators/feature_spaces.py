@@ -21,6 +21,7 @@ from maskgen.models.mobilenet import MobileNetV2
 Space = Callable[[jax.Array], jax.Array | np.ndarray]
 
 _PIXELS_SIDE = 8
+_EDGES_WEIGHT = 2.0
 
 
 def area_weights(size: int, target: int) -> np.ndarray:
@@ -45,6 +46,18 @@ def pixels(images: jax.Array) -> jax.Array:
   return small.reshape(len(images), -1)
 
 
+@jax.jit
+def drawing(images: jax.Array) -> jax.Array:
+  """All pixels, and the differences of neighbouring grey pixels times 2: float32 [b, about (c + 2) * h * w].
+
+  For drawings, in which shapes are told apart by their outlines and equal shapes by their colours.
+  """
+  colours = images_lib.to_float(images)
+  grey = _EDGES_WEIGHT * colours.mean(axis=-1)
+  parts = (colours, jnp.diff(grey, axis=1), jnp.diff(grey, axis=2))
+  return jnp.concatenate([part.reshape(len(images), -1) for part in parts], axis=1)
+
+
 def glyphs(images: jax.Array) -> np.ndarray:
   """The shapes of the digits of `data.digit_scenes`, without colour, size and place: float32 [b, 64]."""
   _, ink = scenes.read(gather(images_lib.to_float(images)))
@@ -61,6 +74,10 @@ def _open_pixels(path: str, context: Context | None) -> Space:
   return pixels
 
 
+def _open_drawing(path: str, context: Context | None) -> Space:
+  return drawing
+
+
 def _open_glyphs(path: str, context: Context | None) -> Space:
   if context is None or context.class_names != scenes.KINDS["class"]:
     raise UserError("feature space 'glyphs' is for data.source='captioned_digits': use 'pixels'")
@@ -75,6 +92,7 @@ def _open_mobilenet(path: str, context: Context | None) -> Space:
 
 SPACES: dict[str, Callable[[str, Context | None], Space]] = {
   "pixels": _open_pixels,
+  "drawing": _open_drawing,
   "glyphs": _open_glyphs,
   "mobilenet_v2": _open_mobilenet,
 }
@@ -105,8 +123,9 @@ def open_space(spec: str, context: Context | None) -> Space:
   """Opens a feature space.
 
   Args:
-    spec: "pixels"; "glyphs" for captioned digits; or "mobilenet_v2:/path/to.npz", the last hidden layer of a
-      network for photographs, see `importers.mobilenet_v2`.
+    spec: "pixels"; "drawing", all pixels and outlines; "glyphs" for captioned digits; or
+      "mobilenet_v2:/path/to.npz", the last hidden layer of a network for photographs, see
+      `importers.mobilenet_v2`.
     context: the context of the run whose images are compared, if it is a run.
 
   Raises:
