@@ -512,7 +512,8 @@ def test_eval_evaluates_the_newest_checkpoint(trained, tmp_path, caplog):
   after = files_of(tmp_path / "run")
   assert {name: time for name, time in after.items() if name in before} == before
   new = set(after) - set(before)
-  assert new and all("/samples/" in name and name.endswith("_eval.png") for name in new)
+  receipts = {f"{stage}/eval/receipts.json" for stage in tiny.STAGES}
+  assert receipts < new and all("/samples/" in name and name.endswith("_eval.png") for name in new - receipts)
 
 
 def test_operational_keys_may_change_on_the_way(trained, tmp_path):
