@@ -161,8 +161,17 @@ class Evaluator:
     if way == "generate":
       assert self.context.captions is not None
       captions = self.context.captions.read([known.names[i] for i in wanted])
-      options = dict(like=like, seed=self.seed, num_images=len(wanted), captions=captions, **self.sampling)
-      return np.concatenate([gather(made)[:count] for made, count in generate(fn, variables, rng, **options)])
+      pictures = generate(
+        fn,
+        variables,
+        rng,
+        like=like,
+        seed=self.seed,
+        num_images=len(wanted),
+        captions=captions,
+        **self.sampling,
+      )
+      return np.concatenate([gather(made)[:count] for made, count in pictures])
     parts = []
     for start in range(0, len(wanted), size):
       rows = wanted[(start + np.arange(size)) % len(wanted)]  # the surplus repeats the first rows

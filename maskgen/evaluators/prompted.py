@@ -69,7 +69,7 @@ def draw(
   size, made = len(like["valid"]), []
   arrays = {"vectors": sources["tokens"][:, None], **words_around(context, texts)}
   for start in range(0, len(texts), size):
-    rows = np.arange(start, start + size) % len(texts)  # the surplus repeats the first rows
+    rows: np.ndarray = np.arange(start, start + size) % len(texts)  # the surplus repeats the first rows
     batch = {name: place(like, value[rows]) for name, value in arrays.items()}
     batch["number"] = place(like, np.full((size, 1), k, np.int32))
     batch["key"] = jax.random.wrap_key_data(place(like, sources["key"][rows]))
