@@ -1,7 +1,10 @@
 """Metrics of sets of features against their definitions, written out."""
 
+import functools
+
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from maskgen.errors import UserError
 from maskgen.evaluators import frechet_distance, set_metrics
@@ -30,6 +33,51 @@ def test_samples_on_the_surface_of_a_ball():
   for strict, precision in ((True, 0.5), (False, 1.0)):
     found = set_metrics.manifold_metrics(np.array([[-1.0], [4.0], [0.5], [1.5]]), line, k=1, strict=strict)
     assert found["precision"] == precision
+
+
+def half_distances(u, v, xp):
+  """ADM's squared distances in float16, by the operations of NumPy or TensorFlow, as float64."""
+  u, v = (xp.cast(rows) for rows in (u, v))
+  squares_u, squares_v = (xp.sum(xp.square(rows)) for rows in (u, v))
+  return np.maximum(np.asarray(squares_u[:, None] - 2 * xp.matmul(u, v) + squares_v[None], np.float64), 0)
+
+
+class InNumpy:
+  cast, square = (lambda x: x.astype(np.float16)), np.square
+  sum, matmul = (lambda x: x.sum(axis=1)), (lambda u, v: u @ v.T)
+
+
+class InTensorFlow:
+  cast, square = (lambda x: tf.cast(x, tf.float16)), tf.square
+  sum, matmul = (lambda x: tf.reduce_sum(x, 1)), (lambda u, v: tf.matmul(u, v, transpose_b=True))
+
+
+def precision_and_recall(generated, real, distances, k=3):
+  real_radii, generated_radii = (np.sort(distances(rows, rows), axis=1)[:, k] for rows in (real, generated))
+  between = distances(real, generated)
+  return (between <= real_radii[:, None]).any(axis=0).mean(), (between <= generated_radii).any(axis=1).mean()
+
+
+@pytest.mark.parametrize("block", [10_000, 17])
+# In two dimensions no sum depends on its order, which is the device's in TensorFlow.
+@pytest.mark.parametrize(("xp", "width"), [(InNumpy, 48), (InTensorFlow, 2)])
+def test_precision_and_recall_of_adm_are_in_float16(monkeypatch, xp, width, block):
+  monkeypatch.setattr(set_metrics, "_HALF_BLOCK", block)
+  rng = np.random.default_rng(2)
+  generated, real = (20 + rng.normal(size=(n, width)).astype(np.float32) for n in (60, 50))
+  expected = precision_and_recall(generated, real, functools.partial(half_distances, xp=xp))
+  found = set_metrics.manifold_metrics(generated, real, k=3, strict=False, half=True)
+  assert (found["precision"], found["recall"]) == expected
+  exact = set_metrics.manifold_metrics(generated, real, k=3, strict=False)
+  assert (exact["precision"], exact["recall"]) != expected
+
+
+def test_distances_that_float16_cannot_hold_are_in_float32():
+  generated, real = 100 * A, 100 * B
+  with np.errstate(over="ignore", invalid="ignore"):
+    assert not np.isfinite(half_distances(generated, real, InNumpy)).all()
+  exact, half = (set_metrics.manifold_metrics(generated, real, k=3, strict=False, half=h) for h in (0, 1))
+  assert exact == half
 
 
 def test_copies_are_their_own_neighbours():

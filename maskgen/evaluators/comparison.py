@@ -288,7 +288,8 @@ def compute(
     numbers["kid"], numbers["kid_std"] = set_metrics.kid(_rows(generated), _rows(real))
   for pair, k, strict in ((("precision", "recall"), 3, False), (("density", "coverage"), 5, True)):
     if wanted := set(pair) & set(metrics):
-      found = set_metrics.manifold_metrics(_rows(generated), _rows(real), k=k, strict=strict)
+      half = network.protocol == "adm" and "precision" in pair
+      found = set_metrics.manifold_metrics(_rows(generated), _rows(real), k=k, strict=strict, half=half)
       numbers |= {name: found[name] for name in pair if name in wanted}
   return numbers
 

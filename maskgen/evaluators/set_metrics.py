@@ -4,7 +4,7 @@ docs/evaluation.md says which published tool each one equals.
 """
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +14,11 @@ from maskgen.errors import UserError
 
 # Rows of a block of distances: with 50,000 columns, 400 MB.
 _BLOCK = 1000
+# Sides of a block in ADM's evaluator, which decides for each whether float16 can hold its distances.
+_HALF_BLOCK = 10_000
+
+# Rows, columns, and their squared distances.
+Block = tuple[slice, slice, np.ndarray]
 
 
 class Spread(NamedTuple):
@@ -85,7 +90,9 @@ def _cubic(a: np.ndarray, b: np.ndarray) -> np.ndarray:
   return kernel * kernel * kernel  # a power takes several times as long
 
 
-def manifold_metrics(generated: np.ndarray, real: np.ndarray, *, k: int, strict: bool) -> Mapping[str, float]:
+def manifold_metrics(
+  generated: np.ndarray, real: np.ndarray, *, k: int, strict: bool, half: bool = False
+) -> Mapping[str, float]:
   """Precision and recall (Kynkaanniemi et al. 2019), density and coverage (Naeem et al. 2020).
 
   The ball of a sample reaches to its k-th nearest neighbour in its own set.
@@ -96,6 +103,8 @@ def manifold_metrics(generated: np.ndarray, real: np.ndarray, *, k: int, strict:
     k: the number of neighbours; the papers use 3 for precision and recall, 5 for density and coverage.
     strict: whether a sample on the surface of a ball is outside of it: so in the code of the second paper,
       not so in that of the first.
+    half: whether distances are rounded to float16 as in ADM's evaluator, where that of a sample from itself
+      need not be 0. Sums are accumulated in float32; TensorFlow's depend on the device.
 
   Returns:
     "precision": the share of generated samples in a ball of a real one; "recall": the share of real samples
@@ -106,16 +115,17 @@ def manifold_metrics(generated: np.ndarray, real: np.ndarray, *, k: int, strict:
     UserError: if a set has no k neighbours.
   """
   check_count(f"{k} nearest neighbours", min(len(generated), len(real)), k + 1, "samples of both sets")
-  real_radii, generated_radii = _radii(real, k), _radii(generated, k)
+  measure = _half_distances if half else _distances
+  real_radii, generated_radii = (_radii(measure(rows, rows), len(rows), k) for rows in (real, generated))
   holders = np.zeros(len(generated), np.int64)
   in_generated = np.zeros(len(real), bool)
   covered = np.zeros(len(real), bool)
   inside = np.less if strict else np.less_equal
-  for rows, distances in _distances(real, generated):
+  for rows, columns, distances in measure(real, generated):
     in_real = inside(distances, real_radii[rows, None])
-    holders += in_real.sum(axis=0)
-    covered[rows] = in_real.any(axis=1)
-    in_generated[rows] = inside(distances, generated_radii).any(axis=1)
+    holders[columns] += in_real.sum(axis=0)
+    covered[rows] |= in_real.any(axis=1)
+    in_generated[rows] |= inside(distances, generated_radii[columns]).any(axis=1)
   return {
     "precision": float(np.mean(holders > 0)),
     "recall": float(np.mean(in_generated)),
@@ -124,23 +134,52 @@ def manifold_metrics(generated: np.ndarray, real: np.ndarray, *, k: int, strict:
   }
 
 
-def _radii(features: np.ndarray, k: int) -> np.ndarray:
-  """Squared distances to the k-th nearest other row, [n]."""
-  radii = np.empty(len(features))
-  for rows, distances in _distances(features, features):
-    distances[np.arange(len(distances)), np.arange(rows.start, rows.stop)] = 0.0  # despite rounding
-    radii[rows] = np.partition(distances, k, axis=1)[:, k]
-  return radii
+def _radii(blocks: Iterator[Block], count: int, k: int) -> np.ndarray:
+  """Squared distances to the k-th nearest row beside the nearest, which is the row itself, [count]."""
+  nearest = np.full((count, k + 1), np.inf)
+  for rows, _, distances in blocks:
+    best = np.partition(distances, min(k, distances.shape[1] - 1), axis=1)[:, : k + 1]
+    nearest[rows] = np.partition(np.concatenate([nearest[rows], best], axis=1), k, axis=1)[:, : k + 1]
+  return nearest.max(axis=1)
 
 
-def _distances(a: np.ndarray, b: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
-  """Yields squared distances [rows, m] of blocks of rows of `a` from all rows of `b`."""
-  b = b.astype(np.float64)
-  squares = np.square(b).sum(axis=1)
+def _distances(a: np.ndarray, b: np.ndarray) -> Iterator[Block]:
+  """Yields squared distances of blocks of rows of `a` from all rows of `b`, in float64."""
+  wide = b.astype(np.float64)
+  squares = np.square(wide).sum(axis=1)
   for start in range(0, len(a), _BLOCK):
     block = a[start : start + _BLOCK].astype(np.float64)
-    distances = np.square(block).sum(axis=1)[:, None] + squares - 2 * block @ b.T
-    yield slice(start, start + len(block)), np.maximum(distances, 0.0)
+    distances = np.maximum(np.square(block).sum(axis=1)[:, None] + squares - 2 * block @ wide.T, 0.0)
+    if a is b:
+      distances[np.arange(len(block)), start + np.arange(len(block))] = 0.0  # despite rounding
+    yield slice(start, start + len(block)), slice(0, len(b)), distances
+
+
+def _half_distances(a: np.ndarray, b: np.ndarray) -> Iterator[Block]:
+  """Yields squared distances in blocks, rounded to float16 unless one in the block is too large for it."""
+  for rows, columns in itertools.product(*(range(0, len(x), _HALF_BLOCK) for x in (a, b))):
+    u, v = (x[at : at + _HALF_BLOCK].astype(np.float32) for x, at in ((a, rows), (b, columns)))
+    with np.errstate(over="ignore", invalid="ignore"):
+      distances = _expanded(_to_half(u), _to_half(v), _to_half)
+      if not np.isfinite(distances).all():
+        distances = _expanded(u, v, lambda x: x)
+    yield slice(rows, rows + len(u)), slice(columns, columns + len(v)), distances
+
+
+def _expanded(u: np.ndarray, v: np.ndarray, rounded: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+  """|u|^2 - 2 u.v + |v|^2 in float32, at least 0; each step is rounded."""
+  squares_u, squares_v = (rounded(rounded(np.square(x)).sum(axis=1)) for x in (u, v))
+  distances = np.empty((len(u), len(v)), np.float32)
+  for start in range(0, len(u), _BLOCK):
+    rows = slice(start, start + _BLOCK)
+    products = rounded(2 * rounded(u[rows] @ v.T))
+    distances[rows] = np.maximum(rounded(rounded(squares_u[rows, None] - products) + squares_v), 0)
+  return distances
+
+
+def _to_half(x: np.ndarray) -> np.ndarray:
+  """Float32 rounded to what float16 can hold."""
+  return x.astype(np.float16).astype(np.float32)
 
 
 def check_count(what: str, found: int, needed: int, of: str = "samples") -> None:
