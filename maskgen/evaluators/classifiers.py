@@ -8,7 +8,7 @@ from sklearn import svm
 from maskgen.errors import UserError, nearest
 from maskgen.evaluators.batches import collect
 from maskgen.evaluators.context import Context
-from maskgen.evaluators.feature_spaces import Space
+from maskgen.evaluators.feature_spaces import Features
 
 # Classifiers of features [n, d], for small data.
 CLASSIFIERS: dict[str, Callable[[], Any]] = {"svc": lambda: svm.SVC(kernel="rbf", gamma="scale")}
@@ -27,7 +27,7 @@ def check(name: str | None, context: Context) -> None:
     raise UserError(f"the data has no labels for the classifier '{name}': {remedy}")
 
 
-def train(name: str, context: Context, space: Space, num_images: int | None = None) -> Any:
+def train(name: str, context: Context, space: Features, num_images: int | None = None) -> Any:
   """Trains a classifier on the features of the first `num_images` training images, by default all."""
 
   def labelled(batch):

@@ -7,7 +7,6 @@ such as `frechet_mobilenet_v2` and `kid_mobilenet_v2`.
 
 import dataclasses
 import functools
-import hashlib
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -116,9 +115,8 @@ def open_network(spec: str, protocol: str = "", context: Context | None = None) 
   name, _, path = spec.partition(":")
   if name == INCEPTION:
     return open_inception(inception.load(path or inception.fetch()), protocol or DEFAULT_PROTOCOL)
-  space, is_file = feature_spaces.open_space(spec, context), bool(path) and epath.Path(path).is_file()
-  weights = hashlib.sha256(epath.Path(path).read_bytes()).hexdigest() if is_file else ""
-  return Network(feature_spaces.name_of(spec), "", weights, lambda images: {"pooled": space(images)})
+  space = feature_spaces.open_space(spec, context)
+  return Network(space.name, "", space.weights, lambda images: {"pooled": space(images)})
 
 
 def open_inception(params: Any, protocol: str) -> Network:

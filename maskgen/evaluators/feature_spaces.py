@@ -1,7 +1,10 @@
 """Feature spaces for comparing images, by name."""
 
-import functools
-from collections.abc import Callable
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,16 +12,36 @@ import numpy as np
 from etils import epath
 
 from maskgen import images as images_lib
+from maskgen import objectives, storage, tree
 from maskgen.data import digit_scenes as scenes
 from maskgen.errors import UserError, nearest
 from maskgen.evaluators.batches import gather
 from maskgen.evaluators.context import Context
-from maskgen.importers import mobilenet_v2
+from maskgen.importers import clip, dinov2, mobilenet_v2, siglip, towers
 from maskgen.models import perceptual
 from maskgen.models.mobilenet import MobileNetV2
 
-# Maps global images [b, h, w, c], uint8 or float32 in [0, 1], to float32 features [b, d].
-Space = Callable[[jax.Array], jax.Array | np.ndarray]
+# From global images [b, h, w, c], uint8 or float32 in [0, 1], to float32 [b, d].
+Features = Callable[[jax.Array], jax.Array | np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Space:
+  """A feature space: a function from images to features.
+
+  Attributes:
+    name: in the names of metrics.
+    weights: the fingerprint of its weights and of how pictures are prepared for them; "" if it has none.
+    features: the function.
+  """
+
+  name: str
+  weights: str
+  features: Features
+
+  def __call__(self, images: jax.Array) -> jax.Array | np.ndarray:
+    return self.features(images)
+
 
 _PIXELS_SIDE = 8
 _EDGES_WEIGHT = 2.0
@@ -64,48 +87,128 @@ def glyphs(images: jax.Array) -> np.ndarray:
   return ink.reshape(len(ink), -1)
 
 
-@jax.jit
-def _pooled(params, images: jax.Array) -> jax.Array:
-  maps = perceptual.feature_maps(MobileNetV2(), params, images_lib.to_float(images))
-  return maps[-1].mean(axis=(1, 2))
+def of_network(name: str, weights: str, params: Any, apply: Callable[[Any, jax.Array], jax.Array]) -> Space:
+  """A space of a network, whose parameters are copied to the devices of the images once.
+
+  Args:
+    name: see `Space`.
+    weights: likewise.
+    params: the parameters, arrays of the host.
+    apply: (parameters, images) -> features.
+  """
+  placed: dict[Any, Any] = {}
+  compiled = jax.jit(apply)
+
+  def features(images: jax.Array) -> jax.Array:
+    where = None if isinstance(images, jax.core.Tracer) else images.sharding
+    if isinstance(where, jax.sharding.NamedSharding):
+      where = jax.sharding.NamedSharding(where.mesh, jax.sharding.PartitionSpec())
+    elif not isinstance(where, jax.sharding.SingleDeviceSharding):
+      return compiled(params, images)
+    if where not in placed:
+      placed.clear()
+      placed[where] = jax.tree.map(lambda leaf: _place(leaf, where), params)
+    return compiled(placed[where], images)
+
+  return Space(name, weights, features)
+
+
+def _place(array: np.ndarray, where: jax.sharding.Sharding) -> jax.Array:
+  return jax.make_array_from_callback(array.shape, where, lambda index: array[index])
 
 
 def _open_pixels(path: str, context: Context | None) -> Space:
-  return pixels
+  return Space("pixels", "", pixels)
 
 
 def _open_drawing(path: str, context: Context | None) -> Space:
-  return drawing
+  return Space("drawing", "", drawing)
 
 
 def _open_glyphs(path: str, context: Context | None) -> Space:
   if context is None or context.class_names != scenes.KINDS["class"]:
     raise UserError("feature space 'glyphs' is for data.source='captioned_digits': use 'pixels'")
-  return glyphs
+  return Space("glyphs", "", glyphs)
 
 
 def _open_mobilenet(path: str, context: Context | None) -> Space:
-  if not path:
-    raise UserError("feature space 'mobilenet_v2' needs weights: write it as 'mobilenet_v2:/path/to.npz'")
-  return functools.partial(_pooled, mobilenet_v2.load(path))
+  def apply(params: Any, images: jax.Array) -> jax.Array:
+    maps = perceptual.feature_maps(MobileNetV2(), params, images_lib.to_float(images))
+    return maps[-1].mean(axis=(1, 2))
+
+  weights = hashlib.sha256(epath.Path(path).expanduser().read_bytes()).hexdigest()
+  return of_network("mobilenet_v2", weights, mobilenet_v2.load(path), apply)
 
 
-SPACES: dict[str, Callable[[str, Context | None], Space]] = {
+def _tower_opener(name: str, load: Callable[[str], towers.Tower]) -> Callable[[str, Context | None], Space]:
+  def open_tower(path: str, context: Context | None) -> Space:
+    model, params, preparation = load(path)
+
+    def apply(params: Any, images: jax.Array) -> jax.Array:
+      prepared = preparation(_colours(_levels(images)))
+      features: Any = model.apply({"params": params}, prepared, method="embed")
+      return features
+
+    described = [dataclasses.asdict(preparation), list(model.mean), list(model.std), tree.fingerprint(params)]
+    return of_network(name, _digest(described), params, apply)
+
+  return open_tower
+
+
+def _open_model(path: str, context: Context | None) -> Space:
+  section = storage.model_section(storage.load_config(path))
+  part = objectives.encoder_part(section, f"the model {path}")
+  variables = jax.device_get(storage.load_variables(path, part.shapes()))
+  channels = part.encoder.image_shape[-1]
+
+  def apply(variables: Any, images: jax.Array) -> jax.Array:
+    images = images_lib.to_float(images)
+    images = _colours(images) if channels > 1 else images
+    if images.shape[-1] != channels:
+      raise UserError(f"the model {path} takes images with {channels} channel: give one for colours")
+    return part.features(variables, {"image": images})
+
+  weights = _digest([section, tree.fingerprint(variables)])
+  return of_network(name_of(f"model:{path}"), weights, variables, apply)
+
+
+def _levels(images: jax.Array) -> jax.Array:
+  """Images as the uint8 that would be saved."""
+  if images.dtype == jnp.uint8:
+    return images
+  return jnp.rint(jnp.clip(images_lib.to_float(images), 0.0, 1.0) * 255.0).astype(jnp.uint8)
+
+
+def _colours(images: jax.Array) -> jax.Array:
+  """Grey images with three channels, others unchanged."""
+  return jnp.repeat(images, 3, axis=-1) if images.shape[-1] == 1 else images
+
+
+def _digest(described: Any) -> str:
+  return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
+
+
+SPACES: Mapping[str, Callable[[str, Context | None], Space]] = {
   "pixels": _open_pixels,
   "drawing": _open_drawing,
   "glyphs": _open_glyphs,
   "mobilenet_v2": _open_mobilenet,
+  "dinov2": _tower_opener("dinov2", dinov2.load),
+  "clip": _tower_opener("clip", clip.load),
+  "siglip": _tower_opener("siglip", siglip.load),
+  "model": _open_model,
 }
-_WITHOUT_WEIGHTS = ("pixels", "glyphs")
+_WITHOUT_WEIGHTS = ("pixels", "drawing", "glyphs")
 
 
 def name_of(spec: str) -> str:
-  """The name of a feature space, for metrics."""
-  return spec.partition(":")[0]
+  """The name of a feature space, for metrics: for a trained model that of its folder."""
+  name, _, path = spec.partition(":")
+  return storage.locate(path)[0].name if name == "model" else name
 
 
 def check_space(spec: str) -> None:
-  """Checks that a feature space exists, and its file if it has one.
+  """Checks that a feature space exists, and its weights if it has some, without reading them.
 
   Raises:
     UserError: if not.
@@ -113,9 +216,16 @@ def check_space(spec: str) -> None:
   name, _, path = spec.partition(":")
   if name not in SPACES:
     raise UserError(f"feature space '{spec}' does not exist{nearest(name, SPACES)}")
-  if path and name in _WITHOUT_WEIGHTS:
-    raise UserError(f"feature space '{name}' has no weights: leave {path} out")
-  if path and not epath.Path(path).exists():
+  if name in _WITHOUT_WEIGHTS:
+    if path:
+      raise UserError(f"feature space '{name}' has no weights: leave {path} out")
+  elif not path:
+    raise UserError(f"feature space '{name}' needs weights: write it as '{name}:PATH'")
+  elif name == "model":
+    storage.load_config(path)
+    if name_of(spec) in SPACES:
+      raise UserError(f"feature space '{spec}' would have the name of another: rename the folder")
+  elif not epath.Path(path).expanduser().exists():
     raise UserError(f"feature space '{name}': {path} does not exist, give the path of its weights")
 
 
@@ -123,9 +233,11 @@ def open_space(spec: str, context: Context | None) -> Space:
   """Opens a feature space.
 
   Args:
-    spec: "pixels"; "drawing", all pixels and outlines; "glyphs" for captioned digits; or
-      "mobilenet_v2:/path/to.npz", the last hidden layer of a network for photographs, see
-      `importers.mobilenet_v2`.
+    spec: "pixels"; "drawing", all pixels and outlines; "glyphs" for captioned digits;
+      "mobilenet_v2:FILE.npz", the last hidden layer of a network for photographs, see
+      `importers.mobilenet_v2`; "dinov2:PATH", "clip:PATH" or "siglip:PATH", an image tower of transformers,
+      a folder or a file of tensors, see `importers.towers`; or "model:PATH", the `features` of a trained
+      encoder: a workdir, a step in it, an export, or a name of `maskgen.available()`.
     context: the context of the run whose images are compared, if it is a run.
 
   Raises:

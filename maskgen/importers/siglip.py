@@ -1,27 +1,23 @@
-"""SigLIP's image encoder, from safetensors of transformers or an npz file of big_vision.
+"""SigLIP's image encoder, from transformers or an npz file of big_vision.
 
-The text encoder and the head that pools patches to one vector are dropped.
+The text encoder is dropped, and, except from feature networks, the head that pools patches to one vector.
 """
 
 import functools
-import math
-from collections.abc import Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from etils import epath
 
 from maskgen import tree
 from maskgen.errors import UserError
-from maskgen.importers import Converted, tensors, vqgan_pytorch
+from maskgen.importers import Converted, tensors, towers, vqgan_pytorch
 from maskgen.models.vit import ViT
 
 # Head counts of the published models by width, which safetensors files do not contain.
 HEADS = {768: 12, 1024: 16, 1152: 16, 1536: 16}
-PREFIX, TREE = "vision_model.", "params/img/"
+PREFIXES, TREE = ("vision_model.",), "params/img/"
 LAYERS = {"patch_embedding": "embeddings.patch_embedding", "encoder_norm": "post_layernorm"}
 BLOCK = {
   "attention_norm": "layer_norm1",
@@ -33,7 +29,16 @@ BLOCK = {
   "mlp/up": "mlp.fc1",
   "mlp/down": "mlp.fc2",
 }
+HEAD = {
+  "attention/out": "attention.out_proj",
+  "norm": "layernorm",
+  "mlp/up": "mlp.fc1",
+  "mlp/down": "mlp.fc2",
+}
 BIG_VISION_LAYERS = {"patch_embedding": "embedding", "encoder_norm": "Transformer/encoder_norm"}
+# Beginnings of the names of the encoder's tensors, and of others in whole models.
+USED = ("embeddings.", "encoder.", "post_layernorm.")
+IGNORED = ("embeddings.position_ids", "text_model.", "logit_scale", "logit_bias")
 BIG_VISION_BLOCK = {
   "attention_norm": "LayerNorm_0",
   "attention/query": "MultiHeadDotProductAttention_0/query",
@@ -47,23 +52,38 @@ BIG_VISION_BLOCK = {
 
 
 def convert(path: epath.PathLike, encoder_heads: int | None = None) -> Converted:
-  """Converts an image encoder, or that of a whole model; all sizes except the head count are inferred.
+  """Converts an image encoder, or that of a whole model.
+
+  Args:
+    path: of a folder or file of transformers, or an npz file of big_vision.
+    encoder_heads: the number of heads, by default that of config.json or the published models.
 
   Raises:
-    UserError: if the file is of another kind (see `tensors.read`, `read_npz` and `take`), or the head count
-      is unknown or does not divide the width.
+    UserError: if the tensors are those of another network, see `towers.take` and `towers.settle`.
   """
-  is_npz = str(path).endswith(".npz")
-  found = _read_big_vision(path) if is_npz else _read_safetensors(path)
-  section = (_infer_big_vision if is_npz else _infer)(path, found, encoder_heads)
-  model = ViT(**section)
-  rename = functools.partial(to_big_vision if is_npz else to_transformers, model=model)
-  image = jax.ShapeDtypeStruct((1, *model.image_size, 3), jnp.float32)
-  shapes = jax.eval_shape(model.init, jax.random.key(0), image)["params"]
-  params = tensors.take(path, found, rename, shapes)
-  unused = tuple(sorted(found.keys() - jax.eval_shape(rename, params).keys()))
-  vqgan_pytorch.refuse_left_over(path, unused, ("encoder.", "embeddings.", "Transformer/", "embedding/"))
-  return Converted({"network": "vit", "vit": section}, {"params": {"main": params}}, unknown=unused)
+  if str(path).endswith(".npz"):
+    stored = towers.Stored(str(path), _read_big_vision(path), {}, {})
+    section = _infer_big_vision(stored, encoder_heads)
+    taken = towers.take(stored, section, to_big_vision, ("Transformer/", "embedding/"), ())
+  else:
+    stored = towers.read(path, PREFIXES)
+    section = _infer(stored, encoder_heads)
+    taken = towers.take(stored, section, to_transformers, USED, ("head.", *IGNORED))
+  return towers.export(taken[0], section, *taken[1:])
+
+
+def load(path: epath.PathLike) -> towers.Tower:
+  """Loads the feature network, whose features are those of the head.
+
+  Raises:
+    UserError: as `convert`, or if preprocessor_config.json asks for something that is not supported.
+  """
+  stored = towers.read(path, PREFIXES)
+  section = _infer(stored, None)
+  if any(name.startswith("head.") for name in stored.tensors):
+    section["pooling"] = "attention"
+  model, params, _ = towers.take(stored, section, to_transformers, (*USED, "head."), IGNORED)
+  return towers.prepare(stored, model, params, towers.Preparation(model.image_size, None))
 
 
 def to_transformers(params: Any, model: ViT) -> dict[str, Any]:
@@ -72,8 +92,14 @@ def to_transformers(params: Any, model: ViT) -> dict[str, Any]:
   for i in range(model.depth):
     layers |= {f"encoder/block_{i}/{ours}": f"encoder.layers.{i}.{name}" for ours, name in BLOCK.items()}
   flat = tree.flatten(params)
-  position = flat.pop("position")
-  return {"embeddings.position_embedding.weight": position, **vqgan_pytorch.to_torch(flat, layers)}
+  found = {"embeddings.position_embedding.weight": flat.pop("position")}
+  if model.pooling == "attention":
+    layers |= {f"attention_head/{ours}": f"head.{name}" for ours, name in HEAD.items()}
+    found["head.probe"] = flat.pop("attention_head/probe")[None]
+    joined = towers.join(flat, "attention_head/attention", ("query", "key", "value"))
+    found["head.attention.in_proj_weight"] = joined["joined/kernel"].T
+    found["head.attention.in_proj_bias"] = joined["joined/bias"]
+  return found | vqgan_pytorch.to_torch(flat, layers)
 
 
 def to_big_vision(params: Any, model: ViT) -> dict[str, Any]:
@@ -94,14 +120,6 @@ def to_big_vision(params: Any, model: ViT) -> dict[str, Any]:
   return found
 
 
-def _read_safetensors(path: epath.PathLike) -> tensors.Tensors:
-  """The image encoder's tensors, without its head and the prefix in whole models."""
-  found = tensors.read(path)
-  if any(name.startswith(PREFIX) for name in found):
-    found = {name.removeprefix(PREFIX): value for name, value in found.items() if name.startswith(PREFIX)}
-  return {name: value for name, value in found.items() if not name.startswith("head.")}
-
-
 def _read_big_vision(path: epath.PathLike) -> tensors.Tensors:
   """The image encoder's arrays without its head; stacked blocks of a scan are split."""
   found: tensors.Tensors = {}
@@ -118,40 +136,32 @@ def _read_big_vision(path: epath.PathLike) -> tensors.Tensors:
   return found
 
 
-def _infer(path: epath.PathLike, found: Mapping[str, np.ndarray], heads: int | None) -> dict[str, Any]:
-  need = functools.partial(tensors.need, path, found)
+def _infer(stored: towers.Stored, heads: int | None) -> dict[str, Any]:
+  found, need = stored.tensors, functools.partial(tensors.need, stored.path, stored.tensors)
   width, _, patch, _ = need("embeddings.patch_embedding.weight", 4).shape
   positions = need("embeddings.position_embedding.weight", 2).shape[0]
   hidden = need("encoder.layers.0.mlp.fc1.weight", 2).shape[0]
   depth = tensors.count(found, r"encoder\.layers\.(\d+)\.")
-  return _section(path, patch, positions, width, depth, hidden, heads or HEADS.get(width, 0))
+  return _section(stored, patch, positions, width, depth, hidden, heads)
 
 
-def _infer_big_vision(
-  path: epath.PathLike, found: Mapping[str, np.ndarray], heads: int | None
-) -> dict[str, Any]:
-  need = functools.partial(tensors.need, path, found)
+def _infer_big_vision(stored: towers.Stored, heads: int | None) -> dict[str, Any]:
+  found, need = stored.tensors, functools.partial(tensors.need, stored.path, stored.tensors)
   patch, _, _, width = need("embedding/kernel", 4).shape
   positions = need("pos_embedding", 3).shape[1]
   block = "Transformer/encoderblock_0"
   hidden = need(f"{block}/MlpBlock_0/Dense_0/kernel", 2).shape[1]
-  stored = need(f"{block}/MultiHeadDotProductAttention_0/query/kernel", 3).shape[1]
-  if heads not in (None, stored):
-    raise UserError(f"{path} has {stored} heads: remove --encoder_heads={heads}")
+  own = need(f"{block}/MultiHeadDotProductAttention_0/query/kernel", 3).shape[1]
+  if heads not in (None, own):
+    raise UserError(f"{stored.path} has {own} heads: remove --encoder_heads={heads}")
   depth = tensors.count(found, r"Transformer/encoderblock_(\d+)/")
-  return _section(path, patch, positions, width, depth, hidden, stored)
+  return _section(stored, patch, positions, width, depth, hidden, own)
 
 
 def _section(
-  path: epath.PathLike, patch: int, positions: int, width: int, depth: int, hidden: int, heads: int
+  stored: towers.Stored, patch: int, positions: int, width: int, depth: int, hidden: int, heads: int | None
 ) -> dict[str, Any]:
   """The fields of `ViT`."""
-  if not heads:
-    raise UserError(f"{path} has no head count, and none is known for width {width}: give --encoder_heads")
-  if width % heads:
-    raise UserError(f"--encoder_heads={heads} does not divide the width of {width}: give one that does")
-  side = math.isqrt(positions)
-  if side * side != positions:
-    raise UserError(f"{path}: its {positions} positions do not form a square, as patches of images must")
-  size = (side * patch, side * patch)
-  return dict(image_size=size, patch=patch, width=width, depth=depth, heads=heads, hidden=hidden)
+  size = towers.side_of(stored.path, positions, patch)
+  section = dict(image_size=size, patch=patch, width=width, depth=depth, hidden=hidden)
+  return towers.settle(stored, section, heads, HEADS)

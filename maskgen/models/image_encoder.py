@@ -4,9 +4,9 @@ These words mean the same everywhere:
 
 - *Patch tokens* (`encode`), [b, n, d]: the last block's output after the encoder's final normalisation, one
   vector per patch or code, without the class position.
-- The *pooled* vector (`pool`), float32 [b, d]: the mean over all n positions, with nothing masked. A MAGE
-  encoder takes it before its final normalisation (Li et al. 2023, section 4.2), a ViT after it.
-  Classification heads use this vector.
+- The *pooled* vector (`pool`), float32 [b, d]: the mean over all n positions, with nothing masked, or what a
+  ViT's `pooling` says, such as the output at the class position. A MAGE encoder takes it before its final
+  normalisation (Li et al. 2023, section 4.2), a ViT after it. Classification heads use this vector.
 - *Features* (`features`), float32 [b, d]: the pooled vector, standardised over d without parameters. The
   prediction function `features` of every objective returns them; probes, nearest neighbours and few-shot
   evaluations use them.
@@ -82,7 +82,7 @@ class ImageEncoder(abc.ABC):
 
   @property
   def width(self) -> int:
-    """The width d."""
+    """The width d, also of the pooled vector."""
     width: int = self.network.width
     return width
 
@@ -125,22 +125,24 @@ class VitEncoder(ImageEncoder):
 
   @property
   def layers(self) -> tuple[str, ...]:
-    return ("(patch_embedding/|position$)", *_blocks(self.network.depth))
+    embedding = "(patch_embedding/|input_norm/|(position|class_token|register_tokens)$)"
+    return (embedding, *_blocks(self.network.depth))
 
   @property
   def positions(self) -> Positions:
     height, width = self.network.image_size
-    return Positions((height // self.network.patch, width // self.network.patch))
+    return Positions((height // self.network.patch, width // self.network.patch), self.network.leading)
 
   def init(self, rng: jax.Array, *, pooled: bool = False) -> Any:
-    return self.network.init(rng, jnp.zeros((1, *self.image_shape)))["params"]
+    return self.network.init(rng, jnp.zeros((1, *self.image_shape)), method="pool")["params"]
 
   def encode(self, params: Any, frozen: Any, batch: Batch, rng: jax.Array | None = None) -> jax.Array:
     found: jax.Array = self._apply("__call__", params, images_lib.to_float(batch["image"]), rng=rng)
     return found
 
   def pool(self, params: Any, frozen: Any, batch: Batch, rng: jax.Array | None = None) -> jax.Array:
-    return self.encode(params, frozen, batch, rng).astype(jnp.float32).mean(axis=1)
+    found: jax.Array = self._apply("pool", params, images_lib.to_float(batch["image"]), rng=rng)
+    return found
 
 
 @dataclasses.dataclass(frozen=True)

@@ -58,7 +58,7 @@ class MaskGit(nn.Module):
       self.remat,
       self.scan,
       hidden=self.hidden,
-      tanh_gelu=True,
+      activation="gelu_tanh",
       post_norm=True,
       epsilon=_EPSILON,
     )

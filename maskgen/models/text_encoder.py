@@ -16,12 +16,7 @@ from maskgen.config import check_at_least, check_dtype, fields
 from maskgen.errors import UserError, nearest
 from maskgen.models import remat as remat_lib
 from maskgen.models.resnet import layer_norm
-from maskgen.models.transformer import attend, check_attention
-
-ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
-  "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),  # of OpenAI's models
-  "gelu": lambda x: nn.gelu(x, approximate=False),  # of OpenCLIP's
-}
+from maskgen.models.transformer import ACTIVATIONS, attend, check_attention
 
 
 class Encoded(NamedTuple):
@@ -132,7 +127,7 @@ class TextEncoder(nn.Module):
     depth: the number of blocks.
     heads: of each attention.
     hidden: width inside the MLPs.
-    activation: a name in `ACTIVATIONS`.
+    activation: a name in `ACTIVATIONS`; OpenAI's models have "quick_gelu", OpenCLIP's "gelu".
     projection: p, or 0 for none, in which case p is d.
     epsilon: of the normalisations.
     dtype: the type of the computation; parameters are float32, and so are softmax and statistics.

@@ -5,6 +5,7 @@ axis, [b * n, d]: if n is odd, as with a class position, TPUs pad [b, n, d] and 
 compile.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -22,6 +23,13 @@ kernel_init = nn.initializers.xavier_uniform()
 qkv_init = nn.initializers.variance_scaling(0.5, "fan_avg", "uniform")
 embedding_init = nn.initializers.normal(0.02)
 ATTENTION = ("auto", "xla", "cudnn", "pallas")
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+  "gelu": lambda x: nn.gelu(x, approximate=False),
+  "gelu_tanh": nn.gelu,
+  "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),  # of OpenAI's CLIP
+}
+# With a second product as gate (Shazeer 2020); the blocks of DINOv2's largest model have it.
+SWIGLU = "swiglu"
 
 
 def check_attention(attention: str, dtype: str, dropout: float) -> None:
@@ -143,18 +151,24 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-  """Two layers with a GELU between, exact (erf) or with tanh, and dropout after each."""
+  """Two layers with an activation between, one of `ACTIVATIONS` or `SWIGLU`, and dropout after each."""
 
   hidden: int
   dropout: float = 0.0
   dtype: str = "float32"
-  tanh_gelu: bool = False
+  activation: str = "gelu"
 
   @nn.compact
   def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:  # [..., d] -> [..., d]
-    y = nn.Dense(self.hidden, kernel_init=kernel_init, dtype=self.dtype, name="up")(x)
-    y = sharding.constrain_batch(y, "tensor")
-    y = Dropout(self.dropout)(nn.gelu(y, approximate=self.tanh_gelu), train=train)
+    def widen(name: str) -> jax.Array:
+      y = nn.Dense(self.hidden, kernel_init=kernel_init, dtype=self.dtype, name=name)(x)
+      return sharding.constrain_batch(y, "tensor")
+
+    if self.activation == SWIGLU:
+      y = nn.silu(widen("gate")) * widen("up")
+    else:
+      y = ACTIVATIONS[self.activation](widen("up"))
+    y = Dropout(self.dropout)(y, train=train)
     y = nn.Dense(x.shape[-1], kernel_init=kernel_init, dtype=self.dtype, name="down")(y)
     y = sharding.constrain_batch(y)
     return Dropout(self.dropout)(y, train=train)
@@ -168,9 +182,10 @@ class Block(nn.Module):
   dtype: str = "float32"
   attention: str = "auto"
   hidden: int = 0
-  tanh_gelu: bool = False
+  activation: str = "gelu"
   post_norm: bool = False
   epsilon: float = 1e-6
+  layer_scale: bool = False
 
   @nn.compact
   def __call__(
@@ -182,19 +197,21 @@ class Block(nn.Module):
     train: bool,
     at: jax.Array | None = None,
   ) -> jax.Array:  # [b * n, d], n -> [b * n, d]
-    def branch(y: jax.Array) -> jax.Array:
+    def branch(y: jax.Array, name: str) -> jax.Array:
+      if self.layer_scale:
+        y = y * self.param(f"{name}_scale", nn.initializers.ones, (x.shape[-1],)).astype(y.dtype)[None]
       return y if drop_path is None else DropPath()(y, length, drop_path)
 
     first = nn.LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name="attention_norm")
     second = nn.LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name="mlp_norm")
     attention = Attention(self.heads, self.dropout, self.dtype, self.attention, name="attention")
-    mlp = Mlp(self.hidden or 4 * x.shape[-1], self.dropout, self.dtype, self.tanh_gelu, name="mlp")
+    mlp = Mlp(self.hidden or 4 * x.shape[-1], self.dropout, self.dtype, self.activation, name="mlp")
     y = attention(x if self.post_norm else first(x), length, train=train, at=at)
-    x = x + branch(Dropout(self.dropout)(y, train=train))
+    x = x + branch(Dropout(self.dropout)(y, train=train), "attention")
     if self.post_norm:
       x = first(x)
-      return second(x + branch(mlp(x, train=train)))
-    return x + branch(mlp(second(x), train=train))
+      return second(x + branch(mlp(x, train=train), "mlp"))
+    return x + branch(mlp(second(x), train=train), "mlp")
 
 
 class Transformer(nn.Module):
@@ -211,9 +228,10 @@ class Transformer(nn.Module):
     drop_path: the probability with which an example skips each of the last block's two branches during
       training; 0 for the first block, and linear in between.
     hidden: width inside the MLPs, by default 4 d.
-    tanh_gelu: whether their GELU is the approximation by tanh.
+    activation: inside the MLPs, one of `ACTIVATIONS` or `SWIGLU`.
     post_norm: whether each norm comes after its sum, as in BERT, and not before the branch.
     epsilon: of the norms.
+    layer_scale: whether each branch is multiplied by a learned vector (Touvron et al. 2021).
   """
 
   depth: int
@@ -225,15 +243,16 @@ class Transformer(nn.Module):
   scan: bool = False
   drop_path: float = 0.0
   hidden: int = 0
-  tanh_gelu: bool = False
+  activation: str = "gelu"
   post_norm: bool = False
   epsilon: float = 1e-6
+  layer_scale: bool = False
 
   @nn.compact
   def __call__(self, x: jax.Array, *, train: bool, at: jax.Array | None = None) -> jax.Array:
     """[b, n, d] -> [b, n, d]; for `at` and the collection `cache`, see `Attention`."""
-    fields = ("heads", "dropout", "dtype", "attention", "hidden", "tanh_gelu", "post_norm", "epsilon")
-    options = {name: getattr(self, name) for name in fields}
+    fields = ("heads", "dropout", "dtype", "attention", "hidden", "activation", "post_norm", "epsilon")
+    options = {name: getattr(self, name) for name in (*fields, "layer_scale")}
     shape, length = x.shape, x.shape[1]
     x = x.reshape(-1, x.shape[-1])
     if self.is_initializing():

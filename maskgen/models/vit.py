@@ -1,20 +1,52 @@
-"""The image encoder of SigLIP: a vision transformer that returns one vector per patch (Zhai et al. 2023).
+"""Vision transformers as image encoders: SigLIP (Zhai et al. 2023), CLIP (Radford et al. 2021), DINOv2 (Oquab
+et al. 2023) and its registers (Darcet et al. 2023).
 
-Letters: b batch, h w image, n patches, d width.
+Letters: b batch, h w image, n patches, r registers, d width, p projected width.
 """
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from maskgen import sharding
 from maskgen.config import check_at_least, check_dtype, fields
-from maskgen.errors import UserError
+from maskgen.errors import UserError, nearest
+from maskgen.models.attention_pool import CrossAttention
 from maskgen.models.remat import REMAT, check_remat
-from maskgen.models.transformer import Transformer, check_attention, embedding_init, kernel_init
+from maskgen.models.transformer import (
+  ACTIVATIONS,
+  SWIGLU,
+  Mlp,
+  Transformer,
+  check_attention,
+  embedding_init,
+  kernel_init,
+)
+
+POOLING = ("mean", "class", "attention")
+
+
+class AttentionHead(nn.Module):
+  """One learned query that attends to the patches, then x + mlp(norm(x)) (Zhai et al. 2022, section 2.4)."""
+
+  heads: int
+  hidden: int
+  activation: str
+  epsilon: float
+  dtype: str
+  attention: str
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:  # [b, n, d] -> [b, d]
+    probe = sharding.gather(self.param("probe", kernel_init, (1, x.shape[-1])))
+    query = jnp.broadcast_to(probe.astype(self.dtype)[None], (x.shape[0], *probe.shape))
+    y = CrossAttention(self.heads, self.dtype, self.attention, name="attention")(query, x)[:, 0]
+    mlp = Mlp(self.hidden, 0.0, self.dtype, self.activation, name="mlp")
+    return y + mlp(nn.LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name="norm")(y), train=False)
 
 
 class ViT(nn.Module):
-  """Pre-norm blocks over patches with learned positions, no class position; the defaults are ViT-B/16's.
+  """Pre-norm blocks over patches with learned positions; the defaults are those of SigLIP's B/16.
 
   So400m/14 has patch=14, width=1152, depth=27, heads=16 and hidden=4304.
 
@@ -23,6 +55,16 @@ class ViT(nn.Module):
     patch: side of a patch, in pixels.
     width, depth, heads: d, the number of blocks, and the heads of each.
     hidden: width inside the MLPs, by default 4 d.
+    pooling: what represents the image: "mean", the mean of the patches; "class", the output at a class
+      position in front of them; or "attention", what a learned query reads from them.
+    registers: r, further positions without an output, behind the class position.
+    projection: p, the width of `embed`, or 0 for none.
+    activation: inside the MLPs, see `Transformer`.
+    epsilon: of the norms.
+    layer_scale: see `Transformer`.
+    embedding_norm: whether the input of the blocks is normalised, as in CLIP.
+    patch_bias: whether the embedding of patches has a bias.
+    mean, std: of the pixels in each channel, with which images are standardised.
     dropout, drop_path: during training, see `Transformer`.
     dtype: the type of the computation; parameters are float32.
     attention, remat, scan: how the blocks are run, see `Transformer`.
@@ -34,6 +76,16 @@ class ViT(nn.Module):
   depth: int = 12
   heads: int = 12
   hidden: int = 0
+  pooling: str = "mean"
+  registers: int = 0
+  projection: int = 0
+  activation: str = "gelu_tanh"
+  epsilon: float = 1e-6
+  layer_scale: bool = False
+  embedding_norm: bool = False
+  patch_bias: bool = True
+  mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+  std: tuple[float, ...] = (0.5, 0.5, 0.5)
   dropout: float = 0.0
   drop_path: float = 0.0
   dtype: str = fields.precision("float32")
@@ -43,14 +95,19 @@ class ViT(nn.Module):
 
   def __post_init__(self):
     check_at_least(self, 1, "patch", "width", "depth", "heads")
-    check_at_least(self, 0, "hidden")
+    check_at_least(self, 0, "hidden", "registers", "projection", "epsilon")
     check_dtype(self.dtype)
     check_attention(self.attention, self.dtype, self.dropout)
     check_remat(self.remat)
+    for name, choices in (("pooling", POOLING), ("activation", (*ACTIVATIONS, SWIGLU))):
+      if (value := getattr(self, name)) not in choices:
+        raise UserError(f"{name} '{value}' does not exist{nearest(value, choices)}")
     if len(self.image_size) != 2 or any(side < 1 or side % self.patch for side in self.image_size):
       raise UserError(f"image_size is {self.image_size}: give (height, width), multiples of {self.patch}")
     if self.width % self.heads:
       raise UserError(f"a width of {self.width} does not divide into {self.heads} heads")
+    if self.registers and self.pooling != "class":
+      raise UserError(f"registers is {self.registers}: they need pooling='class'")
     super().__post_init__()
 
   @property
@@ -58,19 +115,24 @@ class ViT(nn.Module):
     """The number of patches of an image."""
     return (self.image_size[0] // self.patch) * (self.image_size[1] // self.patch)
 
-  @nn.compact
-  def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
-    """Images float32 [b, h, w, c] in [0, 1], of any size, to float [b, n, d], normalised, row by row."""
-    shape = (images.shape[0], *self.image_size, images.shape[-1])
-    if images.shape != shape:
-      images = jax.image.resize(images, shape, "bilinear")
-    side = (self.patch, self.patch)
-    x = nn.Conv(
-      self.width, side, side, "VALID", kernel_init=kernel_init, dtype=self.dtype, name="patch_embedding"
-    )(2.0 * images - 1.0)
-    position = self.param("position", embedding_init, (self.num_patches, self.width))
-    x = x.reshape(x.shape[0], -1, self.width) + sharding.gather(position)[None]
-    x = Transformer(
+  @property
+  def leading(self) -> int:
+    """The number of positions in front of those of the patches: 1 for a class position, or 0."""
+    return int(self.pooling == "class")
+
+  def setup(self):
+    side, hidden = (self.patch, self.patch), self.hidden or 4 * self.width
+    self.patch_embedding = nn.Conv(
+      self.width, side, side, "VALID", use_bias=self.patch_bias, kernel_init=kernel_init, dtype=self.dtype
+    )
+    self.position = self.param("position", embedding_init, (self.leading + self.num_patches, self.width))
+    if self.leading:
+      self.class_token = self.param("class_token", embedding_init, (1, self.width))
+    if self.registers:
+      self.register_tokens = self.param("register_tokens", embedding_init, (self.registers, self.width))
+    if self.embedding_norm:
+      self.input_norm = nn.LayerNorm(epsilon=self.epsilon, dtype=self.dtype)
+    self.encoder = Transformer(
       self.depth,
       self.heads,
       dropout=self.dropout,
@@ -80,7 +142,54 @@ class ViT(nn.Module):
       scan=self.scan,
       drop_path=self.drop_path,
       hidden=self.hidden,
-      tanh_gelu=True,
-      name="encoder",
-    )(sharding.constrain_batch(x.astype(self.dtype)), train=train)
-    return nn.LayerNorm(epsilon=1e-6, dtype=self.dtype, name="encoder_norm")(x)
+      activation=self.activation,
+      epsilon=self.epsilon,
+      layer_scale=self.layer_scale,
+    )
+    self.encoder_norm = nn.LayerNorm(epsilon=self.epsilon, dtype=self.dtype)
+    if self.pooling == "attention":
+      self.attention_head = AttentionHead(
+        self.heads, hidden, self.activation, self.epsilon, self.dtype, self.attention
+      )
+    if self.projection:
+      self.embedding = nn.Dense(self.projection, use_bias=False, kernel_init=kernel_init, dtype=self.dtype)
+
+  def __call__(self, images: jax.Array, *, train: bool = False) -> jax.Array:
+    """Images float32 [b, h, w, c] in [0, 1], of any size, to float [b, n, d], normalised, row by row."""
+    return self._encode(images, train)[:, self.leading + self.registers :]
+
+  def pool(self, images: jax.Array, *, train: bool = False) -> jax.Array:
+    """Images to one vector each, float32 [b, d], by `pooling`, after the norm."""
+    x = self._encode(images, train)
+    if self.pooling == "mean":
+      return x.astype(jnp.float32).mean(axis=1)
+    x = x[:, 0] if self.pooling == "class" else self.attention_head(x)
+    return x.astype(jnp.float32)
+
+  def embed(self, images: jax.Array) -> jax.Array:
+    """The features of the published model: `pool`, projected if it projects, float32 [b, d or p]."""
+    x = self.pool(images)
+    return self.embedding(x).astype(jnp.float32) if self.projection else x
+
+  def _encode(self, images: jax.Array, train: bool) -> jax.Array:
+    """[b, h, w, c] -> [b, n, d] with the leading positions."""
+    shape = (images.shape[0], *self.image_size, images.shape[-1])
+    if images.shape != shape:
+      images = jax.image.resize(images, shape, "bilinear")
+    mean, std = (jnp.array(value)[None, None, None] for value in (self.mean, self.std))
+    x = self.patch_embedding((images - mean) / std)
+    x = x.reshape(x.shape[0], -1, self.width)
+    if self.leading:
+      x = jnp.concatenate([self._each(self.class_token, x), x], axis=1)
+    x = x + sharding.gather(self.position)[None]
+    if self.registers:
+      x = jnp.concatenate([x[:, :1], self._each(self.register_tokens, x), x[:, 1:]], axis=1)
+    if self.embedding_norm:
+      x = self.input_norm(x)
+    x = self.encoder(sharding.constrain_batch(x.astype(self.dtype)), train=train)
+    return self.encoder_norm(x)
+
+  def _each(self, tokens: jax.Array, x: jax.Array) -> jax.Array:
+    """Tokens [k, d] in front of each example of x: [b, k, d]."""
+    tokens = sharding.gather(tokens).astype(x.dtype)
+    return jnp.broadcast_to(tokens[None], (x.shape[0], *tokens.shape))

@@ -3,6 +3,7 @@
 Letters: h w and H W an old and a new grid, d width.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,21 +21,34 @@ class Positions(NamedTuple):
   leading: int = 0
 
 
-def interpolate(table: Any, old: Positions, new: Positions) -> np.ndarray:
-  """Interpolates a table [old.leading + h * w, d] to [new.leading + H * W, d], linearly along both axes.
+def linear_weights(old: int, new: int) -> np.ndarray:
+  """The weights of `old` positions at `new` positions, float64 [new, old]; each row sums to 1.
 
-  The corners of the two grids coincide, as in big_vision: constants and linear ramps are preserved, and an
-  axis whose length does not change stays the same. Leading rows are copied.
+  The corners coincide, as in big_vision: constants and linear ramps are preserved.
+  """
+  at = np.linspace(0.0, old - 1.0, new) if new > 1 else np.array([(old - 1.0) / 2.0])
+  return np.maximum(0.0, 1.0 - np.abs(at[:, None] - np.arange(old)[None]))
+
+
+def interpolate(
+  table: Any, old: Positions, new: Positions, weigh: Callable[[int, int], np.ndarray] = linear_weights
+) -> np.ndarray:
+  """Interpolates a table [old.leading + h * w, d] to [new.leading + H * W, d] along both axes of the grid.
+
+  An axis whose length does not change stays the same. Leading rows are copied.
+
+  Args:
+    table: the table.
+    old: its layout.
+    new: the layout of the result.
+    weigh: from the old and the new length of an axis to weights [new, old].
   """
   table = np.asarray(table)
   leading, grid = np.split(table, [old.leading])
-  rows, columns = (_weights(*lengths) for lengths in zip(old.grid, new.grid, strict=True))
+  rows, columns = (
+    np.eye(length) if length == wanted else weigh(length, wanted)
+    for length, wanted in zip(old.grid, new.grid, strict=True)
+  )
   grid = grid.reshape(*old.grid, -1).astype(np.float64)
   found = np.einsum("Hh,Ww,hwd->HWd", rows, columns, grid, optimize=True)
   return np.concatenate([leading, found.reshape(-1, table.shape[-1]).astype(table.dtype)])
-
-
-def _weights(old: int, new: int) -> np.ndarray:
-  """The weights of `old` positions at `new` positions, float64 [new, old]; each row sums to 1."""
-  at = np.linspace(0.0, old - 1.0, new) if new > 1 else np.array([(old - 1.0) / 2.0])
-  return np.maximum(0.0, 1.0 - np.abs(at[:, None] - np.arange(old)[None]))

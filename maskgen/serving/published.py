@@ -1,4 +1,4 @@
-"""Published models that are not trained here, as `maskgen.tools.convert` writes them, to generate with."""
+"""Published models that are not trained here, as `maskgen.tools.convert` writes them."""
 
 import dataclasses
 import functools
@@ -9,8 +9,11 @@ import jax
 import jax.numpy as jnp
 
 from maskgen import config as config_lib
+from maskgen import objectives, storage
 from maskgen.config import fields
 from maskgen.importers import diffusers
+from maskgen.models import image_encoder
+from maskgen.models.image_encoder import EncoderPart
 from maskgen.models.vilex import FrozenTextToImage
 from maskgen.numerics import diffusion
 from maskgen.numerics.text import Captions
@@ -105,10 +108,49 @@ class TextToImage:
     return {"generate": generate}
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ImageEncoder:
+  """The same of an image encoder.
+
+  Attributes:
+    part: the encoder.
+  """
+
+  num_classes: ClassVar[int] = 0
+  captions: ClassVar[None] = None
+
+  part: EncoderPart
+
+  @property
+  def image_shape(self) -> tuple[int, int, int]:
+    return self.part.encoder.image_shape
+
+  def pretrained_shapes(self) -> dict[str, Tree]:
+    return {}
+
+  def init(self, rng: jax.Array, pretrained: Mapping[str, Tree]) -> dict[str, Tree]:
+    return {"params": {"main": self.part.encoder.init(rng)}}
+
+  def predict_fns(self) -> dict[str, PredictFn]:
+    """Only `features`."""
+
+    def features(variables, batch, rng):
+      return self.part.features(variables, batch)
+
+    return {"features": features}
+
+
+def _image_encoder(config: Mapping[str, Any]) -> ImageEncoder:
+  return ImageEncoder(part=objectives.encoder_part(storage.model_section(config), "its config"))
+
+
 def _text_to_image(config: Mapping[str, Any]) -> TextToImage:
   decoder = {key: value for key, value in config["decoder"].items() if key != "name"}
   return config_lib.build_dataclass(TextToImage, {"decoder": decoder}, "its config")
 
 
 # By the `network` that the config.json of a converted model names: from this config to what predicts.
-NETWORKS: dict[str, Callable[[Mapping[str, Any]], TextToImage]] = {"text_to_image": _text_to_image}
+NETWORKS: dict[str, Callable[[Mapping[str, Any]], TextToImage | ImageEncoder]] = {
+  "text_to_image": _text_to_image,
+  **dict.fromkeys(image_encoder.NETWORKS, _image_encoder),
+}

@@ -18,6 +18,8 @@ FORMATS: dict[str, tuple[str, ...]] = {
   "mobilenet_v2": (),
   "torchvision": (),
   "siglip": ("encoder_heads",),
+  "clip": ("encoder_heads",),
+  "dinov2": ("encoder_heads", "image_size"),
   "diffusers": (),
 }
 
@@ -31,17 +33,24 @@ def main(argv: Sequence[str]) -> None:
     "maskgit: MaskGIT's transformer and its tokenizer, Flax msgpack files. maskgit_flax: the tokenizer. "
     "mobilenet_v2: an .npz of quantized convolutions, and torchvision: ResNet-50 or VGG16 as safetensors or "
     "PyTorch file, also of timm; these are feature networks of the perceptual loss. "
-    "siglip: an image encoder, as safetensors of transformers or .npz of big_vision. "
+    "siglip, clip and dinov2: an image encoder, as folder or safetensors of transformers or, for siglip, "
+    ".npz of big_vision. "
     "diffusers: a text-to-image model, a folder. "
     "docs/weights.md lists where to find published files.",
     "python -m maskgen.tools.convert --format=mage --weights=mage-vitb-1600.pth --out=weights/mage_vit_base",
   )
   parser.add_argument("--format", required=True, choices=FORMATS, help="format of the weights file")
-  parser.add_argument("--weights", required=True, help="weights file; for diffusers, a folder")
+  parser.add_argument(
+    "--weights", required=True, help="weights file; for diffusers and transformers, a folder"
+  )
   parser.add_argument("--out", required=True, help="new folder")
-  parser.add_argument("--encoder_heads", type=int, help="mage, mage_finetuned, siglip: default as published")
+  parser.add_argument(
+    "--encoder_heads", type=int, help="mage, mage_finetuned, image encoders: default as published"
+  )
   parser.add_argument("--decoder_heads", type=int, help="mage: default as published")
-  parser.add_argument("--image_size", type=int, help="tokenizers: pixels per side, default 256")
+  parser.add_argument(
+    "--image_size", type=int, help="pixels per side; tokenizers: default 256, dinov2: its own"
+  )
   parser.add_argument("--tokenizer", help="maskgit: weights file of its tokenizer")
   args = parser.parse_args(argv)
   options = ("encoder_heads", "decoder_heads", "image_size", "tokenizer")

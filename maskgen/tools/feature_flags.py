@@ -23,11 +23,12 @@ def add(parser: cli.Parser) -> None:
   parser.add_argument(
     "--features",
     default=INCEPTION,
-    help=f"feature network: {INCEPTION}, or as in config.evals.generation.features, mobilenet_v2 or pixels",
+    help=f"feature network: {INCEPTION}, or as in config.evals.generation.features: pixels, "
+    "mobilenet_v2:FILE, dinov2:PATH, clip:PATH, siglip:PATH, or model:PATH for a trained encoder",
   )
   parser.add_argument("--protocol", help="how pictures are prepared for Inception-v3; default adm")
   parser.add_argument(
-    "--weights", help="file of the network's weights; those of Inception-v3 are downloaded by default"
+    "--weights", help="file or folder of the weights; those of Inception-v3 are downloaded by default"
   )
   parser.add_argument("--batch_size", type=int, default=64, help="pictures per batch")
 

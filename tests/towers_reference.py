@@ -1,0 +1,121 @@
+"""What transformers' image towers compute, for tests/test_towers.py.
+
+A separate program, which writes its arrays to the npz file OUT: python towers_reference.py OUT. What it once
+wrote lies in tests/golden/towers.npz, for machines without transformers. Weights and pictures depend only on
+seeds, and the test makes the same.
+"""
+
+import json
+import pathlib
+import sys
+import tempfile
+
+import numpy as np
+from safetensors.numpy import load_file, save_file
+
+SIZES = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=3, patch_size=4)
+MLP = dict(intermediate_size=40)
+# Each tower: the model's class, its config, and changes of the published preprocessor_config.json.
+TOWERS = {
+  # Positions of a 5 x 5 grid are interpolated to 4 x 4.
+  "dinov2": (
+    "Dinov2Model",
+    SIZES | dict(image_size=20, mlp_ratio=2),
+    dict(size={"shortest_edge": 18}, crop_size={"height": 16, "width": 16}),
+  ),
+  "dinov2_swiglu": (
+    "Dinov2ForImageClassification",
+    SIZES | dict(image_size=12, use_swiglu_ffn=True),
+    dict(size={"height": 12, "width": 12}, do_center_crop=False, resample=2),
+  ),
+  "dinov2_registers": (
+    "Dinov2WithRegistersModel",
+    SIZES | dict(image_size=24, num_register_tokens=2),
+    dict(size={"shortest_edge": 18}, crop_size={"height": 16, "width": 16}),
+  ),
+  "clip": (
+    "CLIPVisionModelWithProjection",
+    SIZES | MLP | dict(image_size=12, projection_dim=10),
+    dict(size=12, crop_size=12),
+  ),
+  "clip_whole": (
+    "CLIPModel",
+    dict(
+      projection_dim=10,
+      vision_config=SIZES | MLP | dict(image_size=12, hidden_act="gelu"),
+      text_config=dict(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, vocab_size=9
+      ),
+    ),
+    dict(size={"shortest_edge": 12}, crop_size={"height": 12, "width": 12}),
+  ),
+  "siglip": ("SiglipVisionModel", SIZES | MLP | dict(image_size=12), dict(size={"height": 12, "width": 12})),
+}
+PROCESSORS = {
+  "dinov2": "BitImageProcessorPil",
+  "clip": "CLIPImageProcessorPil",
+  "siglip": "SiglipImageProcessorPil",
+}
+IMAGENET = dict(image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225])
+
+
+def pictures() -> np.ndarray:
+  """uint8 [2, 30, 21, 3], smooth and with edges."""
+  rng = np.random.default_rng(11)
+  coarse = rng.integers(256, size=(2, 10, 7, 3), dtype=np.uint8)
+  return coarse.repeat(3, axis=1).repeat(3, axis=2)
+
+
+def weights(shapes: dict[str, list[int]]) -> dict[str, np.ndarray]:
+  """Random weights by name, whose activations keep their size."""
+  rng = np.random.default_rng(12)
+  made = {}
+  for name, shape in sorted(shapes.items()):
+    scale = 0.3 if len(shape) < 2 or "embed" in name or "token" in name else np.prod(shape[1:]) ** -0.5
+    offset = 1.0 if len(shape) == 1 and name.endswith(("weight", "lambda1")) else 0.0
+    made[name] = np.asarray(offset + rng.normal(size=shape, scale=scale), np.float32)
+  return made
+
+
+def write(folder: pathlib.Path, config: str, processor: str, shapes: dict[str, list[int]]) -> None:
+  """Writes a folder as transformers does."""
+  folder.mkdir(parents=True, exist_ok=True)
+  (folder / "config.json").write_text(config)
+  (folder / "preprocessor_config.json").write_text(processor)
+  save_file(weights(shapes), folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def main():
+  import torch
+  import transformers
+
+  found = {}
+  with tempfile.TemporaryDirectory() as root:
+    for name, (kind, options, processing) in TOWERS.items():
+      folder, cls = pathlib.Path(root) / name, getattr(transformers, kind)
+      cls(cls.config_class(**options)).save_pretrained(folder)
+      shapes = {key: list(value.shape) for key, value in load_file(folder / "model.safetensors").items()}
+      config = (folder / "config.json").read_text()
+      family = name.split("_")[0]
+      processing = (IMAGENET if family == "dinov2" else {}) | processing
+      make = getattr(transformers, PROCESSORS[family])(**processing)
+      write(folder, config, json.dumps(make.to_dict()), shapes)
+      model = cls.from_pretrained(folder).eval()
+      inputs = make(images=list(pictures()), return_tensors="pt")
+      with torch.no_grad():
+        if kind == "CLIPModel":
+          features = model.get_image_features(**inputs)
+          features = getattr(features, "pooler_output", features)
+        elif kind == "CLIPVisionModelWithProjection":
+          features = model(**inputs).image_embeds
+        elif kind == "Dinov2ForImageClassification":
+          features = model.dinov2(**inputs).pooler_output
+        else:
+          features = model(**inputs).pooler_output
+      stored = json.dumps([config, json.dumps(make.to_dict()), shapes])
+      found |= {f"{name}/features": features.numpy(), f"{name}/stored": np.array(stored)}
+  np.savez_compressed(sys.argv[1], **found)
+
+
+if __name__ == "__main__":
+  main()
