@@ -4,6 +4,7 @@ Transformers computes in a separate process (towers_reference.py), which needs t
 we compare with what that process once wrote.
 """
 
+import functools
 import importlib.util
 import json
 import pathlib
@@ -18,9 +19,11 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 import maskgen
+from maskgen import tree
 from maskgen.errors import UserError
 from maskgen.evaluators import feature_spaces
 from maskgen.importers import clip, dinov2, siglip
+from maskgen.models.vit import ViT
 from maskgen.numerics import resizing
 from maskgen.tools import convert, evaluate
 
@@ -57,6 +60,28 @@ def test_same_numbers_as_transformers(expected, folders, name):
   assert np.abs(found - wanted).max() <= 1e-5 * np.abs(wanted).max()
 
 
+def test_generated_images_are_compared_as_they_would_be_saved(folders):
+  space = feature_spaces.open_space(f"siglip:{folders / 'siglip'}", None)
+  floats = reference.pictures() / np.float32(255) + np.float32(1e-3)
+  np.testing.assert_array_equal(*map(space, map(jax.numpy.asarray, (floats, reference.pictures()))))
+
+
+def test_published_sizes():
+  """The numbers of transformers' models, without DINOv2's mask token."""
+  common = dict(image_size=(518, 518), patch=14, pooling="class", layer_scale=True)
+  sizes = {
+    22_056_192: common | dict(width=384, heads=6, activation="gelu"),  # S
+    1_136_479_232: common | dict(width=1536, depth=40, heads=24, hidden=4096, activation="swiglu"),  # g
+    87_849_216: dict(patch=32, pooling="class", embedding_norm=True, patch_bias=False, projection=512),
+    92_884_224: dict(pooling="attention"),  # SigLIP's B/16
+  }
+  for count, fields in sizes.items():
+    model = ViT(**fields)
+    image = jax.ShapeDtypeStruct((1, *model.image_size, 3), np.float32)
+    init = functools.partial(model.init, method="embed")
+    assert tree.count(jax.eval_shape(init, jax.random.key(0), image)["params"]) == count
+
+
 def edited(folders, tmp_path, name, **changes):
   """A copy of a folder with other values in its JSON files, or without keys that are None."""
   folder = tmp_path / name
@@ -80,6 +105,7 @@ def edited(folders, tmp_path, name, **changes):
     ("clip", dict(preprocessor_config=dict(do_center_crop=False)), "must set a crop_size, or a size with"),
     ("clip", dict(preprocessor_config=dict(do_rescale=False)), "does not divide pixels by 255"),
     ("clip", dict(preprocessor_config=dict(size={"longest_edge": 9})), "has the size {'longest_edge': 9}"),
+    ("clip", dict(preprocessor_config=dict(image_mean=[0.5])), r"image_mean=\[0.5\]: give three numbers"),
     ("dinov2", dict(preprocessor_config=dict(crop_size=18)), r"\(18, 18\): give .* multiples of 4"),
   ],
 )

@@ -13,6 +13,7 @@ from etils import epath
 
 from maskgen import images as images_lib
 from maskgen import objectives, storage, tree
+from maskgen.config import fields
 from maskgen.data import digit_scenes as scenes
 from maskgen.errors import UserError, nearest
 from maskgen.evaluators.batches import gather
@@ -145,11 +146,12 @@ def _tower_opener(name: str, load: Callable[[str], towers.Tower]) -> Callable[[s
     model, params, preparation = load(path)
 
     def apply(params: Any, images: jax.Array) -> jax.Array:
-      prepared = preparation(_colours(_levels(images)))
+      prepared = preparation(images_lib.to_rgb_on_devices(images))
       features: Any = model.apply({"params": params}, prepared, method="embed")
       return features
 
-    described = [dataclasses.asdict(preparation), list(model.mean), list(model.std), tree.fingerprint(params)]
+    network = {field: getattr(model, field) for field in fields.of(type(model))}
+    described = [dataclasses.asdict(preparation), network, tree.fingerprint(params)]
     return of_network(name, _digest(described), params, apply)
 
   return open_tower
@@ -170,13 +172,6 @@ def _open_model(path: str, context: Context | None) -> Space:
 
   weights = _digest([section, tree.fingerprint(variables)])
   return of_network(name_of(f"model:{path}"), weights, variables, apply)
-
-
-def _levels(images: jax.Array) -> jax.Array:
-  """Images as the uint8 that would be saved."""
-  if images.dtype == jnp.uint8:
-    return images
-  return jnp.rint(jnp.clip(images_lib.to_float(images), 0.0, 1.0) * 255.0).astype(jnp.uint8)
 
 
 def _colours(images: jax.Array) -> jax.Array:

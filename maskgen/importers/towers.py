@@ -147,11 +147,11 @@ def settle(stored: Stored, section: Mapping[str, Any], heads: int | None, known:
         f"{path} has {key}={config[key]} in {CONFIG}, but {section[field]} by its tensors: give files of one "
         "model"
       )
-  named = config.get("hidden_act", "")
+  named = str(config.get("hidden_act", ""))
   if named and named not in _ACTIVATIONS:
     raise UserError(f"{path} has the activation '{named}': this network has {', '.join(_ACTIVATIONS)}")
   heads = heads or config.get("num_attention_heads") or known.get(width, 0)
-  if not heads:
+  if not isinstance(heads, int) or heads < 1:
     raise UserError(f"{path} has no head count, and none is known for width {width}: give --encoder_heads")
   if width % heads:
     raise UserError(f"--encoder_heads={heads} does not divide the width of {width}: give one that does")
@@ -286,7 +286,7 @@ def _read_processor(stored: Stored, default: Preparation) -> tuple[Preparation, 
   if not given.get("do_rescale", True) or abs(given.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-6:
     raise UserError(f"{where} does not divide pixels by 255, as this network needs: use the published one")
   resample = given.get("resample", 3)
-  if resample not in _FILTERS:
+  if resample not in tuple(_FILTERS):
     raise UserError(f"{where} has resample={resample}: give 2 (bilinear) or 3 (bicubic)")
   size, crop = given.get("size", default.size), given.get("crop_size", default.crop)
   preparation = Preparation(
@@ -296,18 +296,26 @@ def _read_processor(stored: Stored, default: Preparation) -> tuple[Preparation, 
   )
   if not given.get("do_normalize", True):
     return preparation, dict(mean=(0.0,) * 3, std=(1.0,) * 3)
-  names = {"mean": "image_mean", "std": "image_std"}
-  return preparation, {field: tuple(given[key]) for field, key in names.items() if key in given}
+  standard = {}
+  for field, key in (("mean", "image_mean"), ("std", "image_std")):
+    value = given.get(key)
+    if value is not None:
+      if not (isinstance(value, list) and len(value) == 3 and all(isinstance(x, int | float) for x in value)):
+        raise UserError(f"{where} has {key}={value}: give three numbers")
+      standard[field] = tuple(value)
+  return preparation, standard
 
 
 def _read_size(given: Any, where: str) -> int | tuple[int, int] | None:
-  if given is None or isinstance(given, int | tuple):
-    return given
-  if isinstance(given, Mapping) and {"height", "width"} <= given.keys():
-    return (given["height"], given["width"])
-  if isinstance(given, Mapping) and given.keys() == {"shortest_edge"}:
-    return given["shortest_edge"]
-  raise UserError(f"{where} has the size {given}: give shortest_edge, or height and width")
+  found = given
+  if isinstance(given, Mapping):
+    names = ("shortest_edge",) if given.keys() == {"shortest_edge"} else ("height", "width")
+    found = tuple(given.get(name) for name in names)
+    found = found[0] if len(found) == 1 else found
+  sides = found if isinstance(found, tuple) else (found,)
+  if found is not None and not all(isinstance(side, int) and side > 0 for side in sides):
+    raise UserError(f"{where} has the size {given}: give shortest_edge, or height and width")
+  return found
 
 
 def _square(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
