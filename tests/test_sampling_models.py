@@ -1,6 +1,8 @@
 """Feature reuse, trajectories and sweeps, with networks and trained models."""
 
+import argparse
 import csv
+import dataclasses
 import functools
 import logging
 
@@ -15,6 +17,7 @@ import maskgen
 from maskgen.errors import UserError
 from maskgen.models.mage import Mage
 from maskgen.numerics.vocab import Vocab
+from maskgen.serving import loading
 from maskgen.tools import generate, sweep
 
 trained = tiny.trained
@@ -149,16 +152,31 @@ def read(out):
   return list(csv.DictReader((out / sweep.TABLE).open()))
 
 
-def test_a_sweep_measures_each_setting_once_and_goes_on(trained, tmp_path, capsys, caplog):
+def test_a_sweep_leaves_out_combinations_but_no_value(trained, caplog):
+  _, objective = loading.load_objective(trained / "mage")
+  names = [field.name for field in dataclasses.fields(objective.sampling)]
+
+  def settings(**given):
+    return sweep.settings(objective, argparse.Namespace(**dict.fromkeys(names) | given))
+
+  with caplog.at_level(logging.WARNING, "maskgen"):
+    found = settings(steps="2,3", reuse="1,3")
+  assert [(one.steps, one.reuse) for one in found] == [(2, 1), (3, 1), (3, 3)]
+  assert "left out 1 combination: reuse is 3: it must divide the number of steps, 2" in caplog.text
+  with pytest.raises(UserError, match=r"reuse is 3: it must divide the number of steps, 2"):
+    settings(steps="2,4", reuse="1,3")
+  with pytest.raises(UserError, match=r"order 'haltn' does not exist; did you mean 'halton'"):
+    settings(order="confidence,haltn")
+
+
+def test_a_sweep_measures_each_setting_once_and_goes_on(trained, tmp_path, capsys):
   out = tmp_path / "sweep"
   arguments = [f"--model={trained / 'mage'}", f"--out={out}", "--num_images=8", "--steps=2"]
   sweep.main([*arguments, "--temperature=0,4"])
   before = read(out)
   assert {row["temperature"] for row in before} == {"0.0", "4.0"}
-  # The temperature does nothing to a fixed order: one more setting, not two. No 3 steps are reused out of 2.
-  with caplog.at_level(logging.WARNING, "maskgen"):
-    sweep.main([*arguments, "--temperature=0,4", "--order=confidence,halton", "--reuse=1,3"])
-  assert "left out 4 combinations: reuse is 3: it must divide the number of steps, 2" in caplog.text
+  # The temperature does nothing to a fixed order: one more setting, not two.
+  sweep.main([*arguments, "--temperature=0,4", "--order=confidence,halton"])
   rows = read(out)
   assert len(rows) == 3 and all(row in rows for row in before)
   distances = [float(row["frechet_pixels"]) for row in rows]

@@ -102,7 +102,7 @@ def settings(objective: Any, args: argparse.Namespace) -> list[Any]:
     args: flags with the names of the fields of `sampling`, texts or None.
 
   Raises:
-    UserError: if a value is no number, or no combination is valid; others that are not are left out.
+    UserError: if a value is no number, or is valid in no combination; invalid combinations are left out.
   """
   from maskgen import objectives
 
@@ -119,18 +119,24 @@ def settings(objective: Any, args: argparse.Namespace) -> list[Any]:
       what = "whole numbers" if kind is int else "numbers"
       raise UserError(f"--{field.name}={text}: give {what}, separated by commas") from None
   found, invalid = [], collections.Counter[str]()
+  valid: set[tuple[str, Any]] = set()  # options with a value, such as ("steps", 8), of a valid combination
+  refused: dict[tuple[str, Any], str] = {}
   for values in itertools.product(*choices.values()):
     options = dict(zip(choices, values, strict=True))
     try:
       objectives.check_sampling(objective, options)
     except UserError as error:
       invalid[str(error)] += 1
+      for option in options.items():
+        refused.setdefault(option, str(error))
       continue
+    valid.update(options.items())
     setting = dataclasses.replace(defaults, **options)
     ignored = {name: getattr(defaults, name) for name in getattr(setting, "ignored", ())}
     found.append(dataclasses.replace(setting, **ignored))
-  if not found:
-    raise UserError(next(iter(invalid)))
+  for option, reason in refused.items():
+    if option not in valid:
+      raise UserError(reason)
   for reason, number in invalid.items():
     log.warning("left out %s: %s", counted(number, "combination"), reason)
   return list(dict.fromkeys(found))
