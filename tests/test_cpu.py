@@ -38,6 +38,7 @@ print(jax.device_count())
     (4, "stage(64)", {"JAX_NUM_CPU_DEVICES": "3"}, "", 3),
     (4, "stage(64)", {"XLA_FLAGS": "--xla_force_host_platform_device_count=3"}, "", 3),
     (4, "stage(64)", {}, "jax.devices()", 1),
+    (4, "stage(64)", {}, "cpu.use_devices(3)", 3),
   ],
 )
 def test_cores_are_devices_where_every_stage_can_use_them(cores, stages, env, before, devices):

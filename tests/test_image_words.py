@@ -133,6 +133,8 @@ def test_negative_prompts(model):
   assert np.abs(away - usual).max() > 1e-4
   with pytest.raises(UserError, match=r"negative_prompt has no effect .* set another image_guidance"):
     model.generate(**given, negative_prompt="a red cat", image_guidance=1)
+  with pytest.raises(UserError, match="negative_prompt needs a prompt that it is compared with"):
+    model.request(0, negative_prompt="blue")
   words = model.generate(prompt="blue", negative_prompt="blue", batch=1, text_guidance=5.0)
   np.testing.assert_allclose(words, model.generate(prompt="blue", batch=1, text_guidance=1.0), atol=1e-5)
   with pytest.raises(UserError, match="has the out-of-vocabulary word 'dog'"):

@@ -154,7 +154,7 @@ EVALS = dict(evals__generation__type="generation", evals__generation__every_step
 
 def statistics(built):
   """Of the features of the real pictures: the mean, and the diagonal and row sums of the covariance."""
-  gaussian = built.evaluators["generation"][1]._fit_split("train")
+  gaussian = built.evaluators["generation"][1]._real.pooled_moments
   return np.concatenate([gaussian.mean, gaussian.covariance.diagonal(), gaussian.covariance.sum(axis=0)])
 
 

@@ -8,7 +8,6 @@ import tiny
 
 from maskgen import main, storage
 from maskgen.errors import UserError
-from maskgen.evaluators import feature_spaces
 from maskgen.report import runs as tables
 from maskgen.tools import bench, export, sweep
 from maskgen.training import evaluation
@@ -96,20 +95,19 @@ def test_what_does_not_fit_is_refused(flags, message, trained, tmp_path):
   assert not (tmp_path / "out").exists()
 
 
-def test_an_export_is_swept_in_a_feature_space_with_a_path(exported, tmp_path, monkeypatch):
+def test_an_export_is_swept_in_a_feature_space_with_a_path(exported, tmp_path):
   with pytest.raises(UserError, match=r"has no data of its own: add --config=FILE"):
     sweep.main([f"--model={exported}", f"--out={tmp_path}"])
-  monkeypatch.setitem(feature_spaces.SPACES, "network", feature_spaces.SPACES["pixels"])
-  (weights := tmp_path / "weights.npz").touch()
+  space = f"--features=model:{exported}"
   arguments = [f"--model={exported}", CONFIG, f"--out={tmp_path}", "--num_images=8", "--steps=1,2"]
-  sweep.main([*arguments, f"--features=network:{weights}"])
+  sweep.main([*arguments, space])
   table = (tmp_path / sweep.TABLE).read_text()
-  assert table.count(f"network:{weights}") == 2 and "frechet_network" in table.splitlines()[0]
-  with pytest.raises(UserError, match=r"features network:.*weights\.npz, this sweep has pixels"):
+  assert table.count(f"model:{exported}") == 2 and "frechet_mage" in table.splitlines()[0]
+  with pytest.raises(UserError, match=r"features model:.*mage, this sweep has pixels"):
     sweep.main(arguments)
   other = "--config.mage.data.eval_preprocess=decode(3)|resize(20)|center_crop(16)"
   with pytest.raises(UserError, match=r"with data \w+, this sweep has \w+: give another --out"):
-    sweep.main([*arguments, f"--features=network:{weights}", other])
+    sweep.main([*arguments, space, other])
 
 
 def test_a_benchmark_measures_the_model(exported, tmp_path, capsys):

@@ -171,8 +171,9 @@ def test_other_statistics_are_one_sentence(data):
     refused(data, message, "generated.npz", "wrong.npz", "--metrics=fid")
   np.savez(data / "wrong.npz", mu=np.zeros(2048), sigma=np.eye(2048))
   refused(data, "statistics of 2,048 features, but pixels has 192", "generated.npz", "wrong.npz")
-  np.savez(data / "wrong.npz", mu=np.zeros(192), sigma=np.eye(3))
-  refused(data, "'sigma' does not fit 'mu'", "generated.npz", "wrong.npz")
+  for mu, sigma in ((np.zeros(192), np.eye(3)), (np.zeros(()), np.zeros(())), (np.array(["a"]), np.eye(1))):
+    np.savez(data / "wrong.npz", mu=mu, sigma=sigma)
+    refused(data, "'sigma' does not fit 'mu'", "generated.npz", "wrong.npz")
 
 
 def test_wrong_flags_are_one_sentence(data):

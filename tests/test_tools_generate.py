@@ -235,6 +235,7 @@ def test_one_image_has_its_own_size(trained, tmp_path):
     (["--out_dir=d", "--process_index=2", "--process_count=2"], "--process_index=2: give a number from 0"),
     (["--out_dir=d", "--captions=none.txt"], "--captions=none.txt cannot be read"),
     (["--out_dir=d", "--prompt=a three"], "trained without captions"),
+    (["--out_dir=d", "--negative_prompt=x"], "--negative_prompt=x: --model=.* takes none, leave it out"),
     (["--out_dir=d", "--label=1", "--labels=none"], "--label=1 and --labels=none: give one of them"),
     (["--out_dir=d", "--labels=random", "--prompt=x"], "--labels=random and --prompt=x: give one of them"),
     (["--out_dir=d", "--label=1"], "--label=1: this model was trained without classes"),

@@ -31,6 +31,7 @@ _LAST = {
   "evals.generation.type": ("generation", False),
   "evals.generation.num_images": (500, False),
   "evals.generation.features": ("pixels", True),
+  "evals.generation.reference": (None, True),
   "evals.generation.seed": (0, True),
 }
 

@@ -95,7 +95,7 @@ def check_features(spec: str, protocol: str = "") -> None:
       raise UserError(f"protocol '{protocol}' is for {INCEPTION}, not for {name}: leave it out")
     return
   protocols.check(protocol or DEFAULT_PROTOCOL)
-  if path and not epath.Path(path).exists():
+  if path and not epath.Path(path).expanduser().exists():
     raise UserError(f"the weights {path} of {INCEPTION} do not exist: give the path of {inception.FILE}")
 
 

@@ -76,7 +76,7 @@ class Evaluator:
     `tone_top1`: of which it has the right tone.
     `exact_top1`: of which it is the very picture.
     `distance`: the root mean squared error to the right picture, from 0 to 1, averaged over pictures;
-      `distance_train`: to the nearest training picture.
+      `distance_train`: to the nearest of the training pictures that are most alike at 8 x 8 pixels.
   They begin with `form_` for bases that are held out altogether, but known as a man or a woman, and with
   `seen_` for combinations of the training split, which the model may remember. They end in
   `_reconstructed` for the tokenizer's reconstructions, the upper bound if the model has a tokenizer, and, of

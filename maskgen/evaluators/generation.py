@@ -270,7 +270,8 @@ class Evaluator:
     if self._statistics is not None:
       found = self._statistics.features
     else:
-      found = self._split("train", [metric for metric in self.metrics if metric != "is"])
+      compared = [metric for metric in self.metrics if metric != "is"]
+      found = self._split("train", compared) if compared else Features("train")
     if not network.protocol and found.pooled_moments is not None:
       width = len(found.pooled_moments.mean)
       comparison.check_counts(self.metrics, self.num_images, "num_images", network, width)

@@ -171,7 +171,7 @@ def _labels_of(root: pathlib.Path, names: Sequence[str]) -> np.ndarray | None:
   """What `labels.csv` of maskgen.tools.generate says; None if it is not about just these pictures."""
   if not (root / "labels.csv").is_file():
     return None
-  rows = csv.DictReader((root / "labels.csv").read_text().splitlines())
+  rows = csv.DictReader((root / "labels.csv").read_text(errors="replace").splitlines())
   found = {row.get("file"): row.get("label") or "" for row in rows}
   if found.keys() != {*names} or not all(label.isdecimal() for label in found.values()):
     return None

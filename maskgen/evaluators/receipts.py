@@ -8,7 +8,6 @@ surroundings that was; the numbers are then the same up to rounding. docs/evalua
 import dataclasses
 import json
 import math
-import os
 import shlex
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +16,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from maskgen import files
+from maskgen import compile_cache, files
 from maskgen.errors import UserError
 from maskgen.evaluators.context import Evaluator
 from maskgen.evaluators.statistics_files import versions
@@ -47,7 +46,7 @@ def surroundings(**layout: Any) -> dict[str, Any]:
     "layout": {
       "platform": devices[0].platform,
       "device": devices[0].device_kind,
-      "cores": os.cpu_count(),
+      "machine": compile_cache.machine(),
       "devices": len(devices),
       "processes": jax.process_count(),
       "matmul_precision": jax.config.values["jax_default_matmul_precision"],
@@ -138,6 +137,8 @@ def check_numbers(
       again = f"{found[name]!r} when computed again"
       reason = f" (made with {', '.join(elsewhere)})" if elsewhere else ""
       raise UserError(f"{where}: {name} is {value!r}, but {again}{reason}: {_AGAIN}")
+  if lacking := sorted(found.keys() - recorded.keys()):
+    raise UserError(f"{where} lacks {lacking[0]}, which its evaluation measures: {_AGAIN}")
 
 
 def elsewhere(receipt: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -159,7 +159,9 @@ def read(path: str) -> tuple[Features, Manifest | None] | None:
   for key, (mean, covariance) in _ARRAYS.items():
     if mean not in arrays:
       continue
-    if covariance not in arrays or arrays[covariance].shape != (len(arrays[mean]),) * 2:
+    numbers = all(arrays[name].dtype.kind in "fiu" for name in (mean, covariance) if name in arrays)
+    fits = numbers and arrays[mean].ndim == 1 and covariance in arrays
+    if not fits or arrays[covariance].shape != (len(arrays[mean]),) * 2:
       raise UserError(
         f"{path}: '{covariance}' does not fit '{mean}': give a mean [d] and a covariance [d, d]"
       )

@@ -161,7 +161,7 @@ def local_files(folder: str | os.PathLike) -> fields.Files:
   for part in ("tokenizer", "tokenizer_2"):
     found = text.local_files(f"bpe:{root / part}") if (root / part).is_dir() else None
     names += [f"{part}/{name}" for name in found.names] if found else []
-  names += [file.name for file in root.glob("LICENSE*")]
+  names += [file.name for file in root.glob("LICENSE*") if file.is_file()]
   return fields.Files(str(folder), tuple(name for name in names if (root / name).exists()))
 
 

@@ -87,7 +87,7 @@ def attend(
 
   "auto" uses cuDNN's fused kernel on NVIDIA GPUs where it applies: 16-bit dtypes, no dropout on the weights,
   and heads whose width is a multiple of 8 up to 128. On TPUs it uses a Pallas kernel where that applies, for
-  self-attention of up to about five hundred positions, as "pallas" does everywhere: by the TPU compiler's
+  self-attention of up to about four hundred positions, as "pallas" does everywhere: by the TPU compiler's
   estimate, XLA takes several times as long, which writes scores to HBM. Otherwise it uses XLA.
   """
   width = query.shape[-1]

@@ -83,8 +83,6 @@ class ImageWords(Model):
         "negative_prompt has no effect on a prompt with images at image_guidance=1: set another "
         "image_guidance, or leave it out"
       )
-    if "negative" in request and request.keys().isdisjoint(("vectors", "words")):
-      raise UserError("negative_prompt needs a prompt that it is compared with: give words or images, too")
     return self._generate(request, checked)
 
   def request(
@@ -107,6 +105,8 @@ class ImageWords(Model):
     laid = self._lay_out(prompt or "", vectors, num_tokens, batch)
     request = {"key": requests.keys(seed, batch, start), **laid}
     if negative_prompt is not None:
+      if not laid:
+        raise UserError("negative_prompt needs a prompt that it is compared with: give words or images, too")
       request["negative"] = requests.captions(negative_prompt, batch, self.objective.texts)
     return request
 

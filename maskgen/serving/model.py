@@ -90,11 +90,13 @@ class Model:
     See `requests.padded`; on several devices only the last batch has another size, and none is padded.
     """
     count = len(jax.tree.leaves(batch)[0])
+    devices = self._mesh.size if self._mesh else 1
+    largest = max(LARGEST - LARGEST % devices, devices)
     parts = []
-    for start in range(0, count, LARGEST):
-      size = min(count - start, LARGEST)
+    for start in range(0, count, largest):
+      size = min(count - start, largest)
       if self._mesh is None:
-        size = min(requests.padded(size), LARGEST)
+        size = min(requests.padded(size), largest)
       rows = np.arange(start, start + size).clip(max=count - 1)
       part = {key: requests.take(values, rows) for key, values in batch.items()}
       parts.append(self.call(name, part, **options))

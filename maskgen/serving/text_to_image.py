@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from maskgen.errors import UserError
 from maskgen.serving import requests
 from maskgen.serving.model import Model
 
@@ -16,6 +17,8 @@ class TextToImageModel(Model):
   images = model.generate(prompt="a red three on a blue background", batch=8, guidance=2.0)
   images = model.generate(prompt=["a red three", "a small five"], steps=20, negative_prompt="blue")
   """
+
+  objective: Any  # such as `maskgen.objectives.diffusion.Objective`
 
   def generate(
     self,
@@ -35,7 +38,10 @@ class TextToImageModel(Model):
       **options: the fields of the objective's `sampling`, such as those of
         `maskgen.numerics.diffusion.DiffusionSampling`; by default as in the config.
     """
-    return self._generate(self.request(seed, batch, prompt, negative_prompt), self._options(options))
+    checked = self._options(options)
+    if negative_prompt is not None and checked.get("guidance", self.objective.sampling.guidance) == 1:
+      raise UserError("negative_prompt has no effect at guidance=1: raise guidance, or leave it out")
+    return self._generate(self.request(seed, batch, prompt, negative_prompt), checked)
 
   def request(
     self,

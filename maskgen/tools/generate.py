@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import hashlib
+import inspect
 import logging
 from collections.abc import Sequence
 from typing import Any
@@ -123,6 +124,7 @@ def write_grid(args: argparse.Namespace) -> None:
   each = max(args.count // rows, 1)
   conditions: dict[str, Any] = {name: [one for one in wanted for _ in range(each)]} if wanted else {}
   if args.negative_prompt is not None:
+    _check_negative(args, model)
     conditions["negative_prompt"] = args.negative_prompt
   count, columns = rows * each, each if rows > 1 else None
   pictures = model.generate(seed=args.seed, batch=count, **conditions, **given)
@@ -164,6 +166,7 @@ def write_folder(args: argparse.Namespace) -> None:
   numbers = range(args.start, args.start + args.count)
   conditions, described = _conditions(args, model, numbers)
   if args.negative_prompt is not None:
+    _check_negative(args, model)
     conditions["negative_prompt"] = described["negative_prompt"] = args.negative_prompt
   manifest = {
     "model": args.model,
@@ -225,6 +228,13 @@ def _conditions(
     which = np.array(numbers) % len(known)
   described["labels"] = {"rule": rule, "classes": known.tolist()}
   return {"label": known[which]}, described
+
+
+def _check_negative(args: argparse.Namespace, model: Any) -> None:
+  if "negative_prompt" not in inspect.signature(model.generate).parameters:
+    raise UserError(
+      f"--negative_prompt={args.negative_prompt}: --model={args.model} takes none, leave it out"
+    )
 
 
 def _first(conditions: dict[str, Any], count: int) -> dict[str, Any]:

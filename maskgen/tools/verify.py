@@ -11,6 +11,7 @@ from maskgen.errors import UserError
 
 RESULTS = "results.json"
 _RESTORE = "restore it from a copy"
+_MOST_DEVICES = 65  # that one CPU is divided into
 # The parts of receipts of runs, and of the JSON files of maskgen.tools.evaluate.
 _OF_RUN = {"config.evals": dict, "data": dict, "model.path": str, "evaluations": dict}
 _OF_PICTURES = {"metrics": dict, "generated": dict, "reference": dict, "labels": str, "arguments": dict}
@@ -80,13 +81,17 @@ def verify_run(folder: epath.Path, results: Mapping[str, Mapping[str, Any]]) -> 
   Raises:
     UserError: naming what differs.
   """
-  from maskgen import storage
+  from maskgen import compile_cache, storage
   from maskgen.evaluators import receipts
-  from maskgen.training import evaluation, receipt
+  from maskgen.training import cpu, evaluation, receipt
   from maskgen.training.experiment import Experiment
 
   path = folder / receipts.FILE
   recorded, where = receipts.read(path, _OF_RUN), str(path)
+  layout = recorded["layout"]
+  if layout.get("platform") == "cpu" and layout.get("devices") in range(1, _MOST_DEVICES):
+    cpu.use_devices(layout["devices"])
+  compile_cache.use()
   metrics = numbers_of(recorded, where)
   for file, numbers in results.items():
     compare_results(file, numbers, metrics, where)
@@ -94,6 +99,8 @@ def verify_run(folder: epath.Path, results: Mapping[str, Mapping[str, Any]]) -> 
   if (folder / "config.json").exists():
     compare_config(folder, config, where)
   names = recorded["evaluations"]
+  if lacking := sorted(config["evals"].keys() - names.keys()):
+    raise UserError(f"{where} lacks the evaluation '{lacking[0]}' of its config: evaluate again")
   experiment = Experiment(config | {"evals": {name: config["evals"].get(name, {}) for name in names}})
   receipts.check(recorded["data"], receipt.of_data(experiment), f"{where}: data")
   model = recorded["model"]

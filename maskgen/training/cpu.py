@@ -1,6 +1,7 @@
 """Fast training on a machine without accelerators: its cores and its memory."""
 
 import contextlib
+import dataclasses
 import functools
 import glob
 import importlib.metadata
@@ -32,22 +33,39 @@ def use_cores(stages: Iterable[Mapping[str, Any]]) -> None:
   Raises:
     UserError: if one of them is wrong.
   """
-  import jax
-
-  given = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
-  if given or jax.config.values["jax_num_cpu_devices"] != -1 or jax.distributed.is_initialized():
-    return
-  if _accelerators() and os.environ.get("JAX_PLATFORMS") != "cpu":
+  if not _is_free():
     return
   counts = set(range(1, min(os.cpu_count() or 1, 4) + 1))
   for stage in stages:
     cfg = config_lib.build_dataclass(config_lib.RunConfig, stage, "config")
-    divides = cfg.mesh == config_lib.Mesh()
+    divides = dataclasses.replace(cfg.mesh, optimizer_over_data=False) == config_lib.Mesh()
     counts &= {n for n in counts if divides and cfg.batch_size % (cfg.accumulation * n) == 0}
     if len(counts) > 1 and _parameters(cfg.objective) > _PARAMETERS_PER_EXAMPLE * cfg.batch_size:
       counts = {1}
+  _set_devices(max(counts, default=1))
+
+
+def use_devices(count: int) -> None:
+  """Makes a number of CPU devices, where `use_cores` would choose one; call it as early."""
+  if _is_free():
+    _set_devices(count)
+
+
+def _is_free() -> bool:
+  """Whether the number of CPU devices is for maskgen to choose."""
+  import jax
+
+  given = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
+  if given or jax.config.values["jax_num_cpu_devices"] != -1 or jax.distributed.is_initialized():
+    return False
+  return not _accelerators() or os.environ.get("JAX_PLATFORMS") == "cpu"
+
+
+def _set_devices(count: int) -> None:
+  import jax
+
   with contextlib.suppress(RuntimeError):  # a notebook may have asked for devices before
-    jax.config.update("jax_num_cpu_devices", max(counts, default=1))
+    jax.config.update("jax_num_cpu_devices", count)
 
 
 def _parameters(section: Mapping[str, Any]) -> int:
