@@ -417,7 +417,7 @@ def test_results_are_the_newest_of_evaluations_alone(tmp_path):
 
 def test_a_workdir_is_laid_out_as_documented(trained):
   names = {stage: {p.name.split(".")[0] for p in (trained / stage).iterdir()} for stage in tiny.STAGES}
-  common = {"config", "data", "metrics", "events", "checkpoints", "samples", "results"}
+  common = {"config", "data", "metrics", "events", "checkpoints", "samples", "receipts", "results"}
   assert names == {"tokenizer": common, "mage": common | {"frozen"}}
   assert {p.name for p in trained.iterdir()} == {
     *tiny.STAGES, "config.json", "results.json", "report.html", ".lock",
