@@ -181,7 +181,7 @@ def test_tpus_that_are_not_attached(tmp_path, slices):
   assert report.keys() >= CONTRACT | {"estimated_step_seconds"}
   # The compiler counts more than a bound does, and its estimate does not contain communication.
   assert report["expected_step_seconds"] > report["estimated_step_seconds"]
-  assert report["expected_seconds"]["kernels"] == 0
+  assert report["expected_seconds"]["kernels"] > 0  # attention
   assert report["devices"] == 4 * slices and report["device_kind"] == "TPU v5 lite" and report["fits"]
   assert set(report["bounds_seconds"]) >= {"compute", "memory", "interconnect"}
   assert ("network" in report["bounds_seconds"]) == (slices > 1)
