@@ -65,15 +65,7 @@ class Evaluator:
       raise UserError(
         "it needs data.source='captioned_digits' and an objective that takes captions: remove this evaluation"
       )
-    if self.num_images < 1 or self.num_pictures < 1 or not self.text_guidance:
-      raise UserError(
-        f"num_images is {self.num_images}, num_pictures {self.num_pictures} and text_guidance "
-        f"{self.text_guidance}: give at least 1 of each"
-      )
-    if "text_guidance" in self.sampling:
-      raise UserError("sampling has text_guidance: give all its values as text_guidance instead")
-    for guidance in self.text_guidance:
-      self.context.check_sampling(self._options(guidance))
+    prompted.check_options(self)
     if not isinstance(self.prompts, Mapping) or not self.prompts:
       raise UserError(f"prompts is {self.prompts!r}: give a prompt for each kind to change")
     for kind in self.prompts:
@@ -83,8 +75,7 @@ class Evaluator:
     prompt, kinds = self.prompts[kind], [kind for kind in scenes.KINDS if kind != "class"]
     if kind not in kinds:
       raise UserError(f"prompts has '{kind}', which cannot be changed{nearest(kind, kinds)}")
-    if not isinstance(prompt, str) or prompt.count(IMAGE) != 1 or prompt.count(WORD) != 1:
-      raise UserError(f"prompts.{kind} is {prompt!r}: give a text with one {IMAGE} and one {WORD}")
+    prompted.check_prompt(kind, prompt)
     texts = [prompt.replace(WORD, word) for word in scenes.KINDS[kind]]
     said = prompted.words_around(self.context, texts)["num_words"].sum(axis=1)
     assert self.context.captions is not None

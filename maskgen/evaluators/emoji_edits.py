@@ -87,23 +87,14 @@ class Evaluator:
     _ = self._numbers  # this checks `num_tokens`
     if self.context.captions is None:
       raise UserError("the objective takes no captions: remove this evaluation")
-    if self.num_images < 1 or self.num_pictures < 1 or not self.text_guidance:
-      raise UserError(
-        f"num_images is {self.num_images}, num_pictures {self.num_pictures} and text_guidance "
-        f"{self.text_guidance}: give at least 1 of each"
-      )
-    if "text_guidance" in self.sampling:
-      raise UserError("sampling has text_guidance: give all its values as text_guidance instead")
-    for guidance in self.text_guidance:
-      self.context.check_sampling(self._options(guidance))
+    prompted.check_options(self)
     check_space(self.space)
     if not isinstance(self.prompts, Mapping) or not self.prompts:
       raise UserError(f"prompts is {self.prompts!r}: give a prompt for each kind of edit")
     for kind, prompt in self.prompts.items():
       if kind not in _EDITS:
         raise UserError(f"prompts has '{kind}', which is no kind of edit{nearest(kind, _EDITS)}")
-      if not isinstance(prompt, str) or prompt.count(IMAGE) != 1 or prompt.count(WORD) != 1:
-        raise UserError(f"prompts.{kind} is {prompt!r}: give a text with one {IMAGE} and one {WORD}")
+      prompted.check_prompt(kind, prompt)
       self._check_length(kind, prompt)
 
   def _check_length(self, kind: str, prompt: str) -> None:

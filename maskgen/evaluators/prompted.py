@@ -6,12 +6,40 @@ from typing import Any
 import jax
 import numpy as np
 
+from maskgen.errors import UserError
 from maskgen.evaluators.batches import gather, key_shapes, place
 from maskgen.evaluators.context import Batch, Call, Context
 from maskgen.evaluators.vilex import as_words
 
 # The places of the image and of the new word in a prompt.
 IMAGE, WORD = "{}", "*"
+
+
+def check_options(edits: Any) -> None:
+  """Checks `num_images`, `num_pictures`, `text_guidance` and `sampling` of an evaluator of edits.
+
+  Raises:
+    UserError: if one of them is wrong.
+  """
+  if edits.num_images < 1 or edits.num_pictures < 1 or not edits.text_guidance:
+    raise UserError(
+      f"num_images is {edits.num_images}, num_pictures {edits.num_pictures} and text_guidance "
+      f"{edits.text_guidance}: give at least 1 of each"
+    )
+  if "text_guidance" in edits.sampling:
+    raise UserError("sampling has text_guidance: give all its values as text_guidance instead")
+  for guidance in edits.text_guidance:
+    edits.context.check_sampling({**edits.sampling, "text_guidance": guidance})
+
+
+def check_prompt(kind: str, prompt: Any) -> None:
+  """Checks that a prompt has a place for the image and one for the word.
+
+  Raises:
+    UserError: if not.
+  """
+  if not isinstance(prompt, str) or prompt.count(IMAGE) != 1 or prompt.count(WORD) != 1:
+    raise UserError(f"prompts.{kind} is {prompt!r}: give a text with one {IMAGE} and one {WORD}")
 
 
 def words_around(context: Context, texts: Sequence[str]) -> dict[str, np.ndarray]:
