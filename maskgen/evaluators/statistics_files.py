@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from maskgen import files
+from maskgen import __version__, files
 from maskgen.errors import UserError
 from maskgen.evaluators import comparison
 from maskgen.evaluators.comparison import Features, Network
@@ -26,6 +26,9 @@ from maskgen.importers import tensors
 # The arrays of each Gaussian.
 _ARRAYS = {"pooled_moments": ("mu", "sigma"), "spatial_moments": ("mu_s", "sigma_s")}
 _MANIFEST = "manifest"
+# Looked up at import: a long run describes the packages that it runs with, not those installed since.
+_PACKAGES = ("jax", "jaxlib", "numpy", "scipy", "scikit-learn", "pillow")
+_VERSIONS = {"maskgen": __version__, **{name: importlib.metadata.version(name) for name in _PACKAGES}}
 
 log = logging.getLogger("maskgen")
 
@@ -120,8 +123,7 @@ def open_statistics(path: str) -> Statistics:
 
 def versions() -> dict[str, str]:
   """The versions of maskgen and of the packages that numbers depend on."""
-  packages = ("maskgen", "jax", "jaxlib", "numpy", "scipy", "scikit-learn", "pillow")
-  return {name: importlib.metadata.version(name) for name in packages}
+  return dict(_VERSIONS)
 
 
 def write(path: str, features: Features, manifest: Manifest) -> None:
