@@ -1,6 +1,7 @@
 """Writes what transformers' SigLIP computes to files for tests/test_siglip.py.
 
-It is a separate program, since TensorFlow and transformers cannot share a process. Usage: FOLDER.
+It is a separate program, since TensorFlow and transformers cannot share a process. Usage: FOLDER, in which
+`exported` holds an encoder that maskgen wrote.
 """
 
 import pathlib
@@ -39,7 +40,17 @@ def main():
   images = torch.rand(2, 3, 12, 12)
   with torch.no_grad():
     patches = vision(pixel_values=2 * images - 1).last_hidden_state
-  arrays = {"images": np.ascontiguousarray(images.permute(0, 2, 3, 1).numpy()), "patches": patches.numpy()}
+  exported, info = transformers.SiglipVisionModel.from_pretrained(
+    folder / "exported", output_loading_info=True
+  )
+  for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+    assert not info[problem], info
+  resized = torch.nn.functional.interpolate(images, exported.config.image_size)
+  with torch.no_grad():
+    own = exported.eval()(pixel_values=2 * resized - 1).last_hidden_state
+  arrays = {"patches": patches.numpy(), "exported": own.numpy()}
+  for name, pixels in (("images", images), ("resized", resized)):
+    arrays[name] = np.ascontiguousarray(pixels.permute(0, 2, 3, 1).numpy())
   save_file(arrays, folder / "reference.safetensors")
 
 

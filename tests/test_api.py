@@ -82,6 +82,7 @@ def test_examples_do_not_see_each_other(mage):
 
 def test_features_are_one_vector_per_image(mage):
   features = mage.features(pictures(3))
+  assert mage.features(pictures(3), patches=True).shape == (3, tiny.TOKENS, features.shape[1])
   assert features.ndim == 2 and len(features) == 3 and features.dtype == np.float32
   assert np.isfinite(features).all()
   assert np.abs(features[0] - features[1]).max() > 1e-4

@@ -15,15 +15,18 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from maskgen import storage, tree
+import maskgen
+from maskgen import objectives, storage, tree
 from maskgen.errors import UserError
 from maskgen.importers import siglip
 from maskgen.models.vit import ViT
-from maskgen.tools import convert
+from maskgen.tools import convert, export
 
 PROGRAM = pathlib.Path(__file__).parent / "siglip_reference.py"
 FIELDS = dict(image_size=(8, 8), patch=4, width=12, depth=2, heads=3, hidden=20)
 MODEL = ViT(**FIELDS)
+IMAGES = np.random.default_rng(1).random((2, 8, 8, 3), np.float32)
+KEY = jax.random.key(0)
 
 
 @functools.cache
@@ -113,12 +116,11 @@ def test_what_a_file_may_lack(tmp_path):
 
 
 def test_images_of_any_size_and_scan():
-  images = np.random.default_rng(1).random((2, 8, 8, 3), np.float32)
-  large = images.repeat(2, axis=1).repeat(2, axis=2)
+  large = IMAGES.repeat(2, axis=1).repeat(2, axis=2)
   run = [jax.jit(MODEL.clone(scan=scan).apply) for scan in (False, True)]
-  first = run[0]({"params": params()}, images)
+  first = run[0]({"params": params()}, IMAGES)
   assert first.shape == (2, MODEL.num_patches, 12)
-  np.testing.assert_allclose(run[1]({"params": params()}, images), first, rtol=1e-5, atol=1e-5)
+  np.testing.assert_allclose(run[1]({"params": params()}, IMAGES), first, rtol=1e-5, atol=1e-5)
   assert run[0]({"params": params()}, large).shape == first.shape
 
 
@@ -147,12 +149,53 @@ def test_published_sizes():
   assert counts == {"B/16": 85_797_120, "So400m/14": 412_442_352}
 
 
+@pytest.mark.parametrize("name", ["out", "out.npz"])
+@pytest.mark.parametrize("pooling", ["mean", "attention"])
+def test_an_encoder_that_was_trained_here_leaves(tmp_path, name, pooling):
+  """That of a classifier, whose head stays; what SigLIP's code would not compute is refused."""
+  encoder = dict(name="vit", pooling=pooling, **FIELDS)
+  section = dict(name="classify", encoder=encoder, classes=3)
+  shapes = jax.eval_shape(lambda key: MODEL.clone(pooling=pooling).init(key, IMAGES, method="pool"), KEY)
+  source = jax.tree.map(lambda leaf: np.full(leaf.shape, 0.25, np.float32), shapes["params"])
+  parts = jax.jit(objectives.build(section).init)(KEY, {"encoder": {"params": {"main": source | params()}}})
+  run, out = tmp_path / "run", tmp_path / name
+  storage.write_export(run, {"objective": section}, parts)
+  export.main(["--format=siglip", f"--model={run}", f"--out={out}"])
+  heads = None if name == "out.npz" else 3
+  converted = siglip.convert(out, heads)
+  assert converted.config == {"network": "vit", "vit": FIELDS} and not converted.unknown
+  jax.tree.map(np.testing.assert_array_equal, converted.variables["params"]["main"], params())
+  if name == "out":
+    tower = siglip.load(out)
+    assert tower.model == MODEL.clone(pooling=pooling)
+    jax.tree.map(np.testing.assert_array_equal, tower.params, source | params())
+  model = maskgen.load(run)
+  patches = jax.jit(MODEL.apply)({"params": converted.variables["params"]["main"]}, IMAGES)
+  np.testing.assert_allclose(model.features(IMAGES, patches=True), patches, atol=1e-5)
+  with pytest.raises(UserError, match=r"exists: give the name of a new file|not an empty folder"):
+    export.main(["--format=siglip", f"--model={run}", f"--out={out}"])
+
+
+@pytest.mark.parametrize(
+  ("fields", "message"),
+  [
+    (dict(activation="gelu"), "SigLIP has no encoder with activation='gelu': export with --format=maskgen"),
+    (dict(pooling="class"), "SigLIP has no encoder with pooling='class'"),
+    (dict(image_size=(8, 4)), r"SigLIP takes square images, not \(8, 4\)"),
+  ],
+)
+def test_what_siglip_cannot_compute_does_not_leave(tmp_path, fields, message):
+  with pytest.raises(UserError, match=message):
+    siglip.write(tmp_path / "out", MODEL.clone(**fields), params())
+
+
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
   for package in ("torch", "transformers"):
     if importlib.util.find_spec(package) is None:
       pytest.skip(f"{package} is not installed: pip install 'maskgen[parity]'")
   folder = tmp_path_factory.mktemp("siglip")
+  siglip.write(folder / "exported", MODEL, params())
   done = subprocess.run([sys.executable, str(PROGRAM), str(folder)], capture_output=True, text=True)
   assert not done.returncode, done.stderr[-3000:]
   return folder
@@ -165,3 +208,9 @@ def test_same_numbers_as_transformers(reference, name):
   model = ViT(**converted.config["vit"])
   found = jax.jit(model.apply)({"params": converted.variables["params"]["main"]}, arrays["images"])
   assert np.abs(found - arrays["patches"]).max() <= 1e-4 * np.abs(arrays["patches"]).max()
+
+
+def test_transformers_loads_what_is_exported(reference):
+  arrays = load_file(reference / "reference.safetensors")
+  found = jax.jit(MODEL.apply)({"params": params()}, arrays["resized"])
+  assert np.abs(found - arrays["exported"]).max() <= 1e-5 * np.abs(arrays["exported"]).max()

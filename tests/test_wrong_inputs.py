@@ -286,6 +286,7 @@ WRONG = {
     (f"{MAGE} --out=new --format=mage", r"--out=new: give the name of a \.safetensors file"),
     (f"{MAGE} --out=a.safetensors --format=mage --dtype=float16", r"--dtype=float16: --format=mage"),
     (f"{CODES} --out=a.safetensors --format=mage", r"is a model of objective 'tokenizer'"),
+    (f"{MAGE} --out=new --format=siglip", r"of objective 'mage' without a ViT on pixels: --format=siglip"),
     ("--model=nothing --out=new", r"model nothing does not exist"),
     ("--model=in.png --out=new", r"in\.png is no model"),
   ],

@@ -1,16 +1,21 @@
-"""SigLIP's image encoder, from transformers or an npz file of big_vision.
+"""SigLIP's image encoder, from and to folders of transformers and npz files of big_vision.
 
-The text encoder is dropped, and, except from feature networks, the head that pools patches to one vector.
+Reading drops the text encoder and, except from feature networks, the head that pools patches to one vector.
 """
 
 import functools
+import io
+import json
+from collections.abc import Mapping
 from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
+import safetensors.numpy
 from etils import epath
 
-from maskgen import tree
+from maskgen import files, tree
 from maskgen.errors import UserError
 from maskgen.importers import Converted, tensors, towers, vqgan_pytorch
 from maskgen.models.vit import ViT
@@ -49,6 +54,8 @@ BIG_VISION_BLOCK = {
   "mlp/up": "MlpBlock_0/Dense_0",
   "mlp/down": "MlpBlock_0/Dense_1",
 }
+BIG_VISION_HEAD = {ours: name for ours, name in BIG_VISION_BLOCK.items() if "norm" not in ours}
+BIG_VISION_HEAD |= {"norm": "LayerNorm_0"}
 
 
 def convert(path: epath.PathLike, encoder_heads: int | None = None) -> Converted:
@@ -86,6 +93,76 @@ def load(path: epath.PathLike) -> towers.Tower:
   return towers.prepare(stored, model, params, towers.Preparation(model.image_size, None))
 
 
+def write(path: epath.PathLike, model: ViT, params: Any) -> Mapping[str, np.ndarray]:
+  """Writes an image encoder for other programs.
+
+  Args:
+    path: an npz file for big_vision, or a new folder for `SiglipVisionModel.from_pretrained` of transformers.
+    model: the network; `pooling="mean"` is written without a head.
+    params: its parameters.
+
+  Returns:
+    The tensors, float32, by the names in the file.
+
+  Raises:
+    UserError: if SigLIP's code would compute something else.
+  """
+  _check_expressible(model)
+  is_file = str(path).endswith(".npz")
+  prefix, rename = (TREE, to_big_vision) if is_file else (PREFIXES[0], to_transformers)
+  named = jax.device_get(rename(params, model))
+  found = {f"{prefix}{name}": np.ascontiguousarray(value, np.float32) for name, value in named.items()}
+  path = epath.Path(path)
+  if is_file:
+    buffer = io.BytesIO()
+    np.savez(buffer, allow_pickle=False, **found)
+    files.replace(path, buffer.getvalue())
+    return found
+  path.mkdir(parents=True, exist_ok=True)
+  config = dict(
+    architectures=["SiglipVisionModel"],
+    model_type="siglip_vision_model",
+    image_size=model.image_size[0],
+    patch_size=model.patch,
+    hidden_size=model.width,
+    intermediate_size=model.hidden or 4 * model.width,
+    num_hidden_layers=model.depth,
+    num_attention_heads=model.heads,
+    hidden_act="gelu_pytorch_tanh",
+    layer_norm_eps=model.epsilon,
+    vision_use_head=model.pooling == "attention",
+  )
+  processor = dict(
+    image_processor_type="SiglipImageProcessor",
+    do_resize=True,
+    size=dict(height=model.image_size[0], width=model.image_size[1]),
+    resample=3,
+    do_rescale=True,
+    rescale_factor=1 / 255,
+    do_normalize=True,
+    image_mean=model.mean,
+    image_std=model.std,
+  )
+  files.replace(path / "model.safetensors", safetensors.numpy.save(found, {"format": "pt"}))
+  files.replace(path / towers.PROCESSOR, json.dumps(processor, indent=2))
+  files.replace(path / towers.CONFIG, json.dumps(config, indent=2))
+  return found
+
+
+def _check_expressible(model: ViT) -> None:
+  plain = ViT(pooling="attention" if model.pooling == "attention" else "mean")
+  names = ("pooling", "activation", "epsilon", "layer_scale", "embedding_norm", "patch_bias", "mean", "std")
+  for name in names:
+    if getattr(model, name) != getattr(plain, name):
+      raise UserError(
+        f"SigLIP has no encoder with {name}={getattr(model, name)!r}: export with --format=maskgen instead"
+      )
+  if len(set(model.image_size)) > 1:
+    raise UserError(
+      f"SigLIP takes square images, not {model.image_size}: export with --format=maskgen instead"
+    )
+
+
 def to_transformers(params: Any, model: ViT) -> dict[str, Any]:
   """Renames our parameters to transformers' names, without prefix, and PyTorch's layout."""
   layers = dict(LAYERS)
@@ -110,6 +187,9 @@ def to_big_vision(params: Any, model: ViT) -> dict[str, Any]:
     layers |= {f"encoder/block_{i}/{ours}": f"{block}/{name}" for ours, name in BIG_VISION_BLOCK.items()}
   flat = tree.flatten(params)
   found = {"pos_embedding": flat.pop("position")[None]}
+  if model.pooling == "attention":
+    layers |= {f"attention_head/{ours}": f"MAPHead_0/{name}" for ours, name in BIG_VISION_HEAD.items()}
+    found["MAPHead_0/probe"] = flat.pop("attention_head/probe")[None]
   for path, value in flat.items():
     layer, _, leaf = path.rpartition("/")
     if layer.endswith("attention/out") and leaf == "kernel":

@@ -19,7 +19,7 @@ Letters: b batch, h w c image, n patches or codes, d width.
 import abc
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Self
 
 import flax.linen as nn
@@ -49,6 +49,9 @@ class ImageEncoder(abc.ABC):
     network: the Linen module, with the fields `width`, `dropout`, `drop_path`, `attention` and `dtype`.
     tokenizer: computes the codes that the network sees; None for a network that sees pixels.
   """
+
+  # Whether `pool` reads all parameters that `encode` does.
+  pools_patches: ClassVar[bool] = True
 
   network: Any
   tokenizer: VQGAN | None
@@ -153,6 +156,8 @@ class MageEncoder(ImageEncoder):
     image_size: (h, w) of the images that network and tokenizer were trained on.
   """
 
+  pools_patches: ClassVar[bool] = False  # it pools before the final normalisation
+
   network: Encoder
   tokenizer: VQGAN
   image_size: tuple[int, int]
@@ -256,3 +261,15 @@ class EncoderPart:
   def features(self, variables: Mapping[str, Any], batch: Batch) -> jax.Array:
     """Features, float32 [b, d]."""
     return nn.standardize(self.pool(variables, batch), axis=-1, epsilon=1e-6)
+
+  def predict_fns(self) -> dict[str, Callable[..., Any]]:
+    """The prediction functions of a model with this encoder: `features` and, if it has them, `patches`."""
+
+    def features(variables, batch, rng):
+      return self.features(variables, batch)
+
+    def patches(variables, batch, rng):
+      return self.encode(variables, batch).astype(jnp.float32)
+
+    has_patches = self.encoder.pools_patches or not self.pooled
+    return {"features": features} | ({"patches": patches} if has_patches else {})

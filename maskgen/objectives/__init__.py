@@ -117,7 +117,8 @@ class Objective(Protocol):
     Each value [b] that `loss` returns becomes a validation metric of that name: the evaluator `loss`
     averages it over the evaluation split. Users call any function with `model.call(name, batch)`.
 
-    loss -> {name: [b]}; features -> [b, d]; classify -> float32 [b, classes], probabilities;
+    loss -> {name: [b]}; features -> [b, d]; patches -> [b, n, d], patch tokens, see `EncoderPart`, which has
+    both; classify -> float32 [b, classes], probabilities;
     encode -> int32 [b, n]; decode (batch: tokens), reconstruct, generate and generate_uniform (batch: key
     [b]), inpaint (batch: image, mask [b, h, w], key) -> float32 [b, h, w, c] in [0, 1]; logits (batch:
     tokens, token_mask [b, n]) -> float32 [b, n, codebook]; trajectory (batch: key) -> the intermediate

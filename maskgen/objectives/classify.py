@@ -251,10 +251,7 @@ class Objective:
     def loss(variables, batch, rng):
       return self._compare(predict(variables, batch, rng), jax.nn.one_hot(batch["label"], self.classes))
 
-    def features(variables, batch, rng):
-      return part.features(variables, batch)
-
-    fns = {fn.__name__: fn for fn in (loss, classify, features)}
+    fns = {"loss": loss, "classify": classify} | part.predict_fns()
     tokenizer = part.encoder.tokenizer
     if tokenizer is not None:
       fns |= token_fns.tokenizer_fns(tokenizer, self.image_shape, self.tokenizer_params)

@@ -269,12 +269,10 @@ class Objective:
       drawn, _ = masking.random_mask(batch["key"], self.num_tokens, self.mask_ratio)
       return drawn.reshape(-1, *self.grid)
 
-    def features(variables, batch, rng):
-      return self.image_encoder.features(variables, batch)
-
     def logits(variables, batch, rng):
       return self._logits(variables, batch, batch["tokens"], batch["token_mask"])
 
     codes = token_fns.tokenizer_fns(self.tokenizer, self.image_shape, self.tokenizer_params)
     sampled = token_fns.sampling_fns(self, codes["encode"], codes["decode"])
-    return {fn.__name__: fn for fn in (loss, mask, features, logits)} | codes | sampled
+    own = {"loss": loss, "mask": mask, "logits": logits}
+    return own | self.image_encoder.predict_fns() | codes | sampled

@@ -255,9 +255,6 @@ class Objective:
       errors = decoder.model.errors(frozen, images, conditions, jax.random.split(rng, b))
       return dict(zip(segments, errors, strict=True))
 
-    def features(variables, batch, rng):
-      return self.image_encoder.features(variables, batch)
-
     def generate(variables, batch, rng, **options):
       frozen, chosen = variables["frozen"]["decoder"], dataclasses.asdict(self.sampling) | options
       words, images = [], []
@@ -276,7 +273,8 @@ class Objective:
       key = batch["key"] if "key" in batch else jax.random.split(rng, len(vectors))
       return generate(variables, {"vectors": vectors[:, None], "number": number, "key": key}, rng, **options)
 
-    return {fn.__name__: fn for fn in (loss, encode, features, reconstruct, generate)}
+    own: tuple[PredictFn, ...] = (loss, encode, reconstruct, generate)
+    return {fn.__name__: fn for fn in own} | self.image_encoder.predict_fns()
 
 
 def _read_decoder(section: Mapping[str, Any]) -> tuple[FrozenTextToImage, Captions]:

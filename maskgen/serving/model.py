@@ -110,9 +110,13 @@ class Model:
     spread._fns = objectives.compile_predict_fns(self.objective, spread._mesh)
     return spread
 
-  def features(self, images: np.ndarray) -> np.ndarray:
-    """Returns features of images, float32 [b, d]: the normalised mean of the encoder's output tokens."""
-    return self._each("features", {"image": self.check_images(images)})
+  def features(self, images: np.ndarray, patches: bool = False) -> np.ndarray:
+    """Returns features of images, float32 [b, d]: the normalised mean of the encoder's output tokens.
+
+    With `patches`, the output tokens themselves after the encoder's own normalisation, float32 [b, n, d], row
+    by row, one for each patch or code. A classifier on a MAGE encoder does not have these.
+    """
+    return self._each("patches" if patches else "features", {"image": self.check_images(images)})
 
   def check_images(self, images: np.ndarray, *, any_size: bool = False) -> np.ndarray:
     """Checks images given by a user and returns them as uint8 or float32 [b, h, w, c].

@@ -132,12 +132,8 @@ class ImageEncoder:
     return {"params": {"main": self.part.encoder.init(rng)}}
 
   def predict_fns(self) -> dict[str, PredictFn]:
-    """Only `features`."""
-
-    def features(variables, batch, rng):
-      return self.part.features(variables, batch)
-
-    return {"features": features}
+    """`features` and `patches`."""
+    return self.part.predict_fns()
 
 
 def _image_encoder(config: Mapping[str, Any]) -> ImageEncoder:
