@@ -74,6 +74,14 @@ TINY = {
   "maskgit": dict(
     image_size=(16, 16), tokenizer=NETWORK, classes=10, width=16, depth=1, heads=4, hidden=8, dropout=0.0
   ),
+  "masked_pixels": dict(
+    encoder=dict(
+      image_size=(16, 16), patch=4, width=16, depth=1, heads=4, pooling="class", fixed_positions=True
+    ),
+    decoder_width=16,
+    decoder_depth=1,
+    decoder_heads=4,
+  ),
   "classify": dict(
     image_size=(16, 16),
     classes=10,

@@ -22,10 +22,11 @@ from maskgen.config.loading import (
   to_dict,
   without_origin,
 )
-from maskgen.config.rules import TRANSFORMER_RULES
+from maskgen.config.rules import BLOCK_RULES, TRANSFORMER_RULES
 from maskgen.config.schema import Checkpointing, Mesh, Profile, RunConfig
 
 __all__ = [
+  "BLOCK_RULES",
   "DTYPES",
   "MAX_SEED",
   "TRANSFORMER_RULES",

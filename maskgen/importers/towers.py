@@ -242,10 +242,7 @@ def resize(model: ViT, params: Any, size: tuple[int, int], antialias: bool = Fal
   if size == model.image_size:
     return model, params
   resized = model.clone(image_size=size)
-  old, new = (
-    positions.Positions((one.image_size[0] // one.patch, one.image_size[1] // one.patch), one.leading)
-    for one in (model, resized)
-  )
+  old, new = (positions.Positions(one.grid, one.leading) for one in (model, resized))
 
   def weigh(length: int, wanted: int):
     if antialias:

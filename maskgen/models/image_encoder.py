@@ -133,8 +133,7 @@ class VitEncoder(ImageEncoder):
 
   @property
   def positions(self) -> Positions:
-    height, width = self.network.image_size
-    return Positions((height // self.network.patch, width // self.network.patch), self.network.leading)
+    return Positions(self.network.grid, self.network.leading)
 
   def init(self, rng: jax.Array, *, pooled: bool = False) -> Any:
     return self.network.init(rng, jnp.zeros((1, *self.image_shape)), method="pool")["params"]

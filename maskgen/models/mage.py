@@ -18,6 +18,7 @@ from maskgen import sharding
 from maskgen.config import fields
 from maskgen.models.remat import REMAT
 from maskgen.models.transformer import Dropout, Transformer, embedding_init, kernel_init
+from maskgen.numerics import masking
 from maskgen.numerics.vocab import Vocab
 
 
@@ -191,11 +192,8 @@ class Mage(Encoder):
     class_feature = x[:, :1]
     at = jnp.pad(kept + 1, ((0, 0), (1, 0))) if cached and kept is not None else None
     if kept is not None and at is None:
-      # Position i takes kept token number (kept tokens up to i) - 1; dropped positions are masked below.
-      # A gather, since a scatter would not stay sharded over the devices.
-      is_kept = jax.nn.one_hot(kept, mask.shape[1], dtype=bool).any(axis=1)
-      index = jnp.maximum(jnp.cumsum(is_kept, axis=1), 1)
-      x = jnp.concatenate([class_feature, jnp.take_along_axis(x, index[..., None], axis=1)], axis=1)
+      # Dropped positions are masked below.
+      x = jnp.concatenate([class_feature, masking.spread(x[:, 1:], kept, mask.shape[1])], axis=1)
     hidden = jnp.pad(mask, ((0, 0), (1, 0)))[..., None]
     position = sharding.gather(self.decoder_position)[None].astype(x.dtype)
     if at is not None:

@@ -1,5 +1,5 @@
 """Vision transformers as image encoders: SigLIP (Zhai et al. 2023), CLIP (Radford et al. 2021), DINOv2 (Oquab
-et al. 2023) and its registers (Darcet et al. 2023).
+et al. 2023) and its registers (Darcet et al. 2023), MAE (He et al. 2022).
 
 Letters: b batch, h w image, n patches, r registers, d width, p projected width.
 """
@@ -22,6 +22,7 @@ from maskgen.models.transformer import (
   embedding_init,
   kernel_init,
 )
+from maskgen.numerics.positions import sines
 
 POOLING = ("mean", "class", "attention")
 
@@ -46,7 +47,7 @@ class AttentionHead(nn.Module):
 
 
 class ViT(nn.Module):
-  """Pre-norm blocks over patches with learned positions; the defaults are those of SigLIP's B/16.
+  """Pre-norm blocks over patches and their positions; the defaults are those of SigLIP's B/16.
 
   So400m/14 has patch=14, width=1152, depth=27, heads=16 and hidden=4304.
 
@@ -57,6 +58,7 @@ class ViT(nn.Module):
     hidden: width inside the MLPs, by default 4 d.
     pooling: what represents the image: "mean", the mean of the patches; "class", the output at a class
       position in front of them; or "attention", what a learned query reads from them.
+    fixed_positions: whether the embeddings of positions are MAE's, see `positions.sines`, and not learned.
     registers: r, further positions without an output, behind the class position.
     projection: p, the width of `embed`, or 0 for none.
     activation: inside the MLPs, see `Transformer`.
@@ -77,6 +79,7 @@ class ViT(nn.Module):
   heads: int = 12
   hidden: int = 0
   pooling: str = "mean"
+  fixed_positions: bool = False
   registers: int = 0
   projection: int = 0
   activation: str = "gelu_tanh"
@@ -106,14 +109,21 @@ class ViT(nn.Module):
       raise UserError(f"image_size is {self.image_size}: give (height, width), multiples of {self.patch}")
     if self.width % self.heads:
       raise UserError(f"a width of {self.width} does not divide into {self.heads} heads")
+    if self.fixed_positions and self.width % 4:
+      raise UserError(f"width is {self.width}: fixed positions need a multiple of 4")
     if self.registers and self.pooling != "class":
       raise UserError(f"registers is {self.registers}: they need pooling='class'")
     super().__post_init__()
 
   @property
+  def grid(self) -> tuple[int, int]:
+    """The numbers of patches of an image along its height and width."""
+    return self.image_size[0] // self.patch, self.image_size[1] // self.patch
+
+  @property
   def num_patches(self) -> int:
     """The number of patches of an image."""
-    return (self.image_size[0] // self.patch) * (self.image_size[1] // self.patch)
+    return self.grid[0] * self.grid[1]
 
   @property
   def leading(self) -> int:
@@ -125,7 +135,10 @@ class ViT(nn.Module):
     self.patch_embedding = nn.Conv(
       self.width, side, side, "VALID", use_bias=self.patch_bias, kernel_init=kernel_init, dtype=self.dtype
     )
-    self.position = self.param("position", embedding_init, (self.leading + self.num_patches, self.width))
+    if self.fixed_positions:  # zero for a class position
+      self.position = jnp.pad(sines(self.grid, self.width), ((self.leading, 0), (0, 0)))
+    else:
+      self.position = self.param("position", embedding_init, (self.leading + self.num_patches, self.width))
     if self.leading:
       self.class_token = self.param("class_token", embedding_init, (1, self.width))
     if self.registers:
@@ -171,17 +184,39 @@ class ViT(nn.Module):
     x = self.pool(images)
     return self.embedding(x).astype(jnp.float32) if self.projection else x
 
-  def _encode(self, images: jax.Array, train: bool) -> jax.Array:
-    """[b, h, w, c] -> [b, n, d] with the leading positions."""
+  def standardize(self, images: jax.Array) -> jax.Array:
+    """Images float32 [b, h, w, c] in [0, 1] as the network sees them, resized if their size differs."""
     shape = (images.shape[0], *self.image_size, images.shape[-1])
     if images.shape != shape:
       images = jax.image.resize(images, shape, "bilinear")
     mean, std = (jnp.array(value)[None, None, None] for value in (self.mean, self.std))
-    x = self.patch_embedding((images - mean) / std)
+    return (images - mean) / std
+
+  def to_pixels(self, standardized: jax.Array) -> jax.Array:
+    """The inverse of `standardize`, except for the size, and not clipped."""
+    mean, std = (jnp.array(value)[None, None, None] for value in (self.mean, self.std))
+    return standardized * std + mean
+
+  def encode_kept(self, images: jax.Array, kept: jax.Array, *, train: bool = False) -> jax.Array:
+    """Encodes a part of the patches: leading positions and patches [b, leading + r + k, d], normalised.
+
+    Args:
+      images: as in `__call__`.
+      kept: int32 [b, k], the patches that the network sees.
+      train: whether to apply dropout.
+    """
+    return self._encode(images, train, kept)
+
+  def _encode(self, images: jax.Array, train: bool, kept: jax.Array | None = None) -> jax.Array:
+    """[b, h, w, c] -> [b, n or k, d] with the leading positions."""
+    x = self.patch_embedding(self.standardize(images))
     x = x.reshape(x.shape[0], -1, self.width)
     if self.leading:
       x = jnp.concatenate([self._each(self.class_token, x), x], axis=1)
-    x = x + sharding.gather(self.position)[None]
+    x = x + (self.position if self.fixed_positions else sharding.gather(self.position))[None]
+    if kept is not None:
+      at = jnp.pad(kept + self.leading, ((0, 0), (self.leading, 0)))
+      x = jnp.take_along_axis(x, at[..., None], axis=1)
     if self.registers:
       x = jnp.concatenate([x[:, :1], self._each(self.register_tokens, x), x[:, 1:]], axis=1)
     if self.embedding_norm:

@@ -90,6 +90,25 @@ def random_mask(
   return mask, kept
 
 
+def spread(x: jax.Array, kept: jax.Array, num_tokens: int) -> jax.Array:
+  """Puts kept tokens back in their places; the other places hold arbitrary kept tokens.
+
+  A gather, since a scatter would not stay sharded over the devices.
+
+  Args:
+    x: [b, k, d], the tokens.
+    kept: int32 [b, k], their positions, ascending.
+    num_tokens: n.
+
+  Returns:
+    [b, n, d].
+  """
+  is_kept = jax.nn.one_hot(kept, num_tokens, dtype=bool).any(axis=1)
+  # Position i takes kept token number (kept tokens up to i) - 1.
+  index = jnp.maximum(jnp.cumsum(is_kept, axis=1), 1) - 1
+  return jnp.take_along_axis(x, index[..., None], axis=1)
+
+
 def token_mask(pixel_mask: jax.Array, factor: int) -> jax.Array:
   """Tokens that a pixel mask makes unknown: those it touches, and one ring of tokens around them.
 

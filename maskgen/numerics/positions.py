@@ -1,4 +1,4 @@
-"""Interpolation of learned position embeddings to another grid.
+"""Position embeddings of a grid: their interpolation to another one, and fixed ones.
 
 Letters: h w and H W an old and a new grid, d width.
 """
@@ -52,3 +52,25 @@ def interpolate(
   grid = grid.reshape(*old.grid, -1).astype(np.float64)
   found = np.einsum("Hh,Ww,hwd->HWd", rows, columns, grid, optimize=True)
   return np.concatenate([leading, found.reshape(-1, table.shape[-1]).astype(table.dtype)])
+
+
+def sines(grid: tuple[int, int], width: int) -> np.ndarray:
+  """The fixed position embeddings of MAE (He et al. 2022, appendix A.1), float32 [h * w, d], row by row.
+
+  The first half of the width encodes the column, the second half the row; each half holds the sines, then
+  the cosines, of the coordinate times frequencies from 1 to almost 1 / 10,000.
+
+  Args:
+    grid: (h, w).
+    width: d, a multiple of 4.
+  """
+  frequencies = 10_000.0 ** (-np.arange(width // 4) / (width // 4))
+
+  def encode(length: int) -> np.ndarray:
+    angles = np.arange(length)[:, None] * frequencies
+    return np.concatenate([np.sin(angles), np.cos(angles)], axis=-1)
+
+  height, columns = grid
+  found = np.broadcast_to(encode(columns)[None], (height, columns, width // 2))
+  rows = np.broadcast_to(encode(height)[:, None], found.shape)
+  return np.concatenate([found, rows], axis=-1).reshape(-1, width).astype(np.float32)

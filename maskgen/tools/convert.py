@@ -20,6 +20,7 @@ FORMATS: dict[str, tuple[str, ...]] = {
   "siglip": ("encoder_heads",),
   "clip": ("encoder_heads",),
   "dinov2": ("encoder_heads", "image_size"),
+  "mae": ("encoder_heads", "decoder_heads"),
   "diffusers": (),
 }
 
@@ -34,7 +35,7 @@ def main(argv: Sequence[str]) -> None:
     "mobilenet_v2: an .npz of quantized convolutions, and torchvision: ResNet-50 or VGG16 as safetensors or "
     "PyTorch file, also of timm; these are feature networks of the perceptual loss. "
     "siglip, clip and dinov2: an image encoder, as folder or safetensors of transformers or, for siglip, "
-    ".npz of big_vision. "
+    ".npz of big_vision. mae: a masked autoencoder of its PyTorch reference, or its encoder alone. "
     "diffusers: a text-to-image model, a folder. "
     "docs/weights.md lists where to find published files.",
     "python -m maskgen.tools.convert --format=mage --weights=mage-vitb-1600.pth --out=weights/mage_vit_base",
@@ -47,7 +48,7 @@ def main(argv: Sequence[str]) -> None:
   parser.add_argument(
     "--encoder_heads", type=int, help="mage, mage_finetuned, image encoders: default as published"
   )
-  parser.add_argument("--decoder_heads", type=int, help="mage: default as published")
+  parser.add_argument("--decoder_heads", type=int, help="mage, mae: default as published")
   parser.add_argument(
     "--image_size", type=int, help="pixels per side; tokenizers: default 256, dinov2: its own"
   )
