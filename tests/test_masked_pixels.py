@@ -73,8 +73,9 @@ def test_loss_and_gradients_are_those_of_the_reference(golden, converted):
 
 def test_an_encoder_alone_has_the_same_features(golden, converted):
   images = np.clip(golden["images_nchw"].transpose(0, 2, 3, 1), 0.0, 1.0)
-  found = [maskgen.load(converted / name).features(images) for name in ("whole", "encoder")]
-  np.testing.assert_array_equal(*found)
+  whole, encoder = (maskgen.load(converted / name) for name in ("whole", "encoder"))
+  np.testing.assert_array_equal(whole.features(images), encoder.features(images))
+  np.testing.assert_array_equal(whole.features(images, patches=True), encoder.features(images, patches=True))
 
 
 def test_an_encoder_whose_positions_were_trained_keeps_them(golden, converted, tmp_path):

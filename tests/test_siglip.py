@@ -180,6 +180,7 @@ def test_an_encoder_that_was_trained_here_leaves(tmp_path, name, pooling):
   ("fields", "message"),
   [
     (dict(activation="gelu"), "SigLIP has no encoder with activation='gelu': export with --format=maskgen"),
+    (dict(fixed_positions=True), "SigLIP has no encoder with fixed_positions=True"),
     (dict(pooling="class"), "SigLIP has no encoder with pooling='class'"),
     (dict(image_size=(8, 4)), r"SigLIP takes square images, not \(8, 4\)"),
   ],

@@ -151,7 +151,8 @@ def write(path: epath.PathLike, model: ViT, params: Any) -> Mapping[str, np.ndar
 
 def _check_expressible(model: ViT) -> None:
   plain = ViT(pooling="attention" if model.pooling == "attention" else "mean")
-  names = ("pooling", "activation", "epsilon", "layer_scale", "embedding_norm", "patch_bias", "mean", "std")
+  names = ("pooling", "fixed_positions", "activation", "epsilon", "layer_scale", "embedding_norm")
+  names += ("patch_bias", "mean", "std")
   for name in names:
     if getattr(model, name) != getattr(plain, name):
       raise UserError(

@@ -162,9 +162,6 @@ class Objective:
     def mask(variables, batch, rng):
       return self.mask(batch["key"])[0].reshape(-1, *self.encoder.grid)
 
-    def features(variables, batch, rng):
-      return self.image_encoder.features(variables, batch)
-
     def reconstruct(variables, batch, rng):
       images = images_lib.to_float(batch["image"])
       hidden, kept = self.mask(jax.random.split(rng, len(images)))
@@ -174,4 +171,5 @@ class Objective:
       found = (found * scale + offset).reshape(-1, *self.encoder.grid, found.shape[-1])
       return jnp.clip(self.encoder.to_pixels(unpatchify(found, self.encoder.patch)), 0.0, 1.0)
 
-    return {fn.__name__: fn for fn in (loss, mask, features, reconstruct)}
+    own: tuple[PredictFn, ...] = (loss, mask, reconstruct)
+    return {fn.__name__: fn for fn in own} | self.image_encoder.predict_fns()
