@@ -137,6 +137,8 @@ def test_negative_prompts(model):
     model.request(0, negative_prompt="blue")
   words = model.generate(prompt="blue", negative_prompt="blue", batch=1, text_guidance=5.0)
   np.testing.assert_allclose(words, model.generate(prompt="blue", batch=1, text_guidance=1.0), atol=1e-5)
+  with pytest.raises(UserError, match=r"no effect on a prompt of words at text_guidance=1: set another"):
+    model.generate(prompt="blue", negative_prompt="red", text_guidance=1.0)
   with pytest.raises(UserError, match="has the out-of-vocabulary word 'dog'"):
     model.generate(**given, negative_prompt="a dog")
   with pytest.raises(UserError, match=r"has 9 words .*: shorten it, this model reads 8"):

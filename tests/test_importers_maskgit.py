@@ -235,6 +235,8 @@ def test_training_hides_codes_and_classes_and_guidance_combines_both(converted):
     for label in (np.asarray(batch["label"]), np.full(64, CLASSES))
   )
   np.testing.assert_allclose(guided, with_class + 2.0 * (with_class - without), atol=2e-4)
+  ignored = objective.logits_fn(variables, batch, 0.0, "constant")
+  np.testing.assert_allclose(jax.jit(ignored)(tokens, mask, jnp.float32(0.5)), without, atol=2e-4)
 
 
 # MAGE's classifiers

@@ -1,6 +1,7 @@
 """Class-conditional MAGE: the decoder's condition, what is trained, guidance, users' labels."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from PIL import Image
 import maskgen
 from maskgen import main, objectives, storage, tree
 from maskgen.benchmarks.dataless import NoData
+from maskgen.costs import flops
 from maskgen.errors import UserError
 from maskgen.models.mage import Mage
 from maskgen.numerics import sampling
@@ -223,9 +225,25 @@ def test_guidance_of_1_is_the_class_and_of_0_no_class(guided):
   conditional, unconditional = guided(1.0), guided(1.0, label=None)
   assert np.abs(conditional - unconditional).max() > 1e-3
   np.testing.assert_allclose(guided(jnp.float32(1.0)), conditional, atol=1e-4)
-  np.testing.assert_allclose(guided(0.0), unconditional, atol=1e-4)
+  np.testing.assert_array_equal(guided(0.0), unconditional)
+  np.testing.assert_allclose(guided(jnp.float32(0.0)), unconditional, atol=1e-4)
   expected = unconditional + 3 * (conditional - unconditional)
   np.testing.assert_allclose(guided(3.0), expected, atol=1e-3)
+
+
+@pytest.mark.parametrize("reuse", [1, 2])
+def test_scales_of_0_and_1_decode_once(objective, variables, reuse):
+  generate = objectives.compile_predict_fns(objective)["generate"]
+  batch = {"key": example(objective)["key"], "label": jnp.zeros(len(example(objective)["key"]), jnp.int32)}
+
+  def cost(**options):
+    return flops.count(functools.partial(generate, steps=2, reuse=reuse, **options), variables, batch, None)
+
+  assert cost() == cost(guidance=1) == cost(guidance=np.float32(1.0), guidance_schedule="linear")
+  # The embedding of a class is a product; that of no class is not.
+  assert cost(guidance=0.0) == pytest.approx(cost(), rel=0.02)
+  both = cost(guidance=3.0)
+  assert both > 1.2 * cost() and both == cost(guidance=0.0, guidance_schedule="linear")
 
 
 def test_without_a_label_there_is_nothing_to_be_guided_by(guided):

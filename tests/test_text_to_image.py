@@ -243,10 +243,35 @@ def test_samplers_solve_a_known_flow(sampler, prediction):
 
 
 def test_guidance():
+  def guided(scale):
+    return diffusion.guide_in_turn([away, towards], [scale])
+
   away, towards = normal(3), normal(3, seed=1)
-  np.testing.assert_allclose(diffusion.guide(away, towards, 1.0), towards, rtol=1e-6)
-  np.testing.assert_allclose(diffusion.guide(away, towards, 0.0), away, rtol=1e-6)
-  np.testing.assert_allclose(diffusion.guide(away, towards, 3.0), 3 * towards - 2 * away, rtol=1e-4)
+  np.testing.assert_allclose(guided(1.0), towards, rtol=1e-6)
+  np.testing.assert_allclose(guided(0.0), away, rtol=1e-6)
+  np.testing.assert_allclose(guided(3.0), 3 * towards - 2 * away, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+  ("scales", "needed"),
+  [
+    ([], [0]),
+    ([1.0], [1]),
+    ([0], [0]),
+    ([1, 2.0], [1, 2]),
+    ([2.0, 2.0], [0, 2]),
+    ([2.0, 0.0], [0, 1]),
+    ([0.0, 2.0], [0, 1, 2]),
+    ([1.0, 1.0], [2]),
+    ([jnp.float32(1.0), 1.0], [0, 1, 2]),
+    ([0.0, jnp.float32(0.0)], [0, 1, 2]),
+  ],
+)
+def test_guidance_in_turn_needs_what_has_a_weight(scales, needed):
+  assert diffusion.needed(scales) == needed
+  predictions = [normal(3, seed=seed) for seed in range(len(scales) + 1)]
+  least = diffusion.guide_in_turn([predictions[i] for i in needed], [scales[i - 1] for i in needed[1:]])
+  np.testing.assert_allclose(least, diffusion.guide_in_turn(predictions, scales), atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import tiny
 from flax.core import FrozenDict
 
 from maskgen import images, objectives, storage, tree
+from maskgen.costs import flops
 from maskgen.errors import UserError
 from maskgen.numerics.prompts import Segment
 from maskgen.serving import ImageWords
@@ -151,7 +152,7 @@ def test_other_numbers_of_tokens_do_not_recompile():
     ]
     np.testing.assert_array_equal(*images)
     drawn.append(images[0])
-    programs.add(predict["generate"]._cache_size())
+    programs.add(predict["generate"].__wrapped__._cache_size())
   assert len(programs) == 1
   assert all(np.abs(more - less).max() > 0 for less, more in itertools.pairwise(drawn))
 
@@ -168,23 +169,55 @@ def words(*texts):
 
 
 @functools.cache
-def drawn(text, **guidance):
+def mixed(text):
+  """A prompt of an image, and words beside it if there is a text."""
   _, variables, predict = setup()
   vectors = predict["encode"](variables, {"image": batch(2)["image"]}, None)
   given = {"vectors": vectors[:, None], "number": np.full((2, 1), 2, np.int32), "key": keys(2)}
-  given |= words("a", text) if text is not None else {}
-  return np.asarray(predict["generate"](variables, given, None, **guidance))
+  return given | (words("a", text) if text is not None else {})
+
+
+@functools.cache
+def drawn(text, **guidance):
+  _, variables, predict = setup()
+  return np.asarray(predict["generate"](variables, mixed(text), None, **guidance))
 
 
 def test_text_free_guidance():
   """Section 3.3: 0 ignores the words, 1 is the unchanged mixed prompt, and more strengthens the words."""
   alone = drawn(None, image_guidance=1.0)
   np.testing.assert_allclose(drawn("on blue", image_guidance=1.0, text_guidance=0.0), alone, atol=1e-5)
-  mixed = drawn("on blue", image_guidance=1.0, text_guidance=1.0)
-  assert np.abs(mixed - alone).max() > 1e-4
+  both = drawn("on blue", image_guidance=1.0, text_guidance=1.0)
+  assert np.abs(both - alone).max() > 1e-4
   stronger = drawn("on blue", image_guidance=1.0, text_guidance=2.0)
-  assert np.abs(stronger - mixed).max() > 1e-4
-  assert np.abs(drawn("on red", image_guidance=1.0, text_guidance=1.0) - mixed).max() > 1e-4
+  assert np.abs(stronger - both).max() > 1e-4
+  assert np.abs(drawn("on red", image_guidance=1.0, text_guidance=1.0) - both).max() > 1e-4
+
+
+def test_guidance_evaluates_only_the_prompts_that_it_needs():
+  _, variables, predict = setup()
+  generate = predict["generate"]
+
+  def cost(text, image, words):
+    chosen = functools.partial(generate, image_guidance=image, text_guidance=words)
+    return flops.count(chosen, variables, mixed(text), None)
+
+  alone = cost(None, 1.0, 3.0)
+  each = cost(None, 3.0, 3.0) - alone  # all prompts have the same length and cost
+  assert each > alone / 2
+  # The config's own scales are 2 and 2, where the image alone has no weight.
+  evaluated = {(1, 0): 1, (1, 1): 1, (1, 3): 2, (3, 0): 2, (2, 2): 2, (0, 1): 3, (3, 3): 3}
+  for scales, count in evaluated.items():
+    assert cost("on blue", *scales) == alone + (count - 1) * each, scales
+  before = generate.__wrapped__._cache_size()
+  for scales in ((1.0, 0.0), (1.0, 1.0), (1.0, 2.0)):
+    found, traced = (
+      drawn("on blue", image_guidance=image, text_guidance=words)
+      for image, words in (scales, [scale + 1e-7 for scale in scales])
+    )
+    np.testing.assert_allclose(found, traced, atol=1e-5)
+  # One program for each of the three, and one for all scales that are merely close.
+  assert generate.__wrapped__._cache_size() <= before + 4
 
 
 def test_a_prompt_of_words_alone_is_what_the_frozen_model_draws():

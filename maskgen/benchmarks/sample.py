@@ -86,7 +86,8 @@ def _measure(config: Mapping[str, Any], args: Any, reuses: Sequence[int]) -> lis
     log.info("batches of %d, reuse %d: compiling", size, reuse)
     counts[reuse] = flops.count(functools.partial(plain, **options), variables, batch, jax.random.key(0))
     began = time.monotonic()
-    compiled = generate_fn.lower(variables, batch, jax.random.key(0), **options).compile()
+    chosen = jax.jit(functools.partial(generate_fn, **options))
+    compiled = chosen.lower(variables, batch, jax.random.key(0)).compile()
     compile_seconds[reuse] = time.monotonic() - began
 
     def generate(compiled: Any = compiled) -> None:

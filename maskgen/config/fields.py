@@ -68,9 +68,19 @@ def precision(default: Any = dataclasses.MISSING, *, was: str = "", **options: A
   return _field(default, options, precision=True, was=was)
 
 
-def static(default: Any = dataclasses.MISSING, *, was: str = "", **options: Any) -> Any:
-  """An option of prediction functions that sets array sizes or chooses what is computed."""
-  return _field(default, options, static=True, was=was)
+def static(
+  default: Any = dataclasses.MISSING, *, at: tuple[float, ...] = (), was: str = "", **options: Any
+) -> Any:
+  """An option of prediction functions that sets array sizes or chooses what is computed.
+
+  Args:
+    default: the default.
+    at: the only values that choose what is computed, if not all do: numbers at which a part drops out. All
+      other values share one program, except for the one in the model's config.
+    was: see `renamed`.
+    **options: of `dataclasses.field`.
+  """
+  return _field(default, options, static=True, at=at, was=was)
 
 
 def section(

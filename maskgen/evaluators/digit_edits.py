@@ -33,7 +33,7 @@ class Evaluator:
   `class_real`: the share of sources for which the classifier predicts their class, the upper bound.
   Picture `edits`: images, and a row for each word, with the most tokens and the highest guidance.
 
-  One image costs 3 * steps calls of the frozen network for each kind, number of tokens and guidance.
+  One image costs at most 3 * steps calls of the frozen network for each kind, number of tokens and guidance.
 
   Attributes:
     prompts: the prompt for each kind to change: "{}" is the image, "*" the word or words.

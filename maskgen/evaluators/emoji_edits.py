@@ -52,8 +52,8 @@ class Evaluator:
   `role_edit_identity` about man or woman.
   Picture `edits`: sources, targets and results with the most tokens and the highest guidance.
 
-  One image costs 3 * steps calls of the frozen network for each number of tokens, including _image and
-  _words, and guidance.
+  One image costs at most 3 * steps calls of the frozen network for each number of tokens, including _image
+  and _words, and guidance.
 
   Attributes:
     prompts: the prompt for each kind: "{}" is the image, "*" the word or words.

@@ -181,22 +181,44 @@ class TextToImage:
       noise: float32 [b, h, w, c], standard normal.
       condition: what to generate.
       null: what guidance moves away from, see `null`.
-      guidance: see `maskgen.numerics.diffusion.guide`.
+      guidance: see `maskgen.numerics.diffusion.DiffusionSampling`.
       sampler: see `maskgen.numerics.diffusion.sample`.
       steps: likewise.
 
     Returns:
       float32 [b, height, width, 3] in [0, 1].
     """
-    unguided = isinstance(guidance, int | float) and guidance == 1  # otherwise it is traced
-    both = jax.tree.map(lambda *pair: jnp.concatenate(pair), null, condition)
+    return self.sample(params, noise, [null, condition], [guidance], sampler=sampler, steps=steps)
+
+  def sample(
+    self,
+    params: Any,
+    noise: jax.Array,
+    conditions: Sequence[Condition],
+    scales: Sequence[float | jax.Array],
+    *,
+    sampler: str,
+    steps: int,
+  ) -> jax.Array:
+    """Like `generate`, guided in turn by several conditions, of which only those that matter are evaluated.
+
+    Args:
+      params: as for `generate`.
+      noise: likewise.
+      conditions: c of them, see `maskgen.numerics.diffusion.guide_in_turn`.
+      scales: c - 1 of them; with numbers such as 0 and 1 fewer conditions matter, see
+        `maskgen.numerics.diffusion.needed`.
+      sampler: as for `generate`.
+      steps: likewise.
+    """
+    needed = diffusion.needed(scales)
+    scales = [scales[i - 1] for i in needed[1:]]
+    together = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *(conditions[i] for i in needed))
 
     def predict(x: jax.Array, t: jax.Array) -> jax.Array:
-      if unguided:
-        return self.predict(params, x, jnp.tile(t, len(x)), condition)
-      twice = jnp.concatenate([x, x])
-      away, towards = jnp.split(self.predict(params, twice, jnp.tile(t, len(twice)), both), 2)
-      return diffusion.guide(away, towards, guidance)
+      copies = jnp.concatenate([x] * len(needed))
+      found = self.predict(params, copies, jnp.tile(t, len(copies)), together)
+      return diffusion.guide_in_turn(jnp.split(found, len(needed)), scales)
 
     return self.decode(params, diffusion.sample(predict, noise, self.schedule, sampler=sampler, steps=steps))
 

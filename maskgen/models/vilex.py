@@ -32,8 +32,8 @@ class ImageWordsSampling:
 
   steps: int = fields.static(25)
   sampler: str = fields.static("dpm")
-  image_guidance: float = 2.0
-  text_guidance: float = 2.0
+  image_guidance: float = fields.static(2.0, at=(0.0, 1.0))
+  text_guidance: float = fields.static(2.0, at=(0.0, 1.0))
 
   def __post_init__(self):
     diffusion.DiffusionSampling(self.steps, self.sampler)  # checks them
@@ -166,15 +166,7 @@ class FrozenTextToImage:
       both = [words[0], *(segment for text, image in pairs for segment in (image, text))]
       conditions.append(self.condition(params, both)[0])
       scales.append(text_guidance)
-    together = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *conditions)
-
-    def predict(x: jax.Array, t: jax.Array) -> jax.Array:
-      copies = jnp.concatenate([x] * len(conditions))
-      found = self.model.predict(params, copies, jnp.tile(t, len(copies)), together)
-      return diffusion.guide_in_turn(jnp.split(found, len(conditions)), scales)
-
-    latents = diffusion.sample(predict, noise, self.model.schedule, sampler=sampler, steps=steps)
-    return self.model.decode(params, latents)
+    return self.model.sample(params, noise, conditions, scales, sampler=sampler, steps=steps)
 
   def _embed(self, params: Any, ids: Sequence[jax.Array]) -> jax.Array:
     """Ids int32 [b, n] from each tokenizer to float32 [b, n, d]."""

@@ -5,6 +5,7 @@ Kingma et al. 2021). Timesteps t are 0 .. T - 1, from little to much noise. Lett
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Sequence
 
@@ -90,7 +91,7 @@ class DiffusionSampling:
 
   steps: int = fields.static(25)
   sampler: str = fields.static("dpm")
-  guidance: float = 7.5
+  guidance: float = fields.static(7.5, at=(0.0, 1.0))
 
   def __post_init__(self):
     check_at_least(self, 1, "steps")
@@ -133,21 +134,30 @@ def to_clean(
   return alpha * noisy - sigma * predicted
 
 
-def guide(unconditional: jax.Array, conditional: jax.Array, scale: float | jax.Array) -> jax.Array:
-  """Classifier-free guidance (Ho and Salimans 2022, eq. 6, with w = scale - 1); 1 means no guidance."""
-  return unconditional + scale * (conditional - unconditional)
-
-
 def guide_in_turn(predictions: Sequence[jax.Array], scales: Sequence[float | jax.Array]) -> jax.Array:
   """Guidance by a sequence of conditions, each more specific than the last: p_0 + sum s_i (p_i - p_(i-1)).
 
-  With two predictions it is `guide`. If all scales are 1, it returns the last prediction; a scale of 0
-  ignores what its condition adds.
+  With two predictions it is classifier-free guidance (Ho and Salimans 2022, eq. 6, with w = s_1 - 1). If all
+  scales are 1, it returns the last prediction; a scale of 0 ignores what its condition adds.
   """
   guided = predictions[0]
   for less, more, scale in zip(predictions[:-1], predictions[1:], scales, strict=True):
     guided = guided + scale * (more - less)
   return guided
+
+
+def needed(scales: Sequence[float | jax.Array]) -> list[int]:
+  """Which predictions `guide_in_turn` needs: not those whose weight is 0, as far as scales are numbers.
+
+  The weight of p_i is s_i - s_(i+1), where p_0 has a scale of 1 and none follows the last one. Guidance by
+  what is left, with the scales of all but its first prediction, is the same.
+  """
+  pairs = itertools.pairwise([1.0, *scales, 0.0])
+  return [
+    i
+    for i, (own, following) in enumerate(pairs)
+    if isinstance(own, jax.Array) or isinstance(following, jax.Array) or own != following
+  ]
 
 
 def visited(schedule: Schedule, sampler: str, steps: int) -> np.ndarray:

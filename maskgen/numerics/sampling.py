@@ -73,7 +73,7 @@ class MaskedSampling:
   top_k: int = fields.static(0)
   top_p: float = fields.static(1.0)
   reuse: int = fields.static(1)
-  guidance: float = 1.0
+  guidance: float = fields.static(1.0, at=(0.0, 1.0))
   guidance_schedule: str = fields.static("constant")
 
   def __post_init__(self):
@@ -122,6 +122,13 @@ def guide(
   """
   excess = (guidance - 1.0) * GUIDANCE_SCHEDULES[guidance_schedule](t)
   return conditional + excess * (conditional - unconditional)
+
+
+def needed(guidance: float | jax.Array, guidance_schedule: str) -> tuple[bool, bool]:
+  """Whether `guide` needs the conditional and the unconditional logits: one of them if its scale says so."""
+  if isinstance(guidance, jax.Array):
+    return True, True
+  return guidance != 0 or guidance_schedule != "constant", guidance != 1
 
 
 def remaining_table(schedule: str, steps: int, num_tokens: int) -> np.ndarray:

@@ -8,6 +8,7 @@ API use objectives only through the protocol below.
 import dataclasses
 import functools
 import inspect
+import numbers
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Protocol
 
@@ -296,12 +297,31 @@ def tokenizer_fingerprint(params: Tree) -> str:
 def compile_predict_fns(objective: Objective, mesh: jax.sharding.Mesh | None = None) -> dict[str, PredictFn]:
   """Returns the objective's jitted prediction functions; see `maskgen.config.fields.static`."""
   walked = fields.walk(type(objective), objective)
-  static = tuple({path[-1] for path, field, _ in walked if field.metadata.get("static")})
+  marked = [(path[-1], f.metadata["at"], value) for path, f, value in walked if f.metadata.get("static")]
+  static = tuple({name for name, at, _ in marked if not at})
+  constants = {name: (*at, value) for name, at, value in marked if at}
 
   def jit(fn: PredictFn) -> PredictFn:
     parameters = inspect.signature(fn).parameters.values()
-    options = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
-    fn = sharding.on_mesh(fn, mesh) if mesh else fn
-    return jax.jit(fn, static_argnames=static if options else ())
+    traced = sharding.on_mesh(fn, mesh) if mesh else fn
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
+      return jax.jit(traced)
+
+    @functools.partial(jax.jit, static_argnames=(*static, "constant"))
+    @functools.wraps(fn)
+    def jitted(*args: Any, constant: tuple[tuple[str, float], ...] = (), **options: Any) -> Any:
+      return traced(*args, **options, **dict(constant))
+
+    @functools.wraps(jitted)
+    def call(*args: Any, **options: Any) -> Any:
+      constant = {
+        name: float(value)
+        for name, value in options.items()
+        if isinstance(value, numbers.Real) and value in constants.get(name, ())
+      }
+      rest = {name: value for name, value in options.items() if name not in constant}
+      return jitted(*args, constant=tuple(sorted(constant.items())), **rest)
+
+    return call
 
   return {name: jit(fn) for name, fn in objective.predict_fns().items()}

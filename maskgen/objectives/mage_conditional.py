@@ -153,10 +153,11 @@ class Conditional(mage.Objective, abc.ABC):
     params = variables["params"]
     network = self.model, self.network_params(params, variables["frozen"])
     nothing = jnp.repeat(self._no_condition(params), len(batch["key"]), axis=0)
-    if self.condition_key not in batch:
+    conditional, unconditional = sampling_lib.needed(guidance, guidance_schedule)
+    if self.condition_key not in batch or not conditional:
       return decoding_fns(*network, nothing)
     condition = self._condition(params, batch)
-    if isinstance(guidance, int | float) and guidance == 1:  # a traced value can be anything
+    if not unconditional:
       return decoding_fns(*network, condition)
     both = jnp.stack([condition, nothing], axis=1).reshape(-1, *condition.shape[1:])
 

@@ -201,10 +201,11 @@ class Objective:
   ) -> sampling_lib.LogitsFn:
     """The logits function for `sampling.decode`, guided by the labels in `batch`."""
     params = variables["params"]
-    unguided = isinstance(guidance, int | float) and guidance == 1  # a traced value can be anything
+    conditional, unconditional = sampling_lib.needed(guidance, guidance_schedule)
+    given = batch if conditional else {}
 
     def plain(tokens: jax.Array, unknown: jax.Array, t: jax.Array) -> jax.Array:
-      return self._apply(params, tokens, unknown, self._label(batch, len(tokens)))
+      return self._apply(params, tokens, unknown, self._label(given, len(tokens)))
 
     def guided(tokens: jax.Array, unknown: jax.Array, t: jax.Array) -> jax.Array:
       both = jnp.stack([batch["label"], jnp.full_like(batch["label"], self.classes)], axis=1).reshape(-1)
@@ -214,7 +215,7 @@ class Objective:
         logits[:, 0], logits[:, 1], t, guidance=guidance, guidance_schedule=guidance_schedule
       )
 
-    return plain if unguided or "label" not in batch else guided
+    return guided if "label" in given and unconditional else plain
 
   def reusing_fn(
     self, variables: Tree, batch: Batch, guidance: float | jax.Array, guidance_schedule: str

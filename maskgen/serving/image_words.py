@@ -71,17 +71,17 @@ class ImageWords(Model):
       images: the images of the prompt: each [h, w, c], or its tokens [k, d] from `encode`; or with a leading
         axis b, one for each generated image.
       num_tokens: the number of tokens of every image, or a list with one for each; by default all that fit.
-      negative_prompt: a text that guidance steers away from; in a prompt with images this requires an
-        `image_guidance` other than 1.
+      negative_prompt: a text that guidance steers away from; this requires an `image_guidance` other than 1,
+        in a prompt of words alone a `text_guidance` other than 1.
       **options: the fields of `maskgen.models.vilex.ImageWordsSampling`; by default as in the config.
     """
     checked = self._options(options)
     request = self.request(seed, batch, prompt, images, num_tokens, negative_prompt)
-    guidance = checked.get("image_guidance", self.objective.sampling.image_guidance)
-    if "negative" in request and "vectors" in request and guidance == 1:
+    first = "image_guidance" if "vectors" in request else "text_guidance"
+    if "negative" in request and checked.get(first, getattr(self.objective.sampling, first)) == 1:
+      of = "with images" if "vectors" in request else "of words"
       raise UserError(
-        "negative_prompt has no effect on a prompt with images at image_guidance=1: set another "
-        "image_guidance, or leave it out"
+        f"negative_prompt has no effect on a prompt {of} at {first}=1: set another {first}, or leave it out"
       )
     return self._generate(request, checked)
 
