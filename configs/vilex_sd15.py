@@ -66,9 +66,12 @@ def full(args) -> ml_collections.ConfigDict:
   encoder: dict = dict(name="vit", **SO400M) if path in PUBLISHED else dict(name="pretrained")
   if not mage:
     encoder.update(dtype="bfloat16", scan=True, remat="dots")
+  takes_sizes = args.family == "sdxl"  # and is told the true ones
   # No flips with captions, which may mention left and right.
   words = f"|tokenize('bpe:{section['folder'] or args.family}/tokenizer', 77)" if args.caption_share else ""
-  augment = words or "|flip_lr"
+  flip = "" if args.caption_share else "|flip_lr"
+  random = f"|sized_crop({size})" if takes_sizes else f"|resize_small({size})|random_crop({size})"
+  centre = f"|sized_crop({size}, 'center')" if takes_sizes else f"|resize_small({size})|center_crop({size})"
   return ml_collections.ConfigDict(
     dict(
       batch_size=args.batch_size,
@@ -79,8 +82,8 @@ def full(args) -> ml_collections.ConfigDict:
       data=dict(
         source=args.source,
         eval_source=args.eval_source or None,
-        preprocess=f"decode(3)|resize_small({size})|random_crop({size}){augment}",
-        eval_preprocess=f"decode(3)|resize_small({size})|center_crop({size}){words}",
+        preprocess=f"decode(3){flip}{random}{words}" if takes_sizes else f"decode(3){random}{flip}{words}",
+        eval_preprocess=f"decode(3){centre}{words}",
       ),
       pretrained=dict(decoder=decoder, encoder=path),
       objective=dict(
@@ -100,6 +103,7 @@ def full(args) -> ml_collections.ConfigDict:
         pool_heads=16,
         tail_drop=dict(distribution="uniform", full=0.25),
         words=dict(share=args.caption_share),
+        crop_sizes=takes_sizes,
         dtype="bfloat16",
         sampling=dict(steps=25, sampler="dpm", image_guidance=2.0, text_guidance=2.0),
       ),

@@ -1,5 +1,6 @@
 """Preprocessing ops: against Pillow, eager against tf.data, and as specifications."""
 
+import functools
 import io
 import math
 
@@ -96,6 +97,27 @@ def test_random_crop_reaches_every_place():
   image = tf.constant(np.arange(30, dtype=np.uint8).reshape(5, 6, 1))
   corners = {int(ops.random_crop(image, (3, 4), seed=seed)[0, 0, 0]) for seed in _seeds(150)}
   assert corners == {6 * y + x for y in range(3) for x in range(3)}
+
+
+@pytest.mark.parametrize("encoded", [False, True])
+def test_sized_crops_say_where_they_are(encoded):
+  """The resized picture, at the place that the numbers name."""
+  image = _image(12, 30)
+  data = io.BytesIO()
+  Image.fromarray(image).save(data, "PNG")
+  record = {"image": tf.constant(data.getvalue() if encoded else image)}
+  small = ops.resize_small(tf.constant(image), 6).numpy()
+  places = set()
+  for text, seeds in (("sized_crop(6)", _seeds(40)), ("sized_crop(6, 'center')", _seeds(1))):
+    preprocess = tf.function(functools.partial(parse_preprocess(f"decode(3)|{text}"), draw=ZERO))
+    for seed in seeds:
+      made = preprocess(record, seed)
+      assert made["sizes"].shape == (6,) and made["sizes"].dtype == tf.int32
+      height, width, top, left, *after = made["sizes"].numpy()
+      assert (height, width, top, after) == (12, 30, 0, [6, 6])
+      np.testing.assert_array_equal(made["image"], small[:, left : left + 6])
+      places.add(left)
+  assert left == 4 and places >= {0, 9}
 
 
 def test_flip_is_fair_and_mirrors():
@@ -219,6 +241,7 @@ def test_malformed_preprocessing(text, message):
     ("center_crop((8, 31))", "8x31 pixels don't fit into 40x30"),
     ("random_resized_crop(8, 0.2)", "scale is 0.2"),
     ("random_resized_crop(8, (0.5, 0.2))", r"scale is \(0.5, 0.2\)"),
+    ("sized_crop(8, 'corner')", "place is 'corner', not one of random, center"),
     ("pad(-1)", "n is -1"),
     ("pad(1, 'edge')", "mode is 'edge', not one of constant"),
   ],

@@ -406,3 +406,18 @@ def test_published_decoders(folders, tmp_path, name, widths):
   given = {name: np.stack([value] * 2) for name, value in given.items()} | {"key": keys(2)}
   images = predict["generate"](variables, given, None)
   assert images.shape == (2, 8, 8, 3) and np.isfinite(images).all()
+  if name == "sd":
+    with pytest.raises(UserError, match="crop_sizes is set, but this decoder takes no sizes: only SDXL does"):
+      objectives.build(section | dict(crop_sizes=True))
+    return
+  told = objectives.build(section | dict(crop_sizes=True))
+  assert told.batch_spec().arrays()["sizes"].shape == (6,)
+  compute = jax.jit(functools.partial(told.losses, train=True))
+  losses = []
+  for sizes in ((8, 8, 0, 0, 8, 8), (90, 60, 3, 0, 8, 8)):
+    given = batch(2) | {"key": keys(2), "sizes": np.array([sizes] * 2, np.int32)}
+    args = (variables["params"], variables["frozen"], {}, given, jax.random.key(0), 0)
+    losses.append(compute(*args)[0]["main"])
+  whole = jax.jit(functools.partial(objective.losses, train=True))(*args)[0]["main"]
+  np.testing.assert_allclose(losses[0], whole, rtol=1e-6)
+  assert losses[1] != losses[0]

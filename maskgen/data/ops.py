@@ -3,11 +3,12 @@
 To add an op, decorate `def name(image, *args)` with `@op`. Preprocessing refers to it with its module, as in
 `decode|my_package.my_ops.name(2)`, or by `name` alone if the module is already imported.
 
-The name of the first parameter, such as `image`, is the key of the entry that the op takes and replaces. The
-pipeline supplies keyword-only parameters: `seed`, an int64 tensor [2] as for TensorFlow's stateless random
-ops, and `draw`, an int64 scalar, the number of earlier draws of the record. Images are uint8 [h, w, c] before
-and after, c static; crops also accept a `Picture`, of which they decode only their rectangle. A size is an
-int for a square, or (height, width). Invalid arguments raise ValueError.
+The name of the first parameter, such as `image`, is the key of the entry that the op takes and replaces; an
+op that makes further entries returns all of them by key. The pipeline supplies keyword-only parameters:
+`seed`, an int64 tensor [2] as for TensorFlow's stateless random ops, and `draw`, an int64 scalar, the number
+of earlier draws of the record. Images are uint8 [h, w, c] before and after, c static; crops also accept a
+`Picture`, of which they decode only their rectangle. A size is an int for a square, or (height, width).
+Invalid arguments raise ValueError.
 """
 
 import functools
@@ -17,12 +18,13 @@ from collections.abc import Callable
 from maskgen.data.cpu_tf import tf
 from maskgen.data.picture import MAX_PIXELS, Picture
 
-Op = Callable[..., tf.Tensor]
+Op = Callable[..., tf.Tensor | dict[str, tf.Tensor]]
 Size = int | tuple[int, int]
 
 # By function name, with and without the module.
 OPS: dict[str, Op] = {}
 _METHODS = ("bilinear", "bicubic", "nearest", "lanczos3", "area")
+_PLACES = ("random", "center")
 _PAD_MODES = ("constant", "reflect", "symmetric")
 
 
@@ -105,9 +107,26 @@ def center_crop(image: tf.Tensor | Picture, size: Size) -> tf.Tensor:
 def random_crop(image: tf.Tensor | Picture, size: Size, *, seed: tf.Tensor) -> tf.Tensor:
   """Crops to `size` at a uniformly random position; smaller images are an error."""
   height_width = _fitting(image, size)
-  places = tf.cast(_sides(image) - height_width + 1, tf.float32)
-  begin = tf.random.stateless_uniform([2], seed) * places
-  return _crop(image, tf.minimum(tf.cast(begin, tf.int32), _sides(image) - height_width), height_width)
+  return _crop(image, _random_place(image, height_width, seed), height_width)
+
+
+@picture_op
+def sized_crop(
+  image: tf.Tensor | Picture, size: int, place: str = "random", *, seed: tf.Tensor
+) -> dict[str, tf.Tensor]:
+  """Resizes so that the shorter side has `size` pixels, and crops to a square there, noting what it did.
+
+  The crop is at a "random" place or in the "center". The entry `sizes`, int32 [6], is the size conditioning
+  of SDXL (Podell et al. 2023, section 2.2): height and width before, top and left of the crop, height and
+  width after. Flip before, since a flip moves the crop.
+  """
+  if place not in _PLACES:
+    raise ValueError(f"place is {place!r}, not one of {', '.join(_PLACES)}")
+  small = resize_small(image, size)
+  sides = _height_width(size)
+  begin = _random_place(small, sides, seed) if place == "random" else (_sides(small) - sides) // 2
+  sizes = tf.concat([_sides(image), begin, sides], axis=0)
+  return {"image": _crop(small, begin, sides), "sizes": tf.ensure_shape(sizes, [6])}
 
 
 @picture_op
@@ -183,6 +202,13 @@ def _height_width(size: Size) -> tuple[int, int]:
 def _sides(image: tf.Tensor | Picture) -> tf.Tensor:
   """Height and width, int32 [2]."""
   return image.sides if isinstance(image, Picture) else tf.shape(image)[:2]
+
+
+def _random_place(image: tf.Tensor | Picture, height_width: tuple[int, int], seed: tf.Tensor) -> tf.Tensor:
+  """Top and left of a crop, uniform over all places, int32 [2]."""
+  room = _sides(image) - height_width
+  begin = tf.random.stateless_uniform([2], seed) * tf.cast(room + 1, tf.float32)
+  return tf.minimum(tf.cast(begin, tf.int32), room)
 
 
 def _crop(image: tf.Tensor | Picture, begin: tf.Tensor, extent: tf.Tensor | tuple[int, int]) -> tf.Tensor:

@@ -76,9 +76,10 @@ class Preprocess:
       parameters = inspect.signature(OPS[name]).parameters
       kwargs = kwargs | {key: value for key, value in given.items() if key in parameters}
       try:
-        record[op.key] = OPS[name](record[op.key], *args, **kwargs)
+        made = OPS[name](record[op.key], *args, **kwargs)
       except (TypeError, ValueError) as error:
         raise UserError(f"{name} in preprocessing '{self.text}': {error}; {_form(name)}") from error
+      record |= made if isinstance(made, dict) else {op.key: made}
     return {k: v.pixels() if isinstance(v, Picture) else v for k, v in record.items()}
 
 

@@ -81,7 +81,7 @@ class TextToImage:
     params: Any,
     embeddings: Sequence[jax.Array],
     end: jax.Array,
-    size: tuple[int, int] = (1024, 1024),
+    size: tuple[int, int] | jax.Array = (1024, 1024),
   ) -> Condition:
     """The U-Net's condition for a prompt of embeddings.
 
@@ -90,7 +90,8 @@ class TextToImage:
       embeddings: float [b, l, d] for each text encoder, from `embed` or elsewhere.
       end: int32 [b], the position of the first end id.
       size: of the image, (height, width) in pixels; used only by models that take sizes (SDXL), as the size
-        of both original and target, without a crop.
+        of both original and target, without a crop. Or all six numbers of each image, int [b, 6]: height and
+        width of the original, top and left of the crop, height and width of the target.
     """
     encoded: list[Encoded] = [
       _run(encoder, params[part], "encode", one, end)
@@ -101,8 +102,9 @@ class TextToImage:
     if not self.unet.size_width:
       return Condition(encoded[0].last, encoded[0].pooled)
     context = jnp.concatenate([one.penultimate for one in encoded], axis=-1)
-    sizes = jnp.asarray([*size, 0, 0, *size], jnp.float32)
-    return Condition(context, encoded[-1].pooled, jnp.tile(sizes[None], (len(context), 1)))
+    if isinstance(size, tuple):
+      size = jnp.tile(jnp.array([[*size, 0, 0, *size]]), (len(context), 1))
+    return Condition(context, encoded[-1].pooled, size.astype(jnp.float32))
 
   def null(self, empty: Condition) -> Condition:
     """What guidance moves away from, given the condition of an empty (or negative) prompt."""

@@ -100,13 +100,19 @@ class FrozenTextToImage:
     """The words of captions int32 [b, n] that begin with the start id and have an end id."""
     return self.words(params, ids[:, 1:-1], (ids == self.end_id).argmax(axis=1).astype(jnp.int32) - 1)
 
-  def condition(self, params: Any, segments: Sequence[Segment]) -> tuple[Condition, jax.Array]:
-    """The U-Net's condition for a prompt of these segments, and the position of its end, int32 [b]."""
+  def condition(
+    self, params: Any, segments: Sequence[Segment], sizes: jax.Array | None = None
+  ) -> tuple[Condition, jax.Array]:
+    """The U-Net's condition for a prompt of these segments, and the position of its end, int32 [b].
+
+    `sizes` are those of `TextToImage.condition`, int [b, 6], by default of whole images.
+    """
     special = [jnp.array([[self.start_id, self.end_id, padding]]) for padding in self.padding_ids]
     prompt = prompts.assemble(segments, Frame(*self._embed(params, special)[0]), self.length)
     ends = np.cumsum(self.model.text_widths)[:-1]
     parts = jnp.split(prompt.embeddings, ends, axis=-1)
-    return self.model.condition(params, parts, prompt.end, self.image_size), prompt.end
+    size = self.image_size if sizes is None else sizes
+    return self.model.condition(params, parts, prompt.end, size), prompt.end
 
   def nothing(self, params: Any, batch: int) -> Condition:
     """The condition that guidance moves away from: that of an empty prompt."""

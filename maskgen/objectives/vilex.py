@@ -16,12 +16,14 @@ import numpy as np
 from maskgen import config as config_lib
 from maskgen import images as images_lib
 from maskgen import objectives, sharding, storage
+from maskgen.batch import ArraySpec
 from maskgen.config import fields
 from maskgen.errors import UserError
 from maskgen.importers import diffusers
 from maskgen.models.attention_pool import AttentionPool
 from maskgen.models.image_encoder import IMAGE_CHANNELS, EncoderPart
 from maskgen.models.text_to_image import ERROR_KEYS
+from maskgen.models.unet import NUM_SIZES
 from maskgen.models.vilex import FrozenTextToImage, ImageWordsSampling
 from maskgen.numerics import diffusion, prompts
 from maskgen.numerics.positions import Positions
@@ -58,6 +60,8 @@ class Objective:
       encoder from scratch. Not in the paper.
     min_timestep: the smallest timestep drawn in training. At lower noise, the image itself shows what a
       prompt could say about it. Not in the paper.
+    crop_sizes: whether a decoder that takes sizes (SDXL) is told in training how each picture was resized and
+      cropped, the `sizes` of the op `sized_crop`. Otherwise, and in generation, it is told of whole pictures.
     dtype, attention: of the pooling, see `AttentionPool`.
     sampling: default options of generation.
   """
@@ -78,6 +82,7 @@ class Objective:
   words: Words = Words()
   alignment_steps: int = fields.renamed(0, was="warm_start_steps")
   min_timestep: int = fields.renamed(0, was="first_step")
+  crop_sizes: bool = False
   dtype: str = fields.precision("float32")
   attention: str = fields.operational("auto", plain="xla")
   sampling: ImageWordsSampling = ImageWordsSampling()
@@ -92,6 +97,9 @@ class Objective:
       raise UserError(
         "pretrained_encoder: an encoder with a tokenizer is always pretrained, leave the key out"
       )
+    unet = self.text_to_image.model.unet
+    if self.crop_sizes and not (unet.pooled_width and unet.size_width):
+      raise UserError("crop_sizes is set, but this decoder takes no sizes: only SDXL does, leave the key out")
     schedule = self.text_to_image.model.schedule
     if self.min_timestep >= schedule.steps:
       raise UserError(
@@ -104,7 +112,8 @@ class Objective:
     return self.texts if self.words.share or self.alignment_steps else None
 
   def batch_spec(self) -> BatchSpec:
-    return BatchSpec(image_shape=self.image_shape, captions=self.captions)
+    others = {"sizes": ArraySpec((NUM_SIZES,), "int32", 1 << 16)} if self.crop_sizes else {}
+    return BatchSpec(image_shape=self.image_shape, captions=self.captions, others=others)
 
   @property
   def texts(self) -> Captions:
@@ -208,7 +217,8 @@ class Objective:
       num_words = words.before.number + words.behind.number
       fitting = prompts.num_fitting(image.number, num_words, self.text_to_image.length)
       segments = [words.before, image._replace(number=fitting), words.behind]
-    condition, _ = self.text_to_image.condition(frozen["decoder"], segments)
+    sizes = batch["sizes"] if self.crop_sizes else None
+    condition, _ = self.text_to_image.condition(frozen["decoder"], segments, sizes)
     errors = self.text_to_image.model.errors
     loss = errors(frozen["decoder"], images, [condition], batch["key"], self.min_timestep)[0].mean()
     metrics = self._health(frozen, vectors) | {"kept_tokens": image.number.mean()}
@@ -251,7 +261,8 @@ class Objective:
       segments = {name: Segment(vectors, jnp.full((b,), number)) for name, number in numbers.items()}
       if "caption" in batch:
         segments["loss_caption"] = decoder.caption(frozen, batch["caption"])
-      conditions = [decoder.condition(frozen, [segment])[0] for segment in segments.values()]
+      sizes = batch.get("sizes") if self.crop_sizes else None
+      conditions = [decoder.condition(frozen, [segment], sizes)[0] for segment in segments.values()]
       errors = decoder.model.errors(frozen, images, conditions, jax.random.split(rng, b))
       return dict(zip(segments, errors, strict=True))
 
