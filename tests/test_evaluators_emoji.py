@@ -12,7 +12,7 @@ from maskgen import config as config_lib
 from maskgen import evaluators
 from maskgen.data import emoji
 from maskgen.errors import UserError
-from maskgen.evaluators import emoji_edits
+from maskgen.evaluators import emoji_edits, feature_spaces
 from maskgen.evaluators.emoji import in_other_tone, wanted_pictures, with_other_base
 from maskgen.evaluators.emoji_judge import distances_to_real, judge
 from maskgen.images import to_float
@@ -22,6 +22,7 @@ from maskgen.numerics.text import Captions
 KNOWN = emoji.load()
 CAPTIONS = Captions(text_tokenizer=f"list:{' '.join(KNOWN.words)}", length=24)
 BATCH, TOKENS = 16, 8
+DRAWING = feature_spaces.open_space("drawing", None)
 
 
 def words(text):
@@ -74,7 +75,7 @@ def blur(variables, batch, rng):
 def test_real_pictures_are_recognised():
   for group, wanted in wanted_pictures(1000).items():
     assert len(wanted) == {"tone": 301, "form": 72, "seen": 301}[group]
-    for hits in judge(distances_to_real("drawing", KNOWN.images[wanted]), wanted).values():
+    for hits in judge(distances_to_real(DRAWING, KNOWN.images[wanted]), wanted).values():
       assert hits.all()
 
 
@@ -95,7 +96,7 @@ def test_noisy_pictures_are_recognised():
   wanted = wanted_pictures(40)["tone"]
   noise = np.random.default_rng(0).normal(0, 0.1, KNOWN.images[wanted].shape)
   noisy = np.clip(KNOWN.images[wanted] / 255 + noise, 0, 1).astype(np.float32)
-  assert all(hits.all() for hits in judge(distances_to_real("drawing", noisy), wanted).values())
+  assert all(hits.all() for hits in judge(distances_to_real(DRAWING, noisy), wanted).values())
 
 
 # Pictures from words

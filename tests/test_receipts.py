@@ -3,16 +3,21 @@
 import csv
 import functools
 import json
+import re
 import shutil
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
 from PIL import Image
 
-from maskgen import files, main
+from maskgen import evaluators, files, main, plugins
+from maskgen.data import emoji
 from maskgen.errors import UserError
-from maskgen.evaluators import receipts, statistics_files
+from maskgen.evaluators import feature_spaces, receipts, statistics_files
+from maskgen.models.vilex import ImageWordsSampling
+from maskgen.numerics.text import Captions
 from maskgen.tools import evaluate, reference_stats, verify
 from maskgen.training import evaluation, experiment
 
@@ -197,7 +202,7 @@ def test_receipts_of_other_results_are_refused(run, trained, evaluated, tmp_path
   [
     ("num_images", 50_000, "generation: num_images is 50000, but now 24"),
     ("labels", "balanced", "generation: labels is balanced, but now unconditional"),
-    ("network|weights", "0" * 64, r"generation: network\.weights is 0+\.\.\., but now ''"),
+    ("networks|pixels|weights", "0" * 64, r"generation: networks\.pixels\.weights is 0+.*, but now ''"),
     ("reference", "the test split", "generation: reference is the test split, but now the training split"),
   ],
 )
@@ -206,6 +211,34 @@ def test_an_evaluation_of_a_checkpoint_is_refused(fact, value, message, evaluate
   change(tmp_path / RECEIPT, {f"evaluations|generation|{fact}": value})
   with pytest.raises(UserError, match=message):
     verify.main([str(tmp_path)])
+
+
+# Feature networks
+
+
+def test_every_evaluator_records_its_feature_networks():
+  """Whichever option names one, by its documentation."""
+  network = "model:digits"
+  space = feature_spaces.open_space(network, None)
+  known = emoji.load()
+  captions = Captions(text_tokenizer=f"list:{' '.join(known.words)}", length=24)
+  objective = tiny.FakeObjective(captions=captions, tokens=8, sampling=ImageWordsSampling())
+  predict = dict.fromkeys(("encode", "generate", "reconstruct"))
+  batch = {"image": jnp.zeros((4, 16, 16, 1), jnp.uint8), "valid": jnp.ones(4, bool)}
+  context = evaluators.Context(objective, predict, lambda split: [batch], None, known.classes)
+  opening = {}
+  for kind in plugins.short_names("maskgen.evaluators", "Evaluator"):
+    options = evaluators.find(kind, "here")
+    for option, text in re.findall(r"(?m)^    (\w+): ((?:.|\n     )+)", options.__doc__):
+      if "open_space" in text or "open_network" in text:
+        opening[kind] = option
+        given = network if isinstance(getattr(options, option), str) else ("drawing", network)
+        evaluator = evaluators.build("it", {"type": kind, option: given}, context)
+        recorded = receipts.of_evaluator(evaluator)["networks"]
+        assert recorded["digits"] == {"protocol": "", "weights": space.weights}, kind
+        assert len(space.weights) == 64 and len(recorded) == (1 if given == network else 2)
+  assert opening == {"emoji": "spaces", "emoji_edits": "space", "generation": "features", "vilex": "features"}
+  assert not context.networks
 
 
 # Pictures of any program

@@ -4,6 +4,7 @@ Each module has a frozen dataclass `Evaluator` whose fields are its options in `
 an evaluation is the name of a module in this package or of your own (docs/extending.md).
 """
 
+import dataclasses
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -42,7 +43,7 @@ def find(kind: str, where: str) -> type:
 
 
 def build(name: str, config: Mapping[str, Any], context: Context) -> Evaluator:
-  """Builds the evaluator that the section `config.evals.<name>` describes.
+  """Builds the evaluator that the section `config.evals.<name>` describes, with a context of its own.
 
   Raises:
     UserError: if its type does not exist, an option is wrong, or the objective lacks a prediction
@@ -63,7 +64,8 @@ def build(name: str, config: Mapping[str, Any], context: Context) -> Evaluator:
         f"{where} needs the prediction function '{function}', which the objective does not have "
         f"(it has {', '.join(sorted(context.predict))}): remove this evaluation"
       )
-  built: Evaluator = config_lib.build_dataclass(cls, options, where, context=context)
+  own = dataclasses.replace(context, networks={})
+  built: Evaluator = config_lib.build_dataclass(cls, options, where, context=own)
   if "seed" in options:
     config_lib.check_seed(f"{where}.seed", options["seed"])
   return built

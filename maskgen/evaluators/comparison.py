@@ -106,7 +106,8 @@ def open_network(spec: str, protocol: str = "", context: Context | None = None) 
     spec: "inception_v3:/path/to/weights", or "inception_v3" for the published weights, which are downloaded
       once; or what `feature_spaces.open_space` takes.
     protocol: how pictures are prepared for Inception-v3, by default "adm".
-    context: the context of the run whose images are compared, if it is a run.
+    context: the context of the run whose images are compared, if it is a run; the network is added to its
+      `networks`.
 
   Raises:
     UserError: as `check_features` and importers do.
@@ -114,7 +115,10 @@ def open_network(spec: str, protocol: str = "", context: Context | None = None) 
   check_features(spec, protocol)
   name, _, path = spec.partition(":")
   if name == INCEPTION:
-    return open_inception(inception.load(path or inception.fetch()), protocol or DEFAULT_PROTOCOL)
+    network = open_inception(inception.load(path or inception.fetch()), protocol or DEFAULT_PROTOCOL)
+    if context is not None:
+      context.networks[network.name] = {"protocol": network.protocol, "weights": network.weights}
+    return network
   space = feature_spaces.open_space(spec, context)
   return Network(space.name, "", space.weights, lambda images: {"pooled": space(images)})
 

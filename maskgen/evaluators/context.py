@@ -29,6 +29,8 @@ class Context:
     class_names: the classes, or None if the data has no labels.
     lacks: why it has none, if some records could have some: `{"label": problem and remedy}`.
     num_train: the number of images of the split "train", if it is known.
+    networks: the feature networks that the evaluator has opened, by name, as receipts describe them: how
+      pictures are prepared ("protocol") and the hash of the weights ("weights").
   """
 
   objective: Any
@@ -38,6 +40,7 @@ class Context:
   class_names: tuple[str, ...] | None
   lacks: Mapping[str, str] = dataclasses.field(default_factory=dict)
   num_train: int | None = None
+  networks: dict[str, dict[str, str]] = dataclasses.field(default_factory=dict)
 
   @property
   def codebook_size(self) -> int:
@@ -119,5 +122,6 @@ class Evaluator(Protocol):
   def facts(self) -> Mapping[str, Any]:
     """What its metrics depend on beside its options, for receipts; by default nothing. A collective call.
 
-    Everything is JSON: the hash of a feature network, how images were labelled, what they were compared with.
+    Everything is JSON: how images were labelled, what they were compared with. Feature networks that are
+    opened with the context are recorded without it.
     """

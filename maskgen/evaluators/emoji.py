@@ -1,6 +1,7 @@
 """Whether generated emoji are the ones that their captions name, for combinations never trained on."""
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -16,7 +17,7 @@ from maskgen.errors import UserError
 from maskgen.evaluators.batches import first_batch, gather, generate, key_shapes, one_blas_thread, place
 from maskgen.evaluators.context import Call, Context, Report
 from maskgen.evaluators.emoji_judge import distances_to_real, judge
-from maskgen.evaluators.feature_spaces import check_space, name_of
+from maskgen.evaluators.feature_spaces import Space, open_space
 
 _SHOWN_SIDE = 96  # pixels, of pictures on the contact sheet
 # The number of training pictures among which the nearest is looked for.
@@ -112,8 +113,7 @@ class Evaluator:
         f"num_images is {self.num_images}, num_pictures is {self.num_pictures} and spaces is {self.spaces}: "
         "give at least 1 of each"
       )
-    for space in self.spaces:
-      check_space(space)
+    _ = self._spaces  # this checks `spaces`
     if "generate" in self._ways:
       self.context.check_sampling(self.sampling)
 
@@ -122,6 +122,10 @@ class Evaluator:
     """What makes pictures: generation from captions first."""
     known = ("generate",) if self.context.captions is not None else ()
     return tuple(way for way in (*known, "reconstruct") if way in self.context.predict)
+
+  @functools.cached_property
+  def _spaces(self) -> list[Space]:
+    return [open_space(space, self.context) for space in self.spaces]
 
   def trace(self, call: Call, batch: Mapping[str, jax.ShapeDtypeStruct]) -> None:
     if "generate" in self._ways:
@@ -139,8 +143,8 @@ class Evaluator:
     for (group, wanted), way in itertools.product(groups.items(), self._ways):
       made = self._make(way, variables, rng, wanted)
       found = _errors(made, wanted)
-      for number, space in enumerate(self.spaces):
-        distances, end = distances_to_real(space, made), f"_{name_of(space)}" if number else ""
+      for number, space in enumerate(self._spaces):
+        distances, end = distances_to_real(space, made), f"_{space.name}" if number else ""
         hits = judge(distances, wanted)
         found |= {f"{name}_top1{end}": float(values.mean()) for name, values in hits.items()}
         if way == "generate":
@@ -205,7 +209,8 @@ def _errors(made: np.ndarray, wanted: np.ndarray) -> dict[str, float]:
 
   train = known.images[known.split("train")]
   # Only the nearest in 8 x 8 pixels are compared in all pixels.
-  near = distances_to_real("pixels", made)[:, known.split("train")].argsort(axis=1)[:, :_CANDIDATES]
+  rough = distances_to_real(open_space("pixels", None), made)[:, known.split("train")]
+  near = rough.argsort(axis=1)[:, :_CANDIDATES]
   right = [errors(known.images[i], one) for i, one in zip(wanted, made, strict=True)]
   nearest = [errors(train[at], one).min() for at, one in zip(near, made, strict=True)]
   return {"distance": float(np.sqrt(right).mean()), "distance_train": float(np.sqrt(nearest).mean())}

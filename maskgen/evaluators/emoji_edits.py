@@ -1,6 +1,7 @@
 """How well emoji are edited by words next to an image: every edit has one right picture."""
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
@@ -17,7 +18,7 @@ from maskgen.evaluators.batches import first_batch, gather, make_keys, one_blas_
 from maskgen.evaluators.context import Batch, Call, Context, Report
 from maskgen.evaluators.emoji import card, check_classes, in_other_tone, spread
 from maskgen.evaluators.emoji_judge import distances_to_real, judge
-from maskgen.evaluators.feature_spaces import check_space
+from maskgen.evaluators.feature_spaces import Space, open_space
 from maskgen.evaluators.prompted import IMAGE, WORD
 from maskgen.evaluators.vilex import check_tokens
 
@@ -88,7 +89,7 @@ class Evaluator:
     if self.context.captions is None:
       raise UserError("the objective takes no captions: remove this evaluation")
     prompted.check_options(self)
-    check_space(self.space)
+    _ = self._space  # this checks `space`
     if not isinstance(self.prompts, Mapping) or not self.prompts:
       raise UserError(f"prompts is {self.prompts!r}: give a prompt for each kind of edit")
     for kind, prompt in self.prompts.items():
@@ -118,6 +119,10 @@ class Evaluator:
   @property
   def _numbers(self) -> tuple[int, ...]:
     return check_tokens(self.context, self.num_tokens)
+
+  @functools.cached_property
+  def _space(self) -> Space:
+    return open_space(self.space, self.context)
 
   @one_blas_thread
   def run(self, variables: Any, rng: jax.Array) -> Report:
@@ -159,7 +164,7 @@ class Evaluator:
 
   def _measure(self, kind: str, made: np.ndarray, asked: Sequence[Edit]) -> dict[str, np.ndarray]:
     known, targets = emoji.load(), np.array([edit.target for edit in asked])
-    distances = distances_to_real(self.space, made)
+    distances = distances_to_real(self._space, made)
     hits = judge(distances, targets)
     if kind == "tone":
       found = {"edit_followed": hits["tone"], "edit_identity": hits["base"]}

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from maskgen.data import emoji
-from maskgen.evaluators import feature_spaces
+from maskgen.evaluators.feature_spaces import Space
 
 _BATCH = 256
 
@@ -31,11 +31,11 @@ def judge(distances: np.ndarray, wanted: np.ndarray) -> dict[str, np.ndarray]:
   }
 
 
-def distances_to_real(space: str, pictures: np.ndarray) -> np.ndarray:
+def distances_to_real(space: Space, pictures: np.ndarray) -> np.ndarray:
   """Squared distances to all real pictures.
 
   Args:
-    space: of features, see `feature_spaces.open_space`.
+    space: of features.
     pictures: [m, 32, 32, 3], uint8 or float32 in [0, 1].
 
   Returns:
@@ -47,12 +47,11 @@ def distances_to_real(space: str, pictures: np.ndarray) -> np.ndarray:
 
 
 @functools.cache
-def _real_features(space: str) -> np.ndarray:
+def _real_features(space: Space) -> np.ndarray:
   """Computed at the first evaluation, then kept."""
   return _features(space, emoji.load().images)
 
 
-def _features(space: str, pictures: np.ndarray) -> np.ndarray:
-  features = feature_spaces.open_space(space, None)
+def _features(space: Space, pictures: np.ndarray) -> np.ndarray:
   parts = (pictures[start : start + _BATCH] for start in range(0, len(pictures), _BATCH))
-  return np.concatenate([np.asarray(features(jnp.asarray(part)), np.float32) for part in parts])
+  return np.concatenate([np.asarray(space(jnp.asarray(part)), np.float32) for part in parts])

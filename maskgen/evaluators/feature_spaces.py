@@ -233,11 +233,15 @@ def open_space(spec: str, context: Context | None) -> Space:
       `importers.mobilenet_v2`; "dinov2:PATH", "clip:PATH" or "siglip:PATH", an image tower of transformers,
       a folder or a file of tensors, see `importers.towers`; or "model:PATH", the `features` of a trained
       encoder: a workdir, a step in it, an export, or a name of `maskgen.available()`.
-    context: the context of the run whose images are compared, if it is a run.
+    context: the context of the run whose images are compared, if it is a run; the space is added to its
+      `networks`.
 
   Raises:
     UserError: if the space does not exist, its file is missing or malformed, or it is for other data.
   """
   check_space(spec)
   name, _, path = spec.partition(":")
-  return SPACES[name](path, context)
+  space = SPACES[name](path, context)
+  if context is not None:
+    context.networks[space.name] = {"protocol": "", "weights": space.weights}
+  return space

@@ -182,11 +182,9 @@ class Evaluator:
     return Report(numbers, drawn)
 
   def facts(self) -> dict[str, Any]:
-    network, reference = self._network, self._statistics
-    moments = self._real.pooled_moments
+    reference, moments = self._statistics, self._real.pooled_moments
     return {
       "labels": self._labels,
-      "network": {"name": network.name, "protocol": network.protocol, "weights": network.weights},
       "reference": "the training split" if reference is None else reference.facts(),
       "samples_per_dimension": None if moments is None else self.num_images / len(moments.mean),
     }

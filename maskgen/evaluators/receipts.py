@@ -29,12 +29,14 @@ _AGAIN = "restore what it was made from, or evaluate again"
 
 
 def of_evaluator(evaluator: Evaluator) -> dict[str, Any]:
-  """The options of an evaluator, and what its method `facts` adds, if it has one."""
+  """The options of an evaluator, its feature networks, and what its method `facts` adds, if it has one."""
   declared: Any = evaluator
   names = [field.name for field in dataclasses.fields(declared) if field.init and field.name != "context"]
   options: dict[str, Any] = {name: getattr(evaluator, name) for name in names}
   if "sampling" in options:
     options["sampling"] = declared.context.full_sampling(options["sampling"])
+  if networks := declared.context.networks:
+    options["networks"] = networks
   return {**options, **(evaluator.facts() if hasattr(evaluator, "facts") else {})}
 
 
