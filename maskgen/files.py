@@ -49,6 +49,12 @@ def cache_folder() -> pathlib.Path:
   return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "maskgen"
 
 
+def absolute(path: str) -> str:
+  """The absolute path of what exists; any other text, such as the name of a model, as it is given."""
+  local = os.path.abspath(os.path.expanduser(path))
+  return local if path and os.path.exists(local) else path
+
+
 def damaged(path: epath.PathLike, reason: Any, remedy: str) -> UserError:
   """Returns the error for a file with unexpected contents."""
   return UserError(f"{path} is damaged ({reason}): {remedy}")

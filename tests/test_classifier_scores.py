@@ -12,7 +12,7 @@ from test_evaluators import make_context
 
 from maskgen import evaluators
 from maskgen.errors import UserError
-from maskgen.evaluators import batches, classifier_scores, picture_classifier
+from maskgen.evaluators import batches, classifier_scores, picture_classifier, picture_sets
 from maskgen.images import to_float
 from maskgen.tools import evaluate
 
@@ -116,6 +116,25 @@ def folders(tmp_path):
   return tmp_path
 
 
+def test_classes_are_sub_folders_or_labels():
+  def classes(names, labels):
+    return picture_sets.PictureSet("it", names, (8, 8), None, labels=labels)
+
+  folder = classes(("b/0", "a/1", "b/2"), None)
+  npz = classes(("arr_0[0]", "arr_0[1]"), np.array([1, 0]))
+  for made, real, expected in (
+    (folder, folder, ([1, 0, 1], [1, 0, 1])),
+    (folder, npz, ([1, 0, 1], [1, 0])),
+    (npz, npz, ([1, 0], [1, 0])),
+  ):
+    *labels, count = classifier_scores.label(made, real)
+    assert [found.tolist() for found in labels] == [*expected] and count == 2
+  with pytest.raises(UserError, match=r"it has no picture of class '7', unlike the other set"):
+    classifier_scores.label(folder, classes(("arr_0[0]", "arr_0[1]", "arr_0[2]"), np.array([1, 0, 7])))
+  with pytest.raises(UserError, match=r"'arr_0\[0\]' of it has none: .* save the classes of an npz file"):
+    classifier_scores.label(folder, classes(("arr_0[0]",), None))
+
+
 def evaluate_folders(folders, metrics):
   evaluate.main([f"--generated={folders}/made", f"--reference={folders}/real", f"--metrics={metrics}"])
 
@@ -128,8 +147,8 @@ def test_folders(folders, monkeypatch, capsys):
   assert numbers.keys() == {"two_sample", "two_sample_floor", "cas", "cas_real"}
   assert numbers["two_sample"] > 0.9 and numbers["two_sample_floor"] < 0.7 and numbers["cas_real"] == 1.0
   (folders / "made" / "blue").rename(folders / "made" / "green")
-  with pytest.raises(UserError, match="made has no sub-folder 'blue', unlike the other set"):
+  with pytest.raises(UserError, match="made has no picture of class 'blue', unlike the other set"):
     evaluate_folders(folders, "cas")
   (folders / "made" / "red" / "0.png").rename(folders / "made" / "0.png")
-  with pytest.raises(UserError, match=r"sub-folder for each class, but '0\.png' of .*made is in none"):
+  with pytest.raises(UserError, match=r"the class of each picture, but '0\.png' of .*made has none"):
     evaluate_folders(folders, "cas")

@@ -254,6 +254,15 @@ def test_feature_spaces():
   np.testing.assert_allclose(pixels(images), pixels(to_float(images)), atol=1e-6)
 
 
+def test_glyphs_are_compared_with_statistics_of_glyphs_only(tmp_path):
+  path = tmp_path / "pixels.npz"
+  np.savez(path, mu=np.zeros(192), sigma=np.eye(192))
+  section = dict(type="generation", features="glyphs", reference=str(path))
+  context = make_context(objective=tiny.FakeObjective(image_shape=SHAPE))
+  with pytest.raises(UserError, match="has statistics of 192 features, but glyphs has 64: give those of"):
+    evaluators.build("it", section, context)
+
+
 def test_pooled_features_of_photographs(repository):
   weights = repository.parent / "shared" / "weights" / "mobilenet_v2_1.0_224_u8.npz"
   if not weights.exists():

@@ -1,5 +1,6 @@
 """Receipts: results are computed again from them, and what was tampered with or mixed up is refused."""
 
+import contextlib
 import csv
 import functools
 import json
@@ -103,6 +104,11 @@ def test_a_run_is_computed_again(trained, evaluated, capsys):
   said = capsys.readouterr().out.splitlines()
   assert len(said) == 4 and all(line.endswith("are equal in every bit") for line in said)
   assert "tokenizer/receipts.json: 5 numbers" in said[0]
+  versions = statistics_files.versions() | {"jax": "0.1"}  # as of a row of a sweep that was continued
+  change(evaluated / RECEIPT, {"evaluations|generation|versions": versions})
+  verify.main([str(evaluated)])
+  assert re.search("are equal to 1e-06, with jax 0.1 instead of [^,]*$", capsys.readouterr().out)
+  change(evaluated / RECEIPT, {"evaluations|generation|versions": None})
   found = json.loads((evaluated / RECEIPT).read_text())
   assert not (evaluated / "executed").exists() and not (evaluated / "results.json").exists()
   assert found["evaluations"]["generation"]["samples_per_dimension"] == 24 / 192
@@ -262,7 +268,8 @@ def pictures(tmp_path_factory):
   (folder / "generated" / files.MANIFEST).write_text(json.dumps(described))
   make_statistics(folder)
   compare(folder, folder / "real", "pictures.json", "--metrics=fid,recall")
-  compare(folder, folder / "real.npz", "statistics.json", "--metrics=fid")
+  with contextlib.chdir(folder):
+    compare(folder, "real.npz", "statistics.json", "--metrics=fid")
   return folder
 
 

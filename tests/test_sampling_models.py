@@ -4,6 +4,7 @@ import argparse
 import csv
 import dataclasses
 import functools
+import json
 import logging
 
 import jax
@@ -175,10 +176,16 @@ def test_a_sweep_measures_each_setting_once_and_goes_on(trained, tmp_path, capsy
   sweep.main([*arguments, "--temperature=0,4"])
   before = read(out)
   assert {row["temperature"] for row in before} == {"0.0", "4.0"}
+  older = (out / sweep.TABLE).read_text().replace(f"jax {jax.__version__}, ", "jax 0.1, ")
+  (out / sweep.TABLE).write_text(older)
+  before = read(out)
   # The temperature does nothing to a fixed order: one more setting, not two.
   sweep.main([*arguments, "--temperature=0,4", "--order=confidence,halton"])
   rows = read(out)
   assert len(rows) == 3 and all(row in rows for row in before)
+  described = json.loads((out / "receipts.json").read_text())["evaluations"]
+  versions = {name: one.get("versions", {}).get("jax") for name, one in described.items()}
+  assert versions == {name: None if "halton" in name else "0.1" for name in described}
   distances = [float(row["frechet_pixels"]) for row in rows]
   assert distances == sorted(distances)
   assert all(float(row["seconds_per_image"]) > 0 for row in rows)

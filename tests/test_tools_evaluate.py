@@ -122,7 +122,10 @@ def test_adms_files_have_pictures_and_statistics(data):
   moments = frechet.fit([np.asarray(pixels(REAL))])
   path = data / "both.npz"
   np.savez(path, arr_0=REAL[:30], mu=moments.mean, sigma=moments.covariance)
-  found = run(data, "generated.npz", "both.npz", "--metrics=fid,recall")["metrics"]
+  made = run(data, "generated.npz", "both.npz", "--metrics=fid,recall")
+  # Nothing says of how many pictures the statistics are.
+  assert made["samples_per_dimension"]["reference"] is None and made["reference"]["pictures"] == 30
+  found = made["metrics"]
   expected = run(data, "generated.npz", "real.npz", "--metrics=fid")["metrics"]
   np.testing.assert_allclose(found["frechet_pixels"], expected["frechet_pixels"], rtol=1e-6)
   with np.load(path) as archive:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -47,29 +47,42 @@ def two_sample(first: np.ndarray, second: np.ndarray, train: Train) -> float:
   return float(hits.mean())
 
 
-def classes_of(metrics: Collection[str], made: PictureSet, real: PictureSet) -> tuple[str, ...]:
-  """The names of the classes, if a metric needs them: the sub-folders that pictures are in.
+def label(made: PictureSet, real: PictureSet) -> tuple[np.ndarray, np.ndarray, int]:
+  """The classes of the pictures of both sets, int [n] each, and the number of classes.
+
+  Classes are the sub-folders that pictures are in, or else `PictureSet.labels`. Where one set has sub-folders
+  and the other one labels, labels count the sub-folders by name.
 
   Raises:
-    UserError: if "cas" is among the metrics and a picture is in no sub-folder, or the sub-folders of the two
-      sets differ.
+    UserError: if a picture has no class, or the classes of the two sets differ.
   """
-  if "cas" not in metrics:
-    return ()
-  found = []
-  for pictures in (made, real):
-    if loose := [name for name in pictures.names if "/" not in name]:
-      raise UserError(
-        f"'cas' needs a sub-folder for each class, but '{loose[0]}' of {pictures.name} is in none: sort the "
-        "pictures, or leave it out"
-      )
-    found.append({_class(name) for name in pictures.names})
-  if different := sorted(found[0] ^ found[1]):
+  found = [_classes(pictures) for pictures in (made, real)]
+  if found[0].dtype.kind != found[1].dtype.kind:
+    found = [
+      np.unique(classes, return_inverse=True)[1] if classes.dtype.kind == "U" else classes
+      for classes in found
+    ]
+  if different := sorted({*found[0].tolist()} ^ {*found[1].tolist()}):
     lacking = (made, real)[different[0] in found[0]]
     raise UserError(
-      f"{lacking.name} has no sub-folder '{different[0]}', unlike the other set: 'cas' needs the same classes"
+      f"{lacking.name} has no picture of class '{different[0]}', unlike the other set: 'cas' needs the same "
+      "classes"
     )
-  return tuple(sorted(found[0]))
+  names, labels = np.unique(np.concatenate(found), return_inverse=True)
+  return labels[: len(made)], labels[len(made) :], len(names)
+
+
+def _classes(pictures: PictureSet) -> np.ndarray:
+  """The class of each picture, a name or a number, [n]."""
+  loose = [name for name in pictures.names if "/" not in name]
+  if not loose:
+    return np.array([name.partition("/")[0] for name in pictures.names])
+  if pictures.labels is None:
+    raise UserError(
+      f"'cas' needs the class of each picture, but '{loose[0]}' of {pictures.name} has none: sort pictures "
+      "into sub-folders, save the classes of an npz file as arr_1, or leave it out"
+    )
+  return pictures.labels
 
 
 def compare(
@@ -88,21 +101,21 @@ def compare(
     batch_size: pictures to read at once.
 
   Raises:
-    UserError: as `classes_of` does, or if there are too few pictures.
+    UserError: as `label` does, or if there are too few pictures.
   """
-  classes = classes_of(metrics, made, real)
+  made_labels, real_labels, classes = label(made, real) if "cas" in metrics else (None, None, 0)
   count = min(len(made), len(real) // 2, NUM_IMAGES)
   train = functools.partial(picture_classifier.train, rows=rows, steps=STEPS, seed=0)
-  drawn = draw(_read(real, classes, batch_size), 2 * count, 0)
+  drawn = draw(_read(real, real_labels, batch_size), 2 * count, 0)
   known, held_out = ({name: values[half] for name, values in drawn.items()} for half in _halves(count))
-  new = draw(_read(made, classes, batch_size), count, 0)
+  new = draw(_read(made, made_labels, batch_size), count, 0)
   numbers: dict[str, float] = {}
   if "two_sample" in metrics:
     numbers["two_sample"] = two_sample(new["image"], known["image"], train)
     numbers["two_sample_floor"] = two_sample(held_out["image"], known["image"], train)
   if "cas" in metrics:
     for name, images in (("cas", new), ("cas_real", known)):
-      classify = train(images["image"], images["label"], len(classes))
+      classify = train(images["image"], images["label"], classes)
       numbers[name] = float((classify(held_out["image"]) == held_out["label"]).mean())
   return numbers
 
@@ -111,18 +124,15 @@ def _halves(count: int) -> tuple[slice, slice]:
   return slice(count), slice(count, 2 * count)
 
 
-def _class(name: str) -> str:
-  return name.partition("/")[0]
-
-
-def _read(pictures: PictureSet, classes: Sequence[str], batch_size: int) -> Iterator[dict[str, np.ndarray]]:
-  """Batches of "image", and with classes "label" int32 [b]."""
+def _read(
+  pictures: PictureSet, labels: np.ndarray | None, batch_size: int
+) -> Iterator[dict[str, np.ndarray]]:
+  """Batches of "image", and with labels "label" [b]."""
   start = 0
   for images in pictures.read(batch_size):
-    names = pictures.names[start : start + len(images)]
-    start += len(images)
-    labels = {"label": np.array([classes.index(_class(name)) for name in names], np.int32)} if classes else {}
-    yield {"image": images} | labels
+    part = slice(start, start + len(images))
+    start = part.stop
+    yield {"image": images} | ({} if labels is None else {"label": labels[part]})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -78,6 +78,8 @@ class Network:
     """The number of pooled features of a picture of this (height, width)."""
     if self.protocol:
       return FEATURES
+    if not self.weights:  # cheap, and perhaps no function of JAX
+      return self.extract(jnp.zeros((1, *size, channels), jnp.uint8))["pooled"].shape[1]
     image = jax.ShapeDtypeStruct((1, *size, channels), jnp.uint8)
     return jax.eval_shape(self.extract, image)["pooled"].shape[1]
 

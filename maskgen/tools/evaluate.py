@@ -43,9 +43,10 @@ class Reference(NamedTuple):
 
   @property
   def num_pictures(self) -> int | None:
-    """The number of pictures, if it is known."""
-    known = None if self.statistics is None else self.statistics.count
-    return len(self.pictures) if known is None and self.pictures is not None else known
+    """The number of pictures behind a Frechet distance, if it is known; in ADM's files it is not."""
+    if self.statistics is not None:
+      return self.statistics.count
+    return None if self.pictures is None else len(self.pictures)
 
   def has(self, need: str) -> bool:
     """Whether it has a key of `Features`."""
@@ -78,10 +79,14 @@ def parser() -> cli.Parser:
     f"{', '.join((*comparison.METRICS, *classifier_scores.METRICS, *paired.METRICS, *CODES))}.",
     "python -m maskgen.tools.evaluate --generated=samples.npz --reference=VIRTUAL_imagenet256_labeled.npz",
   )
-  made.add_argument("--generated", help="folder of pictures, or npz file with arr_0")
-  made.add_argument("--model", help="a tokenizer: its reconstructions of --reference are evaluated")
+  path = files.absolute
+  made.add_argument("--generated", type=path, help="folder of pictures, or npz file with arr_0")
+  made.add_argument(
+    "--model", type=path, help="a tokenizer: its reconstructions of --reference are evaluated"
+  )
   made.add_argument(
     "--reference",
+    type=path,
     required=True,
     help="as --generated, or npz file with statistics, of maskgen.tools.reference_stats or another tool",
   )
@@ -90,8 +95,8 @@ def parser() -> cli.Parser:
     "--labels", default="unstated", help=f"of the generated pictures: {', '.join(comparison.LABELS)}"
   )
   made.add_argument("--reference_name", help="in the names of metrics; default that of the file or folder")
-  made.add_argument("--lpips_trunk", help="for lpips: torchvision's weights of AlexNet or VGG16")
-  made.add_argument("--lpips_heads", help="for lpips: the published alex.pth or vgg.pth")
+  made.add_argument("--lpips_trunk", type=path, help="for lpips: torchvision's weights of AlexNet or VGG16")
+  made.add_argument("--lpips_heads", type=path, help="for lpips: the published alex.pth or vgg.pth")
   made.add_argument("--json", help="JSON file to write")
   made.add_argument("--page", help="PNG file to write: crops of reconstructions beside their originals")
   feature_flags.add(made)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
-from maskgen import cli
+from maskgen import cli, files
 from maskgen.errors import UserError
 
 if TYPE_CHECKING:
@@ -22,15 +22,24 @@ def add(parser: cli.Parser) -> None:
   """Adds `--features`, `--protocol`, `--weights` and `--batch_size`."""
   parser.add_argument(
     "--features",
+    type=_from_anywhere,
     default=INCEPTION,
     help=f"feature network: {INCEPTION}, or as in config.evals.generation.features: pixels, "
     "mobilenet_v2:FILE, dinov2:PATH, clip:PATH, siglip:PATH, or model:PATH for a trained encoder",
   )
   parser.add_argument("--protocol", help="how pictures are prepared for Inception-v3; default adm")
   parser.add_argument(
-    "--weights", help="file or folder of the weights; those of Inception-v3 are downloaded by default"
+    "--weights",
+    type=files.absolute,
+    help="file or folder of the weights; those of Inception-v3 are downloaded by default",
   )
   parser.add_argument("--batch_size", type=int, default=64, help="pictures per batch")
+
+
+def _from_anywhere(features: str) -> str:
+  """A feature space whose path does not depend on the current folder."""
+  name, separator, path = features.partition(":")
+  return f"{name}{separator}{path and files.absolute(path)}"
 
 
 def check(args: argparse.Namespace) -> None:

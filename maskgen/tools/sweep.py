@@ -24,6 +24,7 @@ from maskgen.tools import sampling_flags
 
 TABLE, SHEET, PICTURES = "sweep.csv", "sweep.png", "pictures"
 BASE = ("weights", "num_images", "features", "data")  # the columns in which all rows of a table agree
+VERSIONS = "versions"  # the column of the packages that a row was measured with
 _SHOWN = 16  # images of each setting, in one row
 _CALLS = 3  # timed calls; the fastest counts
 log = logging.getLogger("maskgen")
@@ -154,7 +155,7 @@ def sweep(
   import jax
 
   from maskgen import images, objectives, tree
-  from maskgen.evaluators import receipts
+  from maskgen.evaluators import receipts, statistics_files
   from maskgen.training import evaluation, receipt
   from maskgen.training.experiment import Experiment
 
@@ -191,7 +192,9 @@ def sweep(
     strip = images.enlarge(images.grid(made[:_SHOWN], columns=_SHOWN), smallest=1000)
     images.write_png(out / PICTURES / f"{_name(options)}.png", strip)
     measured = {"seconds_per_image": seconds, **report.numbers}
-    rows.append({name: str(value) for name, value in (options | base | measured).items()})
+    packages = ", ".join(f"{name} {version}" for name, version in statistics_files.versions().items())
+    row = options | base | {VERSIONS: packages} | measured
+    rows.append({name: str(value) for name, value in row.items()})
     write_table(out / TABLE, rows)
     left = (time.monotonic() - began) / number * (len(todo) - number)
     shown = ", ".join(f"{name} {value:.4g}" for name, value in measured.items())
@@ -209,17 +212,28 @@ def sweep(
 def _of_settings(
   described: Mapping[str, Any], wanted: Sequence[Any], rows: Sequence[Mapping[str, str]]
 ) -> dict[str, Any]:
-  """What a receipt says of the settings: an evaluation for each, in the place of the sweep's."""
+  """What a receipt says of the settings: an evaluation for each, in the place of the sweep's.
+
+  Rows of an earlier sweep that was made with other packages have `versions` of their own.
+  """
   facts, evaluations, sections = described["evaluations"]["sweep"], {}, {}
   section = described["config"]["evals"]["sweep"]
   for setting in wanted:
     options = dataclasses.asdict(setting)
     row = next(row for row in rows if find([row], setting))
-    others = {*options, *BASE, "seconds_per_image"}
+    others = {*options, *BASE, VERSIONS, "seconds_per_image"}
     numbers = {name: float(value) for name, value in row.items() if name not in others and value}
     evaluations[_name(options)] = {**facts, "sampling": options, "numbers": numbers}
+    if (packages := _packages(row, described["versions"])) != described["versions"]:
+      evaluations[_name(options)][VERSIONS] = packages
     sections[_name(options)] = {**section, "sampling": options}
   return {"evaluations": evaluations, "config": {**described["config"], "evals": sections}}
+
+
+def _packages(row: Mapping[str, str], now: Mapping[str, str]) -> dict[str, str]:
+  """The versions of the packages of `now` that a row was measured with; older tables do not say."""
+  known = dict(package.split(" ", 1) for package in row.get(VERSIONS, "").split(", ") if package)
+  return {name: known.get(name, "unknown") for name in now}
 
 
 def _time(experiment: Any, variables: Any, options: dict[str, Any]) -> tuple[float, np.ndarray]:
@@ -292,7 +306,7 @@ def _varied(wanted: Sequence[Any]) -> list[str]:
 
 
 def _markdown(rows: Sequence[Mapping[str, str]], wanted: Sequence[Any]) -> Iterator[str]:
-  hidden = {field.name for field in dataclasses.fields(wanted[0])} - {*_varied(wanted)} | {*BASE}
+  hidden = {field.name for field in dataclasses.fields(wanted[0])} - {*_varied(wanted)} | {*BASE, VERSIONS}
   names = [name for name in rows[0] if name not in hidden]
   yield "| " + " | ".join(names) + " |"
   yield "|" + " --- |" * len(names)

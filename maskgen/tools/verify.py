@@ -1,5 +1,6 @@
 """Computes results again from their receipt: python -m maskgen.tools.verify runs/quickstart"""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -111,9 +112,13 @@ def verify_run(folder: epath.Path, results: Mapping[str, Mapping[str, Any]]) -> 
   receipts.check(model, receipt.of_model(experiment, variables, found), f"{where}: model")
   facts = receipt.of_evaluations(experiment)
   for name, said in names.items():
-    options = {key: value for key, value in said.items() if key != "numbers"}
+    options = {key: value for key, value in said.items() if key not in ("numbers", "versions")}
     receipts.check(options, facts[name], f"{where}: {name}")
-  elsewhere = receipts.elsewhere(recorded, receipts.surroundings(**receipt.layout(experiment)))
+  now = receipts.surroundings(**receipt.layout(experiment))
+  # Rows of a sweep that was continued may have versions of their own.
+  versions = [recorded["versions"], *(said["versions"] for said in names.values() if "versions" in said)]
+  reasons = [receipts.elsewhere({**recorded, "versions": each}, now) for each in versions]
+  elsewhere = list(dict.fromkeys(itertools.chain(*reasons)))
   receipts.check_numbers(metrics, evaluation.evaluate(experiment, variables, None).numbers, elsewhere, where)
   say(where, metrics, elsewhere)
 

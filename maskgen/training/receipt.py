@@ -1,13 +1,12 @@
 """The receipt of a run's evaluations; see `maskgen.evaluators.receipts`."""
 
 import dataclasses
-import os
 from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
 
-from maskgen import storage, tree
+from maskgen import files, storage, tree
 from maskgen.config import RunConfig, fields
 from maskgen.evaluators import receipts
 from maskgen.training.experiment import Experiment
@@ -45,9 +44,8 @@ def plain_config(config: RunConfig) -> dict[str, Any]:
 
 def located(path: epath.PathLike, step: int | None) -> dict[str, Any]:
   """Where a model is, as `of_run` takes it; `step` is None for an export."""
-  folder = storage.locate(path)[0]
-  absolute = str(folder) if "://" in str(folder) else os.path.abspath(folder)
-  return {"path": absolute, "step": step, "averages": storage.averages(path)}
+  folder = files.absolute(str(storage.locate(path)[0]))
+  return {"path": folder, "step": step, "averages": storage.averages(path)}
 
 
 def layout(experiment: Experiment) -> dict[str, Any]:
