@@ -68,6 +68,8 @@ def main(argv: Sequence[str]) -> None:
   root = epath.Path(args.workdir)
   with stored_first(root):
     config = config_lib.to_dict(config_lib.load(args.config, overrides, find_type))
+    defaults = config_lib.to_dict(config_lib.load(args.config)) if overrides else config
+  overridden = config_lib.overridden(defaults, config)
   config = complete(config, root)
   check_workdir(root, config, args.mode)
   stages = split_stages(config, root)
@@ -120,13 +122,13 @@ def main(argv: Sequence[str]) -> None:
     return
   # Only now: an invalid config must not claim the workdir.
   with only_run_in(root):
-    write_config(root, config, argv)
+    write_config(root, config, argv, overridden)
     results: dict[str, Any] = {}
     for workdir, experiment in experiments.items():
       if (finished := train.read_results(workdir)) is not None:
         results[workdir.name] = finished
       else:
-        write_config(workdir, stages[workdir], argv, _classes(experiment))
+        write_config(workdir, stages[workdir], argv, overridden, _classes(experiment))
         if jax.process_index() == 0:
           storage.write_assets(workdir, objectives.local_files(stages[workdir]["objective"]))
           if from_outside:
@@ -329,11 +331,22 @@ def _classes(experiment: Any) -> Sequence[str]:
 
 
 def write_config(
-  workdir: epath.Path, config: Mapping[str, Any], argv: Sequence[str], classes: Sequence[str] = ()
+  workdir: epath.Path,
+  config: Mapping[str, Any],
+  argv: Sequence[str],
+  overridden: Mapping[str, tuple[Any, Any]],
+  classes: Sequence[str] = (),
 ) -> None:
   """Writes `config.json` atomically, with the version of maskgen, the command, and the names of classes.
 
   A file that says the same config is left alone, with the version and the command that began the run.
+
+  Args:
+    workdir: the folder.
+    config: the config.
+    argv: the flags of the command.
+    overridden: by key, the value in the config file and the one that flags gave in its place.
+    classes: the names of classes that the model knows.
   """
   import jax
 
@@ -348,7 +361,8 @@ def write_config(
         stored = files.read_json(file, "")
         if stored.items() >= names.items() and config_lib.without_origin(stored) == config:
           return
-    origin = {"version": __version__, "command": shlex.join(["python", "-m", "maskgen.main", *argv])}
+    command = shlex.join(["python", "-m", "maskgen.main", *argv])
+    origin = {"version": __version__, "command": command, "overridden": overridden}
     files.replace(file, json.dumps({**config, **names, **origin}, indent=2))
 
 

@@ -412,6 +412,19 @@ def test_difference_names_what_changes_numbers(changes, expected, staged):
     assert config_lib.difference(OLD, new) == expected
 
 
+def test_what_flags_override():
+  overrides = {"mage.batch_size": "8", "mage.log_every_steps": "7", "mage.evals.x.type": "loss"}
+  file = "configs/quickstart.py"
+  defaults, config = (config_lib.to_dict(config_lib.load(file, given)) for given in ({}, overrides))
+  assert config_lib.overridden(defaults, defaults) == {}
+  found = config_lib.overridden(defaults, config)
+  assert found == {
+    "mage.batch_size": (defaults["mage"]["batch_size"], 8),
+    "mage.log_every_steps": (defaults["mage"]["log_every_steps"], 7),
+    "mage.evals.x.type": (None, "loss"),
+  }
+
+
 def test_difference_sees_removed_keys_and_empty_groups():
   assert config_lib.difference({"a": 1, "b": 2}, {"a": 1}) == ["b: 2 -> (absent)"]
   assert config_lib.difference({"ema": {}}, {"ema": {"main": 0.9}})

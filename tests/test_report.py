@@ -51,6 +51,7 @@ def make_run(folder, name: str, steps: int = STEPS, finished: bool = True) -> ep
     "two": stage,
     "version": "0.1.0",
     "command": "python -m x",
+    "overridden": {"one.total_steps": [7, steps], "one.evals.<fid>.type": [None, "generation"]},
   }
   for number in ("one", "two"):
     (root / number / "samples").mkdir(parents=True)
@@ -94,9 +95,11 @@ def test_a_page_is_whole_and_thin(tmp_path):
   assert loss[0] == [1, 1.0] and loss[-1][0] == STEPS
   assert "&lt;b&gt;" in text and "<b>&" not in text and "python -m x" in text and "2 x cpu" in text
   assert "probe/top1</th><td>0.5</td>" in text
+  assert f"<th>one.total_steps</th><td>7 → {STEPS}</td>" in text and "&quot;overridden&quot;" not in text
+  assert "<th>one.evals.&lt;fid&gt;.type</th><td>null → generation</td>" in text
   assert "classes at step 20</summary>" in text and "classes at step 10<" not in text
   assert text.count("<tr><th>a, &lt;b&gt;</th><td>0.5</td></tr>") == 2
-  assert text.count("<summary>receipt of ") == 2 and 'probe.numbers.top1</th><td class="fact">0.5<' in text
+  assert text.count("<summary>receipt of ") == 2 and "probe.numbers.top1</th><td>0.5<" in text
   assert "ab&lt;c" in text
   assert len(text) < 400_000
   (root / "two/samples/classes_0000030.csv").write_text("a,b\n" + "1,2\n" * page.MOST_CELLS)

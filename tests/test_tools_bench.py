@@ -515,7 +515,7 @@ def raced(tmp_path, repository):
     ]
     (tmp_path / "mage").mkdir(exist_ok=True)
     (tmp_path / "mage" / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    write_config(epath.Path(tmp_path), config, ["--config=configs/quickstart.py"])
+    write_config(epath.Path(tmp_path), config, ["--config=configs/quickstart.py"], {})
     run = {"wall_seconds": 300.0, "device": "2 x cpu", "version": "0.1.0"}
     (tmp_path / "results.json").write_text(json.dumps({"run": run}))
     return f"--workdir={tmp_path}"

@@ -425,7 +425,7 @@ def test_a_workdir_is_laid_out_as_documented(trained):
   config = json.loads((trained / "mage" / "config.json").read_text())
   assert config_lib.without_origin(config) == tiny.stage("mage")
   assert config["version"] == maskgen.__version__
-  assert config["command"].startswith("python -m maskgen.main --config=")
+  assert config["command"].startswith("python -m maskgen.main --config=") and config["overridden"] == {}
 
 
 def test_pictures_open_and_are_large_enough_to_see(trained):

@@ -10,7 +10,7 @@ from maskgen.config.build import (
   check_share,
   duration,
 )
-from maskgen.config.changes import difference
+from maskgen.config.changes import difference, overridden
 from maskgen.config.loading import (
   choose,
   find_file,
@@ -45,6 +45,7 @@ __all__ = [
   "find_file",
   "load",
   "load_beside",
+  "overridden",
   "parse_arg",
   "shipped",
   "split_path",

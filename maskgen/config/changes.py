@@ -34,6 +34,21 @@ def difference(
   ]
 
 
+def overridden(defaults: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+  """Every value that differs between two `to_dict` results by its dotted key: the old and the new one.
+
+  A key that one of them lacks has None there.
+  """
+  found: dict[str, tuple[Any, Any]] = {}
+  for key in dict.fromkeys((*defaults, *config)):
+    old, new = defaults.get(key), config.get(key)
+    if isinstance(new, Mapping) and isinstance(old, Mapping | None):
+      found |= {f"{key}.{inner}": values for inner, values in overridden(old or {}, new).items()}
+    elif old != new:
+      found[key] = (old, new)
+  return found
+
+
 def _flatten(config: Mapping[str, Any], find_type: fields.FindType) -> dict[str, Any]:
   """Returns the values that matter by dotted path."""
   flat: dict[str, Any] = {}

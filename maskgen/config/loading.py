@@ -306,8 +306,9 @@ def to_dict(config: ml_collections.ConfigDict) -> dict[str, Any]:
 
 
 def without_origin(stored: Mapping[str, Any]) -> dict[str, Any]:
-  """The config in a `config.json`, without the version, command and classes that a run writes beside it."""
-  return {key: value for key, value in stored.items() if key not in ("version", "command", "classes")}
+  """The config in a `config.json`, without what a run writes beside it."""
+  beside = ("version", "command", "overridden", "classes")
+  return {key: value for key, value in stored.items() if key not in beside}
 
 
 def plain(value: Any) -> Any:

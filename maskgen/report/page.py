@@ -196,10 +196,13 @@ def evenly(items: Sequence[Any], most: int) -> list[Any]:
 
 
 def _settings(run: Run) -> str:
-  """The command, the config, and the receipts of the results."""
+  """The command, the config and where it differs from the config file, and the receipts of the results."""
   lines = [f"<h2>{html.escape(run.name)}</h2>"]
   if command := run.config.get("command"):
     lines.append(f"<p>Started by</p><pre>{html.escape(command)}</pre>")
+  if changed := run.config.get("overridden"):
+    lines.append("<p>Different from the config file</p>")
+    lines.append(_list({key: " → ".join(map(_text, values)) for key, values in changed.items()}))
   config = config_lib.without_origin(run.config)
   lines.append(_folded("config", f"<pre>{html.escape(to_text(config))}</pre>"))
   for stage in run.stages:
@@ -209,18 +212,29 @@ def _settings(run: Run) -> str:
 
 
 def _receipt(receipt: Mapping[str, Any]) -> str:
-  """What the results were computed from, a table for each part; the config is shown already."""
+  """What the results were computed from; the config is shown already."""
 
-  def rows(value: Any, name: str) -> str:
+  def flat(value: Any, name: str) -> dict[str, str]:
     if isinstance(value, Mapping) and value:
-      return "".join(rows(inner, f"{name}.{key}".lstrip(".")) for key, inner in value.items())
-    text = value if isinstance(value, str) else json.dumps(value)
-    return f'<tr><th>{html.escape(name)}</th><td class="fact">{html.escape(text)}</td></tr>'
+      found: dict[str, str] = {}
+      for key, inner in value.items():
+        found |= flat(inner, f"{name}.{key}".lstrip("."))
+      return found
+    return {name: _text(value)}
 
-  evaluations = receipt.get("evaluations", {})
   parts = {key: value for key, value in receipt.items() if key not in ("config", "evaluations")}
-  tables = "".join(rows(value, name) for name, value in (*evaluations.items(), *parts.items()))
-  return f'<div class="wide"><table><tbody>{tables}</tbody></table></div>'
+  return _list(flat({**receipt.get("evaluations", {}), **parts}, ""))
+
+
+def _list(facts: Mapping[str, str]) -> str:
+  rows = "".join(
+    f"<tr><th>{html.escape(name)}</th><td>{html.escape(text)}</td></tr>" for name, text in facts.items()
+  )
+  return f'<table class="facts"><tbody>{rows}</tbody></table>'
+
+
+def _text(value: Any) -> str:
+  return value if isinstance(value, str) else json.dumps(value)
 
 
 def _folded(title: str, content: str) -> str:
