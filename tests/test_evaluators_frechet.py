@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import scipy.linalg
 
 from maskgen.evaluators import frechet
@@ -35,9 +36,12 @@ def test_symmetric_and_zero_on_itself_even_when_singular():
   assert 0.0 <= frechet.distance(a, a) < 1e-9
 
 
-def test_fit_does_not_depend_on_the_batches():
+@pytest.mark.parametrize("block", [8, 50, 1024])
+def test_fit_does_not_depend_on_the_batches(block, monkeypatch):
+  monkeypatch.setattr(frechet, "_BLOCK", block)
   features = np.random.default_rng(2).normal(100.0, 1e-2, (50, 4))  # sums of squares would cancel
   gaussian = frechet.fit([features[:7], features[:0], features[7:8], features[8:]])
+  np.testing.assert_array_equal(gaussian.covariance, frechet.fit([features]).covariance)
   np.testing.assert_allclose(gaussian.mean, features.mean(axis=0))
   np.testing.assert_allclose(gaussian.covariance, np.cov(features, rowvar=False), atol=1e-12)
 

@@ -86,16 +86,29 @@ def test_copies_are_their_own_neighbours():
   assert found["precision"] == found["coverage"] == 0.0  # every ball has radius 0
 
 
-def test_kid_of_whole_sets_is_the_unbiased_estimate():
+def unbiased_mmd(a, b):
   def kernel(x, y):
     return (x @ y.T / 5 + 1) ** 3
 
-  a, b = A[:50], B
-  off = ~np.eye(50, dtype=bool)
-  expected = kernel(a, a)[off].mean() + kernel(b, b)[off].mean() - 2 * kernel(a, b).mean()
-  found = set_metrics.kid(a, b, subsets=3, size=50)
-  np.testing.assert_allclose(found.mean, expected)
+  off = ~np.eye(len(a), dtype=bool)
+  return kernel(a, a)[off].mean() + kernel(b, b)[off].mean() - 2 * kernel(a, b).mean()
+
+
+def test_kid_of_whole_sets_is_the_unbiased_estimate():
+  found = set_metrics.kid(A[:50], B, subsets=3, size=50)
+  np.testing.assert_allclose(found.mean, unbiased_mmd(A[:50], B))
   assert found.std < 1e-12
+
+
+@pytest.mark.parametrize("subsets", [2, 40])
+def test_kid_is_that_of_random_subsets(subsets, monkeypatch):
+  """Of each alone, or all at once where pairs of samples are in several."""
+  monkeypatch.setattr(set_metrics, "_BLOCK", 16)
+  rng = np.random.RandomState(7)
+  draws = [[rng.choice(len(x), 20, replace=False) for x in (A, B)] for _ in range(subsets)]
+  expected = [unbiased_mmd(A[rows], B[columns]) for rows, columns in draws]
+  found = set_metrics.kid(A, B, subsets=subsets, size=20, seed=7)
+  np.testing.assert_allclose(found, (np.mean(expected), np.std(expected)))
 
 
 def test_inception_score_of_certain_predictions_is_the_number_of_classes():

@@ -527,6 +527,9 @@ def test_operational_keys_may_change_on_the_way(trained, tmp_path):
       "--config.mage.mesh.fsdp=2",
     ]
   )
+  found = json.loads((tmp_path / "run" / "config.json").read_text())["overridden"]
+  assert found.keys() == {"mage.log_every_steps", "tokenizer.checkpoint.save_steps", "mage.mesh.fsdp"}
+  assert found["tokenizer.checkpoint.save_steps"][1] == 7 and found["mage.mesh.fsdp"] == [1, 2]
 
 
 # What differs from another config in numbers or the optimizer alone; test_config.py builds all.

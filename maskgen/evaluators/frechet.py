@@ -7,6 +7,9 @@ import numpy as np
 
 from maskgen.errors import UserError
 
+# Rows of a block: matrices [d, d] are added up for each, which takes longer than the product of a few rows.
+_BLOCK = 1024
+
 
 @dataclasses.dataclass(frozen=True)
 class Gaussian:
@@ -26,28 +29,39 @@ class Gaussian:
 class Moments:
   """Fits a Gaussian to features that arrive in batches, in float64.
 
-  Means and scatter matrices of the batches are merged pairwise (Chan et al. 1979), which avoids the
-  cancellation of sums of squares.
+  Means and scatter matrices of blocks of rows are merged pairwise (Chan et al. 1979), which avoids the
+  cancellation of sums of squares. Blocks are the same whatever the batches.
   """
 
   def __init__(self) -> None:
     self._count, self._mean, self._scatter = 0, np.zeros(()), np.zeros(())
+    self._waiting: list[np.ndarray] = []  # less than a block
 
   def add(self, batch: np.ndarray) -> None:
     """Adds features [b, d]."""
-    if not len(batch):
-      return
-    batch = batch.astype(np.float64)
-    batch_mean = batch.mean(axis=0)
-    centred, shift = batch - batch_mean, batch_mean - self._mean
-    total = self._count + len(batch)
-    weight = self._count * len(batch) / total
+    self._waiting.append(batch)
+    if sum(map(len, self._waiting)) >= _BLOCK:
+      rows = np.concatenate(self._waiting)
+      *blocks, rest = (rows[start : start + _BLOCK] for start in range(0, len(rows) + 1, _BLOCK))
+      for block in blocks:
+        self._merge(block)
+      self._waiting = [rest]
+
+  def _merge(self, block: np.ndarray) -> None:
+    block = block.astype(np.float64)
+    block_mean = block.mean(axis=0)
+    centred, shift = block - block_mean, block_mean - self._mean
+    total = self._count + len(block)
+    weight = self._count * len(block) / total
     self._scatter = self._scatter + centred.T @ centred + np.outer(shift, shift) * weight
-    self._mean = self._mean + shift * (len(batch) / total)
+    self._mean = self._mean + shift * (len(block) / total)
     self._count = total
 
   def gaussian(self) -> Gaussian:
     """The Gaussian of all features so far, at least two."""
+    if any(map(len, self._waiting)):
+      self._merge(np.concatenate(self._waiting))
+      self._waiting = []
     return Gaussian(self._mean, self._scatter / (self._count - 1), self._count)
 
 

@@ -75,18 +75,41 @@ def kid(
     UserError: if a set has fewer rows than a subset.
   """
   check_count("KID", min(len(generated), len(real)), size, "samples of both sets")
-  rng = np.random.RandomState(seed)
-  values = []
-  for _ in range(subsets):
-    a = generated[rng.choice(len(generated), size, replace=False)].astype(np.float64)
-    b = real[rng.choice(len(real), size, replace=False)].astype(np.float64)
-    within = sum((k.sum() - np.trace(k)) for k in (_cubic(a, a), _cubic(b, b)))
-    values.append(within / (size * (size - 1)) - 2 * _cubic(a, b).mean())
+  rng, sets = np.random.RandomState(seed), (generated, real)
+  draws = [[rng.choice(len(rows), size, replace=False) for rows in sets] for _ in range(subsets)]
+  n, m = map(len, sets)
+  if n * n + m * m + n * m < 2 * subsets * size * size:  # a pair of samples is in several subsets
+    chosen = [np.zeros((len(rows), subsets)) for rows in sets]
+    for column, draw in enumerate(draws):
+      for members, rows in zip(chosen, draw, strict=True):
+        members[rows, column] = 1
+    values = _mmd(generated, real, *chosen)
+  else:
+    whole = np.ones((size, 1))
+    values = np.concatenate([_mmd(generated[a], real[b], whole, whole) for a, b in draws])
   return Spread(float(np.mean(values)), float(np.std(values)))
 
 
-def _cubic(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-  kernel = a @ b.T / a.shape[1] + 1
+def _mmd(a: np.ndarray, b: np.ndarray, in_a: np.ndarray, in_b: np.ndarray) -> np.ndarray:
+  """The unbiased MMD^2 of pairs of subsets, [k]; `in_a` [n, k] and `in_b` [m, k] are 1 for their members."""
+  a, b = a.astype(np.float64), b.astype(np.float64)
+  size = in_a[:, 0].sum()
+  within = sum(_kernel_sums(x, x, members, members) for x, members in ((a, in_a), (b, in_b)))
+  own = sum(_cubic(np.square(x).sum(axis=1), a.shape[1]) @ members for x, members in ((a, in_a), (b, in_b)))
+  return (within - own) / (size * (size - 1)) - 2 * _kernel_sums(a, b, in_a, in_b) / size**2
+
+
+def _kernel_sums(a: np.ndarray, b: np.ndarray, in_a: np.ndarray, in_b: np.ndarray) -> np.ndarray:
+  """The sum of the kernel over all pairs of a member of each subset and one of its other half, [k]."""
+  sums = np.zeros(in_a.shape[1])
+  for start in range(0, len(a), _BLOCK):
+    rows = slice(start, start + _BLOCK)
+    sums += ((_cubic(a[rows] @ b.T, a.shape[1]) @ in_b) * in_a[rows]).sum(axis=0)
+  return sums
+
+
+def _cubic(products: np.ndarray, width: int) -> np.ndarray:
+  kernel = products / width + 1
   return kernel * kernel * kernel  # a power takes several times as long
 
 
