@@ -151,9 +151,8 @@ def write(path: epath.PathLike, model: ViT, params: Any) -> Mapping[str, np.ndar
 
 def _check_expressible(model: ViT) -> None:
   plain = ViT(pooling="attention" if model.pooling == "attention" else "mean")
-  names = ("pooling", "fixed_positions", "activation", "epsilon", "layer_scale", "embedding_norm")
-  names += ("patch_bias", "mean", "std")
-  for name in names:
+  standard = ("pooling", "fixed_positions", "activation", "epsilon", "layer_scale", "embedding_norm")
+  for name in (*standard, "patch_bias", "mean", "std"):
     if getattr(model, name) != getattr(plain, name):
       raise UserError(
         f"SigLIP has no encoder with {name}={getattr(model, name)!r}: export with --format=maskgen instead"
