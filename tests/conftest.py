@@ -37,8 +37,9 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 def pytest_collection_finish() -> None:
-  """What is imported by now stays, so garbage collection need not visit it."""
+  """Collects garbage less often: imports stay, and tracing makes many objects of which most stay a while."""
   gc.freeze()
+  gc.set_threshold(50_000)
 
 
 @pytest.fixture(scope="session")
