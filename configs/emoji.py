@@ -33,28 +33,32 @@ def data(captions: dict | None = None) -> dict:
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   args = config_lib.parse_arg(arg, debug=False, tiny=False, seed=0)
   config = config_lib.load_beside(__file__, "mage_text_cond.py", arg).to_dict()
-  # 8 x 8 tokens: a quarter of the length of 16 x 16, whose pictures are not easier to tell apart.
-  network = config["tokenizer"]["objective"]["tokenizer"]
-  if not args.debug:
-    network |= dict(multipliers=(1, 2, 4), strides=(2, 2), codebook_size=1024)
-    config["tokenizer"]["optimizer"]["generator"] |= dict(learning_rate=4e-3, warmup_steps=100)
-  few = dict(num_images=4, num_pictures=4) if args.debug else dict(num_images=60) if args.tiny else {}
-  for name, tiny, full in (("tokenizer", 150, 1200), ("mage", 200, 1200), ("mage_text", 300, 2000)):
+  network = config["tokenizer"]["objective"]["tokenizer"] | dict(codebook_size=512)
+  few = dict(num_images=4, num_pictures=4) if args.debug else dict(num_images=24 if args.tiny else 100)
+  # A picture has 256 tokens: many steps on few pictures learn more than few steps on many.
+  for name, size, tiny, full in (
+    ("tokenizer", 4, 1500, 6000),
+    ("mage", 16, 200, 1250),
+    ("mage_text", 16, 400, 4000),
+  ):
     stage, steps = config[name], 2 if args.debug else tiny if args.tiny else full
-    stage |= dict(total_steps=steps, log_every_steps=min(50, steps), data=data())
+    stage |= dict(batch_size=size, total_steps=steps, log_every_steps=min(50, steps), data=data())
     stage["objective"] |= dict(image_size=(32, 32), tokenizer=network)
-    stage["evals"] = dict(validation=dict(type="loss", every_steps=steps))
+    stage["evals"] = dict(validation=dict(type="loss", every_steps=500))
   tokenizer, mage, text = (config[name] for name in config["stages"])
+  tokenizer["objective"] |= dict(l2_weight=20.0)
+  if not args.debug:
+    tokenizer["optimizer"]["generator"] |= dict(warmup_steps=100, b2=0.99)
   tokenizer["evals"] = dict(
-    reconstruction=dict(type="reconstruction", every_steps=300),
-    emoji=dict(type="emoji", every_steps=600, **few),
+    reconstruction=dict(type="reconstruction", every_steps=1000),
+    emoji=dict(type="emoji", every_steps=3000, **(few if args.debug else {})),
   )
-  mage["evals"]["samples"] = dict(type="samples", every_steps=1000, masks=("center", "right"))
+  mage["evals"]["samples"] = dict(type="samples", every_steps=1250, masks=("center", "right"))
   wider = {} if args.debug else dict(width=128, decoder_width=128, decoder_depth=4)
   mage["objective"] |= wider
   text["data"] = data(CAPTIONS)
   text["objective"] |= {**wider, "captions": CAPTIONS}
   # A name has one right picture: nothing is gained from rare codes.
   text["objective"]["sampling"] |= dict(temperature=1.0)
-  text["evals"]["emoji"] = dict(type="emoji", every_steps=1000, **few)
+  text["evals"]["emoji"] = dict(type="emoji", every_steps=2000, **few)
   return ml_collections.ConfigDict(config)
