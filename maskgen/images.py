@@ -27,6 +27,7 @@ MISSING = (127, 128)
 # Entropy-coded data without a marker, even after a byte 0xFF.
 _MORE_DATA = b"\0" + bytes(range(1, 255)) * 8
 
+_GREY = 0.5
 # How far floats may leave [0, 1]: resizing white gives a little more than 1.
 _ROUNDING = 1e-3
 
@@ -209,6 +210,18 @@ def on_white(picture: Image.Image) -> Image.Image:
     return picture.convert("RGB")
   picture = picture.convert("RGBA")
   return Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+
+
+def shade(images: np.ndarray, unknown: np.ndarray) -> np.ndarray:
+  """Shows unknown tokens as grey, tinted with what the images [..., h, w, c] have there.
+
+  Args:
+    images: float, in [0, 1].
+    unknown: bool [..., h', w'], whose sides divide those of the images.
+  """
+  factor = np.array(images.shape[-3:-1]) // unknown.shape[-2:]
+  hidden = unknown.repeat(factor[0], axis=-2).repeat(factor[1], axis=-1)[..., None]
+  return np.where(hidden, _GREY + 0.25 * (images - _GREY), images)
 
 
 def grid(images: np.ndarray, columns: int | None = None, padding: int = 2) -> np.ndarray:

@@ -17,7 +17,6 @@ from maskgen.tools import sampling_flags
 
 # The size of the picture of a trajectory, in images.
 _ROWS, _COLUMNS = 8, 10
-_GREY = 0.5
 LABELS = ("balanced", "random", "none")
 # Flags of --out_dir and their defaults.
 _OF_FOLDERS = {"format": "png", "start": 0, "batch_size": 64} | dict.fromkeys(
@@ -280,10 +279,7 @@ def draw_trajectory(pictures: np.ndarray, unknown: np.ndarray) -> np.ndarray:
 
   steps = pictures.shape[1]
   shown = np.unique(np.linspace(0, steps - 1, min(steps, _COLUMNS)).round().astype(int))
-  pictures, unknown = pictures[:, shown], unknown[:, shown]
-  factor = np.array(pictures.shape[2:4]) // unknown.shape[2:]
-  hidden = unknown.repeat(factor[0], axis=2).repeat(factor[1], axis=3)[..., None]
-  faded = np.where(hidden, _GREY + 0.25 * (pictures - _GREY), pictures)
+  faded = images.shade(pictures[:, shown], unknown[:, shown])
   return images.grid(faded.reshape(-1, *faded.shape[2:]), columns=len(shown))
 
 
