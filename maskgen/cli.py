@@ -34,9 +34,12 @@ class Parser(argparse.ArgumentParser):
       allow_abbrev=False,
     )
 
-  def add_model(self, help: str) -> None:  # noqa: A002  (argparse's name)
+  def add_model(self, help: str, default: str | None = None) -> None:  # noqa: A002  (argparse's name)
     """Adds `--model`, the folder or name of a model, and `--trust_code`, which lets code in it run."""
-    self.add_argument("--model", required=True, help=f"{help}; or a name of maskgen.available()")
+    required = default is None
+    self.add_argument(
+      "--model", required=required, default=default, help=f"{help}; or a name of maskgen.available()"
+    )
     self.add_argument("--trust_code", action="store_true", help="run the code in the model's folder")
 
   def add_seed(self, help: str) -> None:  # noqa: A002  (argparse's name)

@@ -33,7 +33,7 @@ ROWS = (
   "objectives",
   "evaluators",
   "training",
-  "serving report __init__",
+  "serving demo report __init__",
   "__main__ main tools benchmarks preflight",
 )
 ROW_OF = {name: row for row, names in enumerate(ROWS) for name in names.split()}
