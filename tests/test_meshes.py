@@ -137,11 +137,11 @@ def test_bfloat16_stays_close_and_keeps_parameters_and_losses_in_float32(stage, 
 
 def test_memory_of_the_state_falls_as_one_over_fsdp():
   """Measured by the size of the compiled program's arguments."""
-  size = dict(objective__width="256", objective__decoder_width="256", objective__depth="4")
+  size = dict(objective__width="256", objective__decoder_width="256")
   sizes = {}
-  for fsdp in (1, 2, 4, 8):
+  for fsdp in (1, 2, 8):
     built = experiment("mage", (1, fsdp, 1), **size)
-    frozen = sum(leaf.nbytes for leaf in jax.tree.leaves(random_state(built)[1]))
+    frozen = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(built.targets["frozen"]))
     sizes[fsdp] = built.compile().memory_analysis().argument_size_in_bytes - frozen
   for fsdp, found in sizes.items():
     np.testing.assert_allclose(found, sizes[1] / fsdp, rtol=0.1)
