@@ -1,31 +1,31 @@
 """A run that is killed at random and continued by another number of processes resumes at the next record."""
 
 import itertools
+import multiprocessing
 import random
 import signal
 import time
 
 import numpy as np
 import pytest
-import tiny
 from PIL import Image
 
 from maskgen.data.pipeline import Data
 
 BATCH = 8
-# Reads its rows of the batches from a step on, and notes the records of each, until it is killed.
-READER = """
-import sys
-from maskgen.data.pipeline import Data
-folder, index, count, step, file = sys.argv[1], *map(int, sys.argv[2:5]), sys.argv[5]
-options = dict(seed=5, process_index=index, process_count=count)
-data = Data(f"folder:{{folder}}", "{cut}", "{plain}", {batch}, **options)
-with open(file, "a") as out:
-  for number, batch in enumerate(data.train_batches(step), step):
-    print(number, *batch["record"], int(batch["image"].astype(int).sum()), file=out, flush=True)
-"""
 CUT = "decode|random_resized_crop(8)|flip_lr"
 PLAIN = "decode|resize(8)"
+# Its processes are copies of one that has only imported this, which takes longer than all they do.
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["maskgen.data.pipeline"])
+
+
+def read(folder, index, count, step, file):
+  """Reads its rows of the batches from a step on, and notes the records of each, until it is killed."""
+  data = Data(f"folder:{folder}", CUT, PLAIN, BATCH, seed=5, process_index=index, process_count=count)
+  with open(file, "a") as out:
+    for number, batch in enumerate(data.train_batches(step), step):
+      print(number, *batch["record"], int(batch["image"].astype(int).sum()), file=out, flush=True)
 
 
 @pytest.mark.slow
@@ -37,21 +37,23 @@ def test_the_sequence_of_records_is_the_uninterrupted_one(tmp_path):
     Image.fromarray(rng.integers(0, 256, (12, 12, 3)).astype(np.uint8)).save(file)
     if i % 10 == 3:
       file.write_bytes(file.read_bytes()[:60])  # what is damaged must not disturb the order
-  code = READER.format(cut=CUT, plain=PLAIN, batch=BATCH)
   chance = random.Random(0)
   step, seen = 0, []
   for kill in range(20):
     count = (1, 2, 4)[kill % 3]
     files = [tmp_path / f"{kill}_{index}" for index in range(count)]
     arguments = [(tmp_path / "pictures", index, count, step, file) for index, file in enumerate(files)]
-    processes = [tiny.python("-c", code, *map(str, given)) for given in arguments]
+    processes = [CONTEXT.Process(target=read, args=given, daemon=True) for given in arguments]
+    for process in processes:
+      process.start()
     while not all(file.exists() and file.read_text().count("\n") for file in files):
-      assert all(process.poll() is None for process in processes), processes[0].communicate()
+      assert all(process.is_alive() for process in processes), [process.exitcode for process in processes]
       time.sleep(0.02)
     time.sleep(chance.random())
     for process in processes:
-      process.send_signal(signal.SIGKILL)
-      process.communicate()
+      process.kill()
+      process.join()
+      assert process.exitcode == -signal.SIGKILL
     rows = [[line.split() for line in file.read_text().split("\n")[:-1]] for file in files]
     # As a run does, go on from any step that all processes have reached.
     done = chance.randint(1, min(map(len, rows)))
