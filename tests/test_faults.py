@@ -35,6 +35,12 @@ def test_killed_runs_end_like_undisturbed_runs_and_a_killed_campaign_goes_on(tmp
   rows = faults.table([json.loads(line) for line in (tmp_path / "record.jsonl").read_text().splitlines()])
   assert [row["kills"] for row in rows] == [3, 3] and not any(row["saves lost"] for row in rows)
   assert all(row["bit-equal"] == row["ends"] > 0 for row in rows)
+  # Two processes write one receipt, which a single one with as many devices verifies.
+  verify = ("-m", "maskgen.tools.verify", str(tmp_path / "whole2" / "mage"))
+  process = tiny.python(*verify, env=victims.SETTINGS | {"JAX_NUM_CPU_DEVICES": "2"})
+  out, err = process.communicate()
+  assert process.returncode == 0, out + err
+  assert out.endswith("are equal to 1e-06, with processes 2 instead of 1\n")
 
 
 @pytest.fixture
