@@ -15,14 +15,20 @@ the full size nor anything with published weights.
 From the paper: 75 tokens, the loss, 300,000 steps of 2,048 pictures, Adafactor with 3e-4 for the pooling and
 1e-5 for a SigLIP that is trained too. From De-Diffusion, its predecessor: five pooling layers. Chosen here,
 as the paper does not give them: So400m/14 at 224 pixels, the width of the pooling, warm-up, cosine and
-clipping, the number of dropped tokens, no captions next to the images, bfloat16.
+clipping, the number of dropped tokens, words next to a quarter of the images, bfloat16.
 
 Arguments:
   :decoder        a converted Stable Diffusion 1
   :encoder        a converted SigLIP, or `mage:PATH` for the encoder of a trained MAGE model
   :source         the pictures, as in docs/your_pictures.md: `folder:/my/pictures`, `tar:/data/{000..999}.tar`
   :eval_source    pictures to evaluate on; by default a tenth of `source` is held out
-  :caption_share  how often the caption is next to the image in the prompt; requires captions
+  :template_share how often a neutral text such as "a photo of {}" is around the image in the prompt
+  :templates      a file of such texts, one on each line, in place of vilex_templates.txt
+  :caption_share  how often the caption is next to the image; requires captions
+  :words_win      whether words are trained to override images: with captions, see docs/vilex.md
+  :place          the image's position: `before` or `behind` its caption, or `within` it, as words_win has it
+  :subject        words for what images show, joined by `+`; an image within its caption replaces the first
+  :recoloured     the share of the captions whose image is hue-shifted; 0.4 with words_win
   :batch_size     examples per step
   :accumulation   micro-batches per step, for fewer devices
   :family         of the decoder, see vilex_sd21.py and vilex_sdxl.py
@@ -31,22 +37,28 @@ Arguments:
   :debug          2 steps of tiny networks
 """
 
+import pathlib
+
 import ml_collections
 
 from maskgen import config as config_lib
+from maskgen.errors import UserError
 from maskgen.importers import diffusers
 from maskgen.importers.diffusers_layouts import LAYOUTS
 from maskgen.importers.published import PUBLISHED
 
+TEMPLATES = str(pathlib.Path(__file__).parent / "vilex_templates.txt")
 ENCODER = "siglip_so400m_224"
 # SigLIP's So400m/14.
 SO400M = dict(image_size=(224, 224), patch=14, width=1152, depth=27, heads=16, hidden=4304)
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
-  given = dict(decoder="", encoder=ENCODER, source="folder:pictures", eval_source="", caption_share=0.0)
+  given = dict(decoder="", encoder=ENCODER, source="folder:pictures", eval_source="")
+  words = dict(template_share=0.25, templates=TEMPLATES, caption_share=0.0, words_win=False)
+  words |= dict(place="", subject="", recoloured=0.0)
   recipe = dict(batch_size=2048, accumulation=2, family="sd15", size=0, debug=False, tiny=False)
-  args = config_lib.parse_arg(arg, **given, **recipe)
+  args = config_lib.parse_arg(arg, **given, **words, **recipe)
   config = full(args)
   if not (args.tiny or args.debug):
     return config
@@ -66,10 +78,11 @@ def full(args) -> ml_collections.ConfigDict:
   encoder: dict = dict(name="vit", **SO400M) if path in PUBLISHED else dict(name="pretrained")
   if not mage:
     encoder.update(dtype="bfloat16", scan=True, remat="dots")
+  captions = args.caption_share or (0.4 if args.words_win else 0.0)
   takes_sizes = args.family == "sdxl"  # and is told the true ones
   # No flips with captions, which may mention left and right.
-  words = f"|tokenize('bpe:{section['folder'] or args.family}/tokenizer', 77)" if args.caption_share else ""
-  flip = "" if args.caption_share else "|flip_lr"
+  words = f"|tokenize('bpe:{section['folder'] or args.family}/tokenizer', 77)" if captions else ""
+  flip = "" if captions else "|flip_lr"
   random = f"|sized_crop({size})" if takes_sizes else f"|resize_small({size})|random_crop({size})"
   centre = f"|sized_crop({size}, 'center')" if takes_sizes else f"|resize_small({size})|center_crop({size})"
   return ml_collections.ConfigDict(
@@ -102,7 +115,7 @@ def full(args) -> ml_collections.ConfigDict:
         pool_depth=5,
         pool_heads=16,
         tail_drop=dict(distribution="uniform", full=0.25),
-        words=dict(share=args.caption_share),
+        words=words_beside(args, captions),
         crop_sizes=takes_sizes,
         dtype="bfloat16",
         sampling=dict(steps=25, sampler="dpm", image_guidance=2.0, text_guidance=2.0),
@@ -127,6 +140,24 @@ def full(args) -> ml_collections.ConfigDict:
         *config_lib.TRANSFORMER_RULES,
       ),
     )
+  )
+
+
+def words_beside(args, captions: float) -> dict:
+  """How examples are trained with words, see `maskgen.numerics.prompts.Words`."""
+  # Texts need the decoder's tokenizer.
+  templated = args.template_share if args.decoder else 0.0
+  share = templated + captions
+  if share > 1:
+    raise UserError(f"config arguments: template_share and caption_share are {share:g} in total: lower one")
+  lines = pathlib.Path(args.templates).expanduser().read_text(encoding="utf-8").splitlines()
+  return dict(
+    share=share,
+    templates=tuple(filter(None, map(str.strip, lines))) if templated else (),
+    templated=templated / share if share else 0.0,
+    place=args.place or ("within" if args.words_win or args.subject else "before"),
+    subject=tuple(filter(None, args.subject.split("+"))),
+    recoloured=args.recoloured or (0.4 if args.words_win else 0.0),
   )
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from maskgen.errors import UserError
 from maskgen.numerics import prompts
-from maskgen.numerics.prompts import Frame, Segment, TailDrop, Words
+from maskgen.numerics.prompts import Frame, Segment, TailDrop, Templates, Words
 
 WIDTH, LENGTH = 3, 12
 FRAME = Frame(*(np.full(WIDTH, value, np.float32) for value in (-1, -2, -3)))
@@ -100,6 +100,32 @@ def test_a_share_of_images_has_words_beside_it():
   assert all(abs(np.mean(shift == n) - 0.04) < 0.015 for n in range(1, 6))
 
 
+def test_templates_stand_in_for_captions():
+  """Half of the examples have words, a quarter of these a template; so has who has no caption."""
+  count, width = 8000, 6
+
+  def mark(value, numbers):
+    return Segment(np.full((2, width, WIDTH), value, np.float32), np.array(numbers))
+
+  templates = Templates(mark(2.0, [2, 0]), mark(3.0, [1, 4]))
+  for number, templated in ((5, 0.25), (0, 0.0), (0, 1.0)):
+    words = Words(0.5, templates=("a {}", "{}"), templated=templated)
+    caption = Segment(np.ones((count, width, WIDTH), np.float32), np.full(count, number, np.int32))
+    made = words.draw(
+      jax.random.split(jax.random.key(0), count), caption, np.zeros((count, width), bool), templates
+    )
+    numbers = list(
+      zip(*(np.asarray(side.number).tolist() for side in (made.before, made.behind)), strict=True)
+    )
+    shares = {pair: numbers.count(pair) / count for pair in set(numbers)}
+    half = (0.125 if number else 0.5) / 2
+    expected = {(0, 0): 0.5, (2, 1): half, (0, 4): half} | ({(5, 0): 0.375} if number else {})
+    assert shares.keys() == expected.keys()
+    assert all(abs(shares[pair] - expected[pair]) < 0.02 for pair in shares)
+    first = np.asarray(made.before.vectors[:, 0, 0])
+    assert all(first[i] == (2 if numbers[i] == (2, 1) else 1) for i in range(count) if numbers[i][0])
+
+
 def test_an_image_replaces_words():
   before, behind, _ = say(Words(1.0, "within"), number=4)
   for i in range(5):  # two of five places, in their order
@@ -148,6 +174,9 @@ def test_the_number_of_kept_tokens(drop, expected):
     (Words, dict(share=0.5, recoloured=1.1), "recoloured is 1.1"),
     (Words, dict(place="amid"), "place 'amid' does not exist"),
     (Words, dict(recoloured=0.5), "recoloured is 0.5 but share is 0: give a share of examples with words"),
+    (Words, dict(templates=("a {} and {}",)), "the template 'a {} and {}' does not have one {}: write it"),
+    (Words, dict(share=0.5, templated=0.5), "templated is 0.5 but there are no templates: give some"),
+    (Words, dict(share=1.0, recoloured=0.5, templates=("{}",), templated=1.0), "recoloured has no effect on"),
     (Words, dict(place="behind", subject=("cat",)), "subject requires place='within', but place is 'behind'"),
   ],
 )

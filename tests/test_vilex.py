@@ -310,6 +310,20 @@ def test_images_replace_their_subject():
   assert losses[0] != losses[2] and losses[1] == losses[3]
 
 
+def test_templates_need_no_captions():
+  """Words of a template are those of a caption."""
+  objective, variables, _ = setup(words=FrozenDict(share=1.0, templates=("a red {}",), templated=1.0))
+  assert objective.captions is None
+  told, _, _ = setup(words=FrozenDict(share=1.0, place="behind"))
+  given = {"image": batch()["image"], "key": keys(4)}
+  captions = told.texts.read(["a red"] * 4)
+  losses = [
+    training_loss(objective, variables, given),
+    training_loss(told, variables, given | {"caption": captions}),
+  ]
+  assert losses[0] == losses[1]
+
+
 def test_features_and_reconstructions():
   _, variables, predict = setup()
   given = {"image": batch()["image"]}
@@ -325,6 +339,11 @@ def test_features_and_reconstructions():
     (dict(encoder=dict(name="resnet")), "'resnet' does not exist"),
     (dict(encoder=DECODER), "encoder.name is 'diffusion', which has no image encoder: give a model that has"),
     (dict(words=dict(share=2.0)), "share is 2.0: give a share"),
+    (dict(words=dict(share=0.5, templates=("a dog {}",))), "has the out-of-vocabulary word 'dog'"),
+    (
+      dict(words=dict(share=0.5, templates=("a " * 9 + "{}",))),
+      "has 9 words .*shorten it, this model reads 8",
+    ),
     (dict(words=dict(place="amid")), "place 'amid' does not exist"),
     (dict(words=dict(recoloured=0.5)), "recoloured is 0.5 but share is 0"),
     (

@@ -132,6 +132,17 @@ def test_folders_that_are_not_decoders(folders, tmp_path):
     config_lib.load(f"configs/vilex_sd15.py:decoder={tmp_path}")
 
 
+def test_words_win_by_one_switch(converted):
+  given = f"configs/vilex_sd15.py:decoder={converted / 'sd'},words_win"
+  words = load(given)["objective"]["words"]
+  assert words["share"] == 0.65 and words["place"] == "within" and words["recoloured"] == 0.4
+  assert "tokenize" in load(given)["data"]["preprocess"] and len(words["templates"]) > 10
+  named = load(f"{given},subject=cat+dog,recoloured=0.2,template_share=0")["objective"]["words"]
+  assert named["subject"] == ["cat", "dog"] and named["recoloured"] == 0.2 and not named["templates"]
+  with pytest.raises(UserError, match=r"template_share and caption_share are 1\.5 in total: lower one"):
+    load(f"{given},template_share=0.5,caption_share=1.0")
+
+
 def test_the_pretrained_decoder_is_of_the_family_too(converted):
   objective = objectives.build(load("configs/vilex_sd15.py")["objective"])
   with pytest.raises(UserError, match=r"is Stable Diffusion XL .* but Stable Diffusion 1"):
@@ -190,9 +201,12 @@ SMALL = dict(
 def test_pictures_and_captions_to_a_vilex_model(converted, pictures, tmp_path, name, config, share):
   """With the config itself except for its sizes: two steps, then a prompt of images."""
   decoder = shutil.copytree(converted / name, tmp_path / "decoder")
-  given = f"decoder={decoder},source=tar:{pictures},caption_share={share}"
+  (tmp_path / "templates.txt").write_text("a {}\n\n{} b\n")
+  given = f"decoder={decoder},source=tar:{pictures},caption_share={share},templates={tmp_path}/templates.txt"
   plain = load(f"configs/{config}.py:{given},batch_size=8,accumulation=1")
-  data = plain["data"]
+  data, words = plain["data"], plain["objective"]["words"]
+  assert words["templates"] == ["a {}", "{} b"] and words["share"] == share + 0.25
+  np.testing.assert_allclose(words["templated"], 0.25 / words["share"])
   for key in ("preprocess", "eval_preprocess"):
     assert "_crop(16" in data[key]  # the size of this decoder
     assert ("tokenize('bpe:" in data[key]) == bool(share)

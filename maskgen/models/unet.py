@@ -277,6 +277,11 @@ class UNet(nn.Module):
     """The number that must divide height and width."""
     return 2 ** (len(self.channels) - 1)
 
+  @property
+  def takes_sizes(self) -> bool:
+    """Whether conditions need `sizes`."""
+    return self.pooled_width > 0 and self.size_width > 0
+
   @nn.compact
   def __call__(self, noisy: jax.Array, time: jax.Array, condition: Condition) -> jax.Array:
     """Predicts what the noise schedule's `prediction` names.

@@ -13,6 +13,7 @@ import numpy as np
 
 from maskgen.errors import UserError, nearest
 
+PLACE = "{}"  # of an image in a text
 DISTRIBUTIONS = ("uniform", "powers", "all")
 # The position of an image relative to its caption: before it, behind it, or in place of some of its words.
 PLACES = ("before", "behind", "within")
@@ -87,6 +88,18 @@ def num_fitting(number: jax.Array, words: jax.Array, length: int) -> jax.Array:
   return jnp.minimum(number, length - 2 - words)
 
 
+class Templates(NamedTuple):
+  """Texts around an image, such as "a photo of" and nothing; t of them.
+
+  Attributes:
+    before: the words before the image, float [t, m, d], and their numbers, int32 [t].
+    behind: those behind it, likewise.
+  """
+
+  before: Segment
+  behind: Segment
+
+
 class WordsAround(NamedTuple):
   """The words around the image of a training example.
 
@@ -103,10 +116,14 @@ class WordsAround(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Words:
-  """Training with words of the caption around the image, which Wang et al. 2024 do not specify.
+  """Training with words around the image, those of its caption or neutral ones: not in Wang et al. 2024.
 
   Attributes:
     share: of the examples that are trained with words.
+    templates: neutral texts, with "{}" in place of the image, as for textual inversion (Gal et al. 2022,
+      section 4.1).
+    templated: the share of the examples with words whose words are a template instead of their caption. An
+      example with an empty caption always has one, if there are templates. With 1, captions are not read.
     place: the position of their image: "before" the caption, "behind" it, or "within" it, in place of
       consecutive words. Later positions attend to earlier ones.
     subject: words for what images show, such as "dog" and "cat". An image within its caption replaces the
@@ -121,11 +138,22 @@ class Words:
   place: str = "before"
   subject: tuple[str, ...] = ()
   recoloured: float = 0.0
+  templates: tuple[str, ...] = ()
+  templated: float = 0.0
 
   def __post_init__(self):
-    for name in ("share", "recoloured"):
+    for name in ("share", "recoloured", "templated"):
       if not 0.0 <= getattr(self, name) <= 1.0:
         raise UserError(f"{name} is {getattr(self, name)}: give a share from 0 to 1")
+    for template in self.templates:
+      if template.count(PLACE) != 1:
+        raise UserError(
+          f"the template '{template}' does not have one {PLACE}: write it in place of the image"
+        )
+    if self.templated and not self.templates:
+      raise UserError(f"templated is {self.templated} but there are no templates: give some")
+    if self.recoloured and self.templated == 1:
+      raise UserError("recoloured has no effect on templates, which name no hues: give templated below 1")
     if self.place not in PLACES:
       raise UserError(f"place '{self.place}' does not exist{nearest(self.place, PLACES)}")
     if self.recoloured and not self.share:
@@ -133,35 +161,61 @@ class Words:
     if self.subject and self.place != "within":
       raise UserError(f"subject requires place='within', but place is '{self.place}'")
 
-  def draw(self, keys: jax.Array, caption: Segment, subjects: jax.Array) -> WordsAround:
+  @property
+  def read_captions(self) -> bool:
+    """Whether any words are those of captions."""
+    return self.share > 0 and self.templated < 1
+
+  def draw(
+    self, keys: jax.Array, caption: Segment, subjects: jax.Array, templates: Templates | None = None
+  ) -> WordsAround:
     """Draws the words around images.
 
     Args:
       keys: one per example.
       caption: of m words.
       subjects: bool [b, m], which of the words are subjects.
+      templates: also of m words on each side; None for none.
     """
 
-    def cut(key: jax.Array, number: jax.Array, subjects: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def cut(key: jax.Array, number: jax.Array, subjects: jax.Array) -> tuple[jax.Array, ...]:
       say, turn, hue, one, other, near = jax.random.split(key, 6)
-      number *= jax.random.bernoulli(say, self.share)
+      spoken = jax.random.bernoulli(say, self.share)
+      number *= spoken & ~jax.random.bernoulli(jax.random.fold_in(key, 6), self.templated)
       turned = (number > 0) & jax.random.bernoulli(turn, self.recoloured)
       hue_shift = jnp.where(turned, jax.random.randint(hue, (), 1, 6), 0)
       if self.place != "within":
-        return jnp.full((2,), number * (self.place == "behind")), number, hue_shift
+        return jnp.full((2,), number * (self.place == "behind")), number, hue_shift, spoken
       at = subjects.argmax()
       known = subjects[at] & (at < number)
       first = jax.random.randint(one, (), 0, jnp.where(known, at, number) + 1)
       last = jax.random.randint(other, (), jnp.where(known, at + 1, 0), number + 1)
       ends = jnp.sort(jnp.stack([first, last]))
       close = turned & known & jax.random.bernoulli(near, shape=(2,))
-      return jnp.where(close, jnp.stack([at, at + 1]), ends), number, hue_shift
+      return jnp.where(close, jnp.stack([at, at + 1]), ends), number, hue_shift, spoken
 
-    ends, number, hue_shift = jax.vmap(cut)(keys, caption.number, subjects)
+    ends, number, hue_shift, spoken = jax.vmap(cut)(keys, caption.number, subjects)
     first, last = ends.T
     at = jnp.arange(caption.vectors.shape[1])[None] + last[:, None]
     behind = jnp.take_along_axis(caption.vectors, at[..., None], axis=1, mode="clip")
-    return WordsAround(caption._replace(number=first), Segment(behind, number - last), hue_shift)
+    words = WordsAround(caption._replace(number=first), Segment(behind, number - last), hue_shift)
+    if templates is None:
+      return words
+    count = len(templates.before.number)
+    index = jax.vmap(lambda key: jax.random.randint(jax.random.fold_in(key, 7), (), 0, count))(keys)
+    return _fill(words, spoken & (number == 0), index, templates)
+
+
+def _fill(words: WordsAround, filled: jax.Array, index: jax.Array, templates: Templates) -> WordsAround:
+  """Replaces the words of some examples, bool [b], by those of the templates of an index, int32 [b]."""
+
+  def fill(own: Segment, other: Segment) -> Segment:
+    vectors = jnp.where(filled[:, None, None], other.vectors[index], own.vectors)
+    return Segment(vectors, jnp.where(filled, other.number[index], own.number))
+
+  return WordsAround(
+    fill(words.before, templates.before), fill(words.behind, templates.behind), words.hue_shift
+  )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -54,7 +54,7 @@ class Objective:
     tokens: n, at most the number of tokens that fit in a prompt of the decoder.
     pool_width, pool_depth, pool_heads, pool_self_attention: see `AttentionPool`.
     tail_drop: the distribution of the number of tokens that examples are trained with.
-    words: how examples are trained with words of their caption next to the image.
+    words: how examples are trained with words next to the image.
     alignment_steps: for this number of steps, a second loss aligns the text encoder's output at the end of a
       prompt of tokens with that at the end of the image's caption; its weight decays from 1 to 0. For an
       encoder from scratch. Not in the paper.
@@ -92,13 +92,12 @@ class Objective:
     limit = self.text_to_image.max_prompt_tokens
     if not 1 <= self.tokens <= limit:
       raise UserError(f"tokens is {self.tokens}: a prompt of this decoder holds 1 to {limit}")
-    source, _, _ = self._source, self.pool, self._subjects  # these check their fields
+    source, *_ = self._source, self.pool, self._subjects, self._templates  # these check their fields
     if self.pretrained_encoder and source.encoder.tokenizer:
       raise UserError(
         "pretrained_encoder: an encoder with a tokenizer is always pretrained, leave the key out"
       )
-    unet = self.text_to_image.model.unet
-    if self.crop_sizes and not (unet.pooled_width and unet.size_width):
+    if self.crop_sizes and not self.text_to_image.model.unet.takes_sizes:
       raise UserError("crop_sizes is set, but this decoder takes no sizes: only SDXL does, leave the key out")
     schedule = self.text_to_image.model.schedule
     if self.min_timestep >= schedule.steps:
@@ -109,7 +108,7 @@ class Objective:
 
   @property
   def captions(self) -> Captions | None:
-    return self.texts if self.words.share or self.alignment_steps else None
+    return self.texts if self.words.read_captions or self.alignment_steps else None
 
   def batch_spec(self) -> BatchSpec:
     others = {"sizes": ArraySpec((NUM_SIZES,), "int32", 1 << 16)} if self.crop_sizes else {}
@@ -206,9 +205,7 @@ class Objective:
     images = images_lib.to_float(batch["image"])
     inputs, words = images, None
     if self.words.share:
-      caption = self.text_to_image.caption(frozen["decoder"], batch["caption"])
-      subjects = jnp.isin(batch["caption"][:, 1:-1], self._subjects)
-      words = self.words.draw(_keys(batch, _WORDS), caption, subjects)
+      words = self._words(frozen, batch)
       inputs = images_lib.shift_hues(images, words.hue_shift)
     vectors = self._vectors(params["main"], frozen, inputs)
     image = Segment(vectors, self.tail_drop.draw(_keys(batch, _TAIL_DROP), self.tokens))
@@ -230,6 +227,23 @@ class Objective:
       metrics["misalignment"] = distance.mean()
       loss += jnp.maximum(1.0 - step / self.alignment_steps, 0.0) * metrics["misalignment"]
     return {"main": loss}, metrics, model_state
+
+  def _words(self, frozen: Tree, batch: Batch) -> prompts.WordsAround:
+    """The words around the images of a batch."""
+    embed, templates = partial(self.text_to_image.caption, frozen["decoder"]), None
+    if self.words.templates:
+      templates = prompts.Templates(*(embed(jnp.asarray(ids)) for ids in self._templates))
+    count = len(batch["key"])
+    ids = batch["caption"] if self.words.read_captions else jnp.repeat(self.texts.read([""]), count, 0)
+    subjects = jnp.isin(ids[:, 1:-1], self._subjects)
+    return self.words.draw(_keys(batch, _WORDS), embed(ids), subjects, templates)
+
+  @functools.cached_property
+  def _templates(self) -> list[np.ndarray]:
+    """The words before the image and behind it in each template, int32 [t, length]."""
+    halves = [template.split(prompts.PLACE) for template in self.words.templates]
+    _ = [self.texts.read([" ".join(both)]) for both in halves]  # both together must fit
+    return [self.texts.read(texts) for texts in zip(*halves, strict=True)]
 
   @functools.cached_property
   def _subjects(self) -> np.ndarray:

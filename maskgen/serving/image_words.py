@@ -13,10 +13,10 @@ from PIL import Image
 
 from maskgen import images as images_lib
 from maskgen.errors import UserError, counted
+from maskgen.numerics.prompts import PLACE
 from maskgen.serving import requests, token_files
 from maskgen.serving.model import Model
 
-PLACE = "{}"
 # The number of tokens of every image, or a list with one for each; None for as many as fit.
 Numbers = int | Sequence[int | None] | None
 
