@@ -65,6 +65,15 @@ def page(text: str, height: int, width: int) -> np.ndarray:
   return np.asarray(image)
 
 
+def heat(picture: np.ndarray, weights: np.ndarray) -> np.ndarray:
+  """Shows weights float [h', w'] over a picture, uint8 [h, w, 3]: grey up to the mean, red at the largest."""
+  above = np.maximum(weights - weights.mean(), 0.0)
+  scaled = Image.fromarray((above / max(above.max(), 1e-12)).astype(np.float32))
+  share = np.asarray(scaled.resize(picture.shape[1::-1], Image.Resampling.BILINEAR))[..., None]
+  grey = 0.35 * picture.mean(axis=-1, keepdims=True) + 0.65 * 255
+  return images.to_uint8(((1 - share) * grey + share * (225, 30, 30)).astype(np.float32) / 255)
+
+
 def _card_width(cards: Sequence[Card]) -> int:
   return len(cards[0].pictures) * (cards[0].pictures[0].shape[1] + _SEAM) - _SEAM
 

@@ -7,7 +7,7 @@ from safetensors.numpy import load_file, save_file
 from test_vilex import DECODER, SECTION, SIZE, setup
 
 import maskgen
-from maskgen import images, storage
+from maskgen import images, sheet, storage
 from maskgen.errors import UserError
 from maskgen.serving import token_files
 from maskgen.tools import vilex
@@ -148,6 +148,27 @@ def test_pictures_of_any_size(folder, model, tmp_path):
     np.testing.assert_allclose(found, model.encode(plain), atol=1e-6)
 
 
+def test_what_tokens_say_and_where_the_pooling_looks(folder, model, tmp_path, capsys):
+  objective, variables, _ = setup()
+  words = ["red", "cat"]
+  ids = objective.texts.read([" ".join(words)])
+  vectors = objective.text_to_image.caption(variables["frozen"]["decoder"], ids).vectors
+  nearest = model.nearest_words(3.0 * np.asarray(vectors)[0, :2], count=2)
+  assert [one[0][0] for one in nearest] == words and [len(one) for one in nearest] == [2, 2]
+  assert all(abs(one[0][1] - 1) < 1e-5 and one[1][1] < 1 for one in nearest)
+  weights = model.look(picture(SIZE, SIZE)[None])
+  assert weights.shape == (1, 4, 2, 2) and weights.min() > 0
+  np.testing.assert_allclose(weights.sum(axis=(2, 3)), 1.0, rtol=1e-5)
+  # One patch of four is red.
+  shown = sheet.heat(np.full((8, 8, 3), 90, np.uint8), np.array([[0.0, 0.0], [0.0, 0.5]]))
+  assert tuple(shown[7, 7]) == (225, 30, 30) and len(set(shown[0, 0])) == 1
+  for command in ("words", "look"):
+    run(folder, command, "--image=@a.png:3", f"--out={tmp_path}/{command}.png")
+    assert read(tmp_path / f"{command}.png").ndim == 3
+  printed = capsys.readouterr().out.splitlines()
+  assert len(printed) == 5 and printed[0].startswith(f"{folder}/a.png, token 1: ")
+
+
 @pytest.mark.parametrize(
   ("command", "arguments", "message"),
   [
@@ -192,6 +213,8 @@ def test_pictures_of_any_size(folder, model, tmp_path):
     ("encode", ["--image=@a.png:1", "--image=@b.png"], r"--image gives 1, 4 tokens: give the same number"),
     ("embedding", ["--image=@two.safetensors"], r"--image gives 2 images: give one"),
     ("embedding", ["--image=@a.png", "--count=2"], r"unrecognized arguments: --count=2"),
+    ("look", ["--image=@two.safetensors"], r"two\.safetensors is a file of tokens: give the picture"),
+    ("words", ["--image=@a.png", "--count=0"], r"--count=0: give at least 1"),
     ("draw", [], r"invalid choice: 'draw'"),
   ],
 )

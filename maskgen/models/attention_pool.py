@@ -5,6 +5,7 @@ Letters: b batch, n patches, c their width, k queries, d output width, p inner w
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -16,6 +17,8 @@ from maskgen.errors import UserError
 from maskgen.models.transformer import Attention, Mlp, attend, check_attention, kernel_init, qkv_init
 
 EPSILON = 1e-6
+# The collection of attention weights, which are stored only where it is mutable.
+LOOKS = "looks"
 
 
 class CrossAttention(nn.Module):
@@ -34,6 +37,9 @@ class CrossAttention(nn.Module):
       return sharding.constrain_batch(y, "tensor").reshape(*y.shape[:2], self.heads, width // self.heads)
 
     query, key, value = project(x, "query"), project(patches, "key"), project(patches, "value")
+    if self.is_mutable_collection(LOOKS) and not self.is_initializing():
+      scores = jnp.einsum("bqhc,bkhc->bhqk", query, key, preferred_element_type=jnp.float32)
+      self.sow(LOOKS, "weights", jax.nn.softmax(scores / query.shape[-1] ** 0.5).mean(axis=1))
     y = attend(query, key, value, attention=self.attention).reshape(x.shape)
     y = nn.Dense(width, kernel_init=kernel_init, dtype=self.dtype, name="out")(y)
     return sharding.constrain_batch(y)
@@ -110,3 +116,8 @@ class AttentionPool(nn.Module):
       y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + EPSILON) for y in jnp.split(x, ends, -1)
     ]
     return jnp.concatenate(parts, axis=-1) * self.param("scale", nn.initializers.ones, (total,))[None, None]
+
+  def looks(self, params: Any, patches: jax.Array) -> jax.Array:
+    """The weights of the queries' attention to patches [b, n, c], the mean of heads and layers: [b, k, n]."""
+    _, stored = self.apply({"params": params}, patches, mutable=[LOOKS])
+    return jnp.stack(jax.tree.leaves(stored[LOOKS])).mean(axis=0)

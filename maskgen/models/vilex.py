@@ -85,12 +85,21 @@ class FrozenTextToImage:
 
   def scale(self, params: Any) -> jax.Array:
     """The root mean square of each text encoder's vocabulary, repeated over its width; float32 [d]."""
-    tables = self.model.embed(
-      params, [jnp.arange(encoder.vocabulary_size)[None] for encoder in self.model.text_encoders]
-    )
     return jnp.concatenate(
-      [jnp.full(table.shape[-1], jnp.sqrt(jnp.square(table).mean()), jnp.float32) for table in tables]
+      [
+        jnp.full(table.shape[-1], jnp.sqrt(jnp.square(table).mean()), jnp.float32)
+        for table in self._tables(params)
+      ]
     )
+
+  def vocabulary(self, params: Any) -> jax.Array:
+    """The embeddings of all ids, float32 [ids, d], each text encoder's divided by their root mean square."""
+    return jnp.concatenate(self._tables(params), axis=-1)[0] / self.scale(params)[None]
+
+  def _tables(self, params: Any) -> tuple[jax.Array, ...]:
+    """Each text encoder's vocabulary, float32 [1, ids, d]."""
+    ids = [jnp.arange(encoder.vocabulary_size)[None] for encoder in self.model.text_encoders]
+    return self.model.embed(params, ids)
 
   def words(self, params: Any, ids: jax.Array, number: jax.Array) -> Segment:
     """The first words, int32 [b], of ids int32 [b, n]."""

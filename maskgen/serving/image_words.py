@@ -7,6 +7,7 @@ of a prompt between its images.
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 from etils import epath
 from PIL import Image
@@ -125,6 +126,44 @@ class ImageWords(Model):
     start, end = (self._vectors(image)[0] for image in (first, second))
     made = [self.generate(seed, 1, images=[tokens], **options) for tokens in between(start, end, count)]
     return np.concatenate(made)
+
+  def nearest_words(self, tokens: np.ndarray, count: int = 5) -> list[list[tuple[str, float]]]:
+    """The words of the vocabulary nearest to each token of an image, with their cosines, the nearest first.
+
+    Tokens are no words, and need not be near any: small cosines mean that no word says what a token does.
+
+    Args:
+      tokens: of an image, float [k, d], from `encode`.
+      count: the number of words for each token.
+    """
+    count = requests.whole("count", count, least=1)
+    decoder, params = self.objective.text_to_image, self.variables["frozen"]["decoder"]
+    table, scale = np.asarray(decoder.vocabulary(params)), np.asarray(decoder.scale(params))
+    tokenizer = self.objective.texts.opened
+    texts = [tokenizer.decode([i]) for i in range(len(table))]
+    # Neither special ids nor pieces that only begin a word.
+    known = np.array([i for i, text in enumerate(texts) if tokenizer.encode(text) == [i]])
+    unit, own = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (table[known], tokens / scale))
+    cosines = own @ unit.T
+    order = np.argsort(-cosines, axis=-1, kind="stable")[:, :count]
+    return [
+      [(texts[known[i]], float(row[i])) for i in best] for row, best in zip(cosines, order, strict=True)
+    ]
+
+  def look(self, images: np.ndarray) -> np.ndarray:
+    """Where the pooling looks for each token of images, float32 [b, n, h', w'] over the encoder's patches.
+
+    The weights of its attention, the mean of heads and layers; those of a token sum to 1. The encoder has
+    mixed patches before, so that a patch stands for more than its pixels.
+    """
+    checked = self.check_images(images)
+    part, pool = self.objective.image_encoder, self.objective.pool
+
+    def look(variables: Any, batch: Any) -> Any:
+      return pool.looks(variables["params"]["main"]["pool"], part.encode(variables, batch))
+
+    weights = np.asarray(jax.jit(look)(self.variables, {"image": checked}))
+    return weights.reshape(*weights.shape[:2], *part.encoder.positions.grid)
 
   def lay_out(
     self, prompt: str, images: Sequence[np.ndarray], num_tokens: Numbers = None

@@ -196,12 +196,62 @@ def embedding(argv: Sequence[str]) -> None:
   print(f"wrote {counted(len(given[0].tokens), 'vector')} to {args.out}")
 
 
+def words(argv: Sequence[str]) -> None:
+  """Shows the nearest words of tokens."""
+  parser = _parser(
+    "Shows the words of the vocabulary that are nearest to each token of images, with their cosines.",
+    "words --model=runs/vilex_digits/vilex --image=in.png --num_tokens=4 --out=out.png",
+  )
+  _add_num_tokens(parser)
+  parser.add_argument("--count", type=int, default=5, help="number of words for each token; default 5")
+  args = _parse(parser, argv, ".png")
+  model, given = _load(args, args.num_tokens)
+  sections = {}
+  for image in given:
+    shown = sheet.fit(image.picture)
+    cards = [sheet.Card([shown], ["the image"], image.name)]
+    for i, nearest in enumerate(model.nearest_words(image.tokens, args.count), 1):
+      text = ", ".join(f"{word}={cosine:.2f}" for word, cosine in nearest)
+      print(f"{image.name}, token {i}: {text}")
+      cards.append(sheet.Card([sheet.page(text, *shown.shape[:2])], [f"token {i}"], ""))
+    sections[image.name] = cards
+  _write_sheet(args, sections)
+
+
+def look(argv: Sequence[str]) -> None:
+  """Shows where the pooling looks."""
+  parser = _parser(
+    "Shows where in pictures the attention pooling looks for each token: red is where it looks most, grey "
+    "where no more than on average.",
+    "look --model=runs/vilex_digits/vilex --image=in.png --num_tokens=4 --out=out.png",
+  )
+  _add_num_tokens(parser)
+  args = _parse(parser, argv, ".png")
+  for path, picture, _ in map(_open, args.image):
+    if picture is None:
+      raise UserError(f"--image={path} is a file of tokens: give the picture, which the pooling looks at")
+  model, given = _load(args, args.num_tokens)
+  sections = {}
+  for image in given:
+    shown = sheet.fit(image.picture)
+    weights = model.look(image.picture[None])[0, : len(image.tokens)]
+    parts = {"all": weights.mean(axis=0)} | {f"token {i}": one for i, one in enumerate(weights, 1)}
+    cards = [
+      sheet.Card([sheet.heat(shown, one)], [text, f"up to {one.max() / one.mean():.1f} x the mean"], "")
+      for text, one in parts.items()
+    ]
+    sections[image.name] = [sheet.Card([shown], ["the image"], image.name), *cards]
+  _write_sheet(args, sections)
+
+
 COMMANDS: Mapping[str, tuple[Callable[[Sequence[str]], None], str]] = {
   "reconstruct": (reconstruct, "reconstructs images from increasing numbers of tokens"),
   "prompt": (prompt, "generates images from a prompt of images and words"),
   "interpolate": (interpolate, "interpolates between two images"),
   "encode": (encode, "writes the tokens of images to a file"),
   "embedding": (embedding, "writes an image as a word for other programs"),
+  "words": (words, "shows the nearest words of each token"),
+  "look": (look, "shows where the pooling looks for each token"),
 }
 
 
@@ -308,6 +358,11 @@ def _read_images(
   drawn = sheet.page(f"{path}, {counted(held, 'token')}", shown[0], shown[1])
   names = [path] if len(tokens) == 1 else [f"{path}, image {i}" for i in range(len(tokens))]
   return [GivenImage(name, drawn, one[:number], number) for name, one in zip(names, tokens, strict=True)]
+
+
+def _write_sheet(args: argparse.Namespace, sections: Mapping[str, Sequence[sheet.Card]]) -> None:
+  images_lib.write_png(args.out, sheet.draw(sections))
+  print(f"wrote {args.out}")
 
 
 def _draw(args: argparse.Namespace, model: "ImageWords", sections: Mapping[str, Sequence[Entry]]) -> None:
