@@ -20,4 +20,4 @@ from maskgen import config as config_lib
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
-  return config_lib.load_beside(__file__, "vilex_sd15.py", arg, family="sdxl", accumulation=8)
+  return config_lib.load_beside(__file__, "vilex_sd15.py", arg, family="sdxl")

@@ -140,6 +140,18 @@ def test_the_first_remedy_that_fits_is_found_by_compiling(monkeypatch, tmp_path,
   assert "use more or larger devices" in capsys.readouterr().out
 
 
+def test_a_gpu_is_described_by_its_memory(report, monkeypatch):
+  monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
+  assert topology.memory("gpu:24GiB") == 18 * 2**30
+  monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
+  assert topology.memory("gpu:10GiB") == 9 * 2**30
+  assert topology.memory("cpu:8") is None and topology.memory("gpu:0GiB") is None
+  names = {"config": "c", "topology": "gpu:24GiB", "slices": 1}
+  for estimated in (False, True):
+    shown = table.show(names | report | {"activations_are_estimated": estimated})
+    assert ("activations, an estimate " in shown) == estimated
+
+
 def test_a_gpu_offers_what_jax_takes_of_its_memory():
   kind = "NVIDIA H200"
 
@@ -197,7 +209,8 @@ def test_tpus_that_are_not_attached(tmp_path, slices):
     ("v5e:99999x99999", 1, r"--topology=v5e:99999x99999: give a TPU slice"),
     ("cpu:0", 1, r"--topology=cpu:0: give the number of CPU devices"),
     ("cpu:2", 2, r"--slices=2: only TPU slices can be combined"),
-    ("gpu:x", 1, r"--topology=gpu:x: give a TPU slice"),
+    ("gpu:x", 1, r"--topology=gpu:x: give a TPU slice .* or gpu:24GiB"),
+    ("gpu:24GiB", 2, r"--slices=2: only TPU slices can be combined"),
   ],
 )
 def test_wrong_topologies_are_refused(name, slices, message):

@@ -310,6 +310,20 @@ def test_images_replace_their_subject():
   assert losses[0] != losses[2] and losses[1] == losses[3]
 
 
+def test_a_frozen_encoder_is_only_read():
+  """It computes the same, and has neither gradients nor a part in the state."""
+  with pytest.raises(UserError, match="train_encoder=False freezes an encoder from scratch"):
+    objectives.build(SECTION | dict(train_encoder=False))
+  trained, parts, predict = setup(pretrained_encoder=True)
+  objective, frozen, same = setup(pretrained_encoder=True, train_encoder=False)
+  assert set(frozen["params"]["main"]) == {"pool"} and set(frozen["frozen"]) == {"decoder", "encoder"}
+  tiny.assert_same_bits(frozen["frozen"]["encoder"], parts["params"]["main"]["encoder"])
+  given = {"image": batch()["image"]}
+  np.testing.assert_array_equal(same["encode"](frozen, given, None), predict["encode"](parts, given, None))
+  assert objective.positions() == {} and objective.image_encoder.layers("main") == ()
+  assert trained.positions() and trained.image_encoder.layers("main")
+
+
 def test_templates_need_no_captions():
   """Words of a template are those of a caption."""
   objective, variables, _ = setup(words=FrozenDict(share=1.0, templates=("a red {}",), templated=1.0))

@@ -29,8 +29,7 @@ from maskgen.numerics import diffusion, prompts
 from maskgen.numerics.positions import Positions
 from maskgen.numerics.prompts import Segment, TailDrop, Words
 from maskgen.numerics.text import Captions
-from maskgen.objectives import Batch, BatchSpec, Metrics, PredictFn, Tree, check_same
-from maskgen.objectives import diffusion as diffusion_objective
+from maskgen.objectives import Batch, BatchSpec, Metrics, PredictFn, Tree, check_same, frozen_decoder
 
 # Folded into an example's key to draw its number of tokens and its words.
 _TAIL_DROP, _WORDS = ERROR_KEYS, ERROR_KEYS + 1
@@ -51,6 +50,8 @@ class Objective:
       of any objective with an image encoder, such as MAGE.
     pretrained_encoder: whether the encoder is initialized from `config.pretrained.encoder` instead of from
       scratch. An encoder with frozen parts, such as MAGE's tokenizer, is always pretrained.
+    train_encoder: whether the encoder is trained, too. A frozen one is pretrained, and has neither gradients
+      nor optimizer state.
     tokens: n, at most the number of tokens that fit in a prompt of the decoder.
     pool_width, pool_depth, pool_heads, pool_self_attention: see `AttentionPool`.
     tail_drop: the distribution of the number of tokens that examples are trained with.
@@ -73,6 +74,7 @@ class Objective:
   decoder: Mapping[str, Any] = fields.section(partial(objectives.find, diffusers=diffusers.Folder))
   encoder: Mapping[str, Any] = fields.section(objectives.find_encoder)
   pretrained_encoder: bool = False
+  train_encoder: bool = True
   tokens: int = 75
   pool_width: int = 1024
   pool_depth: int = 5
@@ -97,6 +99,8 @@ class Objective:
       raise UserError(
         "pretrained_encoder: an encoder with a tokenizer is always pretrained, leave the key out"
       )
+    if not (self.train_encoder or self.pretrained_encoder or source.encoder.tokenizer):
+      raise UserError("train_encoder=False freezes an encoder from scratch: set pretrained_encoder=True")
     if self.crop_sizes and not self.text_to_image.model.unet.takes_sizes:
       raise UserError("crop_sizes is set, but this decoder takes no sizes: only SDXL does, leave the key out")
     schedule = self.text_to_image.model.schedule
@@ -130,12 +134,14 @@ class Objective:
 
   @functools.cached_property
   def _decoder(self) -> tuple[FrozenTextToImage, Captions]:
-    return _read_decoder(self.decoder)
+    return frozen_decoder.read(self.decoder)
 
   @property
   def image_encoder(self) -> EncoderPart:
     """The image encoder."""
-    return EncoderPart(self._source.encoder, "params/main/encoder")
+    return EncoderPart(
+      self._source.encoder, "params/main/encoder" if self.train_encoder else "frozen/encoder"
+    )
 
   @functools.cached_property
   def _source(self) -> EncoderPart:
@@ -169,7 +175,7 @@ class Objective:
       found = diffusers.read_frozen({**config["decoder"], "family": family})[0]
       check_same(dataclasses.replace(found, image_size=self.text_to_image.image_size), self.text_to_image)
     elif name == "decoder":
-      check_same(_read_decoder(section)[0], self.text_to_image)
+      check_same(frozen_decoder.read(section)[0], self.text_to_image)
     else:
       check_same(objectives.encoder_part(storage.model_section(config), "its objective"), self._source)
 
@@ -186,10 +192,12 @@ class Objective:
     pool = self.pool.init(pool_rng, jnp.zeros(patches.shape, patches.dtype))["params"]
     # Tokens start at the scale of word embeddings: the frozen text encoder was never trained on larger ones.
     pool = {**pool, "scale": self.text_to_image.scale(frozen["decoder"])}
-    return {"params": {"main": {"encoder": encoder, "pool": pool}}, "frozen": frozen, "extra": {}}
+    main = {"pool": pool}
+    (main if self.train_encoder else frozen)["encoder"] = encoder
+    return {"params": {"main": main}, "frozen": frozen, "extra": {}}
 
   def positions(self) -> dict[str, Positions]:
-    return {"main/encoder/position": self._source.encoder.positions}
+    return {"main/encoder/position": self._source.encoder.positions} if self.train_encoder else {}
 
   def losses(
     self,
@@ -300,18 +308,6 @@ class Objective:
 
     own: tuple[PredictFn, ...] = (loss, encode, reconstruct, generate)
     return {fn.__name__: fn for fn in own} | self.image_encoder.predict_fns()
-
-
-def _read_decoder(section: Mapping[str, Any]) -> tuple[FrozenTextToImage, Captions]:
-  """A text-to-image model, and how captions are tokenized for it."""
-  if section.get("name") == "diffusers":
-    return diffusers.read_frozen(section)
-  found = objectives.build(section)
-  if not isinstance(found, diffusion_objective.Objective):
-    raise UserError("it does not generate images from texts: give a model of the diffusion objective")
-  tokenizer = found.captions.opened
-  ids = (tokenizer.start_id, tokenizer.end_id, (tokenizer.padding_id,))
-  return FrozenTextToImage(found.model, found.image_size, found.captions.length, *ids), found.captions
 
 
 def _keys(batch: Batch, number: int) -> jax.Array:

@@ -19,7 +19,10 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def estimate(
-  config: Mapping[str, Any], devices: Sequence[jax.Device], source: str = "synthetic"
+  config: Mapping[str, Any],
+  devices: Sequence[jax.Device],
+  source: str = "synthetic",
+  limit: float | None = None,
 ) -> dict[str, Any]:
   """Compiles the training step of a plain config of one stage, and reports what one of its devices needs.
 
@@ -27,6 +30,7 @@ def estimate(
     config: the config.
     devices: to compile for; they need not exist on this machine.
     source: "synthetic" for images, or "tokens" for cached codes.
+    limit: the bytes of a device for which `devices` only stand, whose activations are therefore estimates.
 
   Returns:
     The report that `docs/scaling.md` explains. If the step does not fit, keys that need a compiled step are
@@ -50,7 +54,8 @@ def estimate(
     "flops_per_step": needed,
     "flops_per_image": needed / size,
     "state_bytes_per_device": _state_bytes(target, batch),
-    "hbm_limit_bytes": _limit(devices, chip),
+    "hbm_limit_bytes": _limit(devices, chip) if limit is None else limit,
+    "activations_are_estimated": limit is not None,
   }
   began = time.monotonic()
   try:

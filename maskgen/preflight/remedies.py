@@ -17,7 +17,11 @@ Change = dict[str, Any]  # config keys with their new values
 
 
 def find(
-  config: Mapping[str, Any], devices: Sequence[jax.Device], source: str, report: Mapping[str, Any]
+  config: Mapping[str, Any],
+  devices: Sequence[jax.Device],
+  source: str,
+  report: Mapping[str, Any],
+  limit: float | None = None,
 ) -> tuple[Change, dict[str, Any]] | None:
   """Finds the first change that makes a step fit, by compiling them one after the other.
 
@@ -26,6 +30,7 @@ def find(
     devices: to compile for.
     source: see `estimate`.
     report: the step's `estimate`.
+    limit: see `estimate`.
 
   Returns:
     The change and its report, or None if none of the changes suffices.
@@ -33,7 +38,7 @@ def find(
   for change in candidates(config, report, sharding.num_slices(devices)):
     log.info("does not fit; trying %s", show(change))
     try:
-      found = estimate(apply(config, change), devices, source)
+      found = estimate(apply(config, change), devices, source, limit)
     except UserError as error:  # the sharding does not divide a parameter or the batch
       log.info("%s", error)
       continue

@@ -18,7 +18,8 @@ def show(report: Mapping[str, Any]) -> str:
   ]
   lines += [_row(name, size / _GiB, ".3f") for name, size in report["state_bytes_per_device"].items()]
   if "activation_bytes_per_device" in report:
-    lines.append(_row("activations", report["activation_bytes_per_device"] / _GiB, ".3f"))
+    name = "activations, an estimate" if report["activations_are_estimated"] else "activations"
+    lines.append(_row(name, report["activation_bytes_per_device"] / _GiB, ".3f"))
   lines += [
     _row("all", report["hbm_bytes_per_device"] / _GiB, ".2f"),
     _row("limit", report["hbm_limit_bytes"] / _GiB, ".2f"),

@@ -1,4 +1,4 @@
-"""Devices to compile for: a remote TPU slice, virtual CPU devices, or those of this machine."""
+"""Devices to compile for: a remote TPU slice, a GPU by its memory, virtual CPUs, or those of this machine."""
 
 import importlib.util
 import os
@@ -26,18 +26,21 @@ def devices(topology: str, slices: int = 1) -> Sequence[jax.Device]:
   """Returns the devices of a topology; call it before anything else asks JAX for devices.
 
   Args:
-    topology: a TPU slice by its kind and shape, such as `v5e:16x16`; `cpu:8`; or `local`.
+    topology: a TPU slice by its kind and shape, such as `v5e:16x16`; `gpu:24GiB`, for which a CPU device
+      stands; `cpu:8`; or `local`.
     slices: the number of such TPU slices.
 
   Raises:
     UserError: if there is no such topology, or its compiler is not installed.
   """
   kind, _, shape = topology.partition(":")
-  if slices > 1 and (kind in ("cpu", "local")):
+  if slices > 1 and (kind in ("cpu", "gpu", "local")):
     raise UserError(f"--slices={slices}: only TPU slices can be combined, {topology} cannot")
   if topology == "local":
     return jax.devices()
   jax.config.update("jax_platforms", "cpu")
+  if memory(topology) is not None:
+    return jax.devices()[:1]
   if kind == "cpu":
     if not re.fullmatch(r"[1-9]\d{0,3}", shape):
       raise UserError(f"--topology={topology}: give the number of CPU devices, such as cpu:8")
@@ -45,7 +48,7 @@ def devices(topology: str, slices: int = 1) -> Sequence[jax.Device]:
     return jax.devices()
   if not re.fullmatch(r"v\d\w*:[1-9]\d{0,2}(x[1-9]\d{0,2}){1,2}", topology):
     raise UserError(
-      f"--topology={topology}: give a TPU slice such as v5e:16x16 or v5p:4x4x4, or cpu:8, or local"
+      f"--topology={topology}: give a TPU slice such as v5e:16x16 or v5p:4x4x4, or gpu:24GiB, cpu:8 or local"
     )
   if importlib.util.find_spec("libtpu") is None:
     raise UserError(
@@ -61,3 +64,10 @@ def devices(topology: str, slices: int = 1) -> Sequence[jax.Device]:
     reason = str(error).splitlines()[0].partition(": ")[2]
     raise UserError(f"--topology={topology}: there is no such TPU slice ({reason})") from None
   return found.devices
+
+
+def memory(topology: str) -> float | None:
+  """The bytes that JAX takes of a GPU such as `gpu:24GiB`, by default three quarters; None for others."""
+  found = re.fullmatch(r"gpu:([1-9]\d{0,3})GiB", topology)
+  share = float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", 0.75))
+  return None if found is None else share * int(found[1]) * 2**30

@@ -31,8 +31,9 @@ def main(argv: Sequence[str]) -> None:
   parser.add_argument(
     "--topology",
     default="local",
-    help="a TPU slice such as v5e:16x16, v5p:4x4x4 or v6e:16x16; cpu:8 for 8 virtual CPU devices; local "
-    "(default) for the devices of this machine",
+    help="a TPU slice such as v5e:16x16, v5p:4x4x4 or v6e:16x16; gpu:24GiB for a GPU with that memory, whose "
+    "activations are estimated by compiling for a CPU; cpu:8 for 8 virtual CPU devices; local (default) for "
+    "the devices of this machine",
   )
   parser.add_argument(
     "--slices", type=int, default=1, help="number of TPU slices, connected by a data-centre network"
@@ -52,13 +53,13 @@ def main(argv: Sequence[str]) -> None:
   from maskgen.preflight import remedies, table, topology
   from maskgen.preflight.estimate import estimate
 
-  devices = topology.devices(args.topology, args.slices)
+  devices, limit = topology.devices(args.topology, args.slices), topology.memory(args.topology)
   log.info("compiling for %d devices; large models take minutes", len(devices))
   names = {"config": args.config, "topology": args.topology, "slices": args.slices}
-  report = names | estimate(config, devices, args.source)
+  report = names | estimate(config, devices, args.source, limit)
   remedy = None
   if not report["fits"]:
-    remedy = remedies.find(config, devices, args.source, report)
+    remedy = remedies.find(config, devices, args.source, report, limit)
     report["remedy"] = None if remedy is None else remedies.show(remedy[0])
   print(table.show(report))
   if remedy is not None:
