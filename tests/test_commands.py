@@ -18,7 +18,7 @@ from maskgen.training import cpu
 def test_help_lists_every_command(capsys):
   commands.main(["--help"])
   lines = capsys.readouterr().out.splitlines()
-  for name in ("train", "generate", "edit", "report", "doctor", "configs", "config"):
+  for name in ("train", "generate", "edit", "demo", "report", "doctor", "configs", "config"):
     assert [line for line in lines if line.startswith(f"  {name} ")], name
   assert not [line for line in lines if "python -m" in line or "sampling_flags" in line]
 

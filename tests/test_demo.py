@@ -321,7 +321,7 @@ def test_requests_wait_for_each_other():
     pass
   following, abandoned = queue.follow(third), queue.follow(second)
   assert next(abandoned) == {"ahead": 1} and next(following) == {"ahead": 2}
-  assert next(queue.follow(first)) == {"seconds": 0.0}
+  assert next(queue.follow(first)).keys() == {"seconds"}
   abandoned.close()  # its browser went away
   assert second.cancelled() and next(following) == {"ahead": 1}
   gate.set()
@@ -346,7 +346,8 @@ def address(app):
 def test_the_server_streams(app, address):
   asked = urllib.request.Request(f"{address}generate", b'{"steps": 2, "temperature": 1.0, "count": 2}')
   asked.add_header("Content-Type", "application/json")
-  with urllib.request.urlopen(asked) as answer:
+  direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+  with direct.open(asked) as answer:
     assert len(json.loads(answer.readlines()[-1])["result"]["images"]) == 2
   with pytest.raises(UserError, match="cannot listen there"):
     server.listen(app, "localhost", int(address.rstrip("/").rpartition(":")[2]))

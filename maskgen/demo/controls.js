@@ -48,7 +48,7 @@ if (model.classes.length) facts.push(`${model.classes.length} classes`);
 $("facts").textContent = facts.join(", ");
 if (can.inpaint) $("about").textContent = "Paint over what should change and fill it, or drag an edge to extend the picture.";
 else if (model.images) $("about").textContent = "Drop images, and write {} in the prompt in place of each.";
-$("empty").textContent = can.generate ? "Write a prompt and press New pictures." : "Open or drop a picture.";
+$("empty").textContent = model.prompt ? "Write a prompt and press New pictures." : "Open or drop a picture.";
 if (model.images) {
   const box = add($("words"), "div", {}, "Images");
   add(box, "div", {id: "given", className: "thumbs"});
@@ -63,6 +63,7 @@ for (const name of ["prompt", "negative_prompt"]) {
   if (model[name]) add(add($("words"), "label", {}, titled(name)), "textarea", {id: name, maxLength: model.most_text});
 }
 if (model.images) addSlider({name: "num_tokens", title: "Tokens of each image", least: 1, most: model.tokens, step: 1, value: model.tokens});
+if (model.images) $("prompt").placeholder = "a {} on a red background";
 model.options.forEach(addSlider);
 follow("count", value => COUNTS[value]);
 follow("feather", value => value + " px");
@@ -72,8 +73,8 @@ for (const id of ["count", "fixed"]) $(id).parentElement.hidden = !can.generate 
 
 const ACTIONS = [
   ["inpaint", "Fill the hole", "Enter", fill], ["inpaint", "Remove", "Del", remove],
-  ["generate", "New pictures", "G", create], ["reconstruct", "Reconstruct", "", () => ofPicture("reconstruct")],
-  ["classify", "Classify", "", () => ofPicture("classify")], ["nearest", "Find similar", "", () => ofPicture("nearest")],
+  ["generate", "New pictures", "G", create], ["classify", "Classify", "", () => ofPicture("classify")],
+  ["nearest", "Find similar", "", () => ofPicture("nearest")], ["reconstruct", "Reconstruct", "", () => ofPicture("reconstruct")],
 ];
 for (const [method, text, key, action] of ACTIONS.filter(([method]) => can[method])) {
   const first = !$("actions").children.length;
