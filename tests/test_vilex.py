@@ -70,10 +70,16 @@ def keys(size, seed=0):
   return jax.random.split(jax.random.key(seed), size)
 
 
-def training_loss(objective, variables, given, seed=0):
+def training_loss(objective, variables):
+  """A compiled function of a batch that returns the training loss and the metrics."""
   compute = jax.jit(functools.partial(objective.losses, train=True))
-  key = jax.random.key(seed)
-  return compute(variables["params"], variables["frozen"], {}, given, key, 0)[0]["main"]
+
+  def loss(given, seed=0, step=0):
+    key = jax.random.key(seed)
+    found, metrics, _ = compute(variables["params"], variables["frozen"], {}, given, key, step)
+    return found["main"], metrics
+
+  return loss
 
 
 @functools.cache
@@ -272,27 +278,25 @@ def test_timesteps_with_little_noise_are_skipped():
   decoder = variables["frozen"]["decoder"]
   blind = {**decoder, "unet": jax.tree.map(jnp.zeros_like, decoder["unet"])}
   blinded = {**variables, "frozen": {**variables["frozen"], "decoder": blind}}
-  loss = training_loss(objective, blinded, batch() | {"key": keys(4)}, seed=1)
+  loss, _ = training_loss(objective, blinded)(batch() | {"key": keys(4)}, seed=1)
   pictures = objective.text_to_image.model.encode(decoder, images.to_float(batch()["image"])).mean
   np.testing.assert_allclose(loss, jnp.square(pictures).mean(), rtol=1e-2)
 
 
 def test_recoloured_images_have_captions_and_no_alignment():
   """With words, the target is unchanged and the encoder sees other hues."""
-  plain, parts = gradient(words=FrozenDict(share=1.0), alignment_steps=4)
-  turned, _ = gradient(words=FrozenDict(share=1.0, recoloured=1.0), alignment_steps=4)
-  (loss, metrics), _ = plain(parts["params"], parts["frozen"], 0)
-  (other, fewer), _ = turned(parts["params"], parts["frozen"], 0)
+  plain, turned = (
+    training_loss(*setup(words=FrozenDict(share=1.0, recoloured=recoloured), alignment_steps=4)[:2])
+    for recoloured in (0.0, 1.0)
+  )
+  given = batch() | {"key": keys(4)}
+  (loss, metrics), (other, fewer) = plain(given, seed=1), turned(given, seed=1)
   # One caption of four is empty, and says no hue.
   assert 0 < fewer["misalignment"] < metrics["misalignment"]
   assert np.isfinite(other) and other != loss
   # A picture without hues has none to turn.
-  grey = batch() | {"image": np.repeat(batch()["image"][..., :1], 3, axis=-1), "key": keys(4)}
-  losses = []
-  for recoloured in (0.0, 1.0):
-    objective, variables, _ = setup(words=FrozenDict(share=1.0, recoloured=recoloured))
-    losses.append(training_loss(objective, variables, grey))
-  np.testing.assert_allclose(*losses, rtol=1e-5)
+  grey = given | {"image": np.repeat(given["image"][..., :1], 3, axis=-1)}
+  np.testing.assert_allclose(plain(grey, step=4)[0], turned(grey, step=4)[0], rtol=1e-5)
 
 
 def test_images_replace_their_subject():
@@ -304,9 +308,10 @@ def test_images_replace_their_subject():
     )
     words = dict(share=1.0, place="within", subject=subject)
     objective, variables, _ = setup.__wrapped__(decoder=decoder, words=words)
+    loss = training_loss(objective, variables)
     for captions in (["a red cat"] * 4, ["a blue background"] * 4):
       full = batch() | {"key": keys(4), "caption": objective.texts.read(captions)}
-      losses.append(training_loss(objective, variables, full))
+      losses.append(loss(full)[0])
   assert losses[0] != losses[2] and losses[1] == losses[3]
 
 
