@@ -298,7 +298,9 @@ def test_evaluate(capsys, caplog, monkeypatch):
 def test_steps_and_samples_are_without_tensorflow():
   code = f"""
 import sys
+from maskgen.benchmarks import devices
 from maskgen.tools.bench import main
+devices._SIZES = {devices._SIZES}
 for line in ("step --steps=1", "step --steps=1 --source=tokens", "sample --repeats=1"):
   name, *flags = line.split()
   main([name, "--config={tiny.FILE}", *flags])
