@@ -6,10 +6,8 @@ python -m maskgen.main --config=configs/quickstart.py --workdir=runs/quickstart
 import argparse
 import contextlib
 import dataclasses
-import json
 import logging
 import re
-import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -87,7 +85,7 @@ def main(argv: Sequence[str]) -> None:
 
   from maskgen.training import evaluation, memory, train
   from maskgen.training.experiment import Experiment
-  from maskgen.training.workdir import only_run_in
+  from maskgen.training.workdir import only_run_in, write_config
 
   def naming(workdir: epath.Path) -> contextlib.AbstractContextManager[None]:
     return name_stage(workdir.name) if "stages" in config else contextlib.nullcontext()
@@ -328,42 +326,6 @@ def _longer(root: epath.Path, config: Mapping[str, Any], changes: Sequence[str])
 def _classes(experiment: Any) -> Sequence[str]:
   """The names of the classes that a model knows, if any."""
   return (experiment.objective.num_classes and experiment.data.class_names) or ()
-
-
-def write_config(
-  workdir: epath.Path,
-  config: Mapping[str, Any],
-  argv: Sequence[str],
-  overridden: Mapping[str, tuple[Any, Any]],
-  classes: Sequence[str] = (),
-) -> None:
-  """Writes `config.json` atomically, with the version of maskgen, the command, and the names of classes.
-
-  A file that says the same config is left alone, with the version and the command that began the run.
-
-  Args:
-    workdir: the folder.
-    config: the config.
-    argv: the flags of the command.
-    overridden: by key, the value in the config file and the one that flags gave in its place.
-    classes: the names of classes that the model knows.
-  """
-  import jax
-
-  from maskgen import __version__
-
-  if jax.process_index() == 0:
-    workdir.mkdir(parents=True, exist_ok=True)
-    file = workdir / "config.json"
-    names = {"classes": list(classes)} if classes else {}
-    if file.exists():
-      with contextlib.suppress(UserError):  # a damaged one is replaced
-        stored = files.read_json(file, "")
-        if stored.items() >= names.items() and config_lib.without_origin(stored) == config:
-          return
-    command = shlex.join(["python", "-m", "maskgen.main", *argv])
-    origin = {"version": __version__, "command": command, "overridden": overridden}
-    files.replace(file, json.dumps({**config, **names, **origin}, indent=2))
 
 
 def check(experiment: Any, workdir: epath.Path) -> None:

@@ -21,9 +21,10 @@ from maskgen.costs import flops
 from maskgen.data.pipeline import Data
 from maskgen.errors import UserError
 from maskgen.evaluators import comparison
-from maskgen.main import split_stages, write_config
+from maskgen.main import split_stages
 from maskgen.tools.bench import main
 from maskgen.training.pretrained import complete
+from maskgen.training.workdir import write_config
 
 TINY = f"--config={tiny.FILE}"
 CONFIGS = sorted((pathlib.Path(__file__).parents[1] / "configs").glob("*.py"))
