@@ -31,8 +31,8 @@ Arguments:
   :recoloured     the share of the captions whose image is hue-shifted; 0.4 with words_win
   :batch_size     examples per step, by default 2,048
   :accumulation   micro-batches per step, for fewer devices
-  :gpu            1 for one GPU of 24 GB: a frozen image encoder, and 100,000 steps of 64 examples in small
-                  micro-batches
+  :gpu            1 is meant for one GPU of 24 GB: a frozen image encoder, and 100,000 steps of 64 examples in
+                  small micro-batches
   :family         of the decoder, see vilex_sd21.py and vilex_sdxl.py
   :size           of the images; by default that of the decoder
   :tiny           this recipe with the small networks, pictures and lengths of `vilex_digits.py:tiny`
