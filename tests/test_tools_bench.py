@@ -13,11 +13,11 @@ from PIL import Image
 
 from maskgen import config as config_lib
 from maskgen import objectives, sharding
-from maskgen.benchmarks import common, dataless, devices, evaluate, recording
+from maskgen.benchmarks import accelerator, common, dataless, devices, evaluate, recipes, recording
 from maskgen.benchmarks.handwritten import Handwritten
 from maskgen.benchmarks.model_flops import model_flops
 from maskgen.config import fields
-from maskgen.costs import flops
+from maskgen.costs import chips, flops
 from maskgen.data.pipeline import Data
 from maskgen.errors import UserError
 from maskgen.evaluators import comparison
@@ -302,7 +302,7 @@ import sys
 from maskgen.benchmarks import devices
 from maskgen.tools.bench import main
 devices._SIZES = {devices._SIZES}
-for line in ("step --steps=1", "step --steps=1 --source=tokens", "sample --repeats=1"):
+for line in ("step --steps=1", "sample --repeats=1"):
   name, *flags = line.split()
   main([name, "--config={tiny.FILE}", *flags])
 print("tensorflow" in sys.modules)
@@ -311,8 +311,59 @@ print("tensorflow" in sys.modules)
   out, err = process.communicate()
   assert process.returncode == 0, err
   *results, imported = out.splitlines()
-  assert len(results) == 3
+  assert len(results) == 2
   assert imported == "False"
+
+
+def test_an_accelerator_needs_few_packages():
+  code = """
+import sys
+sys.modules.update(dict.fromkeys(("tensorflow", "tensorflow_datasets", "clu", "ml_collections")))
+from maskgen.benchmarks import devices
+from maskgen.errors import UserError
+from maskgen.tools.bench import main
+devices._SIZES = (64, 128)
+try:
+  main(["step", "--config=configs/quickstart.py"])
+except UserError as error:
+  print(error)
+main(["accelerator", "--size=tiny", "--steps=1", "--seconds=1"])
+"""
+  process = tiny.python("-c", code)
+  out, err = process.communicate()
+  assert process.returncode == 0, err
+  refused, *lines = out.splitlines()
+  assert refused.startswith("config files need ml-collections")
+  # The first row is always measured, and is printed although there is no time for others.
+  measured, rest = map(json.loads, lines)
+  assert (measured["recipe"], measured["source"], measured["batch_size"]) == ("mage_tiny", "synthetic", 16)
+  assert measured["mfu"] > 0 and "error" not in measured
+  planned = accelerator.rows(accelerator.SIZES["tiny"], against=False)
+  assert rest == {"left_out": [row._asdict() for row in planned[1:]]}
+
+
+def test_rows_of_an_accelerator():
+  """Each kind comes once before other batch sizes, and the reference beside what it is compared with."""
+  plain, against = (accelerator.rows(accelerator.SIZES["paper"], against=given) for given in (False, True))
+  assert len(set(against)) == len(against) == 17
+  assert [row for row in against if row.part != "reference"] == plain
+  assert [row.part for row in against[2:4]] == ["reference"] * 2
+  assert {(row.part, row.recipe) for row in plain[:7]} == {(row.part, row.recipe) for row in plain}
+
+
+def test_recipes_are_those_of_the_configs():
+  """If not, run `python -m maskgen.benchmarks.recipes`."""
+  assert json.loads(recipes.FILE.read_text()) == recipes.current()
+  assert dataless.build(recipes.read("vqgan")).config.batch_size == 256
+
+
+def test_chips_are_compared_with_their_data_sheet(monkeypatch):
+  result = {"achieved_flops_per_second": 1e14, "dtype": "bfloat16", "devices": 2}
+  assert devices.utilisation(result, 4e14) == {"peak_flops_per_second": 4e14, "mfu": 0.25}
+  monkeypatch.setattr(devices.chips, "chip_of", lambda device: chips.Chip("a chip", 1e14, 1, 1, 1))
+  found = devices.utilisation(result, 4e14)
+  assert (found["stated_flops_per_second"], found["mfu_of_stated"]) == (2e14, 0.5)
+  assert "mfu_of_stated" not in devices.utilisation(result | {"dtype": "float32"}, 4e14)
 
 
 # What a step is made of
@@ -478,6 +529,15 @@ def test_kinds_of_operations(function, shapes, kinds):
     (["sample", TINY, "--reuse=2,x"], "--reuse=2,x: give numbers of at least 1"),
     (["sample", TINY, "--reuse=2"], "reuse is 2: it must divide the number of steps, 3"),
     (["sample", TINY, "--repeats=0"], "--repeats=0: give at least 1"),
+    (["accelerator", "--size=huge"], "invalid choice: 'huge'"),
+    (["accelerator", "--seconds=0"], "--seconds=0.0: give at least 1"),
+    (["accelerator", "--reference=/nowhere"], "--reference=/nowhere has no models_mage.py: give a checkout"),
+    (["reference"], "--reference"),
+    (
+      ["reference", "--reference=x", "--task=live,code"],
+      "--task=live,code: give some of live, tokens, sample",
+    ),
+    (["reference", "--reference=/nowhere"], "--reference=/nowhere has no models_mage.py"),
     (["evaluate", "--pictures=0"], "--pictures=0: give at least 1"),
     (["evaluate", "--samples=999"], "--samples=999: give at least 1000"),
     (["tokens", TINY, "--steps=0"], "--steps=0: give at least 1"),
@@ -488,6 +548,13 @@ def test_kinds_of_operations(function, shapes, kinds):
 def test_errors(arguments, message):
   with pytest.raises(UserError, match=message):
     main(arguments)
+
+
+def test_a_python_without_pytorch_is_named_as_such(tmp_path):
+  (tmp_path / "models_mage.py").touch()
+  for python, message in (("/no/python", "does not run"), ("false", "cannot run the reference")):
+    with pytest.raises(UserError, match=f"--python={python} {message}"):
+      main(["reference", f"--reference={tmp_path}", f"--python={python}"])
 
 
 def test_a_damaged_picture_is_named_as_such(photos):

@@ -4,13 +4,14 @@ import contextlib
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from maskgen.costs import chips
 from maskgen.errors import UserError, out_of_memory
 
 try:
@@ -72,6 +73,25 @@ def _normal(shape: tuple[int, int], scale: float, dtype: str, where: NamedShardi
     return scale * jax.random.normal(jax.random.key(0), shape, dtype)
 
   return jax.jit(draw, out_shardings=where)()
+
+
+def utilisation(result: Mapping[str, Any], peak: float) -> dict[str, float]:
+  """The share of the devices' peak that a training step uses.
+
+  Args:
+    result: of `step.measure`.
+    peak: FLOP/s, from `matmul_peak`.
+
+  Returns:
+    The peak and the share of it; and of chips whose vendor states what they do in bfloat16, the same by that.
+  """
+  achieved = result["achieved_flops_per_second"]
+  found = {"peak_flops_per_second": peak, "mfu": achieved / peak}
+  chip = chips.chip_of(jax.devices()[0])
+  if chip is not None and result["dtype"] == "bfloat16":
+    stated = chip.flops * result["devices"]
+    found |= {"stated_flops_per_second": stated, "mfu_of_stated": achieved / stated}
+  return found
 
 
 def peak_memory() -> dict[str, Any]:

@@ -51,13 +51,29 @@ def main(argv: Sequence[str]) -> Iterator[dict[str, Any]]:
   processes.start(None, None, None)
   for size in sizes:
     with devices.enough_memory(size):
-      results = _measure(config | {"batch_size": size, "accumulation": 1}, args, reuses)
+      one = config | {"batch_size": size, "accumulation": 1}
+      results = measure(one, args.sampling_steps, args.repeats, reuses)
     if jax.process_index() == 0:
       yield from ({"config": args.config, "stage": args.stage} | result for result in results)
 
 
-def _measure(config: Mapping[str, Any], args: Any, reuses: Sequence[int]) -> list[dict[str, Any]]:
-  """Measures one batch size; returns a result for each value of `reuse`."""
+def measure(
+  config: Mapping[str, Any], sampling_steps: int | None, repeats: int, reuses: Sequence[int]
+) -> list[dict[str, Any]]:
+  """Measures one batch size.
+
+  Args:
+    config: the plain config.
+    sampling_steps: decoding steps, by default the config's.
+    repeats: the number of batches to measure.
+    reuses: values of the option `reuse`; none for models without it.
+
+  Returns:
+    A result for each value of `reuse`.
+
+  Raises:
+    UserError: if the objective does not generate.
+  """
   import jax
 
   from maskgen import objectives, sharding
@@ -73,7 +89,7 @@ def _measure(config: Mapping[str, Any], args: Any, reuses: Sequence[int]) -> lis
       "objective 'mage'"
     )
   size = experiment.config.batch_size
-  shared = {} if args.sampling_steps is None else {"steps": args.sampling_steps}
+  shared = {} if sampling_steps is None else {"steps": sampling_steps}
   variants = {reuse: shared | {"reuse": reuse} for reuse in reuses} or {1: shared}
   for options in variants.values():
     objectives.check_sampling(objective, options)
@@ -95,7 +111,7 @@ def _measure(config: Mapping[str, Any], args: Any, reuses: Sequence[int]) -> lis
 
     generate()
     functions[f"reuse {reuse}"] = generate
-  seconds = common.seconds_per_call(functions, args.repeats)
+  seconds = common.seconds_per_call(functions, repeats)
   results = []
   for reuse in variants:
     own = seconds[f"reuse {reuse}"]
@@ -107,7 +123,7 @@ def _measure(config: Mapping[str, Any], args: Any, reuses: Sequence[int]) -> lis
       devices.describe()
       | {
         "batch_size": size,
-        "sampling_steps": args.sampling_steps or objective.sampling.steps,
+        "sampling_steps": sampling_steps or objective.sampling.steps,
         "dtype": common.compute_dtype(objective),
         "compile_seconds": compile_seconds[reuse],
         "model_flops_per_image": counts[reuse] / size,

@@ -55,24 +55,34 @@ def main(argv: Sequence[str]) -> Iterator[dict[str, Any]]:
   peak = None
   for size in sizes:
     with devices.enough_memory(size):
-      result = _measure(config | {"batch_size": size}, args)
+      result = measure(config | {"batch_size": size}, args.source, args.steps, args.warmup, args.profile)
     if peak is None:  # after the step, so that its matrices do not count as the step's memory
       log.info("measuring the peak of matrix products in %s", result["dtype"])
       peak = devices.matmul_peak(result["dtype"])
     if jax.process_index() == 0:
-      mfu = result["achieved_flops_per_second"] / peak
-      yield {"config": args.config} | result | {"peak_flops_per_second": peak, "mfu": mfu}
+      names = {"config": args.config, "stage": args.stage}
+      yield names | result | devices.utilisation(result, peak)
 
 
-def _measure(config: Mapping[str, Any], args: Any) -> dict[str, Any]:
-  """Measures one batch size, except for what depends on the peak."""
+def measure(
+  config: Mapping[str, Any], source: str, steps: int, warmup: int, profile: str | None = None
+) -> dict[str, Any]:
+  """Measures one batch size, except for what depends on the peak.
+
+  Args:
+    config: the plain config.
+    source: one of `dataless.SOURCES`.
+    steps: the number of steps to measure.
+    warmup: the number of steps before them.
+    profile: folder for a recording of more steps, or None.
+  """
   import jax
 
   from maskgen.benchmarks import dataless, devices, recording
   from maskgen.benchmarks.model_flops import model_flops
 
-  experiment = dataless.build(config, args.source)
-  spec = dataless.batch_spec(experiment, args.source)
+  experiment = dataless.build(config, source)
+  spec = dataless.batch_spec(experiment, source)
   size = experiment.config.batch_size
   log.info("batches of %d: counting and compiling", size)
   flops = model_flops(experiment, spec)
@@ -81,28 +91,27 @@ def _measure(config: Mapping[str, Any], args: Any) -> dict[str, Any]:
   compile_seconds = time.monotonic() - began
   memory: Any = compiled.memory_analysis()
   state, frozen = dataless.random_state(experiment)
-  batches = dataless.batches(experiment, args.source)
+  batches = dataless.batches(experiment, source)
 
   def step() -> Any:
     nonlocal state
     state, metrics = compiled(state, frozen, next(batches))
     return metrics
 
-  times = common.seconds_in_a_row(step, args.warmup, args.steps)
+  times = common.seconds_in_a_row(step, warmup, steps)
   result: dict[str, Any] = common.spread("step_seconds", times)
   log.info("batches of %d: %.3g s per step", size, result["step_seconds"])
   result |= devices.peak_memory()
-  if args.profile:
-    with jax.profiler.trace(args.profile):
+  if profile:
+    with jax.profiler.trace(profile):
       jax.block_until_ready([step() for _ in range(_PROFILED)])
-    result["time_shares"] = recording.shares(args.profile, compiled.as_text() or "")
+    result["time_shares"] = recording.shares(profile, compiled.as_text() or "")
   batches.close()
   return (
     devices.describe()
     | {
-      "stage": args.stage,
       "batch_size": size,
-      "source": args.source,
+      "source": source,
       "dtype": common.compute_dtype(experiment.objective),
       "compile_seconds": compile_seconds,
       "images_per_second": size / result["step_seconds"],

@@ -4,6 +4,8 @@ A config is a Python file whose function `get_config(arg)` returns an `ml_collec
 import and name modules next to it, see `maskgen.plugins`.
 """
 
+from __future__ import annotations
+
 import ast
 import contextlib
 import dataclasses
@@ -17,12 +19,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
-import ml_collections
-
 from maskgen import plugins
 from maskgen.config import fields
 from maskgen.config.schema import RunConfig
 from maskgen.errors import UserError, nearest
+
+try:
+  import ml_collections
+except ModuleNotFoundError:  # benchmarks of recipes do without config files
+  ml_collections = None
 
 # Sections whose keys are defined by the classes that they name, not by `RunConfig`.
 OPEN = ("objective", "data", "optimizer", "evals")
@@ -126,6 +131,8 @@ def load(
   Raises:
     UserError: if the file does not exist, fails or has no `get_config`, or a key or value is wrong.
   """
+  if ml_collections is None:
+    raise UserError("config files need ml-collections: install it with pip install ml-collections")
   path, arg = split_path(path_and_args)
   file = find_file(path)
   module_spec = importlib.util.spec_from_file_location(f"maskgen_config_{file.stem}", file)
@@ -313,7 +320,7 @@ def without_origin(stored: Mapping[str, Any]) -> dict[str, Any]:
 
 def plain(value: Any) -> Any:
   """Converts a value of a config to plain dictionaries and lists."""
-  if isinstance(value, Mapping | ml_collections.ConfigDict):
+  if hasattr(value, "items"):  # a mapping or a ConfigDict
     return {key: plain(item) for key, item in value.items()}
   if isinstance(value, tuple | list):
     return [plain(item) for item in value]
