@@ -49,16 +49,20 @@ from maskgen.importers import diffusers
 from maskgen.importers.diffusers_layouts import LAYOUTS
 from maskgen.importers.published import PUBLISHED
 
-TEMPLATES = str(pathlib.Path(__file__).parent / "vilex_templates.txt")
 ENCODER = "siglip_so400m_224"
 # SigLIP's So400m/14.
 SO400M = dict(image_size=(224, 224), patch=14, width=1152, depth=27, heads=16, hidden=4304)
+# The optimizer on one GPU, where the encoder is frozen, and on many devices.
+ONE_GPU = dict(learning_rate=1e-4, warmup_steps=1000, multipliers=())
+MANY = dict(learning_rate=3e-4, warmup_steps=10_000, multipliers=(("^encoder/", 1 / 30),))
+# The decoder is frozen, and therefore in 16 bits, except its autoencoder.
+FROZEN = dict(param_dtype="bfloat16", dtype="bfloat16", remat="full")
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   given = dict(decoder="", encoder=ENCODER, source="folder:pictures", eval_source="")
-  words = dict(template_share=0.25, templates=TEMPLATES, caption_share=0.0, words_win=False)
-  words |= dict(place="", subject="", recoloured=0.0)
+  words = dict(template_share=0.25, templates=str(pathlib.Path(__file__).parent / "vilex_templates.txt"))
+  words |= dict(caption_share=0.0, words_win=False, place="", subject="", recoloured=0.0)
   recipe = dict(batch_size=0, accumulation=0, gpu=0, family="sd15", size=0, debug=False, tiny=False)
   args = config_lib.parse_arg(arg, **given, **words, **recipe)
   config = full(args)
@@ -84,7 +88,7 @@ def full(args) -> ml_collections.ConfigDict:
     raise UserError(f"config argument ':gpu={args.gpu}': give 1, or leave it out for many devices")
   xl, batch_size = args.family == "sdxl", args.batch_size or (64 if args.gpu else 2048)
   accumulation = args.accumulation or (batch_size // (1 if xl else 4) if args.gpu else 8 if xl else 2)
-  captions = args.caption_share or (0.4 if args.words_win else 0.0)
+  captions = args.caption_share or args.words_win
   # No flips with captions, which may mention left and right.
   words = f"|tokenize('bpe:{section['folder'] or args.family}/tokenizer', 77)" if captions else ""
   flip = "" if captions else "|flip_lr"
@@ -106,13 +110,7 @@ def full(args) -> ml_collections.ConfigDict:
       pretrained=dict(decoder=decoder, encoder=path),
       objective=dict(
         name="vilex",
-        # Frozen, and therefore in 16 bits, except its autoencoder.
-        decoder=dict(
-          **{**section, "image_size": (size, size)},
-          param_dtype="bfloat16",
-          dtype="bfloat16",
-          remat="full",
-        ),
+        decoder={**section, "image_size": (size, size), **FROZEN},
         encoder=encoder,
         pretrained_encoder=not mage,
         train_encoder=not args.gpu,
@@ -121,49 +119,22 @@ def full(args) -> ml_collections.ConfigDict:
         pool_depth=5,
         pool_heads=16,
         tail_drop=dict(distribution="uniform", full=0.25),
-        words=words_beside(args, captions),
+        # Texts need the decoder's tokenizer.
+        words=config_lib.words_beside(args, templated=args.template_share if args.decoder else 0.0),
         crop_sizes=xl,  # it is told the true ones
         dtype="bfloat16",
         sampling=dict(steps=25, sampler="dpm", image_guidance=2.0, text_guidance=2.0),
       ),
-      optimizer=dict(
-        main=dict(
-          name="adafactor",
-          learning_rate=1e-4 if args.gpu else 3e-4,
-          warmup_steps=1000 if args.gpu else 10_000,
-          clip_norm=1.0,
-          multipliers=() if args.gpu else (("^encoder/", 1 / 30),),
-        )
-      ),
+      optimizer=dict(main=dict(name="adafactor", clip_norm=1.0, **(ONE_GPU if args.gpu else MANY))),
       evals=dict(
         validation=dict(type="loss", every_steps=10_000),
         # For photographs features="mobilenet_v2:/path/to.npz" is more informative than pixels.
         reconstruction=dict(type="vilex", every_steps=10_000, num_tokens=(1, 4, 16, 75), num_images=64),
       ),
       # Large parameters that no rule matches, such as the frozen U-Net's, are split over fsdp.
-      sharding=(
-        ("/v(_row|_col)?/", ()),  # Adafactor's state, which is small
-        *config_lib.TRANSFORMER_RULES,
-      ),
+      # The first is Adafactor's state, which is small.
+      sharding=(("/v(_row|_col)?/", ()), *config_lib.TRANSFORMER_RULES),
     )
-  )
-
-
-def words_beside(args, captions: float) -> dict:
-  """How examples are trained with words, see `maskgen.numerics.prompts.Words`."""
-  # Texts need the decoder's tokenizer.
-  templated = args.template_share if args.decoder else 0.0
-  share = templated + captions
-  if share > 1:
-    raise UserError(f"config arguments: template_share and caption_share are {share:g} in total: lower one")
-  lines = pathlib.Path(args.templates).expanduser().read_text(encoding="utf-8").splitlines()
-  return dict(
-    share=share,
-    templates=tuple(filter(None, map(str.strip, lines))) if templated else (),
-    templated=templated / share if share else 0.0,
-    place=args.place or ("within" if args.words_win or args.subject else "before"),
-    subject=tuple(filter(None, args.subject.split("+"))),
-    recoloured=args.recoloured or (0.4 if args.words_win else 0.0),
   )
 
 

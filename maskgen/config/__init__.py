@@ -24,6 +24,7 @@ from maskgen.config.loading import (
 )
 from maskgen.config.rules import BLOCK_RULES, TRANSFORMER_RULES
 from maskgen.config.schema import Checkpointing, Mesh, Profile, RunConfig
+from maskgen.config.words import words_beside
 
 __all__ = [
   "BLOCK_RULES",
@@ -51,4 +52,5 @@ __all__ = [
   "split_path",
   "to_dict",
   "without_origin",
+  "words_beside",
 ]
