@@ -42,7 +42,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     ("mage_text", 16, 400, 4000),
   ):
     stage, steps = config[name], 2 if args.debug else tiny if args.tiny else full
-    stage |= dict(batch_size=size, total_steps=steps, log_every_steps=min(50, steps), data=data())
+    stage |= dict(
+      batch_size=8 if args.debug else size, total_steps=steps, log_every_steps=min(50, steps), data=data()
+    )
     stage["objective"] |= dict(image_size=(32, 32), tokenizer=network)
     stage["evals"] = dict(validation=dict(type="loss", every_steps=500))
   tokenizer, mage, text = (config[name] for name in config["stages"])

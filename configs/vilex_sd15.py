@@ -24,11 +24,11 @@ Arguments:
   :eval_source    pictures to evaluate on; by default a tenth of `source` is held out
   :template_share how often a neutral text such as "a photo of {}" is around the image in the prompt
   :templates      a file of such texts, one on each line, in place of vilex_templates.txt
-  :caption_share  how often the caption is next to the image; requires captions
+  :caption_share  how often the caption is next to the image, if there are captions; likewise
   :words_win      whether words are trained to override images: with captions, see docs/vilex.md
   :place          the image's position: `before` or `behind` its caption, or `within` it, as words_win has it
   :subject        words for what images show, joined by `+`; an image within its caption replaces the first
-  :recoloured     the share of the captions whose image is hue-shifted; 0.4 with words_win
+  :recoloured     the share of the captions whose image is hue-shifted; with words_win 0 means 0.4
   :batch_size     examples per step, by default 2,048
   :accumulation   micro-batches per step, for fewer devices
   :gpu            1 is meant for one GPU of 24 GB: a frozen image encoder, and 100,000 steps of 64 examples in

@@ -125,6 +125,7 @@ def test_the_loss_is_that_of_masked_patches_and_comes_from_visible_ones():
   [
     (dict(mask_ratio=0.0), "masks 0 of 16 patches"),
     (dict(mask_ratio=0.99), "masks 16 of 16 patches"),
+    (dict(encoder={**ENCODER, "pooling": "attention"}), "a head that no loss trains"),
     (dict(decoder_width=18), "a multiple of 4"),
     (dict(encoder={**ENCODER, "width": 18, "heads": 2}), "fixed positions need a multiple of 4"),
     (dict(encoder={**ENCODER, "image_size": (18, 16)}), "multiples of 4"),

@@ -215,15 +215,14 @@ def test_guidance_evaluates_only_the_prompts_that_it_needs():
   evaluated = {(1, 0): 1, (1, 1): 1, (1, 3): 2, (3, 0): 2, (2, 2): 2, (0, 1): 3, (3, 3): 3}
   for scales, count in evaluated.items():
     assert cost("on blue", *scales) == alone + (count - 1) * each, scales
+  chosen = [(1.0, 0.0), (1.0, 1.0), (1.0, 2.0)]
+  found = [drawn("on blue", image_guidance=image, text_guidance=words) for image, words in chosen]
   before = generate.__wrapped__._cache_size()
-  for scales in ((1.0, 0.0), (1.0, 1.0), (1.0, 2.0)):
-    found, traced = (
-      drawn("on blue", image_guidance=image, text_guidance=words)
-      for image, words in (scales, [scale + 1e-7 for scale in scales])
-    )
-    np.testing.assert_allclose(found, traced, atol=1e-5)
-  # One program for each of the three, and one for all scales that are merely close.
-  assert generate.__wrapped__._cache_size() <= before + 4
+  for exact, (image, words) in zip(found, chosen, strict=True):
+    close = drawn("on blue", image_guidance=image + 1e-7, text_guidance=words + 1e-7)
+    np.testing.assert_allclose(exact, close, atol=1e-5)
+  # One program for all scales that are merely close.
+  assert generate.__wrapped__._cache_size() <= before + 1
 
 
 def test_a_prompt_of_words_alone_is_what_the_frozen_model_draws():
@@ -337,8 +336,8 @@ def test_templates_need_no_captions():
   given = {"image": batch()["image"], "key": keys(4)}
   captions = told.texts.read(["a red"] * 4)
   losses = [
-    training_loss(objective, variables, given),
-    training_loss(told, variables, given | {"caption": captions}),
+    training_loss(objective, variables)(given)[0],
+    training_loss(told, variables)(given | {"caption": captions})[0],
   ]
   assert losses[0] == losses[1]
 

@@ -150,9 +150,11 @@ def _tower_opener(name: str, load: Callable[[str], towers.Tower]) -> Callable[[s
       features: Any = model.apply({"params": params}, prepared, method="embed")
       return features
 
-    network = {field: getattr(model, field) for field in fields.of(type(model))}
-    described = [dataclasses.asdict(preparation), network, tree.fingerprint(params)]
-    return of_network(name, _digest(described), params, apply)
+    # Without defaults: a field that is added later changes no hash.
+    described = fields.of(type(model)).items()
+    network = {key: getattr(model, key) for key, field in described if getattr(model, key) != field.default}
+    weights = _digest([dataclasses.asdict(preparation), network, tree.fingerprint(params)])
+    return of_network(name, weights, params, apply)
 
   return open_tower
 
@@ -243,5 +245,9 @@ def open_space(spec: str, context: Context | None) -> Space:
   name, _, path = spec.partition(":")
   space = SPACES[name](path, context)
   if context is not None:
-    context.networks[space.name] = {"protocol": "", "weights": space.weights}
+    network = {"protocol": "", "weights": space.weights}
+    if context.networks.setdefault(space.name, network) != network:
+      raise UserError(
+        f"{spec} and another feature space are both called '{space.name}': use them in two evaluations"
+      )
   return space

@@ -43,6 +43,8 @@ def convert(
     model, params, unused = towers.take(stored, encoder, to_reference, ("blocks.", "patch_embed."), FIXED)
     return towers.export(model, encoder, params, unused)
   width = tensors.need(path, found, "decoder_embed.weight", 2).shape[0]
+  if not _is_fixed(tensors.need(path, found, "decoder_pos_embed", 3)[0], ViT(**encoder).grid):
+    raise UserError(f"{path}: 'decoder_pos_embed' is not MAE's table of sines: give a checkpoint of MAE")
   depth, heads = tensors.count(found, r"decoder_blocks\.(\d+)\."), decoder_heads or DECODER_HEADS
   if width % heads:
     raise UserError(f"--decoder_heads={heads} does not divide the width of {width}: give one that does")

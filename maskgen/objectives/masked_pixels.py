@@ -55,6 +55,8 @@ class Objective:
         f"decoder_width is {self.decoder_width}: give a multiple of 4 and of decoder_heads, "
         f"{self.decoder_heads}"
       )
+    if self.encoder.pooling == "attention":
+      raise UserError("encoder.pooling='attention' has a head that no loss trains: give 'class' or 'mean'")
     masked = masking.num_dropped(self.encoder.num_patches, self._ratio)
     if not 0 < masked < self.encoder.num_patches:
       raise UserError(

@@ -4,7 +4,8 @@ Letters: s images in a prompt, n tokens of an image, k of them that are used, d 
 of a prompt between its images.
 """
 
-from collections.abc import Iterable, Sequence
+import functools
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -137,18 +138,22 @@ class ImageWords(Model):
       count: the number of words for each token.
     """
     count = requests.whole("count", count, least=1)
+    texts, vectors, scale = self._vocabulary
+    own, unit = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (tokens / scale, vectors))
+    cosines = own @ unit.T
+    order = np.argsort(-cosines, axis=-1, kind="stable")[:, :count]
+    return [[(texts[i], float(row[i])) for i in best] for row, best in zip(cosines, order, strict=True)]
+
+  @functools.cached_property
+  def _vocabulary(self) -> tuple[list[str], np.ndarray, np.ndarray]:
+    """The words of the decoder, their vectors, and the scale of an image's tokens."""
     decoder, params = self.objective.text_to_image, self.variables["frozen"]["decoder"]
     table, scale = np.asarray(decoder.vocabulary(params)), np.asarray(decoder.scale(params))
     tokenizer = self.objective.texts.opened
     texts = [tokenizer.decode([i]) for i in range(len(table))]
     # Neither special ids nor pieces that only begin a word.
-    known = np.array([i for i, text in enumerate(texts) if tokenizer.encode(text) == [i]])
-    unit, own = (x / np.linalg.norm(x, axis=-1, keepdims=True) for x in (table[known], tokens / scale))
-    cosines = own @ unit.T
-    order = np.argsort(-cosines, axis=-1, kind="stable")[:, :count]
-    return [
-      [(texts[known[i]], float(row[i])) for i in best] for row, best in zip(cosines, order, strict=True)
-    ]
+    known = [i for i, text in enumerate(texts) if tokenizer.encode(text) == [i]]
+    return [texts[i] for i in known], table[np.array(known)], scale
 
   def look(self, images: np.ndarray) -> np.ndarray:
     """Where the pooling looks for each token of images, float32 [b, n, h', w'] over the encoder's patches.
@@ -156,14 +161,17 @@ class ImageWords(Model):
     The weights of its attention, the mean of heads and layers; those of a token sum to 1. The encoder has
     mixed patches before, so that a patch stands for more than its pixels.
     """
-    checked = self.check_images(images)
+    weights = np.asarray(self._look(self.variables, {"image": self.check_images(images)}))
+    return weights.reshape(*weights.shape[:2], *self.objective.image_encoder.encoder.positions.grid)
+
+  @functools.cached_property
+  def _look(self) -> Callable[[Any, Any], jax.Array]:
     part, pool = self.objective.image_encoder, self.objective.pool
 
     def look(variables: Any, batch: Any) -> Any:
       return pool.looks(variables["params"]["main"]["pool"], part.encode(variables, batch))
 
-    weights = np.asarray(jax.jit(look)(self.variables, {"image": checked}))
-    return weights.reshape(*weights.shape[:2], *part.encoder.positions.grid)
+    return jax.jit(look)
 
   def lay_out(
     self, prompt: str, images: Sequence[np.ndarray], num_tokens: Numbers = None
