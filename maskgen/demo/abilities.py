@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from maskgen import images
+from maskgen.config import fields as config_fields
 from maskgen.demo import pictures
 from maskgen.errors import UserError, counted
 from maskgen.numerics import editing
@@ -45,7 +46,7 @@ class Job(NamedTuple):
   """A request that has been checked.
 
   Attributes:
-    program: what decides which program computes it: equal for requests that compile nothing anew.
+    program: the method, sizes and options that decide which compiled program computes it.
     work: computes it and returns a JSON object.
   """
 
@@ -135,7 +136,7 @@ class _Fields:
     return (value or "").strip() or None
 
   def picture(self, name: str, mode: str = "RGB") -> Image.Image:
-    return pictures.decode(self.left.pop(name, None), name).convert(mode)
+    return pictures.decode(self.left.pop(name, None), name, mode)
 
   def close(self) -> None:
     if self.left:
@@ -167,7 +168,7 @@ def _generate(served: Served, fields: _Fields) -> Job:
       arguments["images"] = [pictures.fit(picture, served.model) for picture in arguments["images"]]
     return _images(served.model.generate(batch=count, **arguments))
 
-  return Job(_program("generate", count, arguments), work)
+  return Job(_program(served, "generate", count, arguments), work)
 
 
 def _trajectory(served: Served, fields: _Fields) -> Job:
@@ -180,14 +181,14 @@ def _trajectory(served: Served, fields: _Fields) -> Job:
     steps, unknown = served.model.trajectory(batch=count, **arguments)
     return _images(images.shade(steps[which], unknown[which]))
 
-  return Job(_program("trajectory", count, arguments), work)
+  return Job(_program(served, "trajectory", count, arguments), work)
 
 
 def _inpaint(served: Served, fields: _Fields) -> Job:
   count = fields.number("count", 1, MOST_IMAGES, 1)
   picture = fields.picture("image", "L" if served.model.objective.image_shape[-1] == 1 else "RGB")
   hole = np.asarray(fields.picture("hole", "L")) >= _HALF
-  hole = editing.grow(hole, fields.number("grow", 0, pictures.MOST_SIDE, 0))
+  grow = fields.number("grow", 0, pictures.MOST_SIDE, 0)
   feather = fields.number("feather", 0, pictures.MOST_SIDE, 0)
   arguments = _read_sampling(served, fields)
   fields.close()
@@ -196,14 +197,15 @@ def _inpaint(served: Served, fields: _Fields) -> Job:
     raise UserError("image and hole differ in size: give one pixel of the hole for each of the image")
   if not hole.any():
     raise UserError("there is nothing to fill: paint a hole first")
-  if hole.all():
-    raise UserError("no pixel of the picture is left: paint a smaller hole, or make a new picture")
 
   def work() -> dict[str, Any]:
+    grown = editing.grow(hole, grow)
+    if grown.all():
+      raise UserError("no pixel of the picture is left: paint a smaller hole, or make a new picture")
     batch = np.broadcast_to(pixels, (count, *pixels.shape))
-    return _images(served.model.inpaint(batch, hole, feather=feather, **arguments))
+    return _images(served.model.inpaint(batch, grown, feather=feather, **arguments))
 
-  return Job(_program("inpaint", count, arguments), work)
+  return Job(_program(served, "inpaint", count, arguments), work)
 
 
 def _reconstruct(served: Served, fields: _Fields) -> Job:
@@ -213,7 +215,7 @@ def _reconstruct(served: Served, fields: _Fields) -> Job:
   def work() -> dict[str, Any]:
     return _images(served.model.reconstruct(pictures.fit(picture, served.model)[None]))
 
-  return Job(_program("reconstruct", 1, {}), work)
+  return Job(_program(served, "reconstruct", 1, {}), work)
 
 
 def _classify(served: Served, fields: _Fields) -> Job:
@@ -226,7 +228,7 @@ def _classify(served: Served, fields: _Fields) -> Job:
     best = np.argsort(-shares, kind="stable")[:_GUESSES]
     return {"guesses": [{"name": names[i], "share": float(shares[i])} for i in best]}
 
-  return Job(_program("classify", 1, {}), work)
+  return Job(_program(served, "classify", 1, {}), work)
 
 
 def _nearest(served: Served, fields: _Fields) -> Job:
@@ -254,7 +256,7 @@ def _read_images(served: Served, fields: _Fields) -> dict[str, Any]:
     raise UserError(f"images is not a list of at most {counted(MOST_IMAGES, 'picture')}: leave some out")
   if not given:
     return {}
-  opened = [pictures.decode(one, "images").convert("RGB") for one in given]
+  opened = [pictures.decode(one, "images") for one in given]
   return {"images": opened, "num_tokens": fields.number("num_tokens", 1, served.offered["tokens"])}
 
 
@@ -262,5 +264,14 @@ def _images(made: np.ndarray) -> dict[str, Any]:
   return {"images": [pictures.encode(image) for image in made]}
 
 
-def _program(method: str, count: int, arguments: Mapping[str, Any]) -> tuple[Any, ...]:
-  return (method, count, arguments.get("steps"), *sorted(arguments))
+def _program(served: Served, method: str, count: int, arguments: Mapping[str, Any]) -> tuple[Any, ...]:
+  """See `Job.program`, and `maskgen.config.fields.static` for the options."""
+  sampling = getattr(served.model.objective, "sampling", None)
+  marked = config_fields.of(type(sampling)) if sampling else {}
+  chosen = []
+  for name, field in marked.items():
+    if name in arguments and field.metadata.get("static"):
+      value, constants = arguments[name], field.metadata["at"]
+      if not constants or value in (*constants, getattr(sampling, name)):
+        chosen.append((name, value))
+  return (method, count, *chosen, *sorted(arguments))

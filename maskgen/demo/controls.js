@@ -194,6 +194,8 @@ addEventListener("keydown", event => {
     return undo();
   }
   const key = event.key.length === 1 ? event.key.toUpperCase() : event.key;
+  if (event.repeat && key === "Enter") event.preventDefault();  // a button would be pressed again
+  if (event.repeat && key !== "[" && key !== "]") return;
   if (event.key === "Enter" && event.target.matches("button, summary")) return;
   if (/^[1-8]$/.test(key)) choose(Number(key) - 1);
   else KEYS[key]?.[1]();

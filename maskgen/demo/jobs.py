@@ -22,7 +22,7 @@ class Queue:
   def __init__(self, most: int = 16):
     self.most = most
     self._worker = concurrent.futures.ThreadPoolExecutor(1, "model")
-    self._lock = threading.Lock()
+    self._lock = threading.RLock()  # callbacks of jobs take it again
     self._jobs: list[concurrent.futures.Future[dict[str, Any]]] = []
 
   def submit(self, work: Work) -> concurrent.futures.Future[dict[str, Any]]:
@@ -32,12 +32,17 @@ class Queue:
       TransientError: if the queue is full.
     """
     with self._lock:
-      self._jobs = [job for job in self._jobs if not job.done()]
       if len(self._jobs) >= self.most:
         raise TransientError(f"{self.most} requests are waiting already: try again later")
       job = self._worker.submit(work)
       self._jobs.append(job)
+      job.add_done_callback(self._forget)
     return job
+
+  def close(self) -> None:
+    """Cancels what waits; what runs already is not waited for."""
+    with self._lock:
+      self._worker.shutdown(wait=False, cancel_futures=True)
 
   def follow(
     self, job: concurrent.futures.Future[dict[str, Any]], seconds: float = 0.5
@@ -62,6 +67,10 @@ class Queue:
       yield {"result": job.result()}
     finally:
       job.cancel()
+
+  def _forget(self, job: concurrent.futures.Future[dict[str, Any]]) -> None:
+    with self._lock:
+      self._jobs.remove(job)
 
   def _ahead(self, job: concurrent.futures.Future[dict[str, Any]]) -> int:
     with self._lock:

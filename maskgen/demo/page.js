@@ -20,19 +20,19 @@ async function ask(method, body) {
     const response = await fetch(method, {method: "POST", body: JSON.stringify(body), signal: mine.signal,
       headers: {"Content-Type": "application/json", ...token && {Authorization: "Bearer " + token}}});
     const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
-    for (let text = "";;) {
+    for (const unfinished = [];;) {  // the parts of a line that has not ended
       const {done, value} = await reader.read();
       if (done) throw new Error("The connection was lost: is the server still there?");
-      const lines = (text + value).split("\n");
-      text = lines.pop();
-      for (const line of lines) {
-        const state = JSON.parse(line);
+      const parts = value.split("\n");
+      while (parts.length > 1) {
+        const state = JSON.parse(unfinished.splice(0).join("") + parts.shift());
         if (state.error) throw new Error(state.error[0].toUpperCase() + state.error.slice(1) + ".");
         if (state.result) return state.result;
         if (state.ahead !== undefined) say(state.ahead ? `Waiting for ${state.ahead} before this` : "Next");
         else if (state.compiles && state.seconds > 1) say(`Compiling, once for these settings: ${state.seconds} s`);
         else say(`Computing: ${state.seconds} s`);
       }
+      unfinished.push(parts[0]);
     }
   } catch (error) {
     if (error.name === "AbortError") return null;
@@ -76,7 +76,8 @@ function pixels(source, width, height) {
 async function openFile(file) {
   const bitmap = await createImageBitmap(file).catch(() => null);
   if (!bitmap) return fail("This file is not a picture that the browser can show.");
-  const scale = Math.min(1, model.most_side / 1.5 / Math.max(bitmap.width, bitmap.height));
+  const most = Math.min(model.most_side / 1.5, model.images ? 2 * Math.max(...model.size) : Infinity);
+  const scale = Math.min(1, most / Math.max(bitmap.width, bitmap.height));
   const image = pixels(bitmap, Math.max(1, Math.round(scale * bitmap.width)), Math.max(1, Math.round(scale * bitmap.height)));
   const hole = new Uint8Array(image.width * image.height);
   for (let i = 0; i < hole.length; i++) {  // what is transparent is to be filled
@@ -246,6 +247,7 @@ function again() {
 function choose(i) {
   if (!made?.images[i]) return;
   made.chosen = i;
+  if (now.hole.some(Boolean)) before.push({image: now.image, hole: now.hole});
   now = {image: made.images[i], hole: empty(made.images[i])};
   $("scrub").hidden = true;
   [...$("thumbs").children].forEach((button, j) => button.setAttribute("aria-pressed", i === j));

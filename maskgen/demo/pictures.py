@@ -1,7 +1,6 @@
 """Pictures as a page sends and shows them: PNG files in base64."""
 
 import base64
-import binascii
 import io
 from typing import Any
 
@@ -15,8 +14,8 @@ from maskgen.serving import Model
 MOST_SIDE = 1536  # pixels
 
 
-def decode(value: Any, name: str) -> Image.Image:
-  """Reads a PNG file in base64.
+def decode(value: Any, name: str, mode: str = "RGB") -> Image.Image:
+  """Reads a PNG file in base64 and converts it to a mode of Pillow.
 
   Raises:
     UserError: if it is none, or larger than `MOST_SIDE`; only the head of a larger one is read.
@@ -27,8 +26,8 @@ def decode(value: Any, name: str) -> Image.Image:
     picture: Image.Image = Image.open(io.BytesIO(base64.b64decode(value, validate=True)), formats=["PNG"])
     width, height = picture.size
     if max(width, height) <= MOST_SIDE:
-      picture.load()
-  except (binascii.Error, ValueError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+      picture = picture.convert(mode)
+  except Exception as error:  # Pillow raises many kinds.
     raise UserError(f"{name} is not a PNG file in base64: save the picture again") from error
   if max(width, height) > MOST_SIDE:
     raise UserError(f"{name} has {width} x {height} pixels: give at most {MOST_SIDE} along each side")

@@ -1,5 +1,6 @@
 """Answers the browser: the page, and a stream of lines for each request; other sites get nothing."""
 
+import concurrent.futures
 import hmac
 import html
 import json
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
   from maskgen.demo.gallery import Gallery
 
 LARGEST = 24 << 20  # bytes of a request
+SLICE = 1 << 16  # bytes of an answer that are sent at once, each within the time of `_Handler`
 LOCAL = ("localhost", "127.0.0.1", "::1")
 _FOLDER = pathlib.Path(__file__).parent
 _LINES = "application/x-ndjson"
@@ -72,7 +74,8 @@ class App:
     try:
       response = self._answer(request)
     except exceptions.HTTPException as error:
-      response = Response(_line({"error": error.description}), error.code, mimetype=_LINES)
+      told = _line({"error": (error.description or "").rstrip(".")})
+      response = Response(told, error.code, mimetype=_LINES)
     response.headers.update(_HEADERS)
     return response(environ, start_response)
 
@@ -90,7 +93,7 @@ class App:
       states = self._queue.follow(self._queue.submit(job.work))
     except TransientError as error:
       raise exceptions.ServiceUnavailable(str(error)) from error
-    return Response(self._lines(job, states), mimetype=_LINES)
+    return Response(_slices(self._lines(job, states)), mimetype=_LINES)
 
   def _check_sender(self, request: Request) -> None:
     """Refuses what other sites may have a browser send.
@@ -141,6 +144,8 @@ class App:
       self._programs.add(job.program)
     except UserError as error:
       yield _line({"error": str(error)})
+    except concurrent.futures.CancelledError:
+      pass  # the server ends
     except Exception:
       log.exception("a request of the page failed")
       yield _line({"error": "the computation failed: the server's log says why"})
@@ -153,20 +158,26 @@ class _Handler(WSGIRequestHandler):
     """Logs nothing: addresses may hold the token, and errors are logged where they occur."""
 
 
-def listen(app: App, host: str, port: int) -> BaseWSGIServer:
-  """Returns a server that has begun to listen; its `port` is the one that was found if 0 was given.
+def listen(host: str, port: int) -> socket.socket:
+  """Returns a socket that listens at an address; `::` also takes connections by IPv4 where the system can.
 
   Raises:
     UserError: if it cannot listen there.
   """
+  ipv6 = ":" in host
+  family = socket.AF_INET6 if ipv6 else socket.AF_INET
   try:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.create_server((host, port), family=family)
+    both = ipv6 and socket.has_dualstack_ipv6()
+    return socket.create_server((host, port), family=family, dualstack_ipv6=both)
   except OSError as error:
     where = f"--host={host} --port={port}"
     raise UserError(f"{where}: cannot listen there ({error.strerror}), give others") from error
-  with listener:
-    return make_server(host, port, app, threaded=True, request_handler=_Handler, fd=listener.fileno())
+
+
+def build(app: App, listener: socket.socket) -> BaseWSGIServer:
+  """Returns a server that answers at a copy of a socket that listens already."""
+  host, port = listener.getsockname()[:2]
+  return make_server(host, port, app, threaded=True, request_handler=_Handler, fd=listener.fileno())
 
 
 def render(offered: Mapping[str, Any]) -> str:
@@ -176,6 +187,12 @@ def render(offered: Mapping[str, Any]) -> str:
   for file in ("page.css", "page.js", "controls.js"):
     page = page.replace(f"$${file}", (_FOLDER / file).read_text())
   return page.replace("$$name", html.escape(str(offered["name"]))).replace("$$facts", facts)
+
+
+def _slices(lines: Iterator[bytes]) -> Iterator[bytes]:
+  for line in lines:
+    for start in range(0, len(line), SLICE):
+      yield line[start : start + SLICE]
 
 
 def _line(value: Mapping[str, Any]) -> bytes:

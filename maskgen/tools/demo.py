@@ -20,8 +20,9 @@ def main(argv: Sequence[str]) -> None:
   """
   parser = cli.Parser(
     "Serves a page to try a model in the browser: paint a hole and fill it, remove something, extend the "
-    "picture, generate, and compare candidates. It answers only to browsers of this machine, unless --host "
-    "names another address; then it also asks for the token in the address that it prints.",
+    "picture, generate, and compare candidates. Only this machine can reach it, but every user of the "
+    "machine. If --host names another address, it asks for the token in the address that it prints; "
+    "--host=127.0.0.2 stays on this machine and asks for it.",
     "python -m maskgen.tools.demo --model=runs/quickstart/mage",
   )
   parser.add_model("workdir of a run, or an export; by default digits", default="digits")
@@ -36,22 +37,29 @@ def main(argv: Sequence[str]) -> None:
 
   import maskgen
   from maskgen.demo import server
+  from maskgen.demo.jobs import Queue
 
-  token = None if args.host in server.LOCAL else secrets.token_urlsafe()
-  model, gallery = maskgen.load(args.model), None
-  if args.folder is not None:
-    from maskgen.demo.gallery import Gallery  # imports TensorFlow
+  token, queue = None if args.host in server.LOCAL else secrets.token_urlsafe(), Queue()
+  with server.listen(args.host, args.port) as listener:  # loading takes longer
+    model, gallery = maskgen.load(args.model), None
+    if args.folder is not None:
+      from maskgen.demo.gallery import Gallery  # imports TensorFlow
 
-    gallery = Gallery(model, args.folder)
-  app = server.App(model, epath.Path(args.model).name or args.model, gallery=gallery, token=token)
-  if not app.offered["methods"]:
-    raise UserError(f"--model={args.model} makes no pictures: give --folder, to find similar ones there")
-  listening = server.listen(app, args.host, args.port)
-  host = socket.gethostname() if args.host in ("0.0.0.0", "::") else args.host
+      gallery = Gallery(model, args.folder)
+    name = epath.Path(args.model).name or args.model
+    app = server.App(model, name, gallery=gallery, token=token, queue=queue)
+    if not app.offered["methods"]:
+      raise UserError(f"--model={args.model} makes no pictures: give --folder, to find similar ones there")
+    listening = server.build(app, listener)
+    bound = listener.getsockname()[0]
+  host = socket.gethostname() if bound in ("0.0.0.0", "::") else args.host
   host = f"[{host}]" if ":" in host else host
   query = f"?token={token}" if token else ""
   print(f"open http://{host}:{listening.port}/{query} in a browser; Ctrl-C ends the server", flush=True)
-  listening.serve_forever()
+  try:
+    listening.serve_forever()
+  finally:
+    queue.close()
 
 
 if __name__ == "__main__":
