@@ -6,10 +6,11 @@
 
 Hardware: 8 accelerators of 40 GB or more, for the published batch of 4,096; 800 epochs, 250,000 steps. The
 paper reports a top-1 accuracy of 68.0% for a linear probe and of 83.6% after fine-tuning, both for 1,600
-epochs. The authors of this file have only run `:tiny`, not the full recipe.
+epochs. The authors of this file have only run a third of `:tiny`, not the full recipe.
 
 Arguments:
-  :tiny          this recipe on the embedded digits, 2 minutes on 2 cores
+  :tiny          this recipe on the embedded digits, 7 minutes on 2 cores: after 1,000 of 3,000 steps a probe
+                 of 98.9%, where a random encoder has 96.9%
   :debug         2 steps on synthetic pictures
   :epochs        800 or 1600 in the paper
   :batch_size, :accumulation   examples and micro-batches per step; the learning rate scales with the former
