@@ -2,7 +2,9 @@
 
 import io
 import math
-from typing import Any
+import os
+from collections.abc import Sequence
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,9 @@ from etils import epath
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from maskgen.errors import UserError
+
+# What users give as one image or several: also paths of picture files.
+Pictures = np.ndarray | jax.Array | Image.Image | str | os.PathLike[str] | Sequence[Any]
 
 # Pictures of phones, which Pillow opens if the extra `heif` is installed.
 HEIF_SUFFIXES = (".heic", ".heif", ".hif")
@@ -81,15 +86,17 @@ def shift_hues(images: jax.Array, shift: jax.Array) -> jax.Array:
 
 
 def as_array(images: Any, *, channels: int = 3) -> np.ndarray:
-  """An image or several of them as one array: arrays, Pillow images, or a list of either.
+  """An image or several of them as one array: arrays, Pillow images, paths of files, or a list of these.
 
   Args:
-    images: of which Pillow's are converted to the number of channels, on white.
+    images: of which Pillow's and files are converted to the number of channels, on white.
     channels: 3, or 1 for grey.
 
   Raises:
-    UserError: for a list of images of different shapes.
+    UserError: for a list of images of different shapes, or a file that cannot be read.
   """
+  if is_path(images):
+    images = open_picture(os.path.expanduser(images), os.fspath(images))
   if isinstance(images, Image.Image):
     picture = on_white(images) if channels == 3 else on_white(images).convert("L")
     return np.asarray(picture).reshape(*picture.size[::-1], channels)
@@ -102,6 +109,11 @@ def as_array(images: Any, *, channels: int = 3) -> np.ndarray:
         f"images have shapes {arrays[0].shape} and {array.shape}: resize them to one, or give them one by one"
       )
   return np.stack(arrays) if arrays else np.zeros(0)
+
+
+def is_path(image: Any) -> TypeGuard[str | os.PathLike[str]]:
+  """Whether an image that a user passes is the path of a file."""
+  return isinstance(image, str | os.PathLike)
 
 
 def check_images(images: Any, *, channels: int = 3) -> np.ndarray:

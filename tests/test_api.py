@@ -1,14 +1,18 @@
 """The public API: shapes, dtypes, ranges, and what must not change."""
 
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
 from PIL import Image
+from test_errors import assert_clear
 
 import maskgen
 from maskgen import serving
+from maskgen.data import pipeline as data_pipeline
 from maskgen.errors import UserError
 from maskgen.tools import export, generate
 
@@ -227,6 +231,66 @@ BLACK_AND_WHITE = np.uint8(255) * (pictures(2) > 127)
 def test_images_come_in_many_forms(convert, tokenizer):
   expected = tokenizer.encode(BLACK_AND_WHITE)
   np.testing.assert_array_equal(tokenizer.encode(convert(BLACK_AND_WHITE)), expected)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+  """Pictures of other sizes: rotated by their metadata, with transparency, and grey."""
+  folder = tmp_path_factory.mktemp("pictures") / "test"
+  folder.mkdir()
+  colours = np.random.default_rng(3).integers(0, 256, (40, 30, 4), np.uint8)
+  exif = Image.Exif()
+  exif[0x0112] = 6
+  Image.fromarray(colours[..., :3]).save(folder / "a.jpg", exif=exif)
+  Image.fromarray(colours).save(folder / "b.png")
+  Image.fromarray(colours[..., 0]).resize((50, 20)).save(folder / "c.png")
+  return sorted(folder.iterdir())
+
+
+def test_pictures_are_prepared_as_evaluations_do(mage, trained, files, tmp_path):
+  (files[0].parents[1] / "train").symlink_to(files[0].parent)
+  pipeline = data_pipeline.Data(f"folder:{files[0].parents[1]}", "decode|resize(16)", mage.preprocessing, 1)
+  (batch,) = pipeline.eval_batches("eval", len(files))
+  prepared = mage.preprocess(files)
+  np.testing.assert_array_equal(prepared[batch["record"]], batch["image"])
+  np.testing.assert_array_equal(mage.preprocess(str(files[0])), prepared[:1])
+  np.testing.assert_array_equal(mage.features(files), mage.features(prepared))
+  grey = np.asarray(Image.open(files[2]))
+  np.testing.assert_array_equal(
+    mage.preprocess([Image.open(files[1]), grey, grey / 255]), prepared[[1, 2, 2]]
+  )
+  np.testing.assert_array_equal(mage.preprocess(BLACK_AND_WHITE), BLACK_AND_WHITE)
+  assert mage.inpaint(files[0], np.zeros((30, 40), bool)).shape == (30, 40, 3)  # an edit keeps the size
+  export.main([f"--model={trained / 'mage'}", f"--out={tmp_path / 'export'}"])
+  assert maskgen.load(tmp_path / "export").preprocessing == mage.preprocessing == "decode(3)|resize(16)"
+
+
+def test_pictures_that_cannot_be_prepared(mage, files, tmp_path, monkeypatch):
+  (tmp_path / "cut.jpg").write_bytes(files[0].read_bytes()[:500])
+  for given, message in (
+    (tmp_path / "cut.jpg", r"cut.jpg cannot be prepared by 'decode\(3\)|resize\(16\)': "),
+    (tmp_path / "none.jpg", r"none.jpg cannot be read \(No such file or directory\): give the path"),
+    ([], "pictures is empty"),
+    (np.zeros((2, 3, 4, 5, 3)), r"picture 0 has shape \(2, 3, 4, 5, 3\): give"),
+    (np.full((4, 4), 7.0), r"float images range over \[7, 7\]"),
+  ):
+    with pytest.raises(UserError, match=message) as error:
+      mage.preprocess(given)
+    assert_clear(error)
+  monkeypatch.setitem(sys.modules, "maskgen.data.eager", None)  # as where TensorFlow is absent
+  monkeypatch.delattr(sys.modules["maskgen.data"], "eager")
+  with pytest.raises(UserError, match=r"preprocess needs TensorFlow .* or give images of 16x16") as error:
+    mage.features(files[0])
+  assert_clear(error)
+
+
+def test_a_model_prints_what_it_is(mage, tokenizer):
+  text = str(mage)
+  assert text.startswith("TokenModel of objective 'mage'\n  images: 16x16x3\n  parameters: main ")
+  assert "tokenizer " in text and "preprocessing: decode(3)|resize(16)" in text and ", generate, " in text
+  assert "generator " in str(tokenizer)
+  named = type(mage)({**mage.config, "classes": ["cat", "dog"]}, mage.objective, mage.variables)
+  assert "classes: 2, cat, dog" in str(named)
 
 
 @pytest.mark.parametrize(

@@ -474,7 +474,7 @@ BATCH = images(2, 16, 16, 3)
     ([images(16, 16, 3), images(16, 20, 3)], r"shapes \(16, 16, 3\) and \(16, 20, 3\): resize them to one"),
     (images(2, 16, 16, 1), r"3 channels"),
     (images(2, 3, 16, 16), r"3 channels"),
-    (images(2, 32, 32, 3), r"32x32 pixels: this model takes 16x16, resize"),
+    (images(2, 32, 32, 3), r"32x32 pixels: this model takes 16x16, give model.preprocess"),
     (images(2, 16, 20, 3), r"16x20 pixels"),
     (images(2, 16, 16, 3, dtype=np.int64), r"int64: give uint8"),
     (images(2, 16, 16, 3, dtype=bool), r"bool: give uint8"),

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from maskgen import images as images_lib
 from maskgen.serving.tokenizer import Tokenizer
 
 
@@ -14,6 +15,6 @@ class Classifier(Tokenizer):
   features = model.features(images)  # float32 [b, d], below the head
   """
 
-  def classify(self, images: np.ndarray) -> np.ndarray:
+  def classify(self, images: images_lib.Pictures) -> np.ndarray:
     """Returns class probabilities, float32 [b, classes], in the order of `classes`, their names."""
     return self._each("classify", {"image": self.check_images(images)})

@@ -33,7 +33,7 @@ class ImageWords(Model):
 
   objective: Any  # such as `maskgen.objectives.vilex.Objective`
 
-  def encode(self, images: np.ndarray, num_tokens: int | None = None) -> np.ndarray:
+  def encode(self, images: images_lib.Pictures, num_tokens: int | None = None) -> np.ndarray:
     """Returns the first `num_tokens` tokens of images, by default all, float32 [b, k, d].
 
     They take the place of word embeddings in prompts; the first ones carry the most important information.
@@ -42,7 +42,7 @@ class ImageWords(Model):
     return self._each("encode", {"image": self.check_images(images)})[:, :number]
 
   def reconstruct(
-    self, images: np.ndarray, num_tokens: int | None = None, seed: int = 0, **options: Any
+    self, images: images_lib.Pictures, num_tokens: int | None = None, seed: int = 0, **options: Any
   ) -> np.ndarray:
     """Reconstructs images from their first `num_tokens` tokens, by default all; keeps their dtype.
 
@@ -155,7 +155,7 @@ class ImageWords(Model):
     known = [i for i, text in enumerate(texts) if tokenizer.encode(text) == [i]]
     return [texts[i] for i in known], table[np.array(known)], scale
 
-  def look(self, images: np.ndarray) -> np.ndarray:
+  def look(self, images: images_lib.Pictures) -> np.ndarray:
     """Where the pooling looks for each token of images, float32 [b, n, h', w'] over the encoder's patches.
 
     The weights of its attention, the mean of heads and layers; those of a token sum to 1. The encoder has

@@ -2,15 +2,18 @@
 
 import copy
 import functools
+import os
+import textwrap
 from collections.abc import Mapping
 from typing import Any, Self
 
 import jax
 import numpy as np
+from etils import epath
 
 from maskgen import config as config_lib
 from maskgen import images as images_lib
-from maskgen import objectives, sharding
+from maskgen import objectives, sharding, tree
 from maskgen.errors import UserError
 from maskgen.serving import requests
 
@@ -30,6 +33,7 @@ class Model:
     losses = model.call("loss", {"image": images})
 
   Images are uint8 in 0..255 or floats in [0, 1], [b, h, w, c], or a list of images, including Pillow images.
+  Paths of picture files are read, and prepared as by `preprocess` unless a method takes images of any size.
   A method that the model does not have raises a `UserError` that lists those that it has.
 
   Attributes:
@@ -50,6 +54,16 @@ class Model:
     if name.startswith("_"):  # Python and notebooks probe such names on any object
       raise AttributeError(name)
     raise CannotError(self._cannot(name))
+
+  def __repr__(self) -> str:
+    height, width, channels = self.objective.image_shape
+    groups = {**self.variables.get("params", {}), **(self.variables.get("frozen") or {})}
+    sizes = ", ".join(f"{name} {tree.count(group):,}" for name, group in groups.items())
+    lines = [f"{type(self).__name__} of objective '{self.kind}'", f"  images: {height}x{width}x{channels}"]
+    lines += [f"  parameters: {sizes}", f"  preprocessing: {self.preprocessing}"]
+    if self.classes:
+      lines.append(f"  classes: {len(self.classes)}, {textwrap.shorten(', '.join(self.classes), 80)}")
+    return "\n".join([*lines, f"  functions: {', '.join(sorted(self._fns))}"])
 
   @property
   def kind(self) -> str:
@@ -110,7 +124,51 @@ class Model:
     spread._fns = objectives.compile_predict_fns(self.objective, spread._mesh)
     return spread
 
-  def features(self, images: np.ndarray, patches: bool = False) -> np.ndarray:
+  @property
+  def preprocessing(self) -> str:
+    """The preprocessing of its evaluations, see `maskgen.data.preprocess`.
+
+    Of a model that does not store it: a square from the middle, or where images are not square, a stretched
+    picture.
+    """
+    height, width, channels = self.objective.image_shape
+    fitted = (
+      f"resize_small({height})|center_crop({height})" if height == width else f"resize({height, width})"
+    )
+    return self.config.get("data", {}).get("eval_preprocess") or f"decode({channels})|{fitted}"
+
+  def preprocess(self, pictures: images_lib.Pictures) -> np.ndarray:
+    """Prepares pictures of any size as evaluations of the model did, see `preprocessing`.
+
+    Args:
+      pictures: paths of files, Pillow images, arrays uint8 or float in [0, 1], [h, w, c] or [h, w] each, one
+        of these, or an array [b, h, w, c]. Pillow images are composited on white.
+
+    Returns:
+      uint8 [b, h, w, c], for any method of the model.
+
+    Raises:
+      UserError: if one is damaged or missing, or TensorFlow is not installed, which prepares them.
+    """
+    given: Any = pictures
+    several = isinstance(given, list | tuple) or (not images_lib.is_path(given) and np.ndim(given) == 4)
+    each = given if several else [given]
+    if not len(each):
+      raise UserError("pictures is empty: give at least one")
+    try:
+      from maskgen.data import eager
+    except ImportError as error:
+      height, width, _ = self.objective.image_shape
+      raise UserError(
+        f"model.preprocess needs TensorFlow ({error}): install tensorflow-cpu, or give images of "
+        f"{height}x{width} pixels"
+      ) from None
+    names = [os.fspath(one) if images_lib.is_path(one) else f"picture {i}" for i, one in enumerate(each)]
+    channels = self.objective.image_shape[-1]
+    contents = [_content(one, name, channels) for one, name in zip(each, names, strict=True)]
+    return eager.preprocess(self.preprocessing, contents, names)
+
+  def features(self, images: images_lib.Pictures, patches: bool = False) -> np.ndarray:
     """Returns features of images, float32 [b, d]: the normalised mean of the encoder's output tokens.
 
     With `patches`, the output tokens themselves after the encoder's own normalisation, float32 [b, n, d], row
@@ -118,18 +176,21 @@ class Model:
     """
     return self._each("patches" if patches else "features", {"image": self.check_images(images)})
 
-  def check_images(self, images: np.ndarray, *, any_size: bool = False) -> np.ndarray:
+  def check_images(self, images: images_lib.Pictures, *, any_size: bool = False) -> np.ndarray:
     """Checks images given by a user and returns them as uint8 or float32 [b, h, w, c].
 
     Raises:
       UserError: if the model does not take them; with `any_size`, h and w may differ from the model's.
     """
     height, width, channels = self.objective.image_shape
+    listed = images if isinstance(images, list | tuple) else [images]
+    if not any_size and any(map(images_lib.is_path, listed)):
+      images = self.preprocess(images)
     checked = images_lib.check_images(images, channels=channels)
     if not any_size and checked.shape[1:3] != (height, width):
       raise UserError(
         f"images are {checked.shape[1]}x{checked.shape[2]} pixels: this model takes {height}x{width}, "
-        "resize them"
+        "give model.preprocess(images)"
       )
     return checked
 
@@ -150,3 +211,18 @@ class Model:
   def _cannot(self, name: str) -> str:
     known = sorted(self._fns)
     return f"a model of objective '{self.kind}' cannot {name}; it can {', '.join(known)}"
+
+
+def _content(picture: Any, name: str, channels: int) -> bytes | np.ndarray:
+  """The content of a file, or uint8 [h, w, c]."""
+  if images_lib.is_path(picture):
+    try:
+      return epath.Path(os.path.expanduser(picture)).read_bytes()
+    except OSError as error:
+      reason = error.strerror or error
+      raise UserError(f"{name} cannot be read ({reason}): give the path of a picture") from None
+  array = images_lib.as_array(picture, channels=channels)
+  array = array[..., None] if array.ndim == 2 else array
+  if array.ndim != 3 or array.shape[-1] not in (1, 3):
+    raise UserError(f"{name} has shape {array.shape}: give [h, w], or [h, w, c] with 1 or 3 channels")
+  return images_lib.to_uint8(images_lib.check_images(array[None], channels=array.shape[-1])[0])

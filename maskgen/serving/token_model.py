@@ -76,7 +76,7 @@ class TokenModel(Tokenizer):
 
   def inpaint(
     self,
-    images: np.ndarray,
+    images: images_lib.Pictures,
     pixel_mask: np.ndarray,
     seed: int = 0,
     label: Label | None = None,
@@ -116,7 +116,7 @@ class TokenModel(Tokenizer):
 
   def outpaint(
     self,
-    images: np.ndarray,
+    images: images_lib.Pictures,
     top: int | float = 0,
     right: int | float = 0,
     bottom: int | float = 0,
@@ -143,7 +143,7 @@ class TokenModel(Tokenizer):
     filled = self.inpaint(canvas, added, seed, **options)
     return filled[0] if single else filled
 
-  def _batch(self, images: np.ndarray) -> tuple[np.ndarray, bool]:
+  def _batch(self, images: images_lib.Pictures) -> tuple[np.ndarray, bool]:
     """Images of any size as a batch, and whether a single image was given."""
     given = images_lib.as_array(images, channels=self.objective.image_shape[-1])
     return self.check_images(given[None] if given.ndim == 3 else given, any_size=True), given.ndim == 3

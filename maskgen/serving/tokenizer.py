@@ -19,7 +19,7 @@ class Tokenizer(Model):
   images = model.decode(tokens)  # float32 [b, h, w, c]
   """
 
-  def encode(self, images: np.ndarray) -> np.ndarray:
+  def encode(self, images: images_lib.Pictures) -> np.ndarray:
     """Returns the codes of images, int32 [b, n], in row-major order of the token grid."""
     return self._each("encode", {"image": self.check_images(images)})
 
@@ -27,7 +27,7 @@ class Tokenizer(Model):
     """Returns the images of codes int32 [b, n], float32 [b, h, w, c] in [0, 1]."""
     return self._each("decode", {"tokens": self.check_tokens(tokens)})
 
-  def reconstruct(self, images: np.ndarray) -> np.ndarray:
+  def reconstruct(self, images: images_lib.Pictures) -> np.ndarray:
     """Encodes and decodes images; keeps their dtype."""
     checked = self.check_images(images)
     return images_lib.like(checked, self._each("reconstruct", {"image": checked}))

@@ -62,6 +62,8 @@ def main(argv: Sequence[str]) -> None:
   else:
     written = model.variables
     config = {"objective": model.config["objective"], "version": __version__}
+    if preprocess := model.config.get("data", {}).get("eval_preprocess"):
+      config["data"] = {"eval_preprocess": preprocess}
     if model.classes:
       config["classes"] = model.classes
     named = objectives.local_files(config["objective"])
