@@ -14,8 +14,8 @@ from maskgen import files, storage, tree
 from maskgen.errors import UserError, out_of_memory, storage_errors
 from maskgen.evaluators import receipts
 from maskgen.evaluators.batches import gather
+from maskgen.training import cpu, receipt
 from maskgen.training import metrics as metrics_lib
-from maskgen.training import receipt
 from maskgen.training.clock import Clock
 from maskgen.training.evaluation import due_evaluators, evaluate, show
 from maskgen.training.experiment import Experiment
@@ -131,6 +131,8 @@ def loop(experiment: Experiment, workdir: epath.Path, checkpoints: storage.Check
             numbers = {**report.numbers, "timing/seconds": clock.seconds()}
             writer.numbers(step, numbers)  # marks it as written
             show(workdir.name, f"at step {step}", report.numbers)
+        if due:
+          cpu.release_memory()
         progress.pause(time.monotonic() - began)
       if stop:
         raise PreemptedError
