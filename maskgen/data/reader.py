@@ -130,11 +130,15 @@ class Reader:
   def _make_load(self, locate: Locate) -> Callable[[tf.Tensor], Record]:
     def load(number: tf.Tensor) -> Record:
       index, draw = locate(number)
-      return self._load(index, draw, self._substitutes.lookup(index))
+      return self._traced_load(index, draw, self._substitutes.lookup(index))
 
     return tf.function(load, autograph=False, input_signature=[tf.TensorSpec((), tf.int64)])
 
-  @tf.autograph.experimental.do_not_convert
+  @functools.cached_property
+  def _traced_load(self) -> Callable[[tf.Tensor, tf.Tensor, tf.Tensor], Record]:
+    """`_load`, traced once for all datasets that call it, since tracing takes long."""
+    return tf.function(self._load, autograph=False, input_signature=[tf.TensorSpec((), tf.int64)] * 3)
+
   def _load(self, index: tf.Tensor, draw: tf.Tensor, used: tf.Tensor) -> Record:
     """Reads and preprocesses the record `used` in the place of the one with an index."""
     record = self.source.fetch(used)
@@ -166,7 +170,8 @@ class Reader:
 
     located = tf.data.Dataset.range(numbers.start, numbers.stop).map(look_up).batch(len(numbers))
     located = located.get_single_element()
-    rows = tf.data.Dataset.from_tensor_slices(located).map(self._load, tf.data.AUTOTUNE, deterministic=True)
+    rows = tf.data.Dataset.from_tensor_slices(located)
+    rows = rows.map(self._traced_load, tf.data.AUTOTUNE, deterministic=True)
     results = iter(rows.with_options(_options()))  # iteration continues after an error
     reasons: dict[int, str] = {}
     for used in located[2].numpy().tolist():
