@@ -6,8 +6,8 @@ It runs a tiny version of the quickstart's MAGE, with a save and a line of metri
 evaluation every 10,000. The last line is a report in JSON. The exit status is 0 if neither grows by more than
 it scatters, and if `metrics.jsonl` and TensorBoard's files have every line.
 
-TensorStore 0.1.86 loses about 0.1 MB in each save (see the README), or 18 MB over the steps that count. With
-it a run that is otherwise flat can end with status 1.
+TensorStore 0.1.86 loses about 0.1 MB in each save (see docs/fault_tolerance.md), or 18 MB over the steps that
+count. With it a run that is otherwise flat can end with status 1.
 """
 
 import argparse

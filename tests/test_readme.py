@@ -1,8 +1,10 @@
-"""The README's commands work."""
+"""The README's commands work, and those of the documentation exist."""
 
 import contextlib
+import functools
 import importlib
 import io
+import itertools
 import json
 import pathlib
 import re
@@ -17,21 +19,34 @@ from maskgen import main
 
 trained = tiny.trained
 
-README = (pathlib.Path(__file__).parents[1] / "README.md").read_text()
+ROOT = pathlib.Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+DOCS = sorted((ROOT / "docs").glob("*.md"))
 MAIN = "python -m maskgen.main --config=configs/quickstart.py --workdir=runs/quickstart"
 
 
-def blocks(language: str) -> list[str]:
-  return re.findall(rf"^```{language}\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+def blocks(language: str, text: str = README) -> list[str]:
+  return re.findall(rf"^```{language}\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
 
 
-def commands() -> list[str]:
+def commands(text: str = README) -> list[str]:
   """Every shell command, one by one."""
-  lines = "\n".join(blocks("bash")).replace("\\\n", " ").splitlines()
+  lines = "\n".join(blocks("bash", text)).replace("\\\n", " ").splitlines()
   return [part.strip() for line in lines for part in line.split("&&") if part.strip()]
 
 
+# Only published text-to-image models have these options, and `--help` without a model does not list them.
+PUBLISHED = {"--width"}
 MODULES = [command for command in commands() if command.startswith("python -m maskgen.")]
+
+
+@functools.cache
+def flags(module_name: str, *subcommand: str) -> set[str]:
+  """The flags of a tool, from its help."""
+  text = io.StringIO()
+  with contextlib.redirect_stdout(text), pytest.raises(SystemExit):
+    importlib.import_module(module_name).main([*subcommand, "--help"])
+  return {*re.findall(r"--\w+", text.getvalue())}
 
 
 def arguments_of(command: str) -> tuple[str, list[str]]:
@@ -46,7 +61,7 @@ def test_the_main_commands_are_there():
 
 
 def test_continuous_integration_runs_the_two_commands():
-  workflow = (pathlib.Path(__file__).parents[1] / ".github/workflows/tests.yml").read_text()
+  workflow = (ROOT / ".github/workflows/tests.yml").read_text()
   chains = [line for line in "\n".join(blocks("bash")).splitlines() if "pytest" in line or MAIN in line]
   assert len(chains) == 2
   for chain in chains:
@@ -60,17 +75,33 @@ def test_all_blocks_have_a_language():
 @pytest.mark.parametrize("command", MODULES)
 def test_commands_have_arguments_that_exist(command, tmp_path):
   module_name, arguments = arguments_of(command)
-  module = importlib.import_module(module_name)
-  text = io.StringIO()
-  with contextlib.redirect_stdout(text), pytest.raises(SystemExit):
-    module.main(["--help"])
-  known = {*re.findall(r"--\w+", text.getvalue())}
   plain = [a for a in arguments if a.startswith("--") and not a.startswith("--config.")]
-  assert {argument.partition("=")[0] for argument in plain} <= known
-  if module is main:
+  assert {argument.partition("=")[0] for argument in plain} <= flags(module_name)
+  if module_name == "maskgen.main":
     config = next(a.partition("=")[2] for a in arguments if a.startswith("--config="))
     overrides = [a for a in arguments if a.startswith("--config.")]
     config_lib.load(config, main.parse_overrides(overrides))
+
+
+@pytest.mark.parametrize("page", DOCS, ids=lambda page: page.stem)
+def test_commands_of_the_documentation_exist(page):
+  text = page.read_text()
+  for command in commands(text):
+    if not command.startswith("python -m maskgen."):
+      continue
+    module_name, arguments = arguments_of(command.rstrip("& "))
+    subcommand = itertools.takewhile(lambda a: re.fullmatch("[a-z_]+", a), arguments)
+    plain = [a for a in arguments if a.startswith("--") and not a.startswith("--config.")]
+    known = flags(module_name, *subcommand) | PUBLISHED
+    assert {argument.partition("=")[0] for argument in plain} <= known, command
+  for config in re.findall(r"configs/\w+\.py", text):
+    assert (ROOT / config).is_file(), config
+
+
+def test_the_site_lists_every_page():
+  site = (ROOT / "docs/site/mkdocs.yml").read_text()
+  pages = [page.relative_to(ROOT / "docs") for page in [*DOCS, *(ROOT / "docs/api").glob("*.md")]]
+  assert not [page for page in pages if f": {page}\n" not in site]
 
 
 def test_every_config_it_names_exists():
@@ -83,7 +114,7 @@ def test_every_config_it_names_exists():
 def test_every_file_it_points_to_exists():
   paths = set(re.findall(r"(?:docs|maskgen|tests|configs|launch)/[\w/]+\.\w+", README))
   assert paths
-  missing = [p for p in paths if not (pathlib.Path(__file__).parents[1] / p).is_file()]
+  missing = [p for p in paths if not (ROOT / p).is_file()]
   assert not missing
 
 

@@ -25,7 +25,7 @@ class Evaluator:
   """Edits evaluation images of captioned digits with words next to their tokens; see `data.digit_scenes`.
 
   A prompt changes one kind K of words that describe an image, such as its background, to another value.
-  Metrics end in _k<tokens of the image>_s<text guidance>:
+  Metrics end in `_k<tokens of the image>_s<text guidance>`:
     `K_followed`: the share of pictures that show what the word says.
     `K_class_kept`: the share of pictures in which the classifier predicts the source's class.
     `K_both`: both.

@@ -42,9 +42,9 @@ class Evaluator:
   """Changes training pictures by words into pictures that are held out; see `maskgen.data.emoji`.
 
   Kinds of edits: "tone", the skin tone of a base; "form", a man to a woman or vice versa; "role", what a man
-  or woman does. Metrics end in _k<tokens of the image>_s<text guidance>; with all tokens and the same
-  guidance in _image_s<text guidance>, for the image alone; and in _words_s<text guidance>, for the name of
-  the target without an image:
+  or woman does. Metrics end in `_k<tokens of the image>_s<text guidance>`; with all tokens and the same
+  guidance in `_image_s<text guidance>`, for the image alone; and in `_words_s<text guidance>`, for the name
+  of the target without an image:
     `edit_followed`: the share of pictures of which the nearest real one has the target's tone.
     `edit_identity`: of which it has the source's base.
     `edit_exact_top1`: of which it is the target.

@@ -28,9 +28,11 @@ class CannotError(UserError, AttributeError):
 class Model:
   """A trained model: the base of the classes that `maskgen.load` returns, one for each kind of model.
 
-    model = maskgen.load("runs/mine")
-    features = model.features(images)  # float32 [b, d]
-    losses = model.call("loss", {"image": images})
+  ```python
+  model = maskgen.load("runs/mine")
+  features = model.features(images)  # float32 [b, d]
+  losses = model.call("loss", {"image": images})
+  ```
 
   Images are uint8 in 0..255 or floats in [0, 1], [b, h, w, c], or a list of images, including Pillow images.
   Paths of picture files are read, and prepared as by `preprocess` unless a method takes images of any size.
