@@ -1,5 +1,7 @@
 """The fused kernel computes what XLA does, dropout included, and dropout keeps what it should."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -64,6 +66,28 @@ def test_what_the_kernel_does_not_support_takes_xla(arrays):
   assert not fused_attention.fits(long, long)
   few = attend(query[:, :5], key, key, attention="pallas")
   np.testing.assert_array_equal(few, attend(query[:, :5], key, key, attention="xla"))
+
+
+@pytest.mark.parametrize(("queries", "causal"), [(N, False), (N, True), (5, False), (6, False)])
+def test_odd_lengths_are_padded_for_cudnn(queries, causal, arrays, monkeypatch):
+  """By XLA in cuDNN's place, which needs a GPU."""
+  given, by_xla = [], jax.nn.dot_product_attention
+
+  def in_its_place(*qkv, implementation, **options):
+    given.append((implementation, *(x.shape[1] % 2 for x in qkv)))
+    return by_xla(*qkv, implementation="xla", **options)
+
+  monkeypatch.setattr(jax.nn, "dot_product_attention", in_its_place)
+  _, gradient, query, *rest = arrays
+
+  def pulled_back(attention):
+    run = functools.partial(attend, attention=attention, causal=causal)
+    out, pull_back = jax.vjp(run, query[:, :queries], *rest)
+    return out, *pull_back(gradient[:, :queries])
+
+  for found, expected in zip(pulled_back("cudnn"), pulled_back("xla"), strict=True):
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+  assert given == [("cudnn", 0, 0, 0)]
 
 
 def test_dropout_keeps_independent_values_at_its_rate():

@@ -86,9 +86,10 @@ def attend(
   Weights are dropped at `rate` by `seeds` of [b, h], if given.
 
   "auto" uses cuDNN's fused kernel on NVIDIA GPUs where it applies: 16-bit dtypes, no dropout on the weights,
-  and heads whose width is a multiple of 8 up to 128. On TPUs it uses a Pallas kernel where that applies, for
-  self-attention of up to about four hundred positions, as "pallas" does everywhere: by the TPU compiler's
-  estimate, XLA takes several times as long, which writes scores to HBM. Otherwise it uses XLA.
+  and heads whose width is a multiple of 8 up to 128; programs with it have been made, but not run. On TPUs it
+  uses a Pallas kernel where that applies, for self-attention of up to about four hundred positions, as
+  "pallas" does everywhere: by the TPU compiler's estimate, XLA takes several times as long, which writes
+  scores to HBM. Otherwise it uses XLA.
   """
   width = query.shape[-1]
   platform = sharding.platform()
@@ -97,7 +98,7 @@ def attend(
     return fused_attention.attend(query, key, value, seeds, rate)
   fits = seeds is None and query.dtype.itemsize == 2 and width % 8 == 0 and width <= 128
   if attention == "cudnn" or (attention == "auto" and fits and platform == "gpu"):
-    return jax.nn.dot_product_attention(query, key, value, is_causal=causal, implementation="cudnn")
+    return _attend_by_cudnn(query, key, value, causal)
   scores = jnp.einsum("bqhc,bkhc->bhqk", query, key, preferred_element_type=jnp.float32)
   if causal:
     seen = jnp.tri(query.shape[1], key.shape[1], dtype=bool)
@@ -105,6 +106,17 @@ def attend(
   weights = jax.nn.softmax(scores / width**0.5).astype(query.dtype)
   weights = weights if seeds is None else dropout.drop(weights, seeds, rate)
   return jnp.einsum("bhqk,bkhc->bqhc", weights, value)
+
+
+def _attend_by_cudnn(query: jax.Array, key: jax.Array, value: jax.Array, causal: bool) -> jax.Array:
+  """`attend` by cuDNN's kernel. JAX has no gradients of odd lengths, which get one more position, unseen."""
+  length, keys = query.shape[1], key.shape[1]
+  query, key, value = (jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, 0), (0, 0))) for x in (query, key, value))
+  mask = None
+  if keys % 2:
+    mask = jnp.broadcast_to(jnp.arange(keys + 1) < keys, (1, 1, query.shape[1], keys + 1))
+  found = jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=causal, implementation="cudnn")
+  return found[:, :length]
 
 
 class Attention(nn.Module):
