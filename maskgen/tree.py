@@ -98,7 +98,26 @@ def fingerprint(tree: Any) -> str:
 def checksums(arrays: Mapping[str, jax.Array]) -> dict[str, int]:
   """Returns a 32-bit checksum of each array, for any sharding; it detects any change of a single element."""
   # Sequentially: CPU devices start concurrent programs in any order, and would then wait for each other.
-  return {name: int(_checksum(array)) for name, array in arrays.items()}
+  return {
+    name: _checksum_on_host(np.asarray(array)) if _is_on_host(array) else int(_checksum(array))
+    for name, array in arrays.items()
+  }
+
+
+# Odd weights are invertible modulo 2^32, so that every change of an element has an effect.
+_WEIGHT = np.uint32(0x9E3779B1)
+
+
+def _is_on_host(array: jax.Array) -> bool:
+  """Whether the host has the whole array, and need not compile a program for each shape and sharding."""
+  return array.is_fully_addressable and all(device.platform == "cpu" for device in array.devices())
+
+
+def _checksum_on_host(array: np.ndarray) -> int:
+  """The same as `_checksum`."""
+  bits = np.ascontiguousarray(array).reshape(-1).view(f"uint{8 * array.dtype.itemsize}").astype(np.uint32)
+  weight = (2 * np.arange(bits.size).astype(np.uint32) + np.uint32(1)) * _WEIGHT
+  return int(np.dot(bits + np.uint32(1), weight))
 
 
 @jax.jit
@@ -109,8 +128,7 @@ def _checksum(array: jax.Array) -> jax.Array:
   place = jnp.zeros(array.shape, jnp.uint32)
   for axis, size in enumerate(array.shape):
     place = place * jnp.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis)
-  # Odd weights are invertible modulo 2^32, so that every change of an element has an effect.
-  weight = (2 * place + 1) * jnp.uint32(0x9E3779B1)
+  weight = (2 * place + 1) * _WEIGHT
   return ((bits + 1) * weight).sum(dtype=jnp.uint32)
 
 

@@ -304,7 +304,7 @@ def test_what_one_of_two_processes_cannot_read_neither_uses(tmp_path):
   assert [path.name.split("-")[0] for path in (tmp_path / "damaged").iterdir()] == ["2"]
 
 
-def test_checksums_see_every_bit_and_no_sharding():
+def test_checksums_see_every_bit_and_no_sharding(monkeypatch):
   rng = np.random.default_rng(0)
   arrays = {
     "float": rng.normal(size=(16, 6)).astype(np.float32),
@@ -317,9 +317,16 @@ def test_checksums_see_every_bit_and_no_sharding():
   arrays = {name: jax.numpy.asarray(value) for name, value in arrays.items()}
   expected = tree.checksums(arrays)
   mesh = jax.make_mesh((8,), ("x",))
-  for name in ("float", "half", "flags", "bytes"):
-    sharded = jax.device_put(arrays[name], jax.NamedSharding(mesh, jax.P("x")))
-    assert tree.checksums({name: sharded})[name] == expected[name]
+  sharded = {
+    name: jax.device_put(arrays[name], jax.NamedSharding(mesh, jax.P("x")))
+    for name in ("float", "half", "flags", "bytes")
+  }
+  assert tree.checksums(sharded) == {name: expected[name] for name in sharded}
+  # As devices compute them that are no CPUs, or belong to several processes.
+  monkeypatch.setattr(tree, "_is_on_host", lambda array: False)
+  assert tree.checksums(arrays) == expected
+  assert tree.checksums(sharded) == {name: expected[name] for name in sharded}
+  monkeypatch.undo()
   for name in ("float", "half", "bytes", "scalar"):
     raw = np.array(arrays[name])
     flat = raw.reshape(-1).view(np.uint8)
@@ -331,12 +338,13 @@ def test_checksums_see_every_bit_and_no_sharding():
   assert tree.checksums({"float": swapped})["float"] != expected["float"]
 
 
-def test_checksums_of_many_sharded_arrays_do_not_wait_for_each_other():
+def test_checksums_of_many_sharded_arrays_do_not_wait_for_each_other(monkeypatch):
   """XLA would abort the process if they did."""
   mesh = jax.make_mesh((2, 2, 2), ("data", "fsdp", "tensor"))
   axes = (jax.P("fsdp", "tensor"), jax.P(None, "data"), jax.P("tensor"))
   plain = {str(i): np.full((64, 32), i, np.float32) for i in range(150)}
   sharded = {i: jax.device_put(plain[i], jax.NamedSharding(mesh, axes[int(i) % 3])) for i in plain}
+  monkeypatch.setattr(tree, "_is_on_host", lambda array: len(array.devices()) == 1)
   assert tree.checksums(sharded) == tree.checksums({i: jax.numpy.asarray(plain[i]) for i in plain})
 
 
