@@ -221,6 +221,9 @@ def walk(
   given = current_names(cls, options) if isinstance(options, Mapping) else vars(options)
   for name, field in of(cls).items():
     value = given.get(name, field.default)
+    factory: Any = field.default_factory
+    if value is dataclasses.MISSING and factory is not dataclasses.MISSING:
+      value = factory()
     nested = section_type(cls, field, value)
     was = field.metadata.get("was", "")
     key = (*path, was if was in (options if isinstance(options, Mapping) else ()) else name)

@@ -75,7 +75,8 @@ class RunConfig:
     total_steps, total_epochs: the length of the run; set one of them.
     seed: the seed of initialisation, data order, masks and dropout.
     accumulation: number of micro-batches whose gradients are averaged for one update.
-    ema: by parameter group, the decay of an exponential moving average, used by predictions.
+    ema: by parameter group, the decay of an exponential moving average, used by predictions, and as a teacher
+      by some objectives; or (first, last), between which the decay rises along half a cosine over the run.
     pretrained: paths of the trained models that the objective needs, by name. A section of the objective with
       the same name that has name="pretrained" is filled in from that model's config.
     resume: a workdir whose checkpoint this run starts from, including optimizer state.
@@ -100,7 +101,7 @@ class RunConfig:
   total_epochs: float | None = None
   seed: int = 0
   accumulation: int = fields.operational(1)
-  ema: Mapping[str, float] = dataclasses.field(default_factory=dict)
+  ema: Mapping[str, float | tuple[float, float]] = dataclasses.field(default_factory=dict)
   pretrained: Mapping[str, str] = dataclasses.field(default_factory=dict)
   resume: str | None = None
   init_from: str | None = fields.operational(None)
@@ -119,7 +120,10 @@ class RunConfig:
       if getattr(self, length) is not None:
         check_at_least(self, 1, length)
     for group, decay in self.ema.items():
-      if not 0.0 <= decay < 1.0:
+      if isinstance(decay, list | tuple):
+        if not (len(decay) == 2 and 0.0 <= decay[0] < 1.0 and decay[0] <= decay[1] <= 1.0):
+          raise UserError(f"ema.{group} is {decay}: give two decays that rise, such as (0.996, 1.0)")
+      elif not 0.0 <= decay < 1.0:
         raise UserError(f"ema.{group} is {decay}: it must be at least 0 and less than 1")
     for rule in self.sharding:
       if not _is_rule(rule):

@@ -19,6 +19,7 @@ from maskgen.config import fields
 from maskgen.models.remat import REMAT
 from maskgen.models.transformer import Dropout, Transformer, embedding_init, kernel_init
 from maskgen.numerics import masking
+from maskgen.numerics.positions import sines
 from maskgen.numerics.vocab import Vocab
 
 
@@ -51,6 +52,8 @@ class Encoder(nn.Module):
     dtype: the type of the computation; parameters and logits are float32.
     attention, remat, scan: how the blocks are run, see `Transformer`.
     drop_path: of the encoder's blocks, during training, see `Transformer`.
+    fixed_grid: the token grid (h', w'), if fixed position embeddings, see `positions.sines`, are added behind
+      the first normalisation to the learned ones in front of it.
   """
 
   vocab: Vocab
@@ -64,6 +67,7 @@ class Encoder(nn.Module):
   remat: str = fields.operational("none", less_memory=REMAT[1:])
   scan: bool = fields.operational(False)
   drop_path: float = 0.0
+  fixed_grid: tuple[int, int] | None = None
 
   def setup(self):
     self.embedding = self.param("embedding", embedding_init, (self.vocab.size, self.width))
@@ -109,6 +113,9 @@ class Encoder(nn.Module):
     embedding, position = sharding.gather((self.embedding, self.position))
     x = sharding.constrain_batch((embedding[ids] + position[None]).astype(self.dtype))
     x = self.embedding_dropout(self.embedding_norm(x), train=train)
+    if self.fixed_grid is not None:
+      fixed = jnp.pad(sines(self.fixed_grid, self.width), ((1, 0), (0, 0)))
+      x = x + fixed[None].astype(x.dtype)
     at = None if kept is None else jnp.pad(kept + 1, ((0, 0), (1, 0)))
     if at is not None:
       x = jnp.take_along_axis(x, at[..., None], axis=1)
@@ -141,12 +148,15 @@ class Mage(Encoder):
   Attributes:
     decoder_width, decoder_depth, decoder_heads: of the decoder.
     condition_width: c, the width of the conditions that `decode` takes; 0 for a model that takes none.
+    add_visible: whether the decoder sees, in the place of a visible token, its sum with the class position's
+      feature.
   """
 
   decoder_width: int = 768
   decoder_depth: int = 8
   decoder_heads: int = 16
   condition_width: int = 0
+  add_visible: bool = False
 
   def setup(self):
     super().setup()
@@ -194,11 +204,12 @@ class Mage(Encoder):
     if kept is not None and at is None:
       # Dropped positions are masked below.
       x = jnp.concatenate([class_feature, masking.spread(x[:, 1:], kept, mask.shape[1])], axis=1)
-    hidden = jnp.pad(mask, ((0, 0), (1, 0)))[..., None]
+    # At the class position, its own feature stands in any case.
+    hidden = jnp.pad(mask, ((0, 0), (1, 0)), constant_values=True)[..., None]
     position = sharding.gather(self.decoder_position)[None].astype(x.dtype)
     if at is not None:
       hidden, position = jnp.take_along_axis(hidden, at[..., None], axis=1), position[0][at]
-    x = jnp.where(hidden, class_feature, x) + position
+    x = jnp.where(hidden, class_feature, x + class_feature if self.add_visible else x) + position
     length = x.shape[1]
     if condition is not None:
       condition = sharding.constrain_batch(self.condition_input(condition.reshape(-1, self.condition_width)))

@@ -68,6 +68,75 @@ def nt_xent(embeddings: jax.Array, candidates: jax.Array, temperature: float) ->
   return loss.mean(axis=-1), nearest.mean(axis=-1)
 
 
+def info_nce(
+  anchors: jax.Array, positives: jax.Array, candidates: jax.Array, temperature: float
+) -> tuple[jax.Array, jax.Array]:
+  """Contrastive loss of pairs (InfoNCE, van den Oord et al. 2018, equation 4).
+
+  Args:
+    anchors: [b, d], of any norm: all are normalised.
+    positives: [b, d], one for each anchor; those of the others are its negatives.
+    candidates: the positives of the global batch, gathered if it is sharded over devices.
+    temperature: of the softmax over cosines, above 0.
+
+  Returns:
+    loss: float32 [b].
+    nearest: float32 [b], 1 where an anchor's positive is nearer than every negative.
+  """
+  anchors, positives, candidates = (
+    _normalise(x.astype(jnp.float32)) for x in (anchors, positives, candidates)
+  )
+  logits = jnp.einsum("id,jd->ij", anchors, candidates, precision="highest") / temperature
+  positive = (anchors * positives).sum(axis=-1) / temperature
+  others = jnp.where(jnp.eye(len(anchors), len(candidates), dtype=bool), -jnp.inf, logits)
+  return jax.nn.logsumexp(logits, axis=-1) - positive, (positive > others.max(axis=-1)).astype(jnp.float32)
+
+
+def uniformity(features: jax.Array) -> jax.Array:
+  """The mean squared cosine of all pairs of vectors [b, d], each with itself included; float32 scalar.
+
+  The squared cosines of all pairs are the squared entries of the second moment, so nothing is gathered.
+  """
+  unit = _normalise(features.astype(jnp.float32))
+  moment = jnp.einsum("bd,be->de", unit, unit, precision="highest") / len(unit)
+  return jnp.square(moment).sum()
+
+
+def centroid_contrast(
+  embeddings: jax.Array,
+  centroids: jax.Array,
+  ids: jax.Array,
+  *,
+  temperature: float,
+  neighbours: int,
+  neighbour_temperature: float,
+) -> tuple[jax.Array, jax.Array]:
+  """Contrast of vectors with all centroids of clusters, as in LEASE.
+
+  The targets are a softmax over the centroid of a vector's cluster and those nearest to it, by their cosines
+  to the former.
+
+  Args:
+    embeddings: [..., d], of any norm: they are normalised.
+    centroids: float32 [K, d], of unit norm.
+    ids: int [...], the clusters of the vectors, in 0 .. K-1.
+    temperature: of the softmax over the cosines to all centroids, above 0.
+    neighbours: how many other centroids share the target; less than K.
+    neighbour_temperature: of the softmax that shares it, above 0.
+
+  Returns:
+    loss: float32 [...].
+    nearest: float32 [...], 1 where the centroid of the vector's cluster is the nearest one.
+  """
+  own = _normalise(embeddings.astype(jnp.float32))
+  log_p = jax.nn.log_softmax(jnp.einsum("...d,kd->...k", own, centroids, precision="highest") / temperature)
+  cosines = jnp.einsum("...d,kd->...k", centroids[ids], centroids, precision="highest")
+  largest, shared = jax.lax.top_k(cosines, neighbours + 1)
+  weights = jax.nn.softmax(largest / neighbour_temperature)
+  loss = -(weights * jnp.take_along_axis(log_p, shared, axis=-1)).sum(axis=-1)
+  return loss, (log_p.argmax(axis=-1) == ids).astype(jnp.float32)
+
+
 def _normalise(x: jax.Array) -> jax.Array:
   return x * jax.lax.rsqrt(jnp.square(x).sum(axis=-1, keepdims=True) + 1e-12)
 

@@ -109,6 +109,33 @@ def spread(x: jax.Array, kept: jax.Array, num_tokens: int) -> jax.Array:
   return jnp.take_along_axis(x, index[..., None], axis=1)
 
 
+def random_window(keys: jax.Array, grid: tuple[int, int], low: float) -> jax.Array:
+  """Chooses a window of a grid, in any place with equal probability.
+
+  Its height is drawn uniformly from ceil(h * low) to h; its width is the same share of the grid.
+
+  Args:
+    keys: PRNG keys [b]; example i depends on key i alone.
+    grid: (h, w).
+    low: the smallest share of a side, in (0, 1].
+
+  Returns:
+    bool [b, n], True inside, row by row.
+  """
+  height, width = grid
+
+  def draw(key: jax.Array) -> jax.Array:
+    size, top, left = jax.random.split(key, 3)
+    rows = jax.random.randint(size, (), math.ceil(height * low - _ROUNDING), height + 1)
+    columns = -(-rows * width // height)
+    row = jax.random.randint(top, (), 0, height - rows + 1)
+    column = jax.random.randint(left, (), 0, width - columns + 1)
+    y, x = jnp.arange(height)[:, None] - row, jnp.arange(width)[None] - column
+    return ((y >= 0) & (y < rows) & (x >= 0) & (x < columns)).reshape(-1)
+
+  return jax.vmap(draw)(keys)
+
+
 def token_mask(pixel_mask: jax.Array, factor: int) -> jax.Array:
   """Tokens that a pixel mask makes unknown: those it touches, and one ring of tokens around them.
 

@@ -65,7 +65,9 @@ class Objective(Protocol):
   # Optional: a property `image_encoder` that returns an `EncoderPart`, for everything that builds on an image
   # encoder, such as `classify`, `vilex` and layer decay; and a method `positions` that returns
   # `{path name: Positions}` for the tables of learned positions among the parameters, such as
-  # `main/position`, so that `config.init_from` can interpolate them.
+  # `main/position`, so that `config.init_from` can interpolate them; and a property `averages`, the names of
+  # parameter groups whose moving averages teach: `losses` finds them, as `config.ema` made them, in
+  # `frozen["average"][GROUP]`.
 
   def pretrained_shapes(self) -> dict[str, Tree]:
     """For each required key of `config.pretrained`: the shapes of the variables it needs from that model."""

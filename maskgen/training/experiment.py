@@ -19,7 +19,7 @@ from maskgen.errors import UserError, nearest
 from maskgen.importers.published import PUBLISHED
 from maskgen.training import optim
 from maskgen.training.state import TrainState
-from maskgen.training.step import Update, gradient_dtypes, make_update
+from maskgen.training.step import Update, gradient_dtypes, make_update, with_averages
 from maskgen.training.warm_start import WarmStart
 
 log = logging.getLogger("maskgen")
@@ -99,13 +99,7 @@ class Experiment:
         raise UserError(f"config.pretrained.{name} is missing: give the path of a trained model")
     parts = jax.eval_shape(self.objective.init, jax.random.key(0), pretrained)
     groups = parts["params"]
-    for where, section in (("optimizer", cfg.optimizer), ("ema", cfg.ema)):
-      for group in section:
-        if group not in groups:
-          raise UserError(f"config.{where} has no group '{group}'{nearest(group, groups)}")
-    for group in groups:
-      if group not in cfg.optimizer:
-        raise UserError(f"config.optimizer.{group} is missing: every parameter group needs one")
+    optim.check_groups(groups, cfg.optimizer, cfg.ema, getattr(self.objective, "averages", ()))
     self._schedules, self._transforms = {}, {}
     for group, section in cfg.optimizer.items():
       optimizer = config_lib.build_dataclass(optim.Optimizer, section, f"config.optimizer.{group}")
@@ -151,7 +145,7 @@ class Experiment:
       self._transforms,
       self._schedules,
       seed=cfg.seed,
-      ema=cfg.ema,
+      ema={group: optim.average_decay(decay, self.total_steps) for group, decay in cfg.ema.items()},
       accumulation=accumulation or cfg.accumulation,
       parts=self._parts,
     )
@@ -318,6 +312,7 @@ class Experiment:
     dtypes = {path: value for path, field, value in walked if field.metadata.get("precision")}
     half = [".".join(path) for path, value in dtypes.items() if value == "float16"]
     state, frozen = self.targets["state"], self.targets["frozen"]
+    frozen = with_averages(self.objective, frozen, state.ema)
     parts = (state.params, frozen, state.model_state, self.data.spec)
     if half and "float16" in gradient_dtypes(self.objective, *parts):
       raise UserError(

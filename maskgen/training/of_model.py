@@ -40,7 +40,7 @@ def of_model(config: Mapping[str, Any], path: epath.PathLike) -> dict[str, Any]:
     **config,
     "objective": section,
     "optimizer": {group: trained[group] if same else _OPTIMIZER for group in groups},
-    "ema": config.get("ema", {}) if same else {},
+    "ema": config.get("ema", {}) if same else dict.fromkeys(getattr(objective, "averages", ()), 0.0),
     "sharding": config.get("sharding", ()) if same else (),
     "pretrained": dict.fromkeys(pretrained, str(path)),
     "resume": None,

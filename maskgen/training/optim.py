@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -35,6 +35,44 @@ def layer_decay(decay: float, layers: int | Sequence[str]) -> tuple[tuple[str, f
   if isinstance(layers, int):
     layers = ("^(embedding|position|embedding_norm)(/|$)", *(f"(^|/)block_{i}/" for i in range(layers)))
   return tuple((layer, decay ** (len(layers) - i)) for i, layer in enumerate(layers))
+
+
+def check_groups(
+  groups: Collection[str], optimizer: Collection[str], ema: Collection[str], averages: Collection[str]
+) -> None:
+  """Checks the parameter groups that `config.optimizer` and `config.ema` name.
+
+  Args:
+    groups: those of the objective.
+    optimizer: those of the section `optimizer`.
+    ema: those of the section `ema`.
+    averages: those whose moving averages teach the objective.
+
+  Raises:
+    UserError: for a group that does not exist, or that is missing.
+  """
+  for where, section in (("optimizer", optimizer), ("ema", ema)):
+    for group in section:
+      if group not in groups:
+        raise UserError(f"config.{where} has no group '{group}'{nearest(group, groups)}")
+  for group in groups:
+    if group not in optimizer:
+      raise UserError(f"config.optimizer.{group} is missing: every parameter group needs one")
+  for group in averages:
+    if group not in ema:
+      raise UserError(
+        f"config.ema.{group} is missing: a moving average teaches this objective, give its decay, such as "
+        "0.996"
+      )
+
+
+def average_decay(decay: float | Sequence[float], total_steps: int) -> optax.Schedule:
+  """The decay of a moving average as a function of the step: `config.ema` of a group."""
+  if not isinstance(decay, Sequence):
+    return optax.constant_schedule(decay)
+  first, last = decay
+  fall = optax.cosine_decay_schedule(last - first, max(total_steps, 1))
+  return lambda step: last - fall(step)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

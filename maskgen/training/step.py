@@ -45,13 +45,19 @@ def gradient_dtypes(objective: Objective, params: Any, frozen: Any, model_state:
   return found
 
 
+def with_averages(objective: Objective, frozen: Any, ema: Mapping[str, Any]) -> Any:
+  """The frozen parts that losses see: with the moving averages that the objective asks for."""
+  groups = getattr(objective, "averages", ())
+  return {**frozen, "average": {group: ema[group] for group in groups}} if groups else frozen
+
+
 def make_update(
   objective: Objective,
   transforms: Mapping[str, optax.GradientTransformation],
   schedules: Mapping[str, optax.Schedule],
   *,
   seed: int,
-  ema: Mapping[str, float],
+  ema: Mapping[str, float | optax.Schedule],
   accumulation: int,
   parts: tuple[Any, Any] | None = None,
 ) -> Update:
@@ -62,7 +68,7 @@ def make_update(
     transforms: the optimizer of each parameter group.
     schedules: the learning rate of each group, for the metrics.
     seed: of all randomness in the step, together with the step number.
-    ema: decay of each group's moving average; other groups have none.
+    ema: decay of each group's moving average, a number or a schedule; other groups have none.
     accumulation: number of micro-batches. Micro-batch j takes the examples j, j + k, j + 2k, ..., so that no
       example changes its device. Exact if the objective's loss is a mean of per-example losses.
     parts: shardings of the parameters that each device updates, and of those that it holds afterwards, if
@@ -107,6 +113,7 @@ def make_update(
   def update(state: TrainState, frozen: Any, batch: Any) -> tuple[TrainState, dict[str, jax.Array]]:
     keys, model_rng = step_keys(seed, state.step, jax.tree.leaves(batch)[0].shape[0])
     batch = {**batch, "key": keys}
+    frozen = with_averages(objective, frozen, state.ema)
     compute = gradients if accumulation == 1 else accumulate
     grads, metrics, model_state = compute(
       state.params, frozen, state.model_state, batch, model_rng, state.step
@@ -126,7 +133,9 @@ def make_update(
         params[group] = jax.lax.with_sharding_constraint(params[group], parts[1][group])
       if group in ema:
         # Early averages would be dominated by the initialisation: let their horizon grow with the step.
-        decay = jnp.minimum(ema[group], (1.0 + state.step) / (10.0 + state.step))
+        given = ema[group]
+        decay = given(state.step) if callable(given) else given
+        decay = jnp.minimum(decay, (1.0 + state.step) / (10.0 + state.step))
         averages[group] = optax.incremental_update(params[group], state.ema[group], 1.0 - decay)
     state = TrainState(state.step + 1, params, opt_state, averages, model_state)
     return state, metrics
