@@ -38,7 +38,10 @@ class Parser(argparse.ArgumentParser):
     """Adds `--model`, the folder or name of a model, and `--trust_code`, which lets code in it run."""
     required = default is None
     self.add_argument(
-      "--model", required=required, default=default, help=f"{help}; or a name of maskgen.available()"
+      "--model",
+      required=required,
+      default=default,
+      help=f"{help}; or a name of maskgen.available(), or hf://owner/name@revision",
     )
     self.add_argument("--trust_code", action="store_true", help="run the code in the model's folder")
 

@@ -5,7 +5,7 @@ import functools
 import hashlib
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -132,6 +132,18 @@ def say_ignored(where: str, extensions: Mapping[str, int]) -> None:
   hint = f" (to read {min(unread)}: pip install -e '.[heif]')" if unread else ""
   if parts:
     say(f"{where}: ignored files that are no pictures, {', '.join(parts)}{hint}")
+
+
+def only_some(name: str, key: str, given: np.ndarray, describe: Callable[[int], str]) -> str:
+  """Says that only some records have a label (or a caption), given a mask [n]; "" if all or none have."""
+  if given.all() or not given.any():
+    return ""
+  reason = (
+    f"{np.count_nonzero(~given):,} of the {len(given):,} records of {name} have no {key}, the first being "
+    f"{describe(int(np.argmin(given)))}: give one to all of them"
+  )
+  say(f"{key}s cannot be used: {reason}")
+  return reason
 
 
 def smallest_tenth(names: Sequence[bytes]) -> np.ndarray:

@@ -5,6 +5,8 @@ import pathlib
 
 from etils import epath
 
+from maskgen import hub
+
 FOLDER = pathlib.Path(__file__).parent
 
 
@@ -20,6 +22,12 @@ def is_name(model: epath.PathLike) -> bool:
 
 
 def find(model: epath.PathLike) -> epath.Path:
-  """The folder of a model that is given as a path, also below `~`, or, if nothing is there, by name."""
+  """The folder of a model that is given as a path, also below `~`, or, if nothing is there, by name.
+
+  Raises:
+    UserError: as `hub.fetch` does, for an address on the Hub.
+  """
+  if hub.is_address(model):
+    return hub.fetch(model)
   known = is_name(model) and os.fspath(model) in available()
   return epath.Path(FOLDER / model if known else os.path.expanduser(model))

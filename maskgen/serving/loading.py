@@ -18,7 +18,8 @@ def load(path: epath.PathLike, *, trust_code: bool = False) -> Model:
   Args:
     path: a folder, local or on any store that `etils.epath` supports, or a step in a workdir,
       `WORKDIR/checkpoints/STEP`; or the name of a model that comes with maskgen, one of
-      `maskgen.available()`. A folder of this name comes first.
+      `maskgen.available()`, unless there is a folder of this name; or `hf://owner/name@revision` on the
+      Hugging Face Hub, where a revision is a commit, tag or branch.
     trust_code: whether code in the folder may run. A model whose objective is a module of your own needs it
       unless Python finds that module elsewhere.
 
@@ -32,7 +33,9 @@ def load(path: epath.PathLike, *, trust_code: bool = False) -> Model:
   config, objective = load_objective(path, trust_code=trust_code)
   compile_cache.use()
   shapes = jax.eval_shape(objective.init, jax.random.key(0), objective.pretrained_shapes())
-  return find_class(objective)(config, objective, storage.load_variables(path, shapes))
+  model = find_class(objective)(config, objective, storage.load_variables(path, shapes))
+  model.folder = storage.locate(path)[0]
+  return model
 
 
 def load_objective(path: epath.PathLike, *, trust_code: bool = False) -> tuple[dict[str, Any], Any]:

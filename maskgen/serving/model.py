@@ -11,9 +11,9 @@ import jax
 import numpy as np
 from etils import epath
 
+from maskgen import __version__, objectives, plugins, sharding, storage, tree
 from maskgen import config as config_lib
 from maskgen import images as images_lib
-from maskgen import objectives, sharding, tree
 from maskgen.errors import UserError
 from maskgen.serving import requests
 
@@ -43,12 +43,14 @@ class Model:
     objective: the objective built from `config["objective"]`.
     variables: `{"params": {group: tree}, "frozen": tree, "extra": tree}`; moving averages replace parameters
       if the config has any.
+    folder: where it was loaded from, or None.
   """
 
   def __init__(self, config: Mapping[str, Any], objective: objectives.Objective, variables: Any):
     self.config = config
     self.objective = objective
     self.variables = variables
+    self.folder: epath.Path | None = None
     self._fns = objectives.compile_predict_fns(objective)
     self._mesh: jax.sharding.Mesh | None = None
 
@@ -169,6 +171,28 @@ class Model:
     channels = self.objective.image_shape[-1]
     contents = [_content(one, name, channels) for one, name in zip(each, names, strict=True)]
     return eager.preprocess(self.preprocessing, contents, names)
+
+  def save(self, path: epath.PathLike, *, half: bool = False) -> None:
+    """Writes an export for `maskgen.load`: weights, config, preprocessing, names of classes, own code.
+
+    Args:
+      path: a new folder.
+      half: whether to store float32 as float16, which halves the file and rounds.
+
+    Raises:
+      UserError: if the folder is not new or not writable, or the model is a published one without training.
+    """
+    if "objective" not in self.config:
+      raise UserError("this is a published model without training: copy its folder instead")
+    config = {"objective": self.config["objective"], "version": __version__}
+    if stored := self.config.get("data", {}).get("eval_preprocess"):
+      config["data"] = {"eval_preprocess": stored}
+    if self.classes:
+      config["classes"] = self.classes
+    named = objectives.local_files(config["objective"])
+    storage.write_export(path, config, self.variables, half=half, named=named)
+    if self.folder is not None:
+      plugins.copy_code(self.folder, epath.Path(path))
 
   def features(self, images: images_lib.Pictures, patches: bool = False) -> np.ndarray:
     """Returns features of images, float32 [b, d]: the normalised mean of the encoder's output tokens.

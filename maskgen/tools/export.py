@@ -50,7 +50,7 @@ def main(argv: Sequence[str]) -> None:
     cli.check_out_folder(args.out, new=True)
 
   import maskgen
-  from maskgen import __version__, objectives, plugins, storage, tree
+  from maskgen import objectives, plugins, tree
 
   model = maskgen.load(args.model)
   if "objective" not in model.config:
@@ -61,15 +61,8 @@ def main(argv: Sequence[str]) -> None:
     written = _write_siglip(model, args.model, args.out)
   else:
     written = model.variables
-    config = {"objective": model.config["objective"], "version": __version__}
-    if preprocess := model.config.get("data", {}).get("eval_preprocess"):
-      config["data"] = {"eval_preprocess": preprocess}
-    if model.classes:
-      config["classes"] = model.classes
-    named = objectives.local_files(config["objective"])
-    storage.write_export(args.out, config, written, half=args.dtype == "float16", named=named)
-    plugins.copy_code(epath.Path(args.model), epath.Path(args.out))
-    name = config["objective"]["name"]
+    model.save(args.out, half=args.dtype == "float16")
+    name = model.config["objective"]["name"]
     if not plugins.has_code(epath.Path(args.out), name, objectives.__name__):
       log.warning(
         "%s does not contain the module '%s', because %s does not: whoever loads it needs that module on "

@@ -1,4 +1,4 @@
-"""Data sources: `captioned_digits`, `digits`, `emoji`, `folder:`, `synthetic`, `tar:`, `tfds:`, `tokens:`.
+"""Data sources: `digits`, `folder:`, `parquet:`, `tar:`, `tfds:`, `tokens:` and the others of this folder.
 
 A source provides random access: the record of an index does not depend on what was fetched before. The
 pipeline handles everything else (order, epochs, resuming, rows of each process, damaged records).
@@ -6,8 +6,7 @@ pipeline handles everything else (order, epochs, resuming, rows of each process,
 To add a source, write a module with a function of `argument` and `split` that returns a `Source`, or raises
 `UserError` if either does not exist, and decorate it with `@source("name:what")`, or `@source("name")` if it
 takes no argument. A config refers to it by its module, as in
-`config.data.source='my_package.my_source:argument'`, or by `name` if the module is already imported. The
-sources of maskgen are the modules in this folder.
+`config.data.source='my_package.my_source:argument'`, or by `name` if the module is already imported.
 """
 
 import dataclasses

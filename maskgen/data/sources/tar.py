@@ -22,12 +22,11 @@ The first use scans the headers of each archive and writes the index `<archive>.
 import collections
 import hashlib
 import os
-from collections.abc import Callable
 
 import numpy as np
 
 from maskgen.data.cpu_tf import tf
-from maskgen.data.listing import SPLITS, say, say_ignored, smallest_tenth
+from maskgen.data.listing import SPLITS, only_some, say, say_ignored, smallest_tenth
 from maskgen.data.ranges import Ranges, cached_indices
 from maskgen.data.shards import shard_paths
 from maskgen.data.sources import Source, check_split, source
@@ -70,7 +69,7 @@ def open_tar(pattern: str, split: str) -> Source:
   if not len(keys):
     raise UserError(f"{name} has no pictures: give archives with members such as 0001.jpg")
   has = {"label": labels >= 0, "caption": texts.length > 0}
-  lacks = {key: _only_some(name, key, given, describe) for key, given in has.items()}
+  lacks = {key: only_some(name, key, given, describe) for key, given in has.items()}
   class_names = None
   if has["label"].all():
     largest = _largest_label(pattern, split, int(labels.max()))
@@ -110,18 +109,6 @@ def open_tar(pattern: str, split: str) -> Source:
     lambda index: describe(numbers[index]),
     lacks={key: reason for key, reason in lacks.items() if reason},
   )
-
-
-def _only_some(name: str, key: str, given: np.ndarray, describe: Callable[[int], str]) -> str:
-  """Says that only some records have a label (or a caption), given a mask [n]; "" if all or none have."""
-  if given.all() or not given.any():
-    return ""
-  reason = (
-    f"{np.count_nonzero(~given):,} of the {len(given):,} records of {name} have no {key}, the first being "
-    f"{describe(int(np.argmin(given)))}: give one to all of them"
-  )
-  say(f"{key}s cannot be used: {reason}")
-  return reason
 
 
 def _largest_label(pattern: str, split: str, largest: int) -> int:
