@@ -4,6 +4,7 @@ Letters: b batch, n tokens, K classes or codes, d width, m vectors.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +58,7 @@ def nt_xent(embeddings: jax.Array, candidates: jax.Array, temperature: float) ->
     nearest: float32 [b], the fraction of an example's views whose positive is nearer than every negative.
   """
   b, views, width = embeddings.shape
-  own, others = (_normalise(x.astype(jnp.float32)) for x in (embeddings, candidates))
+  own, others = (unit_length(x.astype(jnp.float32)) for x in (embeddings, candidates))
   positive = (own * own[:, ::-1]).sum(axis=-1) / temperature  # [b, 2]
   cosines = jnp.einsum("ivd,jd->ivj", own, others.reshape(-1, width), precision="highest")
   same = jnp.arange(b)[:, None] == jnp.arange(b * views)[None] // views  # [b, 2b]
@@ -84,7 +85,7 @@ def info_nce(
     nearest: float32 [b], 1 where an anchor's positive is nearer than every negative.
   """
   anchors, positives, candidates = (
-    _normalise(x.astype(jnp.float32)) for x in (anchors, positives, candidates)
+    unit_length(x.astype(jnp.float32)) for x in (anchors, positives, candidates)
   )
   logits = jnp.einsum("id,jd->ij", anchors, candidates, precision="highest") / temperature
   positive = (anchors * positives).sum(axis=-1) / temperature
@@ -97,7 +98,7 @@ def uniformity(features: jax.Array) -> jax.Array:
 
   The squared cosines of all pairs are the squared entries of the second moment, so nothing is gathered.
   """
-  unit = _normalise(features.astype(jnp.float32))
+  unit = unit_length(features.astype(jnp.float32))
   moment = jnp.einsum("bd,be->de", unit, unit, precision="highest") / len(unit)
   return jnp.square(moment).sum()
 
@@ -128,7 +129,7 @@ def centroid_contrast(
     loss: float32 [...].
     nearest: float32 [...], 1 where the centroid of the vector's cluster is the nearest one.
   """
-  own = _normalise(embeddings.astype(jnp.float32))
+  own = unit_length(embeddings.astype(jnp.float32))
   log_p = jax.nn.log_softmax(jnp.einsum("...d,kd->...k", own, centroids, precision="highest") / temperature)
   cosines = jnp.einsum("...d,kd->...k", centroids[ids], centroids, precision="highest")
   largest, shared = jax.lax.top_k(cosines, neighbours + 1)
@@ -137,7 +138,56 @@ def centroid_contrast(
   return loss, (log_p.argmax(axis=-1) == ids).astype(jnp.float32)
 
 
-def _normalise(x: jax.Array) -> jax.Array:
+def contrast(
+  own: jax.Array, others: jax.Array, scale: jax.Array, bias: jax.Array | None, chunk: int
+) -> tuple[jax.Array, jax.Array]:
+  """Contrastive loss of each embedding with the matching one of `others`, among all of them.
+
+  Without a bias it is a cross-entropy over `others`, one direction of CLIP's (Radford et al. 2021, figure 3);
+  with one, the sum of a logistic loss for each pair (SigLIP, Zhai et al. 2023, section 3.2). If the batch is
+  sharded over devices, `others` are gathered, and each device compares its rows with `chunk` of them at a
+  time, again in the backward pass: the logits of all b x b pairs are never stored.
+
+  Args:
+    own: float32 [b, d], of length 1.
+    others: float32 [b, d], of length 1; row i matches row i.
+    scale: a scalar, by which cosines are multiplied.
+    bias: a scalar that is added to all logits, or None.
+    chunk: the largest number of `others` to compare with at once; the largest divisor of b up to it is used.
+
+  Returns:
+    loss: float32 [b].
+    nearest: float32 [b], whether the matching one is nearer than all others.
+  """
+  b, width = own.shape
+  size = next(size for size in range(min(chunk, b), 0, -1) if b % size == 0)
+  lowest = jnp.finfo(jnp.float32).min  # not -inf, whose gradient is NaN
+  rows = jnp.arange(b)
+
+  def logits_of(cosines: jax.Array) -> jax.Array:
+    return cosines * scale + (0.0 if bias is None else bias)
+
+  @jax.checkpoint
+  def compare(carry: tuple[jax.Array, jax.Array], part: tuple[jax.Array, jax.Array]) -> tuple[Any, None]:
+    total, best = carry
+    numbers, candidates = part
+    logits = logits_of(jnp.einsum("id,jd->ij", own, candidates, precision="highest"))
+    same = rows[:, None] == numbers[None]
+    if bias is None:
+      total = jnp.logaddexp(total, jax.nn.logsumexp(logits, axis=1))
+    else:
+      total = total + jax.nn.softplus(jnp.where(same, -logits, logits)).sum(axis=1)
+    return (total, jnp.maximum(best, jnp.where(same, lowest, logits).max(axis=1))), None
+
+  start = (jnp.full(b, lowest) if bias is None else jnp.zeros(b), jnp.full(b, lowest))
+  parts = (rows.reshape(-1, size), others.reshape(-1, size, width))
+  (total, best), _ = jax.lax.scan(compare, start, parts)
+  positive = logits_of((own * others).sum(axis=-1))
+  return total - positive if bias is None else total, (positive > best).astype(jnp.float32)
+
+
+def unit_length(x: jax.Array) -> jax.Array:
+  """Vectors [..., d], each divided by its length."""
   return x * jax.lax.rsqrt(jnp.square(x).sum(axis=-1, keepdims=True) + 1e-12)
 
 
