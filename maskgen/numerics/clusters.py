@@ -7,6 +7,8 @@ direction nor a few large ones decide. Letters: m features of a batch, d their w
 import jax
 import jax.numpy as jnp
 
+from maskgen.numerics.losses import unit_length
+
 # The decay of the running averages once there are enough batches; before, they are means over all batches.
 DECAY = 0.99
 # A cluster is dead if its share of the features is below this fraction of 1 / K.
@@ -37,13 +39,8 @@ def init(count: int, width: int) -> State:
 
 
 def centroids(state: State) -> jax.Array:
-  """Unit vectors [K, d]."""
-  return _unit(state["sums"])
-
-
-def _unit(x: jax.Array) -> jax.Array:
-  """Vectors [..., d] of length 1; those of length 0 stay."""
-  return x * jax.lax.rsqrt(jnp.square(x).sum(axis=-1, keepdims=True) + 1e-24)
+  """Unit vectors [K, d]; zero before the first batch."""
+  return unit_length(len(state["sums"]) * state["sums"])  # of the order of 1
 
 
 def whiten(state: State, features: jax.Array) -> jax.Array:
@@ -56,7 +53,7 @@ def whiten(state: State, features: jax.Array) -> jax.Array:
   factor = jnp.linalg.cholesky(covariance + ridge * jnp.eye(width))
   inverse = jax.scipy.linalg.solve_triangular(factor, jnp.eye(width), lower=True)
   centred = features.astype(jnp.float32) - state["mean"][None]
-  return _unit(jnp.einsum("md,ed->me", centred, inverse, precision="highest"))
+  return unit_length(jnp.einsum("md,ed->me", centred, inverse, precision="highest"))
 
 
 def update(state: State, features: jax.Array, step: jax.Array, rng: jax.Array) -> tuple[jax.Array, State]:
@@ -87,7 +84,7 @@ def update(state: State, features: jax.Array, step: jax.Array, rng: jax.Array) -
   ids = jnp.einsum("md,kd->mk", white, centroids(state), precision="highest").argmax(axis=-1)
   shares = mix("shares", jnp.zeros(count).at[ids].add(1.0 / m))
   sums = mix("sums", jnp.zeros_like(state["sums"]).at[ids].add(white / m))
-  dead = shares < DEAD_SHARE / count
+  dead = (shares < DEAD_SHARE / count) | (step == 0)
   seeds = white[jax.random.randint(rng, (count,), 0, m)]
   found["shares"] = jnp.where(dead, 1.0 / count, shares)
   found["sums"] = jnp.where(dead[:, None], seeds / count, sums)
