@@ -5,7 +5,7 @@
 
 `path` is a folder with `train` and `val`, each with one sub-folder per class; `tokenizer` is the workdir or
 export of a tokenizer trained with `vqgan_imagenet.py`. The recipe is in `mage_base.py`. The paper's numbers
-are those of a tokenizer with `augmentation=strong`, the default is weak; with it the paper's FID is 7.04.
+are those of a tokenizer with `augmentation=strong` (the default is weak), with which its FID is 7.04.
 
 Hardware: a TPU slice or several 8-GPU machines for the published batch of 4,096; 1,600 epochs, 500,000
 steps. The paper reports an FID of 9.1 and a linear-probe accuracy of 78.9%. The authors of this file have not

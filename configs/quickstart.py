@@ -5,7 +5,7 @@ python -m maskgen.main --config=configs/quickstart.py --workdir=runs/quickstart
 Hardware: two CPU cores and 2 GB of memory; less than 10 minutes.
 Expect: about 25 dB on held-out digits with all 128 codes in use; a probe of about 95% (raw pixels 96%, random
 encoders 67%); generated digits at about 0.4 of the Frechet distance of random codes. README.md has all
-numbers, and describes how losses, code usage and pictures of a healthy run develop.
+numbers, and docs/faq.md describes how losses, code usage and pictures of a healthy run develop.
 
 Arguments:
   :seed   the seed of everything

@@ -50,7 +50,7 @@ def first_match(tree: Any, rules: Sequence[tuple[str, Any]], default: Any) -> di
         break
   unused = [pattern for i, (pattern, _) in enumerate(rules) if i not in used]
   if unused:
-    raise UserError(f"rule '{unused[0]}' is the first match of no parameter: remove or reorder it")
+    raise UserError(f"rule '{unused[0]}' applies to no parameter: remove or reorder it")
   return chosen
 
 

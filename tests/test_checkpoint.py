@@ -307,8 +307,8 @@ def test_folders_that_are_not_models_are_rejected(trained, tmp_path):
   shutil.copy(trained / "tokenizer" / "config.json", tmp_path / "untrained")
   for path, message in (
     (tmp_path / "missing", "does not exist: give the workdir of a run, or an export"),
-    (tmp_path / "file", "is no model"),
-    (tmp_path / "empty", r"is no model \(it has no config\.json\)"),
+    (tmp_path / "file", "is not a model"),
+    (tmp_path / "empty", r"is not a model \(it has no config\.json\)"),
     (tmp_path / "damaged", r"damaged/config\.json is damaged"),
     (tmp_path / "network", "without an objective"),
     (tmp_path / "untrained", "no checkpoint yet: train it first"),

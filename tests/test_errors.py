@@ -167,7 +167,7 @@ def test_required_arguments(missing, tmp_path):
     ("checkpoint.save_steps = 0", r"save_steps"),
     (
       "objective.tokenizer.dtype = 'float16'",
-      r"config\.objective\.tokenizer\.dtype makes gradients float16, .* bfloat16",
+      r"config\.objective\.tokenizer\.dtype computes gradients in float16, .* bfloat16",
     ),
     ("objective.image_size = (18, 16)", r"18x16 pixels is not divisible by .* factor 4"),
     ("objective.image_size = (20, 20)", r"config\.data provides .*config\.objective takes"),
@@ -605,7 +605,7 @@ def test_tools_with_a_folder_that_is_not_a_model(tool, trained, tmp_path):
   out = f"--out={tmp_path / 'out.png'}"
   for model, message in (
     (tmp_path / "missing", "does not exist"),
-    (tmp_path, "is no model"),
+    (tmp_path, "is not a model"),
     (trained, "holds several stages"),
   ):
     with pytest.raises(UserError, match=message) as error:
@@ -644,7 +644,7 @@ def test_processes_end_with_code_2_and_one_line(trained, tmp_path):
     "holds another config's run": [
       "maskgen.main", tokenizer, f"--workdir={tmp_path / 'run'}", "--config.batch_size=16",
     ],
-    "is no model": ["maskgen.tools.generate", f"--model={tmp_path}", f"--out={tmp_path / 'a.png'}"],
+    "is not a model": ["maskgen.tools.generate", f"--model={tmp_path}", f"--out={tmp_path / 'a.png'}"],
   }  # fmt: skip
   processes = [(message, tiny.python("-m", *command)) for message, command in commands.items()]
   for message, process in processes:

@@ -283,7 +283,7 @@ def test_generation_has_fid_under_the_name_of_its_protocol(digits, inception, tm
     (dict(count=5), {}, "FID on 6 features needs at least 6 pictures in .*digits.npz, but there are 5"),
     ({}, dict(metrics=("recall",)), "metric 'recall' needs what .*digits.npz does not have"),
     ({}, dict(num_images=5), "FID on 6 features needs at least 6 pictures in num_images"),
-    ({}, dict(reference="nowhere.npz"), "reference nowhere.npz is no file of statistics"),
+    ({}, dict(reference="nowhere.npz"), "reference nowhere.npz is not a file of statistics"),
     ({}, dict(metrics=("fids",)), "metric 'fids' does not exist; did you mean 'fid'"),
   ):
     statistics_files.write(path, real, dataclasses.replace(manifest, **changes))

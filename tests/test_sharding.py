@@ -114,8 +114,8 @@ def test_the_first_matching_rule_decides(mesh):
 @pytest.mark.parametrize(
   "rules,message",
   [
-    ((("decodr/kernel", ()),), "rule 'decodr/kernel' is the first match of no parameter"),
-    ((("kernel", ()), ("encoder/kernel", ("fsdp", None))), "rule 'encoder/kernel' is the first match of no"),
+    ((("decodr/kernel", ()),), "rule 'decodr/kernel' applies to no parameter"),
+    ((("kernel", ()), ("encoder/kernel", ("fsdp", None))), "rule 'encoder/kernel' applies to no"),
     (
       (("decoder/kernel", ("fsdp", None, None, None)),),
       r"does not fit decoder/kernel of shape \(3, 3, 96, 256\): 3 is not divisible by fsdp=2",

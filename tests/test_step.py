@@ -468,7 +468,7 @@ def test_multipliers_scale_the_learning_rate_by_their_first_match():
   after = apply(optimizer, params, params)
   moved = {name: float(1 - leaf[0]) for name, leaf in tree.flatten(after).items()}
   assert moved == pytest.approx({"encoder/kernel": 0.05, "encoder/bias": 0.0, "head/kernel": 0.1}, rel=1e-4)
-  with pytest.raises(UserError, match="'decoder' is the first match of no parameter"):
+  with pytest.raises(UserError, match="'decoder' applies to no parameter"):
     adam(multipliers=(("decoder", 0.5),)).make_transform(optax.constant_schedule(1.0), params)
 
 

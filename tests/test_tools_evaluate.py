@@ -206,7 +206,7 @@ def test_damaged_records_are_not_replaced_in_statistics(data, tmp_path):
     f"--out={tmp_path}/out.npz",
     f"--preprocess={PREPROCESS}",
   )
-  with pytest.raises(UserError, match=r"07\.png is damaged: make it again, or remove it"):
+  with pytest.raises(UserError, match=r"07\.png is damaged: replace or remove it"):
     for split in ("train", "test"):
       reference_stats.main([*flags, f"--split={split}"])
 

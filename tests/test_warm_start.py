@@ -281,11 +281,11 @@ def test_a_text_to_image_model(tmp_path):
   [
     ("missing", "", "missing: model .* does not exist"),
     ("mage_vit_base", "", r"is not on this machine: fetch https.* --format=mage"),
-    ("empty", "", "is no model"),
+    ("empty", "", "is not a model"),
     ("untrained", "", "holds no checkpoint yet"),
     ("stages", "", "holds several stages"),
     ("tokenizer", "", "none of the parameters of this objective"),
-    ("mage", "decodr", r"init_fresh='decodr' is found in no parameter"),
+    ("mage", "decodr", r"init_fresh='decodr' matches no parameter"),
     ("mage", "(", r"init_fresh is '\(', which is not a regular expression"),
     (None, "decoder", r"init_fresh='decoder' is given without config\.init_from"),
   ],

@@ -76,7 +76,7 @@ WRONG = {
     (f"{TOKENIZER} --workdir=in.png/run", r"workdir in\.png/run is not writable"),
     (f"{TOKENIZER} --workdir={'x' * 300}", r"workdir x+ is not writable \(File name too long\)"),
     (f"{TOKENIZER} --workdir=new --mode=eval", r"new holds no checkpoint|does not exist|no checkpoint yet"),
-    (f"{TOKENIZER} --workdir=empty --mode=eval", r"empty is no model"),
+    (f"{TOKENIZER} --workdir=empty --mode=eval", r"empty is not a model"),
     (f"{TOKENIZER} --workdir=listed", r"listed/config\.json is damaged \(not a JSON object\)"),
     (f"{TOKENIZER} --workdir=scrambled", r"scrambled/config\.json is damaged"),
     *(
@@ -169,8 +169,8 @@ WRONG = {
         ("evals.x.type=generation --config.evals.x.every_steps=1", r"config\.evals\.x.*generate"),
         ("pretrained.tokenizer=x", r"config\.pretrained has no key 'tokenizer'|config has no key"),
         ("init_from=nothing", r"nothing does not exist"),
-        ("init_from=in.png", r"in\.png is no model"),
-        ("init_from=empty", r"empty is no model"),
+        ("init_from=in.png", r"in\.png is not a model"),
+        ("init_from=empty", r"empty is not a model"),
         ("profile.steps=-1", r"steps"),
         ("profile.first_step=-1", r"config\.profile"),
       )
@@ -182,8 +182,8 @@ WRONG = {
       )
       for override, message in (
         ("pretrained.tokenizer=nothing", r"nothing does not exist"),
-        ("pretrained.tokenizer=in.png", r"in\.png is no model"),
-        ("pretrained.tokenizer=empty", r"empty is no model"),
+        ("pretrained.tokenizer=in.png", r"in\.png is not a model"),
+        ("pretrained.tokenizer=empty", r"empty is not a model"),
         ("pretrained.tokenizer=", r"config\.pretrained\.tokenizer|model  ?does not exist"),
         ("pretrained.tokenizr=x", r"no key 'tokenizr'"),
         ("objective.width=0", r"width"),
@@ -232,8 +232,8 @@ WRONG = {
     ("--model=nothing --out=a.png", r"model nothing does not exist"),
     ("--model=digit --out=a.png", r"model digit does not exist.*did you mean 'digits'\?"),
     ("--model= --out=a.png", r"model"),
-    ("--model=in.png --out=a.png", r"in\.png is no model"),
-    ("--model=empty --out=a.png", r"empty is no model"),
+    ("--model=in.png --out=a.png", r"in\.png is not a model"),
+    ("--model=empty --out=a.png", r"empty is not a model"),
     ("--model=listed --out=a.png", r"listed/config\.json is damaged"),
     ("--model={root} --out=a.png", r"holds several stages"),
   ],
@@ -288,7 +288,7 @@ WRONG = {
     (f"{CODES} --out=a.safetensors --format=mage", r"is a model of objective 'tokenizer'"),
     (f"{MAGE} --out=new --format=siglip", r"of objective 'mage' without a ViT on pixels: --format=siglip"),
     ("--model=nothing --out=new", r"model nothing does not exist"),
-    ("--model=in.png --out=new", r"in\.png is no model"),
+    ("--model=in.png --out=new", r"in\.png is not a model"),
   ],
   "tools.convert": [
     ("", r"required: --format, --weights, --out"),
@@ -435,7 +435,7 @@ WRONG = {
     (f"{CODES} --source=digits --preprocess=decode(3)|resize(8) --out=new", r"8"),
     (f"{CODES} --source=digits --out=listed", r"listed"),
     ("--model=nothing --source=digits --out=new", r"model nothing does not exist"),
-    ("--model=in.png --source=digits --out=new", r"in\.png is no model"),
+    ("--model=in.png --source=digits --out=new", r"in\.png is not a model"),
   ],
   "tools.vilex": [
     ("", r"required: command"),

@@ -141,7 +141,7 @@ class Worker:
     assert self._process.stdout is not None
     line = self._process.stdout.readline()
     if not line:
-      raise UserError(f"the reference has failed with exit code {self._process.wait()}: see its error above")
+      raise UserError(f"the reference failed with exit code {self._process.wait()}: see its error above")
     answer: dict[str, Any] = json.loads(line)
     return answer
 

@@ -35,5 +35,5 @@ def _read_lines(path: str) -> tuple[str, ...]:
   try:
     text = pathlib.Path(path).expanduser().read_text(encoding="utf-8")
   except (OSError, UnicodeDecodeError) as error:
-    raise UserError(f"config argument ':templates={path}': it is no readable text file ({error})") from error
+    raise UserError(f"config argument ':templates={path}': not a readable text file ({error})") from error
   return tuple(filter(None, map(str.strip, text.splitlines())))

@@ -94,7 +94,7 @@ class Evaluator:
       raise UserError(f"prompts is {self.prompts!r}: give a prompt for each kind of edit")
     for kind, prompt in self.prompts.items():
       if kind not in _EDITS:
-        raise UserError(f"prompts has '{kind}', which is no kind of edit{nearest(kind, _EDITS)}")
+        raise UserError(f"prompts has '{kind}', which is not a kind of edit{nearest(kind, _EDITS)}")
       prompted.check_prompt(kind, prompt)
       self._check_length(kind, prompt)
 

@@ -188,7 +188,7 @@ def _damage(file: pathlib.Path) -> Iterator[None]:
   try:
     yield
   except Exception as error:  # Pillow's plugins raise many kinds.
-    raise UserError(f"{file} cannot be read as a picture ({error}): make it again, or remove it") from error
+    raise UserError(f"{file} cannot be read as a picture ({error}): replace or remove it") from error
 
 
 def _open_npz(path: str, root: pathlib.Path) -> PictureSet:
@@ -237,7 +237,7 @@ def _npz_damage(path: str) -> Iterator[None]:
   except UserError:
     raise
   except _DAMAGE as error:
-    raise UserError(f"{path} is not an intact npz file ({error}): make or download it again") from error
+    raise UserError(f"{path} is not an intact npz file ({error}): create or download it again") from error
 
 
 def _read_header(member) -> tuple[tuple[int, ...], bool, np.dtype]:

@@ -86,7 +86,7 @@ def read(path: epath.Path, needs: Mapping[str, type]) -> dict[str, Any]:
     UserError: if it is damaged, or lacks one of them.
   """
   if not path.exists():
-    raise UserError(f"{path} does not exist, which says what numbers were computed from: evaluate again")
+    raise UserError(f"{path} does not exist, which records what numbers come from: evaluate again")
   receipt = files.read_json(path, _AGAIN)
   for name, kind in {**needs, "versions": dict, "layout": dict, "command": str}.items():
     part: Any = receipt

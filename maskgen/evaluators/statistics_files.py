@@ -116,7 +116,7 @@ def open_statistics(path: str) -> Statistics:
   found = read(path) if epath.Path(path).exists() else None
   if found is None:
     raise UserError(
-      f"reference {path} is no file of statistics: give an npz file of maskgen.tools.reference_stats"
+      f"reference {path} is not a file of statistics: give an npz file of maskgen.tools.reference_stats"
     )
   return Statistics(path, *found)
 
@@ -153,7 +153,7 @@ def read(path: str) -> tuple[Features, Manifest | None] | None:
       text = str(archive[_MANIFEST]) if _MANIFEST in archive.files else None
     manifest = None if text is None else Manifest(**json.loads(text))
   except (*tensors.DAMAGE, OSError, TypeError, AttributeError) as error:
-    raise UserError(f"{path} is not an intact npz file of statistics ({error}): make it again") from error
+    raise UserError(f"{path} is not an intact npz file of statistics ({error}): create it again") from error
   if "mu" not in arrays:
     return None
   count = None if manifest is None else manifest.count
@@ -203,7 +203,7 @@ def check(
     ):
       if theirs != ours:
         raise UserError(
-          f"{path} has statistics of another {what} ({theirs} instead of {ours}): make them again with "
+          f"{path} has statistics of another {what} ({theirs} instead of {ours}): create them again with "
           "maskgen.tools.reference_stats"
         )
   if len(gaussian.mean) != width:

@@ -181,7 +181,7 @@ class Checkpoints:
       )
     latest = self.latest()
     return TransientError(
-      f"{self._manager.directory} could not be written ({_first_line(error)}): make room or reach it again, "
+      f"{self._manager.directory} could not be written ({_first_line(error)}): free space or restore access, "
       f"and start the same command; {'no step' if latest is None else f'step {latest}'} is saved"
     )
 

@@ -72,7 +72,7 @@ def load_config(path: epath.PathLike) -> dict[str, Any]:
     config = files.read_json(folder / CONFIG, "restore it from a copy")
   except (FileNotFoundError, NotADirectoryError):
     raise UserError(
-      f"{path} is no model (it has no {CONFIG}): give the workdir of a run, or an export"
+      f"{path} is not a model (it has no {CONFIG}): give the workdir of a run, or an export"
     ) from None
   if "stages" in config:
     choices = " or ".join(str(folder / stage) for stage in config["stages"])
@@ -95,7 +95,7 @@ def model_section(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def find_section(path: str) -> dict[str, Any]:
-  """As `model_section`, of a model's folder; empty where there is no model.
+  """As `model_section`, of a model's folder; empty where there is not a model.
 
   While a run's config is loaded again, what its workdir says of the model comes first: the model may be gone.
   """
@@ -124,7 +124,7 @@ def load_variables(path: epath.PathLike, target: Any) -> Any:
       `extra`, and of a workdir also `step`. An export's float32 is rounded where it is of a smaller type.
 
   Raises:
-    UserError: if the path is no model, has no checkpoint yet, or differs in a name, shape or dtype.
+    UserError: if the path is not a model, has no checkpoint yet, or differs in a name, shape or dtype.
   """
   load_config(path)
   folder, step = locate(path)
@@ -197,7 +197,7 @@ def read_chosen(path: epath.PathLike, choose: Choose) -> dict[str, Any]:
       shapes with shardings; nothing is read for none.
 
   Raises:
-    UserError: if the path is no model or has no checkpoint yet, or by `choose`.
+    UserError: if the path is not a model or has no checkpoint yet, or by `choose`.
   """
   load_config(path)
   folder, step = locate(path)
@@ -213,7 +213,7 @@ def averages(path: epath.PathLike) -> list[str] | None:
   """The groups of a run's parameters that have moving averages; None for an export, which does not say.
 
   Raises:
-    UserError: if the path is no model, or has no checkpoint yet.
+    UserError: if the path is not a model, or has no checkpoint yet.
   """
   load_config(path)
   folder, step = locate(path)
@@ -256,6 +256,6 @@ def write_export(
       raise UserError(f"{path} is not an empty folder: give a new one for the export")
     write_weights(folder, arrays, half)
     write_assets(folder, named or {})
-    files.replace(folder / CONFIG, json.dumps(config, indent=2))  # last: without it this is no model
+    files.replace(folder / CONFIG, json.dumps(config, indent=2))  # last: without it this is not a model
   except OSError as error:
     raise UserError(f"{path} is not writable ({error.strerror or error}): give another folder") from None

@@ -55,7 +55,7 @@ def main(argv: Sequence[str]) -> None:
       rows = min(args.batch_size, source.size - seen)
       if not batch["valid"][:rows].all():
         damaged = seen + int(np.argmin(batch["valid"][:rows]))
-        raise UserError(f"{source.describe(damaged)} is damaged: make it again, or remove it")
+        raise UserError(f"{source.describe(damaged)} is damaged: replace or remove it")
       yield batch["image"][:rows]
       seen += rows
 

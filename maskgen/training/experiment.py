@@ -316,7 +316,7 @@ class Experiment:
     parts = (state.params, frozen, state.model_state, self.data.spec)
     if half and "float16" in gradient_dtypes(self.objective, *parts):
       raise UserError(
-        f"config.objective.{' and '.join(half)} makes gradients float16, in which small ones become 0: "
+        f"config.objective.{' and '.join(half)} computes gradients in float16, where small ones become 0: "
         "set it to bfloat16 or float32"
       )
 
@@ -369,7 +369,7 @@ def _check_fetched(key: str, given: str, path: epath.Path) -> None:
     found = PUBLISHED[given]
     raise UserError(
       f"{key}={given} is not on this machine: fetch {found.address} ({found.license}), convert it by "
-      f"maskgen.tools.convert --format={found.format}, and give the folder that this writes"
+      f"maskgen.tools.convert --format={found.format}, and give the folder that it writes"
     )
 
 

@@ -24,7 +24,7 @@ def of_model(config: Mapping[str, Any], path: epath.PathLike) -> dict[str, Any]:
       maskgen.
 
   Raises:
-    UserError: if the path is no model, or none of an objective.
+    UserError: if the path is not a model, or none of an objective.
   """
   section = storage.load_config(path).get("objective")
   if section is None:

@@ -122,7 +122,7 @@ class Optimizer:
       if getattr(self, name) is not None:
         config_lib.check_at_least(self, 0, name)
     if self.layer_decay is not None and not 0.0 < self.layer_decay <= 1.0:
-      raise UserError(f"layer_decay is {self.layer_decay}: it is above 0 and at most 1")
+      raise UserError(f"layer_decay is {self.layer_decay}: it must be above 0 and at most 1")
     config_lib.check_at_least(self, 0, "end_learning_rate", "weight_decay", "b1", "b2")
     for name in ("b1", "b2"):
       if not getattr(self, name) < 1.0:

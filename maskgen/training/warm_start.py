@@ -37,7 +37,7 @@ class WarmStart:
       fresh: a regular expression, searched in the names of parameters; those are left fresh. Empty for none.
 
     Raises:
-      UserError: if the source is no model or does not fit.
+      UserError: if the source is not a model or does not fit.
     """
     self._path, self._fresh = path, fresh
     self._params, self._positions = tree.flatten(params), _positions(objective)
@@ -84,7 +84,7 @@ class WarmStart:
       raise UserError("it has none of the parameters of this objective: give a model of the same kind")
     if self._fresh and not any(re.search(self._fresh, name) for name in self._params):
       raise UserError(
-        f"config.init_fresh='{self._fresh}' is found in no parameter, such as {next(iter(self._params))}: "
+        f"config.init_fresh='{self._fresh}' matches no parameter, such as {next(iter(self._params))}: "
         "correct it, or leave it out"
       )
     self._sizes = {name: tree.count((theirs | self._params)[name]) for name in names}
