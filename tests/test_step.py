@@ -95,6 +95,17 @@ TINY = {
     decoder_depth=1,
     decoder_heads=4,
   ),
+  "two_view": dict(
+    encoder=dict(
+      image_size=(16, 16), patch=4, width=16, depth=1, heads=4, pooling="class", fixed_positions=True
+    ),
+    decoder_width=16,
+    decoder_depth=1,
+    decoder_heads=4,
+    decoder_hidden=16,
+    decoder_dropout=0.0,
+    mask_ratio=0.75,
+  ),
   "classify": dict(
     image_size=(16, 16),
     classes=10,

@@ -536,6 +536,7 @@ def test_operational_keys_may_change_on_the_way(trained, tmp_path):
 ALIKE = ("mage_base", "mage_large", "mage_c_large", "probe_mage", "fewshot_mage")
 ALIKE += ("vilex_sd15", "vilex_sd21", "vilex_sdxl")  # as vilex_digits
 ALIKE += ("emoji",)  # as mage_text_cond
+ALIKE += ("cropmae_small",)  # as mae_base, with a decoder that test_two_view.py covers
 
 
 @pytest.fixture(scope="module")

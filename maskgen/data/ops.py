@@ -173,6 +173,28 @@ def random_resized_crop(
 
 
 @op
+def second_crop(
+  image: tf.Tensor,
+  size: Size,
+  scale: tuple[float, float] = (0.3, 0.6),
+  method: str = "bilinear",
+  flip: float = 0.5,
+  *,
+  seed: tf.Tensor,
+) -> dict[str, tf.Tensor]:
+  """Makes a second view, `image2`: a `random_resized_crop` of the image, flipped with probability `flip`.
+
+  Later ops change the image, not this view (CropMAE, Eymaël et al. 2024, section 3).
+  """
+  if not 0.0 <= flip <= 1.0:
+    raise ValueError(f"flip is {flip!r}, not a probability from 0 to 1")
+  crop_seed, flip_seed = tf.unstack(tf.random.experimental.stateless_split(seed, 2))
+  view = random_resized_crop(image, size, scale, method, seed=crop_seed)
+  flipped = tf.random.stateless_uniform([], flip_seed) < flip
+  return {"image": image, "image2": tf.where(flipped, tf.reverse(view, [1]), view)}
+
+
+@op
 def pad(image: tf.Tensor, n: int, mode: str = "constant") -> tf.Tensor:
   """Pads each side by `n` pixels: black ("constant") or mirrored ("reflect", "symmetric")."""
   if not _is_count(n):

@@ -15,6 +15,7 @@ from maskgen import sharding
 from maskgen.config import check_at_least, check_dtype
 from maskgen.errors import UserError
 from maskgen.models.transformer import Attention, Mlp, attend, check_attention, kernel_init, qkv_init
+from maskgen.numerics import dropout
 
 EPSILON = 1e-6
 # The collection of attention weights, which are stored only where it is mutable.
@@ -22,15 +23,16 @@ LOOKS = "looks"
 
 
 class CrossAttention(nn.Module):
-  """Multi-head attention of queries to patches; softmax in float32."""
+  """Multi-head attention of queries to patches, with dropout on the weights; softmax in float32."""
 
   heads: int
   dtype: str
   attention: str
+  dropout: float = 0.0
 
   @nn.compact
-  def __call__(self, x: jax.Array, patches: jax.Array) -> jax.Array:  # [b, k, p], [b, n, c] -> [b, k, p]
-    width = x.shape[-1]
+  def __call__(self, x: jax.Array, patches: jax.Array, *, train: bool = False) -> jax.Array:
+    width = x.shape[-1]  # [b, k, p], [b, n, c] -> [b, k, p]
 
     def project(y: jax.Array, name: str) -> jax.Array:  # [b, k or n, h, p / h]
       y = nn.Dense(width, kernel_init=qkv_init, dtype=self.dtype, name=name)(y)
@@ -40,7 +42,10 @@ class CrossAttention(nn.Module):
     if self.is_mutable_collection(LOOKS) and not self.is_initializing():
       scores = jnp.einsum("bqhc,bkhc->bhqk", query, key, preferred_element_type=jnp.float32)
       self.sow(LOOKS, "weights", jax.nn.softmax(scores / query.shape[-1] ** 0.5).mean(axis=1))
-    y = attend(query, key, value, attention=self.attention).reshape(x.shape)
+    seeds = None
+    if train and self.dropout:
+      seeds = dropout.seeds(self.make_rng("dropout"), (query.shape[0], self.heads))
+    y = attend(query, key, value, attention=self.attention, seeds=seeds, rate=self.dropout).reshape(x.shape)
     y = nn.Dense(width, kernel_init=kernel_init, dtype=self.dtype, name="out")(y)
     return sharding.constrain_batch(y)
 

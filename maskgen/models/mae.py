@@ -1,4 +1,4 @@
-"""The decoder of masked autoencoders: from some patches of an image to the pixels of all (He et al. 2022).
+"""The decoders of masked autoencoders: from some patches of an image to the pixels of all (He et al. 2022).
 
 Letters: b batch, n patches, k patches that the encoder sees, d encoder width.
 """
@@ -11,11 +11,15 @@ import jax.numpy as jnp
 
 from maskgen import sharding
 from maskgen.config import fields
-from maskgen.models.remat import REMAT
-from maskgen.models.transformer import Transformer, embedding_init, kernel_init
+from maskgen.models.attention_pool import CrossAttention
+from maskgen.models.remat import REMAT, remat_module
+from maskgen.models.transformer import Attention, Dropout, Mlp, Transformer, embedding_init, kernel_init
 from maskgen.models.vit import ViT
 from maskgen.numerics import masking
 from maskgen.numerics.positions import sines
+
+# The parts of a block of `CrossDecoder`, in CropMAE's order.
+PARTS = ("cross", "mlp", "self")
 
 
 class PixelDecoder(nn.Module):
@@ -42,22 +46,36 @@ class PixelDecoder(nn.Module):
   scan: bool = fields.operational(False)
 
   @nn.compact
-  def __call__(self, latents: jax.Array, kept: jax.Array) -> jax.Array:
+  def __call__(
+    self, latents: jax.Array, kept: jax.Array, others: jax.Array | None = None, *, train: bool = False
+  ) -> jax.Array:
     """Predictions float32 [b, n, outputs].
 
     Args:
       latents: [b, l + k, d], the encoder's output: l leading positions, such as a class position, then the
         patches that it saw.
       kept: int32 [b, k], which these are, ascending.
+      others: [b, m, d], the encoder's output for another view, for `CrossDecoder`.
+      train: whether to apply dropout, where there is any.
     """
     leading, num_patches = latents.shape[1] - kept.shape[1], self.grid[0] * self.grid[1]
-    x = nn.Dense(self.width, kernel_init=kernel_init, dtype=self.dtype, name="input")(latents)
+    enter = nn.Dense(self.width, kernel_init=kernel_init, dtype=self.dtype, name="input")
+    x = enter(latents)
     mask_token = sharding.gather(self.param("mask_token", embedding_init, (1, self.width))).astype(x.dtype)
     seen = jax.nn.one_hot(kept, num_patches, dtype=bool).any(axis=1)[..., None]
     patches = jnp.where(seen, masking.spread(x[:, leading:], kept, num_patches), mask_token[None])
     positions = jnp.pad(sines(self.grid, self.width), ((leading, 0), (0, 0)))
     x = jnp.concatenate([x[:, :leading], patches], axis=1) + positions[None].astype(x.dtype)
-    x = Transformer(
+    x = self.blocks(sharding.constrain_batch(x), None if others is None else enter(others), train)
+    x = nn.LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name="norm")(x[:, leading:])
+    head = nn.Dense(self.outputs, kernel_init=kernel_init, dtype=self.dtype, name="head")
+    found: jax.Array = head(x).astype(jnp.float32)
+    return found
+
+  def blocks(self, x: jax.Array, others: jax.Array | None, train: bool) -> jax.Array:
+    """The output of the blocks for x, both [b, l + n, width], beside others [b, m, width]."""
+    del others, train
+    found: jax.Array = Transformer(
       self.depth,
       self.heads,
       dtype=self.dtype,
@@ -66,18 +84,91 @@ class PixelDecoder(nn.Module):
       scan=self.scan,
       epsilon=self.epsilon,
       name="decoder",
-    )(sharding.constrain_batch(x), train=False)
-    x = nn.LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name="norm")(x[:, leading:])
-    head = nn.Dense(self.outputs, kernel_init=kernel_init, dtype=self.dtype, name="head")
-    found: jax.Array = head(x).astype(jnp.float32)
+    )(x, train=False)
     return found
+
+
+class CrossBlock(nn.Module):
+  """Attention to another view, an MLP and self-attention, each added to x; see `CrossDecoder`."""
+
+  heads: int
+  hidden: int
+  order: tuple[str, ...]
+  post_norm: bool
+  dropout: float
+  epsilon: float
+  dtype: str
+  attention: str
+  train: bool
+
+  @nn.compact
+  def __call__(self, x: jax.Array, others: jax.Array) -> jax.Array:  # [b, n, d], [b, m, d] -> [b, n, d]
+    def norm(name: str) -> nn.Module:
+      return nn.LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name=name)
+
+    options = (self.dtype, self.attention)
+    for part in self.order:
+      own = norm(f"{part}_norm")
+      y = x if self.post_norm else own(x)
+      if part == "cross":
+        seen = others if self.post_norm else norm("others_norm")(others)
+        cross = CrossAttention(self.heads, *options, self.dropout, name="cross_attention")
+        y = cross(y, seen, train=self.train)
+      elif part == "self":
+        attention = Attention(self.heads, self.dropout, *options, name="self_attention")
+        y = attention(y.reshape(-1, y.shape[-1]), y.shape[1], train=self.train).reshape(y.shape)
+      else:
+        y = Mlp(self.hidden, self.dropout, self.dtype, name="mlp")(y, train=self.train)
+      if part != "mlp":  # which drops its output itself
+        y = Dropout(self.dropout)(y, train=self.train)
+      x = own(x + y) if self.post_norm else x + y
+    return x
+
+
+class CrossDecoder(PixelDecoder):
+  """The same with blocks that also attend to another view of the image (CropMAE, SiamMAE, CroCo).
+
+  The other view enters by the same projection, without positions.
+
+  Attributes:
+    hidden: width inside the MLPs.
+    order: "cross", "mlp" and "self", the parts of a block from first to last.
+    post_norm: whether each norm comes after its sum; if not, it comes before its part, and the other view is
+      normalised before it is attended to, too.
+    dropout: on attention weights, on the output of each part and inside the MLPs during training.
+  """
+
+  hidden: int = 2048
+  order: tuple[str, ...] = PARTS
+  post_norm: bool = True
+  dropout: float = 0.0
+
+  def blocks(self, x: jax.Array, others: jax.Array | None, train: bool) -> jax.Array:
+    for i in range(self.depth):
+      x = remat_module(CrossBlock, self.remat)(
+        self.heads,
+        self.hidden,
+        self.order,
+        self.post_norm,
+        self.dropout,
+        self.epsilon,
+        self.dtype,
+        self.attention,
+        train,
+        name=f"block_{i}",
+      )(sharding.constrain_batch(x), others)
+    return x
+
+
+def fields_from(encoder: ViT, channels: int) -> dict[str, Any]:
+  """The fields of a decoder that follow from its encoder, for images of `channels`."""
+  how = {name: getattr(encoder, name) for name in ("epsilon", "dtype", "attention", "remat", "scan")}
+  return {"grid": encoder.grid, "outputs": encoder.patch**2 * channels, **how}
 
 
 def decoder_of(encoder: ViT, channels: int, width: int, depth: int, heads: int) -> PixelDecoder:
   """A decoder of these sizes to the patches of an encoder, for images of `channels`; it runs as that does."""
-  how = {name: getattr(encoder, name) for name in ("epsilon", "dtype", "attention", "remat", "scan")}
-  outputs = encoder.patch**2 * channels
-  return PixelDecoder(encoder.grid, outputs, width=width, depth=depth, heads=heads, **how)
+  return PixelDecoder(**fields_from(encoder, channels), width=width, depth=depth, heads=heads)
 
 
 def init(encoder: ViT, decoder: PixelDecoder, channels: int, rng: jax.Array) -> dict[str, Any]:
@@ -85,4 +176,7 @@ def init(encoder: ViT, decoder: PixelDecoder, channels: int, rng: jax.Array) -> 
   images, kept = jnp.zeros((1, *encoder.image_size, channels)), jnp.zeros((1, 1), jnp.int32)
   encoder_rng, decoder_rng = jax.random.split(rng)
   latents, variables = encoder.init_with_output(encoder_rng, images, kept, method="encode_kept")
-  return {"encoder": variables["params"], "decoder": decoder.init(decoder_rng, latents, kept)["params"]}
+  return {
+    "encoder": variables["params"],
+    "decoder": decoder.init(decoder_rng, latents, kept, latents)["params"],
+  }

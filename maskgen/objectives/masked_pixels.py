@@ -110,9 +110,13 @@ class Objective:
     train: bool,
   ) -> tuple[dict[str, jax.Array], Metrics, Tree]:
     mask, kept = self.mask(batch["key"])
-    images = images_lib.to_float(batch["image"])
+    images = self.images(batch)
     loss = self.errors(params, images, mask, kept, rng if train else None)
     return {"main": loss.mean()}, {}, model_state
+
+  def images(self, batch: Batch) -> jax.Array:
+    """What the other methods take as images, float32."""
+    return images_lib.to_float(batch["image"])
 
   def mask(self, keys: jax.Array) -> tuple[jax.Array, jax.Array]:
     """What is masked, bool [b, n], and the visible patches, int32 [b, k], by PRNG keys [b]."""
@@ -156,7 +160,7 @@ class Objective:
 
   def predict_fns(self) -> dict[str, PredictFn]:
     def loss(variables, batch, rng):
-      images = images_lib.to_float(batch["image"])
+      images = self.images(batch)
       return {
         "loss": self.errors(variables["params"], images, *self.mask(jax.random.split(rng, len(images))))
       }
@@ -165,7 +169,7 @@ class Objective:
       return self.mask(batch["key"])[0].reshape(-1, *self.encoder.grid)
 
     def reconstruct(variables, batch, rng):
-      images = images_lib.to_float(batch["image"])
+      images = self.images(batch)
       hidden, kept = self.mask(jax.random.split(rng, len(images)))
       target, offset, scale = self.targets(images)
       # Visible patches as they are; normalised predictions with the mean and scale of the true patch.
