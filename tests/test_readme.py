@@ -22,6 +22,7 @@ trained = tiny.trained
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 DOCS = sorted((ROOT / "docs").glob("*.md"))
+CONCEPTS = (ROOT / "docs/concepts.md").read_text()
 MAIN = "python -m maskgen.main --config=configs/quickstart.py --workdir=runs/quickstart"
 
 
@@ -118,7 +119,7 @@ def test_every_file_it_points_to_exists():
   assert not missing
 
 
-@pytest.mark.parametrize("code", blocks("python"))
+@pytest.mark.parametrize("code", blocks("python") + blocks("python", CONCEPTS))
 def test_python_runs(code, trained, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   exec(compile(code.replace("runs/quickstart", str(trained)), "README.md", "exec"), {})
