@@ -42,6 +42,11 @@ def pytest_collection_finish() -> None:
   gc.set_threshold(50_000)
 
 
+def pytest_unconfigure() -> None:
+  """Leaves what remains alone: pytest-xdist interrupts a worker that collects it for seconds at its end."""
+  gc.freeze()
+
+
 @pytest.fixture(scope="session")
 def repository() -> pathlib.Path:
   return pathlib.Path(__file__).parents[1]
