@@ -7,7 +7,7 @@
 
 Hardware: as for `mage_base.py`; with the teacher, a step has 1.16 times the floating-point operations. The
 authors report a linear-probe accuracy of 75.1% and an FID of 9.61, and 74.7% and 11.1 for MAGE. The authors
-of this file have only run `:debug`, not the full recipe.
+of this file have only run `:debug` and some hundred steps of `:tiny`, not the full recipe.
 
 From the authors' code (ImaGonEs/LEASE): the weights 0.1 and 0.01, temperature 0.3, echoes among 15 codes in
 windows of half the sides or more after 11 epochs of true codes, heads, and a moving average whose decay rises
