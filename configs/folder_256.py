@@ -98,14 +98,14 @@ def tokenizer(args) -> dict:
       discriminator=dict(learning_rate=2e-4, schedule="constant", b1=0.0, b2=0.99),
     ),
     ema=dict(generator=0.999),
-    evals=dict(reconstruction=dict(type="reconstruction", every_steps=5000)),
+    evals=dict(reconstruction=dict(type="reconstruction", every_steps=5000, first_step=500)),
   )
 
 
 def mage(args) -> dict:
   evals = dict(
     validation=dict(type="loss", every_steps=10_000),
-    samples=dict(type="samples", every_steps=10_000, num_generated=64, num_examples=8),
+    samples=dict(type="samples", every_steps=10_000, first_step=1000, num_generated=64, num_examples=8),
   )
   if args.labels:
     evals["probe"] = dict(type="probe", every_steps=10_000)

@@ -74,7 +74,7 @@ def tokenizer(args) -> dict:
       discriminator=dict(learning_rate=1e-3, schedule="constant", b1=0.0, b2=0.99),
     ),
     ema=dict(generator=0.99),
-    evals=dict(reconstruction=dict(type="reconstruction", every_steps=300)),
+    evals=dict(reconstruction=dict(type="reconstruction", every_steps=300, first_step=100)),
   )
 
 
@@ -124,6 +124,6 @@ def mage(args) -> dict:
         type="generation", every_steps=every, num_images=16 if args.debug else 500, classifier="svc"
       ),
       # A central hole in 4 x 4 tokens, with the ring around it, would leave no visible token.
-      samples=dict(type="samples", every_steps=every, masks=("corner", "right", "lower")),
+      samples=dict(type="samples", every_steps=every, first_step=200, masks=("corner", "right", "lower")),
     ),
   )

@@ -17,7 +17,7 @@ from etils import epath
 from maskgen import cli, files
 from maskgen import config as config_lib
 from maskgen.errors import UserError, is_permanent, nearest, storage_errors
-from maskgen.training import cpu
+from maskgen.training import cpu, longer
 from maskgen.training.pretrained import complete, stored_first
 from maskgen.training.sections import find_type
 
@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> None:
     "--mode",
     default="train",
     choices=("train", "eval", "check"),
-    help="eval: evaluate the newest checkpoint; check: build all and compile the step, without training",
+    help="eval: evaluate the newest checkpoint; check: build all, compile the step and time it",
   )
   parser.add_argument(
     "--checkpoint",
@@ -69,7 +69,7 @@ def main(argv: Sequence[str]) -> None:
     defaults = config_lib.to_dict(config_lib.load(args.config)) if overrides else config
   overridden = config_lib.overridden(defaults, config)
   config = complete(config, root)
-  check_workdir(root, config, args.mode)
+  continued = check_workdir(root, config, args.mode)
   stages = split_stages(config, root)
 
   # Importing these takes seconds: errors in flags, configs and workdirs are reported first.
@@ -102,7 +102,7 @@ def main(argv: Sequence[str]) -> None:
         experiment.check_precision()
       if args.mode != "train":
         memory.check(experiment, workdir.name)
-      elif train.read_results(workdir) is None:
+      elif workdir == continued or train.read_results(workdir) is None:
         memory.check(experiment, workdir.name)
         experiment.check_data(workdir)
     experiments[workdir] = experiment
@@ -120,6 +120,8 @@ def main(argv: Sequence[str]) -> None:
     return
   # Only now: an invalid config must not claim the workdir.
   with only_run_in(root):
+    if continued:
+      longer.go_on(continued, experiments[continued])
     write_config(root, config, argv, overridden)
     results: dict[str, Any] = {}
     for workdir, experiment in experiments.items():
@@ -260,15 +262,18 @@ def name_stage(stage: str) -> Iterator[None]:
     raise
 
 
-def check_workdir(root: epath.Path, config: Mapping[str, Any], mode: str) -> None:
+def check_workdir(root: epath.Path, config: Mapping[str, Any], mode: str) -> epath.Path | None:
   """Checks that the workdir can be created or written, and contains no run of another config.
+
+  Returns:
+    The workdir of a finished run, or of its last stage, that the config continues; see `longer`.
 
   Raises:
     UserError: if not.
     TransientError: if the failure may be temporary.
   """
   with storage_errors(root):
-    check_same_run(root, config, mode)
+    continued = check_same_run(root, config, mode)
     try:
       if mode == "train" or "://" not in str(root):
         # A new workdir is not created yet: the config may still turn out to be invalid.
@@ -279,10 +284,14 @@ def check_workdir(root: epath.Path, config: Mapping[str, Any], mode: str) -> Non
       raise UserError(
         f"workdir {root} is not writable ({error.strerror or error}): give another --workdir"
       ) from None
+  return continued
 
 
-def check_same_run(root: epath.Path, config: Mapping[str, Any], mode: str) -> None:
-  """Checks that a workdir is new, or belongs to a run of this config.
+def check_same_run(root: epath.Path, config: Mapping[str, Any], mode: str) -> epath.Path | None:
+  """Checks that a workdir is new, or belongs to a run of this config, or to a finished one that goes on.
+
+  Returns:
+    The workdir that goes on, see `check_workdir`.
 
   Raises:
     UserError: if not.
@@ -293,8 +302,10 @@ def check_same_run(root: epath.Path, config: Mapping[str, Any], mode: str) -> No
       files.read_json(previous, "restore it from a copy, or give another --workdir")
     )
     if stored == config:
-      return
+      return None
     changes = config_lib.difference(stored, config, find_type)
+    if changes and mode != "eval" and (continued := longer.find(root, stored, config, changes)):
+      return continued
     if changes:
       more = f" and {len(changes) - 3} more" if len(changes) > 3 else ""
       remedy = "repeat the --config and the overrides of its training command, or give another --workdir"
@@ -305,6 +316,7 @@ def check_same_run(root: epath.Path, config: Mapping[str, Any], mode: str) -> No
       raise UserError(f"workdir {root} holds another config's run ({'; '.join(changes[:3])}{more}): {remedy}")
   elif root.exists() and any((root / name).exists() for name in ("checkpoints", "metrics.jsonl")):
     raise UserError(f"workdir {root} holds a run without config.json: give another --workdir")
+  return None
 
 
 def _longer(root: epath.Path, config: Mapping[str, Any], changes: Sequence[str]) -> str:
@@ -329,19 +341,24 @@ def _classes(experiment: Any) -> Sequence[str]:
 
 
 def check(experiment: Any, workdir: epath.Path) -> None:
-  """Fails fast: loads one batch, compiles the step, and traces the prediction functions."""
-  from maskgen.training import train
+  """Fails fast: loads a batch, compiles and times the step, and traces the prediction functions."""
+  from maskgen.training import forecast, train
 
   log.info("%s: %s", workdir.name, train.describe(experiment))
   log.info("%s: state and frozen parts on the mesh\n%s", workdir.name, experiment.coverage())
   if experiment.warm_start:
     log.info("%s: parameters taken from the source\n%s", workdir.name, experiment.warm_start.report())
+  log.info("%s: tracing the evaluations", workdir.name)
   experiment.check_predict_fns()
-  batch = next(experiment.train_batches(0))
+  log.info("%s: reading a batch", workdir.name)
+  batches = experiment.train_batches(0)
+  batch = next(batches)
   shapes = {key: f"{value.dtype}{list(value.shape)}" for key, value in batch.items()}
   log.info("%s: one batch %s", workdir.name, shapes)
+  log.info("%s: compiling the training step", workdir.name)
   began = time.monotonic()
-  memory = experiment.compile().memory_analysis()
+  compiled = experiment.compile()
+  memory = compiled.memory_analysis()
   log.info(
     "%s: the step compiles in %.0f s; per device %.0f MB of state and batch, %.0f MB of temporaries",
     workdir.name,
@@ -349,6 +366,8 @@ def check(experiment: Any, workdir: epath.Path) -> None:
     memory.argument_size_in_bytes / 1e6,
     memory.temp_size_in_bytes / 1e6,
   )
+  with contextlib.closing(batches):
+    log.info("%s: %s", workdir.name, forecast.forecast(experiment, compiled, batches))
   log.info("%s: evaluations %s", workdir.name, ", ".join(experiment.evaluators) or "none")
 
 

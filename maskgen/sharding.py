@@ -98,6 +98,15 @@ def platform() -> str:
   return "gpu" if name in ("cuda", "rocm") else name
 
 
+def attach(shapes: Any, shardings: Any) -> Any:
+  """A tree of shapes with the shardings of another tree."""
+  return jax.tree.map(
+    lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+    shapes,
+    shardings,
+  )
+
+
 def on_mesh(
   fn: Callable[..., Any], mesh: jax.sharding.Mesh | jax.sharding.AbstractMesh
 ) -> Callable[..., Any]:

@@ -314,6 +314,7 @@ def test_a_workdir_of_another_configs_run(mode, tmp_path, trained):
 )
 def test_training_longer_has_a_way(changes, flags, tmp_path, trained):
   root = epath.Path(shutil.copytree(trained, tmp_path / "run"))
+  (root / "mage" / "results.json").unlink()  # it is not finished
   with pytest.raises(UserError) as error:
     run_main(tmp_path, *(f"--config.{change}" for change in changes), config=tiny.FILE)
   resume = " ".join(f"--config.{stage}.resume={root / stage}" for stage in flags or ())
@@ -323,6 +324,7 @@ def test_training_longer_has_a_way(changes, flags, tmp_path, trained):
 
 def test_training_a_single_stage_longer_has_a_way(tmp_path, trained):
   shutil.copytree(trained / "tokenizer", tmp_path / "run")
+  (tmp_path / "run" / "results.json").unlink()
   with pytest.raises(UserError, match=f"another --workdir and --config.resume={tmp_path / 'run'}, or"):
     run_main(tmp_path, "--config.total_steps=9")
 

@@ -140,8 +140,10 @@ def test_perfect_reconstruction(noise):
     "l1": pytest.approx(0.0, abs=1e-6),
   }
   picture = report.pictures["reconstructions"]
-  assert picture.dtype == np.uint8 and picture.shape == (2 * 14 + 2, 16 * 14 + 2, 3)
-  np.testing.assert_array_equal(picture[2:14], picture[16:28])  # originals over reconstructions
+  # Rows of images that are 6 times as large, after their names.
+  assert picture.dtype == np.uint8 and picture.shape == (2 * 76, 128 + 16 * 74 + 2, 3)
+  np.testing.assert_array_equal(picture[2:74, 128:], picture[78:150, 128:])  # originals over reconstructions
+  assert (picture[:, :128] != picture[0, 0]).any()
 
 
 def test_reconstruction_numbers_are_means_over_images(noise):
@@ -435,8 +437,8 @@ def test_samples_show_what_the_objective_can_do(noise):
   assert set(report.pictures) == {"generated", "inpainted"} and not report.numbers
   assert report.pictures["generated"].shape == (4 * 10 + 2, 5 * 10 + 2, 3)
   picture = report.pictures["inpainted"]
-  assert picture.shape == (3 * (3 * 14 + 2), 4 * 14 + 2, 3)
-  original, holed, filled = (picture[top : top + 12, 2:14] for top in (2, 16, 30))
+  assert picture.shape == (3 * 3 * 76, 128 + 4 * 74 + 2, 3)
+  original, holed, filled = (picture[top : top + 72 : 6, 130:202:6] for top in (2, 78, 154))
   hole = np.all(holed == (255, 0, 255), axis=-1)
   assert hole[3:9, 3:9].all() and hole.sum() == 36
   np.testing.assert_array_equal(original, noise[1][0][0])
@@ -448,4 +450,4 @@ def test_one_channel_images_show_the_hole_in_colour(noise):
   grey = tuple((images[..., :1], labels) for images, labels in noise)
   context = make_context({"inpaint": fill_with_grey}, *grey)
   picture = run("samples", context, masks=("right",)).pictures["inpainted"]
-  assert np.all(picture == (255, 0, 255), axis=-1).sum() == 16 * 12 * 6
+  assert np.all(picture == (255, 0, 255), axis=-1).sum() == 16 * 12 * 6 * 6**2

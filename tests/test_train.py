@@ -95,10 +95,10 @@ def run(experiment, workdir, place=None, at=0):
       raise Killed
     return compiled(state, frozen, batch)
 
-  def evaluate(experiment, variables, step):
+  def evaluate(experiment, variables, step, best):
     if (place, at) == ("evaluate", step):
       raise Killed
-    return real_evaluate(experiment, variables, step)
+    return real_evaluate(experiment, variables, step, best)
 
   compiled, real_evaluate = experiment.update, train.evaluate
   with pytest.MonkeyPatch.context() as patch:
@@ -493,6 +493,7 @@ def test_check_trains_nothing_and_writes_nothing(tmp_path, monkeypatch, caplog):
   for stage in tiny.STAGES:
     assert f"{stage}: the step compiles" in caplog.text
     assert re.search(rf"{stage}: .* 6 steps of 8, 0\.\d\d epochs", caplog.text)
+    assert re.search(rf"{stage}: about \S+ hours for 6 steps here, by 2 steps of \S+ s, ", caplog.text)
 
 
 def files_of(folder):
@@ -572,11 +573,11 @@ def test_progress_shows_losses_first_and_no_more_than_a_line():
 
 
 def test_progress_shows_no_speed_before_it_has_one(caplog):
-  progress = metrics.Progress("mine", first_step=0, total_steps=3, batch_size=8)
+  progress = metrics.Progress("mine", first_step=0, total_steps=3, batch_size=8, examples=64)
   with caplog.at_level(logging.INFO, "maskgen"):
     for step in (1, 2):
       progress.step()
       progress.report(step, {"train/loss/main": 0.5})
   first, second = caplog.messages
-  assert first == "mine step 1/3 | loss/main 0.5"
-  assert second.startswith("mine step 2/3 | loss/main 0.5 | ") and second.endswith(" left")
+  assert first == "mine step 1/3, epoch 0.125 | loss/main 0.5"
+  assert second.startswith("mine step 2/3, epoch 0.25 | loss/main 0.5 | ") and second.endswith(" left")

@@ -30,21 +30,37 @@ class Mesh:
 
 @dataclasses.dataclass(frozen=True)
 class Checkpointing:
-  """When to save checkpoints, and how many to keep.
+  """When to save checkpoints, which to keep, and whether to stop early.
 
   Attributes:
     save_steps: the number of steps between saves.
     save_minutes: the number of minutes after which to save in between.
     keep: the number of newest checkpoints to keep.
+    keep_best: a number of the evaluations, such as `probe/top1`, whose best checkpoint is kept besides.
+    best_mode: whether its best value is the "max" or the "min".
+    patience: the number of evaluations without a better value after which the run stops early; 0 for never.
   """
 
   save_steps: int = 1000
   save_minutes: float = 10.0
   keep: int = 2
+  keep_best: str | None = None
+  best_mode: str | None = None
+  patience: int = 0
 
   def __post_init__(self):
     check_at_least(self, 1, "save_steps", "keep")
-    check_at_least(self, 0, "save_minutes")
+    check_at_least(self, 0, "save_minutes", "patience")
+    if self.keep_best is None:
+      for name in ("best_mode", "patience"):
+        if getattr(self, name):
+          raise UserError(
+            f"{name} is {getattr(self, name)!r} without keep_best: set it, such as 'probe/top1'"
+          )
+    elif not re.fullmatch(r"[^/]+/.+", self.keep_best):
+      raise UserError(f"keep_best is '{self.keep_best}': give a metric, such as 'probe/top1'")
+    elif self.best_mode not in ("max", "min"):
+      raise UserError(f"best_mode is {self.best_mode!r}: set it to 'max' or 'min', the best {self.keep_best}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,11 +100,13 @@ class RunConfig:
       `maskgen.training.warm_start`; not needed after the run's first save.
     init_fresh: the parameters that `init_from` does not set: a regular expression, searched in their names,
       such as `main/head/logits/kernel`.
-    evals: for each evaluation its `type`, a module of `maskgen.evaluators`, `every_steps` and the type's
-      fields.
+    evals: for each evaluation its `type`, a module of `maskgen.evaluators`, `every_steps`, perhaps
+      `first_step` for one early evaluation more, and the type's fields.
     mesh: the device mesh.
     sharding: ordered (regex, axes) rules over parameter paths, see `maskgen.sharding`.
     log_every_steps: how often averaged training metrics are written.
+    writers: where metrics and pictures go besides `metrics.jsonl`, `samples/` and TensorBoard: "wandb" and
+      "mlflow", see `maskgen.training.writers`.
     checkpoint: when to save checkpoints.
     profile: the window of steps to profile.
   """
@@ -110,6 +128,7 @@ class RunConfig:
   mesh: Mesh = fields.operational(Mesh())
   sharding: tuple[tuple[str, tuple[Any, ...]], ...] = fields.operational(())
   log_every_steps: int = fields.operational(50)
+  writers: tuple[str, ...] = fields.operational(())
   checkpoint: Checkpointing = fields.operational(Checkpointing())
   profile: Profile = fields.operational(Profile())
 

@@ -24,7 +24,7 @@ log = logging.getLogger("maskgen")
 # Earlier names of evaluators.
 _RENAMED = {"lexicon": "vilex"}
 # Keys of a section that are not fields of the evaluator: they are read here and by the training loop.
-_NOT_OPTIONS = ("type", "every_steps")
+_NOT_OPTIONS = ("type", "every_steps", "first_step")
 
 
 def find(kind: str, where: str) -> type:

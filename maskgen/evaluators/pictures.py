@@ -25,31 +25,26 @@ MASKS: dict[str, Callable[[int, int], tuple[slice, slice]]] = {
 }
 
 
-def stacked(rows: Sequence[np.ndarray], columns: int = _COLUMNS) -> np.ndarray:
-  """Draws rows of images below each other.
+def named(rows: Mapping[str, np.ndarray], columns: int = 0) -> np.ndarray:
+  """Draws rows of images below each other, each after its name.
 
   Args:
-    rows: images [n, h, w, c] each, uint8 or float in [0, 1].
-    columns: the number of images after which the rows wrap.
+    rows: images [n, h, w, c] each, uint8 or float in [0, 1], by name.
+    columns: the number of images after which the rows wrap, by default n.
 
   Returns:
     uint8 [H, W, 3].
   """
-  count = len(rows[0])
-  columns = min(columns, count)
-  blank = np.full((-count % columns, *rows[0].shape[1:]), 255, np.uint8)
-  full = [np.concatenate([images_lib.to_uint8(row), blank]) for row in rows]
-  chunks = [row[i : i + columns] for i in range(0, count, columns) for row in full]
-  return images_lib.grid(np.concatenate(chunks), columns)
-
-
-def named(rows: Mapping[str, np.ndarray]) -> np.ndarray:
-  """Draws rows of n images [n, h, w, c] after their names; uint8 [H, W, 3]."""
+  count = len(next(iter(rows.values())))
+  columns = min(columns or count, count)
   lines = []
-  for name, images in rows.items():
-    large = np.stack([images_lib.enlarge(one, _NAMED_SIDE) for one in images_lib.to_uint8(images)])
-    row = images_lib.grid(large, len(large))
-    lines.append(np.concatenate([sheet.page(name, len(row), _NAME_WIDTH), row], axis=1))
+  for start in range(0, count, columns):
+    for name, images in rows.items():
+      shown = images_lib.to_uint8(images[start : start + columns])
+      blank = np.full((columns - len(shown), *shown.shape[1:]), 255, np.uint8)
+      large = [images_lib.enlarge(one, _NAMED_SIDE) for one in (*shown, *blank)]
+      row = images_lib.grid(np.stack(large), columns)
+      lines.append(np.concatenate([sheet.page(name, len(row), _NAME_WIDTH), row], axis=1))
   return np.concatenate(lines)
 
 
@@ -57,7 +52,8 @@ def reconstructions(context: Context, variables: Any, rng: jax.Array, count: int
   """Draws the first `count` evaluation images (at most one batch) above their reconstructions."""
   batch = first_batch(context)
   results = context.predict["reconstruct"](variables, batch, rng)
-  return stacked([valid_rows(batch, images)[:count] for images in (batch["image"], results)])
+  rows = {"images": batch["image"], "reconstructions": results}
+  return named({name: valid_rows(batch, images)[:count] for name, images in rows.items()}, _COLUMNS)
 
 
 def generated(
@@ -80,8 +76,10 @@ def generated(
   images = np.concatenate([gather(x)[:n] for x, n in draws])
   if columns:
     # Image i is of class i % rows.
-    images = images.reshape(columns, rows, *images.shape[1:]).swapaxes(0, 1).reshape(images.shape)
-  return images_lib.grid(images, columns)
+    by_class = images.reshape(columns, rows, *images.shape[1:]).swapaxes(0, 1)
+    names = dict(enumerate(context.class_names or ()))
+    return named({f"{i} {names.get(i, '')}": row for i, row in enumerate(by_class)})
+  return images_lib.grid(images)
 
 
 def inpainted(
@@ -93,7 +91,7 @@ def inpainted(
   masks: Sequence[str],
   **options: Any,
 ) -> np.ndarray:
-  """Draws three rows for each mask: the images, the images with the hole, the filled images.
+  """Draws three named rows for each mask: the images, the images with the hole, the filled images.
 
   Class-conditional models are given the labels of the images.
   """
@@ -117,5 +115,5 @@ def inpainted(
     filled = images_lib.to_uint8(valid_rows(batch, results)[:count])
     filled = np.broadcast_to(filled, originals.shape)
     holed = np.where(hole[0, ..., None], np.array(_HOLE_COLOUR, np.uint8), originals)
-    stacks.append(stacked([originals, holed, filled]))
+    stacks.append(named({"images": originals, f"hole: {name}": holed, "filled": filled}, _COLUMNS))
   return np.concatenate(stacks)

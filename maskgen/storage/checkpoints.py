@@ -3,7 +3,7 @@
 import logging
 import re
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,6 +23,21 @@ _ELSEWHERE = "another process found it damaged"
 log = logging.getLogger("maskgen")
 
 
+class _Kept:
+  """Orbax's preservation policy: the newest checkpoints, and one of another step.
+
+  Its own `best_fn` ranks all checkpoints by their metrics, and may so delete the newest.
+  """
+
+  def __init__(self, newest: int):
+    self.newest = newest
+    self.step: int | None = None
+
+  def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+    first = len(checkpoints) - self.newest
+    return [place >= first or found.step == self.step for place, found in enumerate(checkpoints)]
+
+
 class Checkpoints:
   """The checkpoints of one workdir: written in the background, complete or absent.
 
@@ -33,11 +48,12 @@ class Checkpoints:
 
   def __init__(self, workdir: epath.Path, section: config_lib.Checkpointing | None = None):
     """Opens the checkpoints of a run, or without a section, those of another run for reading only."""
+    self._kept = _Kept(section.keep if section else 0)
     if section is None:
       options = ocp.CheckpointManagerOptions(create=False)  # never saves: nothing is cleaned up
     else:
       options = ocp.CheckpointManagerOptions(
-        max_to_keep=section.keep, cleanup_tmp_directories=True, create=True
+        preservation_policy=self._kept, cleanup_tmp_directories=True, create=True
       )
     # Devices that hold the same array write a slice each; smaller slices cost more than they save.
     arrays = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=2**20)
@@ -53,6 +69,14 @@ class Checkpoints:
   def latest(self) -> int | None:
     """The step of the newest complete checkpoint."""
     return self._manager.latest_step()
+
+  def steps(self) -> Sequence[int]:
+    """The steps of all complete checkpoints."""
+    return list(self._manager.all_steps())
+
+  def keep(self, step: int | None) -> None:
+    """Keeps the checkpoint of a step beside the newest ones, and no longer that of the last call."""
+    self._kept.step = step
 
   def save(self, step: int, state: Any) -> None:
     """Starts saving a state; returns when it may be modified or donated."""

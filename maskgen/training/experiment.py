@@ -17,7 +17,7 @@ from maskgen import evaluators, files, objectives, processes, sharding, storage,
 from maskgen.config import fields
 from maskgen.errors import UserError, nearest
 from maskgen.importers.published import PUBLISHED
-from maskgen.training import optim
+from maskgen.training import best, optim, writers
 from maskgen.training.state import TrainState
 from maskgen.training.step import Update, gradient_dtypes, make_update, with_averages
 from maskgen.training.warm_start import WarmStart
@@ -43,6 +43,8 @@ class Experiment:
     eval_batch_size: examples per batch of evaluations.
     targets: trees of shapes with shardings for `state`, `frozen` and `pretrained`.
     update: compiled (state, frozen, batch) -> (state, metrics); the state is donated.
+    schedules: the learning rate of each parameter group, a function of the step.
+    first_state: compiled (pretrained, taken) -> (state, frozen), see `init`.
     predict: compiled prediction functions by name.
     evaluators: (interval in steps, evaluator) of each evaluation.
     warm_start: the parameters of `config.init_from`, once `check_pretrained` has compared them; else None.
@@ -100,14 +102,14 @@ class Experiment:
     parts = jax.eval_shape(self.objective.init, jax.random.key(0), pretrained)
     groups = parts["params"]
     optim.check_groups(groups, cfg.optimizer, cfg.ema, getattr(self.objective, "averages", ()))
-    self._schedules, self._transforms = {}, {}
+    self.schedules, self._transforms = {}, {}
     for group, section in cfg.optimizer.items():
       optimizer = config_lib.build_dataclass(optim.Optimizer, section, f"config.optimizer.{group}")
       try:
         schedule = optimizer.make_schedule(self.total_steps, cfg.batch_size, self.data.num_train)
       except UserError as error:
         raise UserError(f"config.optimizer.{group}.{error}") from None
-      self._schedules[group] = schedule
+      self.schedules[group] = schedule
       encoder = getattr(self.objective, "image_encoder", None)
       layers = encoder.layers(group) if encoder else ()
       self._transforms[group] = optimizer.make_transform(schedule, groups[group], layers)
@@ -120,11 +122,11 @@ class Experiment:
     shardings["state"] = shardings["state"].replace(opt_state=spread.opt_state)
     everywhere = sharding.replicated(self.mesh)
     self.targets = {
-      "state": _attach(state, shardings["state"]),
-      "frozen": _attach(frozen, shardings["frozen"]),
-      "pretrained": _attach(pretrained, jax.tree.map(lambda _: everywhere, pretrained)),
+      "state": sharding.attach(state, shardings["state"]),
+      "frozen": sharding.attach(frozen, shardings["frozen"]),
+      "pretrained": sharding.attach(pretrained, jax.tree.map(lambda _: everywhere, pretrained)),
     }
-    self._compiled_init = jax.jit(self._init, out_shardings=(shardings["state"], shardings["frozen"]))
+    self.first_state = jax.jit(self._init, out_shardings=(shardings["state"], shardings["frozen"]))
     self.update = jax.jit(
       self.make_update(self.objective),
       in_shardings=(shardings["state"], shardings["frozen"], sharding.batch_sharding(self.mesh)),
@@ -143,7 +145,7 @@ class Experiment:
     update = make_update(
       objective,
       self._transforms,
-      self._schedules,
+      self.schedules,
       seed=cfg.seed,
       ema={group: optim.average_decay(decay, self.total_steps) for group, decay in cfg.ema.items()},
       accumulation=accumulation or cfg.accumulation,
@@ -172,7 +174,7 @@ class Experiment:
     """Makes (state, frozen) from fresh and pretrained parameters, directly on their devices."""
     self.check_pretrained(workdir)
     taken = self.warm_start.take() if self.warm_start else {}
-    state, frozen = self._compiled_init(self._load_pretrained(workdir), taken)
+    state, frozen = self.first_state(self._load_pretrained(workdir), taken)
     if self.warm_start:
       log.info("%s: parameters taken from the source\n%s", workdir.name, self.warm_start.report(frozen))
     return state, frozen
@@ -335,20 +337,24 @@ class Experiment:
         raise UserError(f"config.evals.{name}: {error}") from error
 
   def _build_evaluators(self) -> None:
-    data, fresh = self.data, jax.jit(self._fresh_variables)
+    cfg, data, fresh = self.config, self.data, jax.jit(self._fresh_variables)
     context = evaluators.Context(
       self.objective, self.predict, self._eval_batches, fresh, data.class_names, data.lacks, data.num_train
     )
     self.evaluators: dict[str, tuple[int, evaluators.Evaluator]] = {}
-    for name, section in self.config.evals.items():
+    for name, section in cfg.evals.items():
       if section.get("every_steps", 0) < 1:
         key = f"config.evals.{name}.every_steps"
         found = f"is {section['every_steps']}" if "every_steps" in section else "is missing"
         raise UserError(f"{key} {found}: set it to 1 or more")
+      if not isinstance(first := section.get("first_step", 0), int) or first < 0:
+        raise UserError(f"config.evals.{name}.first_step is {first!r}: give a step, or 0 for none")
       if name in ("train", "timing"):
         raise UserError(f"config.evals.{name}: this name is taken by the metrics of training, give another")
       evaluator = evaluators.build(name, section, context)
       self.evaluators[name] = (section["every_steps"], evaluator)
+    best.check(cfg)
+    writers.check(cfg.writers)
 
   def _eval_batches(self, split: str) -> Iterator[Mapping[str, jax.Array]]:
     batches = self.data.eval_batches(split, self.eval_batch_size)
@@ -384,12 +390,4 @@ def _open_data(cfg: config_lib.RunConfig) -> Any:
     seed=cfg.seed,
     process_index=jax.process_index(),
     process_count=jax.process_count(),
-  )
-
-
-def _attach(shapes: Any, shardings: Any) -> Any:
-  return jax.tree.map(
-    lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-    shapes,
-    shardings,
   )

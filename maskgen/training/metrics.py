@@ -18,6 +18,7 @@ from tqdm import tqdm
 from maskgen import files, images
 from maskgen.errors import UserError
 from maskgen.evaluators import Report
+from maskgen.training import writers
 
 METRICS = "metrics.jsonl"
 NOT_FINITE = "not_finite.json"
@@ -38,13 +39,27 @@ def read(workdir: epath.Path) -> list[dict[str, Any]]:
 
 
 class Writer:
-  """Writes numbers, pictures and tables; only process 0 touches files.
+  """Writes numbers, pictures and tables, also to TensorBoard and trackers; only process 0 touches files.
 
   `metrics.jsonl` is truncated to the step from which the run continues, so that a killed and restarted run
   writes the same lines as an uninterrupted one.
   """
 
-  def __init__(self, workdir: epath.Path, step: int):
+  def __init__(
+    self,
+    workdir: epath.Path,
+    step: int,
+    trackers: Sequence[str] = (),
+    hyperparameters: Mapping[str, bool | int | float | str] | None = None,
+  ):
+    """Opens the files of a run.
+
+    Args:
+      workdir: of the run.
+      step: from which it continues.
+      trackers: names in `writers.WRITERS`.
+      hyperparameters: for TensorBoard and the trackers, by name.
+    """
     self._workdir = workdir
     self._active = jax.process_index() == 0
     kept = [line for line in read(workdir) if line["step"] <= step] if step else []
@@ -55,7 +70,9 @@ class Writer:
       return
     from clu import metric_writers  # imports TensorFlow
 
-    self._tensorboard = metric_writers.SummaryWriter(str(workdir))
+    self._writers = [metric_writers.SummaryWriter(str(workdir)), *writers.open_trackers(trackers, workdir)]
+    for writer in self._writers if hyperparameters else ():
+      writer.write_hparams(hyperparameters)
     files.replace(workdir / METRICS, "".join(json.dumps(line) + "\n" for line in kept))
     self._file = (workdir / METRICS).open("a")
     if step and (not kept or kept[-1]["step"] < step):  # lines precede their checkpoint
@@ -66,14 +83,16 @@ class Writer:
     if self._active:
       self._file.write(json.dumps({"step": step, **values}) + "\n")
       self._file.flush()
-      self._tensorboard.write_scalars(step, values)
+      for writer in self._writers:
+        writer.write_scalars(step, values)
 
   def samples(self, step: int, report: Report) -> None:
     """Writes pictures and tables to `samples/`, see `write_samples`, and the pictures to TensorBoard."""
     if self._active:
       self.sync()
       write_samples(self._workdir, f"{step:07d}", report)
-      self._tensorboard.write_images(step, {name: p[None] for name, p in report.pictures.items()})
+      for writer in self._writers:
+        writer.write_images(step, report.pictures)
 
   def sync(self) -> None:
     """Flushes all lines to disk, and checks that the workdir's path still leads there.
@@ -94,7 +113,8 @@ class Writer:
   def close(self) -> None:
     """Flushes everything."""
     if self._active:
-      self._tensorboard.close()
+      for writer in self._writers:
+        writer.close()
       self._file.close()
 
 
@@ -119,7 +139,17 @@ def _csv(rows: Sequence[Mapping[str, Any]]) -> bytes:
 class Progress:
   """A bar on a terminal, plain lines elsewhere: step, loss, throughput, time left."""
 
-  def __init__(self, name: str, first_step: int, total_steps: int, batch_size: int):
+  def __init__(self, name: str, first_step: int, total_steps: int, batch_size: int, examples: int):
+    """Starts at a step.
+
+    Args:
+      name: of the run.
+      first_step: the step.
+      total_steps: the last step.
+      batch_size: examples per step.
+      examples: the number of examples of an epoch.
+    """
+    self._examples = examples
     self._total, self._batch_size = total_steps, batch_size
     self._name = name
     self._bar = None
@@ -146,10 +176,11 @@ class Progress:
     rate = (step - self._mark) / max(now - self._time - self._paused, 1e-9)
     self._mark, self._time, self._paused = step, now, 0.0
     text = summary(values)
+    epoch = f"epoch {step * self._batch_size / self._examples:.4g}"
     if self._bar is not None:
-      self._bar.set_postfix_str(text)
+      self._bar.set_postfix_str(f"{epoch}, {text}")
     elif jax.process_index() == 0:
-      shown = [f"{self._name} step {step}/{self._total}", text]
+      shown = [f"{self._name} step {step}/{self._total}, {epoch}", text]
       if rate:  # not before the second step
         minutes, seconds = divmod(round((self._total - step) / rate), 60)
         shown += [f"{rate * self._batch_size:.1f} images/s", f"{minutes}:{seconds:02d} left"]

@@ -1,5 +1,6 @@
 """The training loop, shared by all objectives."""
 
+import dataclasses
 import json
 import logging
 import time
@@ -14,8 +15,9 @@ from maskgen import files, storage, tree
 from maskgen.errors import UserError, out_of_memory, storage_errors
 from maskgen.evaluators import receipts
 from maskgen.evaluators.batches import gather
-from maskgen.training import cpu, receipt
+from maskgen.training import cpu, receipt, writers
 from maskgen.training import metrics as metrics_lib
+from maskgen.training.best import Best
 from maskgen.training.clock import Clock
 from maskgen.training.evaluation import due_evaluators, evaluate, show
 from maskgen.training.experiment import Experiment
@@ -34,6 +36,8 @@ class PreemptedError(Exception):
 def train(experiment: Experiment, workdir: epath.Path) -> dict[str, float]:
   """Trains from the newest checkpoint of the workdir to the end, and returns the final evaluation.
 
+  The end is the last step, or the evaluation at which `config.checkpoint.patience` is exhausted.
+
   A run that is killed at any moment continues from its newest checkpoint, and ends with the same parameters
   and metrics as an uninterrupted run.
 
@@ -48,9 +52,9 @@ def train(experiment: Experiment, workdir: epath.Path) -> dict[str, float]:
       storage_errors(workdir),
       closing(storage.Checkpoints(workdir, experiment.config.checkpoint)) as checkpoints,
     ):
-      variables = loop(experiment, workdir, checkpoints)
+      variables, step = loop(experiment, workdir, checkpoints)
       results = final_results(workdir, list(experiment.evaluators))
-      model = {"path": ".", "step": experiment.total_steps, "averages": sorted(experiment.config.ema)}
+      model = {"path": ".", "step": step, "averages": sorted(experiment.config.ema)}
       receipts.write(workdir, receipt.of_run(experiment, variables, model, results))
       return results
   except metrics_lib.NotFiniteError as error:
@@ -67,8 +71,11 @@ def train(experiment: Experiment, workdir: epath.Path) -> dict[str, float]:
     ) from error
 
 
-def loop(experiment: Experiment, workdir: epath.Path, checkpoints: storage.Checkpoints) -> Any:
-  """Trains from the newest checkpoint to the end; returns what predictions use. For errors see `train`."""
+def loop(experiment: Experiment, workdir: epath.Path, checkpoints: storage.Checkpoints) -> tuple[Any, int]:
+  """Trains from the newest checkpoint to the end; returns what predictions use, and the last step.
+
+  For errors see `train`.
+  """
   cfg, total = experiment.config, experiment.total_steps
   if checkpoints.latest() is None:
     check_nothing_lost(workdir, cfg.checkpoint.save_steps)
@@ -88,8 +95,12 @@ def loop(experiment: Experiment, workdir: epath.Path, checkpoints: storage.Check
   if experiment.mesh.size > 1:
     log.info("%s: state and frozen parts on the mesh\n%s", workdir.name, experiment.coverage())
   log.info("%s: starts from %s", workdir.name, origin)
-  writer = metrics_lib.Writer(workdir, step if own else 0)
-  progress = metrics_lib.Progress(workdir.name, step, total, cfg.batch_size)
+  lines = [line for line in metrics_lib.read(workdir) if line["step"] <= step] if own else []
+  best = Best(cfg.checkpoint, lines, checkpoints.steps())
+  checkpoints.keep(best.step)
+  described = writers.hyperparameters(dataclasses.asdict(cfg))
+  writer = metrics_lib.Writer(workdir, step if own else 0, cfg.writers, described)
+  progress = metrics_lib.Progress(workdir.name, step, total, cfg.batch_size, experiment.data.num_train)
   window = metrics_lib.Window()
   clock = Clock(writer.seconds_before, cfg.checkpoint.save_minutes)
   skipped = experiment.data.skipped
@@ -124,20 +135,25 @@ def loop(experiment: Experiment, workdir: epath.Path, checkpoints: storage.Check
           clock.saved()
         # A preempted run has no time to evaluate; it does so when it continues.
         if not stop and not (restored and writer.evaluated):
-          report = evaluate(experiment, state.variables(frozen), step)
+          report = evaluate(experiment, state.variables(frozen), step, best)
           if report.numbers or report.pictures or report.tables:
             skipped.flush(step)
             writer.samples(step, report)
             numbers = {**report.numbers, "timing/seconds": clock.seconds()}
             writer.numbers(step, numbers)  # marks it as written
             show(workdir.name, f"at step {step}", report.numbers)
+          if best.step == step:
+            checkpoints.keep(step)
+            log.info("%s: the best %s so far, its checkpoint is kept", workdir.name, best)
         if due:
           cpu.release_memory()
         progress.pause(time.monotonic() - began)
       if stop:
         raise PreemptedError
-      if step == total:
-        return state.variables(frozen)
+      if step == total or best.over:
+        if step < total:
+          log.info("%s: stops early at step %d: the best %s", workdir.name, step, best)
+        return state.variables(frozen), step
 
       began = time.monotonic()
       batch = next(batches)
