@@ -55,6 +55,12 @@ def absolute(path: str) -> str:
   return local if path and os.path.exists(local) else path
 
 
+def is_inside(name: str) -> bool:
+  """Whether a name in an index, which may come from elsewhere, stays within the index's folder."""
+  path = pathlib.PurePosixPath(name)
+  return not path.is_absolute() and ".." not in path.parts
+
+
 def damaged(path: epath.PathLike, reason: Any, remedy: str) -> UserError:
   """Returns the error for a file with unexpected contents."""
   return UserError(f"{path} is damaged ({reason}): {remedy}")

@@ -7,7 +7,6 @@ huggingface_hub keeps what it downloads in its cache, and reads its usual enviro
 import contextlib
 import logging
 import os
-import pathlib
 import re
 from collections.abc import Generator
 from typing import Any
@@ -15,13 +14,14 @@ from typing import Any
 from etils import epath
 
 from maskgen import files
-from maskgen.errors import TransientError, UserError
+from maskgen.errors import TransientError, UserError, is_permanent
 
 PREFIX = "hf://"
 # What a model consists of.
-_PARTS = ["config.json", "weights.safetensors", files.MANIFEST, "results.json", "assets/**", "code/**"]
+PARTS = ["config.json", "weights.safetensors", files.MANIFEST, "results.json", "assets/**", "code/**"]
 _PART = re.compile(r"[\w.-]+/[\w.-]+")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_TEMPORARY = (408, 429)  # of the statuses below 500: a time-out, and too many requests
 
 log = logging.getLogger("maskgen")
 
@@ -29,6 +29,11 @@ log = logging.getLogger("maskgen")
 def is_address(model: epath.PathLike) -> bool:
   """Whether a model is given by its address on the Hub."""
   return os.fspath(model).startswith(PREFIX)
+
+
+def local(model: epath.PathLike) -> epath.PathLike:
+  """The folder of a model that is given by its address, see `fetch`; any other as it is given."""
+  return fetch(model) if is_address(model) else model
 
 
 def check_name(name: str, where: str) -> None:
@@ -48,8 +53,8 @@ def fetch(address: epath.PathLike) -> epath.Path:
     address: `hf://owner/name@revision`, a commit, tag or branch; without one the newest, which the log names.
 
   Raises:
-    UserError: if there is no such model or revision, it is private, the Hub cannot be reached, a file differs
-      from its checksum, or huggingface_hub is not installed.
+    UserError: if there is no such model or revision, it is private, the Hub cannot be reached, a file of its
+      manifest is missing or differs from its checksum, or huggingface_hub is not installed.
   """
   text = os.fspath(address)
   name, _, revision = text.removeprefix(PREFIX).partition("@")
@@ -59,7 +64,7 @@ def fetch(address: epath.PathLike) -> epath.Path:
     found = hub.snapshot_download(
       name,
       revision=revision or None,
-      allow_patterns=_PARTS,
+      allow_patterns=PARTS,
       cache_dir=os.environ.get("HF_HUB_CACHE"),
       endpoint=os.environ.get("HF_ENDPOINT"),
     )
@@ -73,7 +78,7 @@ def fetch(address: epath.PathLike) -> epath.Path:
 
 
 def _check(folder: epath.Path, text: str) -> None:
-  """Compares files with the manifest; those with parameters are compared when they are read."""
+  """Compares files with the manifest; the weights are compared when they are read."""
   remedy = f"remove {folder} from the cache and load it again"
   manifest = folder / files.MANIFEST
   if not manifest.exists():
@@ -81,8 +86,9 @@ def _check(folder: epath.Path, text: str) -> None:
       f"{text} has no {files.MANIFEST}, so is not an export of maskgen: publish it by maskgen publish"
     )
   for name in files.read_json(manifest, remedy):
-    file = folder / name
-    if pathlib.PurePosixPath(name).suffix != ".safetensors" and file.exists():
+    if not files.is_inside(name) or not (file := folder / name).is_file():
+      raise files.damaged(manifest, f"'{name}' is not a file of its folder", remedy)
+    if name != "weights.safetensors":
       files.check_manifest(manifest, name, file.read_bytes(), remedy)
 
 
@@ -124,13 +130,15 @@ def errors(text: str) -> Generator[None]:
     status = getattr(error.response, "status_code", None)
     if status in (401, 403):
       raise UserError(f"{text} is refused by the Hub: log in with 'hf auth login' or set HF_TOKEN") from None
-    if status is not None and status < 500:
+    if status is not None and status < 500 and status not in _TEMPORARY:
       reason = " ".join(str(error.server_message or f"status {status}").split()).rstrip(".")
       raise UserError(f"the Hub refuses {text} ({reason}): change what it names") from None
     raise TransientError(f"the Hub fails for {text} (status {status}): start again later") from error
   except ValueError as error:  # names and model cards that it checks
     reason = " ".join(str(error).split()).rstrip(".")
     raise UserError(f"the Hub refuses {text} ({reason}): change what it names") from None
-  except OSError as error:
+  except Exception as error:  # the errors of its HTTP client have no base in common with OSError
+    if is_permanent(error):  # of a file in the cache
+      raise
     reason = " ".join(str(error).split())
     raise TransientError(f"the Hub cannot be reached for {text} ({reason}): start again later") from error

@@ -25,6 +25,7 @@ from types import ModuleType
 
 from etils import epath
 
+from maskgen import pretrained
 from maskgen.errors import UserError, nearest
 
 CODE = "code"
@@ -86,8 +87,8 @@ def add_code_folder(folder: os.PathLike | str) -> None:
 
 
 def trust(model: epath.PathLike) -> None:
-  """Makes the code in a model's folder importable, if there is any."""
-  code = epath.Path(model) / CODE
+  """Makes the code of a model, given as for `maskgen.load`, importable, if there is any."""
+  code = pretrained.find(model) / CODE
   if not code.exists():
     return
   if "://" in str(code):

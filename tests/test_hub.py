@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import http.server
+import importlib
 import json
 import re
 import shutil
@@ -12,18 +13,24 @@ import threading
 import numpy as np
 import pytest
 import tiny
+from etils import epath
 from test_errors import assert_clear
 
 import maskgen
-from maskgen import hub, pretrained
+from maskgen import cli, hub, storage
 from maskgen.errors import TransientError, UserError
+from maskgen.storage import assets
 from maskgen.tools import publish
+from maskgen.training import pretrained
 
 TOKEN = "hf_secret"
 
 
 class Hub(http.server.ThreadingHTTPServer):
-  """Repositories with commits, Git LFS, private ones, and a switch that makes it fail."""
+  """Repositories with commits, Git LFS, private ones, and a status with which it fails.
+
+  `asked` has the paths of all requests for names and contents.
+  """
 
   def __init__(self):
     super().__init__(("127.0.0.1", 0), Handler)
@@ -31,14 +38,17 @@ class Hub(http.server.ThreadingHTTPServer):
     self.private: dict[str, bool] = {}
     self.commits: dict[str, list[tuple[str, dict[str, bytes]]]] = {}
     self.blobs: dict[str, bytes] = {}
-    self.failing = False
+    self.failing = 0
+    self.asked: list[str] = []
 
   def files(self, name, revision):
     commits = self.commits[name]
     return next(((oid, files) for oid, files in reversed(commits) if revision in (oid, "main")), None)
 
-  def add(self, name, files):
-    before = self.commits[name][-1][1] if self.commits[name] else {}
+  def add(self, name, files, deleted=()):
+    before = dict(self.commits[name][-1][1]) if self.commits[name] else {}
+    for path in deleted:
+      del before[path]
     oid = hashlib.sha1(f"{name} {len(self.commits[name])}".encode()).hexdigest()
     self.commits[name].append((oid, before | files))
     return oid
@@ -69,8 +79,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
   def do_GET(self):
     path = self.path.partition("?")[0]
+    self.server.asked.append(path)
     if self.server.failing:
-      self.refuse(500, "Broken")
+      self.refuse(self.server.failing, "Broken")
     elif found := re.fullmatch(r"/api/models/(\w+/\w+)/(revision|tree)/(\w+)", path):
       name, kind, revision = found.groups()
       if not self.may(name):
@@ -119,6 +130,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return
       self.server.private[name] = given.get("visibility") == "private" or bool(given.get("private"))
       self.server.commits[name] = []
+      self.server.add(name, {".gitattributes": b""})
       self.answer({"url": f"{self.server.address}/{name}"})
     elif found := re.fullmatch(r"/api/models/(\w+/\w+)/preupload/main", self.path):
       paths = [file["path"] for file in json.loads(body)["files"]]
@@ -130,14 +142,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
         each["actions"] = {"upload": {"href": f"{self.server.address}/upload/{each['oid']}"}}
       self.answer({"transfer": "basic", "objects": objects})
     elif found := re.fullmatch(r"/api/models/(\w+/\w+)/commit/main", self.path):
-      files = {}
+      files, deleted = {}, []
       for line in map(json.loads, body.splitlines()):
         value = line["value"]
         if line["key"] == "file":
           files[value["path"]] = base64.b64decode(value["content"])
         elif line["key"] == "lfsFile":
           files[value["path"]] = self.server.blobs[value["oid"]]
-      oid = self.server.add(found[1], files)
+        elif line["key"] == "deletedFile":
+          deleted.append(value["path"])
+      oid = self.server.add(found[1], files, deleted)
       url = f"{self.server.address}/{found[1]}/commit/{oid}"
       self.answer({"success": True, "commitOid": oid, "commitUrl": url, "hookOutput": ""})
     else:
@@ -150,6 +164,10 @@ def stand_in(tmp_path, monkeypatch):
     "huggingface_hub.constants", reason="huggingface_hub is not installed: no test of the Hub"
   )
   monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+  monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+  for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+    monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv(name.lower(), raising=False)
   server = Hub()
   thread = threading.Thread(target=server.serve_forever, daemon=True)
   thread.start()
@@ -166,9 +184,10 @@ def test_a_published_model_is_loaded_by_its_address(stand_in, tmp_path, monkeypa
   flags = ["--model=digits", "--repo=me/digits"]
   publish.main([*flags, "--private", "--license=apache-2.0"])
   first = re.search(r"published (hf://me/digits@[0-9a-f]{40})", capsys.readouterr().out)[1]
-  (oid, files), *_ = stand_in.commits["me/digits"]
-  assert files.keys() == {"config.json", "weights.safetensors", "manifest.json", "results.json", "README.md"}
-  assert files.keys() - {"README.md", "manifest.json"} == json.loads(files["manifest.json"]).keys()
+  _, (oid, files) = stand_in.commits["me/digits"]
+  parts = {"config.json", "weights.safetensors", "manifest.json", "results.json"}
+  assert files.keys() == parts | {"README.md", ".gitattributes"}
+  assert parts - {"manifest.json"} == json.loads(files["manifest.json"]).keys()
   card = files["README.md"].decode()
   assert card.startswith("---\nlibrary_name: maskgen\nlicense: apache-2.0\ntags:\n- maskgen\n- mage\n---\n")
   assert "| images | 16 x 16 pixels, 3 channels |" in card and "| `probe/top1` | 0.95 |" in card
@@ -176,12 +195,14 @@ def test_a_published_model_is_loaded_by_its_address(stand_in, tmp_path, monkeypa
   ours, theirs = maskgen.load("digits"), maskgen.load(first)
   tiny.assert_same_bits(ours.variables, theirs.variables)
   assert theirs.preprocessing == ours.preprocessing and theirs.folder.name == oid
-  assert pretrained.find("hf://me/digits").name == stand_in.commits["me/digits"][1][0] != oid
-  stand_in.failing = True  # what is in the cache needs no Hub
+  stand_in.asked.clear()
+  assert maskgen.load("hf://me/digits").folder.name == stand_in.commits["me/digits"][-1][0] != oid
+  assert stand_in.asked.count("/api/models/me/digits/revision/main") == 1  # a branch may move
+  stand_in.failing = 501  # what is in the cache needs no Hub
   np.testing.assert_array_equal(maskgen.load(first).generate(batch=2), ours.generate(batch=2))
   monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "other"))
   with pytest.raises(TransientError) as error:
-    maskgen.load(first)
+    maskgen.load("hf://me/digits")
   assert_clear(error)
 
 
@@ -210,12 +231,17 @@ def test_what_the_hub_does_not_have(stand_in, tmp_path, monkeypatch):
   assert_clear(error)
 
 
-def test_a_changed_file_is_noticed(stand_in, tmp_path):
+@pytest.fixture
+def files(stand_in, tmp_path):
+  """The files of an export; `me/b` is an empty repository."""
   folder = tmp_path / "export"
   maskgen.load("digits").save(folder)
-  publish._add_checksums(hub.epath.Path(folder))
-  files = {file.name: file.read_bytes() for file in folder.iterdir()}
+  publish._add_checksums(epath.Path(folder))
   stand_in.private["me/b"], stand_in.commits["me/b"] = False, []
+  return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def test_a_changed_file_is_noticed(stand_in, files):
   stand_in.add("me/b", files | {"config.json": files["config.json"] + b" "})
   with pytest.raises(
     UserError, match=r"config\.json is damaged .*: remove .* from the cache and load"
@@ -225,13 +251,60 @@ def test_a_changed_file_is_noticed(stand_in, tmp_path):
   stand_in.add("me/b", files | {"weights.safetensors": files["weights.safetensors"][:-1] + b"?"})
   with pytest.raises(UserError, match=r"weights\.safetensors is damaged"):
     maskgen.load("hf://me/b")
+  manifest = json.loads(files["manifest.json"])
+  for name in ("../../../other", "/dev/zero", "code/missing.py"):
+    stand_in.add("me/b", files | {"manifest.json": json.dumps(manifest | {name: {}}).encode()})
+    with pytest.raises(UserError, match=f"manifest.json is damaged .*'{name}' is not a file") as error:
+      maskgen.load("hf://me/b")
+    assert_clear(error)
+
+
+def test_assets_stay_in_their_folder(tmp_path):
+  (tmp_path / "assets").mkdir()
+  for path in ("../../etc", "/etc"):
+    index = {"bpe:words": {"before": "bpe:", "path": path}}
+    (tmp_path / "assets" / "index.json").write_text(json.dumps(index))
+    with pytest.raises(UserError, match=r"index.json is damaged \(.* is not in its folder\)") as error:
+      assets.use_assets({}, epath.Path(tmp_path))
+    assert_clear(error)
+
+
+def test_tools_trust_the_code_of_a_published_model(stand_in, files, monkeypatch):
+  stand_in.add("me/b", files | {"code/of_the_hub.py": b"ANSWER = 42"})
+  monkeypatch.delitem(sys.modules, "of_the_hub", raising=False)
+  parser = cli.Parser("", "")
+  parser.add_model("")
+  parser.parse_args(["--model=hf://me/b"])
+  with pytest.raises(ImportError):
+    importlib.import_module("of_the_hub")
+  parser.parse_args(["--model=hf://me/b", "--trust_code"])
+  assert importlib.import_module("of_the_hub").ANSWER == 42
 
 
 def test_a_hub_that_cannot_be_reached(stand_in, monkeypatch):
+  def find(address):
+    config = {"objective": {"tokenizer": {"name": "pretrained"}}, "pretrained": {"tokenizer": address}}
+    return pretrained.complete(config)
+
   monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{tiny.free_port()}")
-  with pytest.raises(TransientError, match="not in the cache, and the Hub cannot be reached: conn") as error:
-    maskgen.load("hf://me/digits")
+  for read in (maskgen.load, storage.find_section, find):
+    with pytest.raises(TransientError, match="in the cache, and the Hub cannot be reached: conn") as error:
+      read("hf://me/digits")
+    assert_clear(error)
+  with pytest.raises(TransientError, match=r"cannot be reached for hf://me/a .*: start again") as error:
+    publish.main(["--model=digits", "--repo=me/a"])
   assert_clear(error)
+
+
+def test_a_busy_hub_is_asked_again_later(stand_in):
+  from huggingface_hub import HfApi
+
+  for status, kind in ((408, TransientError), (429, TransientError), (400, UserError), (503, TransientError)):
+    stand_in.failing = status
+    with pytest.raises(UserError) as error, hub.errors("hf://me/a"):
+      HfApi(endpoint=stand_in.address).model_info("me/a")
+    assert type(error.value) is kind, status
+    assert_clear(error)
 
 
 def test_without_the_extra(monkeypatch):

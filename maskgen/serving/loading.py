@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from maskgen import compile_cache, objectives, plugins, storage
+from maskgen import compile_cache, hub, objectives, plugins, storage
 from maskgen.errors import UserError
 from maskgen.serving import published
 from maskgen.serving.model import Model
@@ -30,6 +30,7 @@ def load(path: epath.PathLike, *, trust_code: bool = False) -> Model:
     UserError: if there is no such model, its weights are damaged or do not fit its config, or Python does
       not find the module of its objective.
   """
+  path = hub.local(path)  # once: a branch may move
   config, objective = load_objective(path, trust_code=trust_code)
   compile_cache.use()
   shapes = jax.eval_shape(objective.init, jax.random.key(0), objective.pretrained_shapes())
@@ -40,6 +41,7 @@ def load(path: epath.PathLike, *, trust_code: bool = False) -> Model:
 
 def load_objective(path: epath.PathLike, *, trust_code: bool = False) -> tuple[dict[str, Any], Any]:
   """Returns the config of a model, and its objective or what a published one has in its place; see `load`."""
+  path = hub.local(path)
   config = storage.load_config(path)
   if config.get("network") in published.NETWORKS:
     return config, published.NETWORKS[config["network"]](config)

@@ -55,6 +55,8 @@ def use_assets(config: dict[str, Any], model: epath.Path) -> dict[str, Any]:
   for value, entry in files.read_json(file, remedy).items():
     if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in ("before", "path")):
       raise files.damaged(file, f"'{value}' has no copy", remedy)
+    if not files.is_inside(entry["path"]):
+      raise files.damaged(file, f"'{entry['path']}' is not in its folder", remedy)
     paths[value] = f"{entry['before']}{model / ASSETS / entry['path']}"
 
   def use(node: Any) -> Any:

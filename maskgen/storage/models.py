@@ -14,7 +14,7 @@ from etils import epath
 
 from maskgen import files, pretrained, tree
 from maskgen.config import fields
-from maskgen.errors import UserError, nearest
+from maskgen.errors import TransientError, UserError, nearest
 from maskgen.storage.assets import use_assets, write_assets
 from maskgen.storage.checkpoints import CHECKPOINTS, open_to_read
 from maskgen.storage.frozen import read_frozen_arrays
@@ -98,9 +98,14 @@ def find_section(path: str) -> dict[str, Any]:
   """As `model_section`, of a model's folder; empty where there is not a model.
 
   While a run's config is loaded again, what its workdir says of the model comes first: the model may be gone.
+
+  Raises:
+    TransientError: if it cannot be told whether there is a model, as without a network.
   """
   try:
     return _found_first.get()(path) or model_section(load_config(path)) if path else {}
+  except TransientError:
+    raise
   except UserError:
     return {}
 

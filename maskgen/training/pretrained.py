@@ -8,7 +8,7 @@ from etils import epath
 
 from maskgen import files
 from maskgen.config import fields
-from maskgen.errors import UserError, storage_errors
+from maskgen.errors import TransientError, UserError, storage_errors
 from maskgen.training.sections import find_type
 
 # The `name` of a section that is filled in from a pretrained model's config.
@@ -83,6 +83,8 @@ def _describe(given: str, key: str, workdir: epath.Path | None, stages: Mapping[
     if kind == "stage" and name in stages:
       return storage.model_section(stages[name])
     return storage.model_section(storage.load_config(storage.resolve(given, workdir or epath.Path("."))))
+  except TransientError:
+    raise
   except UserError as error:
     raise UserError(f"config.pretrained.{key}={given}: {error}") from None
 
