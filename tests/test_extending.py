@@ -113,7 +113,7 @@ def test_an_export_warns_of_missing_code(run, tmp_path, monkeypatch, caplog):
   assert not caplog.records
   shutil.copytree(run / "mage", tmp_path / "mage", ignore=shutil.ignore_patterns("code"))
   export.main([f"--model={tmp_path / 'mage'}", f"--out={tmp_path / 'part'}"])
-  assert "part does not contain the module 'colour_mage'" in caplog.text
+  assert "export does not contain the module 'colour_mage'" in caplog.text
 
 
 def test_the_page_shows_the_files_as_they_are():

@@ -17,7 +17,7 @@ from etils import epath
 from test_errors import assert_clear
 
 import maskgen
-from maskgen import cli, hub, storage
+from maskgen import cli, hub, storage, tree
 from maskgen.errors import TransientError, UserError
 from maskgen.storage import assets
 from maskgen.tools import publish
@@ -191,7 +191,9 @@ def test_a_published_model_is_loaded_by_its_address(stand_in, tmp_path, monkeypa
   card = files["README.md"].decode()
   assert card.startswith("---\nlibrary_name: maskgen\nlicense: apache-2.0\ntags:\n- maskgen\n- mage\n---\n")
   assert "| images | 16 x 16 pixels, 3 channels |" in card and "| `probe/top1` | 0.95 |" in card
+  stand_in.add("me/digits", {"code/earlier.py": b"", "assets/0/words.txt": b"", "mine.txt": b""})
   publish.main([*flags, "--half"])
+  assert stand_in.commits["me/digits"][-1][1].keys() == files.keys() | {"mine.txt"}
   ours, theirs = maskgen.load("digits"), maskgen.load(first)
   tiny.assert_same_bits(ours.variables, theirs.variables)
   assert theirs.preprocessing == ours.preprocessing and theirs.folder.name == oid
@@ -305,6 +307,34 @@ def test_a_busy_hub_is_asked_again_later(stand_in):
       HfApi(endpoint=stand_in.address).model_info("me/a")
     assert type(error.value) is kind, status
     assert_clear(error)
+
+
+def test_a_card_is_a_table_without_folders_of_this_machine():
+  model = maskgen.load("digits")
+  model.config = model.config | {
+    "classes": ["a|b", "c"],
+    "data": {
+      "source": "my.pictures:/home/me/secret",
+      "eval_preprocess": "decode(3)|tokenize('bpe:/home/me/a', 4)",
+    },
+    "objective": model.config["objective"] | {"text_tokenizer": "bpe:/home/me/a", "folder": "~/me/b/"},
+  }
+  count = tree.count(model.variables)
+  model.variables = model.variables | {"extra": {"steps": np.zeros(7)}}
+  card = publish.card(model, "me/digits", {}, None)
+  assert "| classes | a\\|b, c |" in card and "| data | my.pictures |" in card and f"| {count:,} |" in card
+  assert "| preprocessing | `decode(3)\\|tokenize('bpe:a', 4)` |" in card
+  assert (
+    '"text_tokenizer": "bpe:a"' in card
+    and '"folder": "b"' in card
+    and "me/" not in card.replace("me/digits", "")
+  )
+
+
+def test_the_results_of_a_run_are_not_those_of_a_step(tmp_path):
+  (tmp_path / "results.json").write_text('{"probe/top1": 0.5}')
+  assert publish._results(tmp_path) == {"probe/top1": 0.5}
+  assert publish._results(tmp_path / "checkpoints" / "20") == {}
 
 
 def test_without_the_extra(monkeypatch):

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import logging
 import os
 import textwrap
 from collections.abc import Mapping
@@ -16,6 +17,8 @@ from maskgen import config as config_lib
 from maskgen import images as images_lib
 from maskgen.errors import UserError
 from maskgen.serving import requests
+
+log = logging.getLogger("maskgen")
 
 # The largest batch of a method: more images are computed in several, so that memory holds only results.
 LARGEST = 256
@@ -175,6 +178,8 @@ class Model:
   def save(self, path: epath.PathLike, *, half: bool = False) -> None:
     """Writes an export for `maskgen.load`: weights, config, preprocessing, names of classes, own code.
 
+    It warns if a module of your own is not in the model's folder.
+
     Args:
       path: a new folder.
       half: whether to store float32 as float16, which halves the file and rounds.
@@ -193,6 +198,13 @@ class Model:
     storage.write_export(path, config, self.variables, half=half, named=named)
     if self.folder is not None:
       plugins.copy_code(self.folder, epath.Path(path))
+    if not plugins.has_code(epath.Path(path), name := config["objective"]["name"], objectives.__name__):
+      log.warning(
+        "the export does not contain the module '%s', because %s does not: whoever loads it needs that "
+        "module on Python's path",
+        name,
+        self.folder or "the model",
+      )
 
   def features(self, images: images_lib.Pictures, patches: bool = False) -> np.ndarray:
     """Returns features of images, float32 [b, d]: the normalised mean of the encoder's output tokens.

@@ -1,6 +1,5 @@
 """Writes a run's model as safetensors: python -m maskgen.tools.export --model=DIR --out=DIR"""
 
-import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +10,6 @@ from maskgen.errors import UserError
 
 if TYPE_CHECKING:
   import maskgen
-
-log = logging.getLogger("maskgen")
 
 FORMATS = ("maskgen", "mage", "siglip")
 NPZ = ".npz"
@@ -50,7 +47,7 @@ def main(argv: Sequence[str]) -> None:
     cli.check_out_folder(args.out, new=True)
 
   import maskgen
-  from maskgen import objectives, plugins, tree
+  from maskgen import tree
 
   model = maskgen.load(args.model)
   if "objective" not in model.config:
@@ -62,15 +59,6 @@ def main(argv: Sequence[str]) -> None:
   else:
     written = model.variables
     model.save(args.out, half=args.dtype == "float16")
-    name = model.config["objective"]["name"]
-    if not plugins.has_code(epath.Path(args.out), name, objectives.__name__):
-      log.warning(
-        "%s does not contain the module '%s', because %s does not: whoever loads it needs that module on "
-        "Python's path",
-        args.out,
-        name,
-        epath.Path(args.model) / plugins.CODE,
-      )
   print(f"wrote {tree.count(written):,} parameters to {args.out}")
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,8 @@ RESULTS, CARD = "results.json", "README.md"
 _MOST_CLASSES = 20
 # Sources whose argument is a path of this machine.
 _LOCAL = ("folder", "tar", "parquet", "tokens")
+# A quoted path of this machine, also after a kind as in "bpe:/home/me/words"; the group is its last part.
+_PATH = re.compile(r"""(?<=[:'"])(?:/(?!/)|~/|\.\.?/)(?:[^'"]*/)?([^'"/]+)/?(?=['"])""")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -28,7 +31,8 @@ def main(argv: Sequence[str]) -> None:
   """
   parser = cli.Parser(
     "Uploads an export of a trained model to the Hugging Face Hub, with a model card from its config and "
-    "results. maskgen.load('hf://OWNER/NAME@REVISION') loads it. Needs the extra hub, and a token with the "
+    "results. maskgen.load('hf://OWNER/NAME@REVISION') loads it. It replaces the export and the README.md of "
+    "an earlier upload, which stay in the repository's history. Needs the extra hub, and a token with the "
     "permission to write: 'hf auth login' or HF_TOKEN.",
     "python -m maskgen.tools.publish --model=runs/quickstart/mage --repo=me/digits --license=apache-2.0",
   )
@@ -45,11 +49,12 @@ def main(argv: Sequence[str]) -> None:
 
   import maskgen
 
-  model = maskgen.load(args.model)
+  path = hub.local(args.model)
+  model = maskgen.load(path)
   with tempfile.TemporaryDirectory() as folder:
     export = epath.Path(folder) / "export"
     model.save(export, half=args.half)
-    results = _results(model)
+    results = _results(path)
     if results:
       files.replace(export / RESULTS, json.dumps(results, indent=2, sort_keys=True))
     _add_checksums(export)
@@ -58,15 +63,21 @@ def main(argv: Sequence[str]) -> None:
     with hub.errors(f"{hub.PREFIX}{args.repo}"):
       api.create_repo(args.repo, private=args.private, exist_ok=True)
       done = api.upload_folder(
-        repo_id=args.repo, folder_path=os.fspath(export), commit_message="Upload a model"
+        repo_id=args.repo,
+        folder_path=os.fspath(export),
+        commit_message="Upload a model",
+        delete_patterns=hub.PARTS,  # of an earlier upload
       )
   print(f"published {hub.PREFIX}{args.repo}@{done.oid}")
 
 
-def _results(model: "maskgen.Model") -> dict[str, Any]:
-  """The results of its run, if its folder has them."""
-  file = model.folder / RESULTS if model.folder is not None else None
-  return files.read_json(file, "restore it from a copy") if file is not None and file.exists() else {}
+def _results(path: epath.PathLike) -> dict[str, Any]:
+  """The results of a model's run, if its folder has them; none for a step, as they are of the end."""
+  from maskgen import storage
+
+  folder, step = storage.locate(path)
+  file = folder / RESULTS
+  return files.read_json(file, "restore it from a copy") if step is None and file.exists() else {}
 
 
 def _add_checksums(export: epath.Path) -> None:
@@ -77,6 +88,11 @@ def _add_checksums(export: epath.Path) -> None:
   names = {file.relative_to(export).as_posix(): file for file in found}
   others = {name: file.read_bytes() for name, file in names.items() if name not in (files.MANIFEST, *known)}
   files.replace(manifest, json.dumps(known | json.loads(files.make_manifest(others)), indent=2))
+
+
+def _hide_folders(text: str) -> str:
+  """Leaves the last part of paths of this machine."""
+  return _PATH.sub(r"\1", text)
 
 
 def card(model: "maskgen.Model", repo: str, results: Mapping[str, Any], license: str | None) -> str:  # noqa: A002
@@ -90,16 +106,16 @@ def card(model: "maskgen.Model", repo: str, results: Mapping[str, Any], license:
   """
   from maskgen import tree
 
-  config = model.config
+  config, parameters = model.config, {**model.variables, "extra": {}}
   height, width, channels = model.objective.image_shape
   source, _, argument = str(config.get("data", {}).get("source", "")).partition(":")
   facts = {
     "kind": f"`{model.kind}`, loaded as `maskgen.serving.{type(model).__name__}`",
     "images": f"{height} x {width} pixels, {channels} channels",
-    "parameters": f"{tree.count(model.variables):,}",
-    "preprocessing": f"`{model.preprocessing}`".replace("|", "\\|"),
+    "parameters": f"{tree.count(parameters):,}",
+    "preprocessing": f"`{_hide_folders(model.preprocessing)}`",
     "classes": ", ".join((model.classes or ())[:_MOST_CLASSES]),
-    "data": source if source in _LOCAL or not argument else f"{source}:{argument}",
+    "data": source if source in _LOCAL or "." in source or not argument else f"{source}:{argument}",
     "steps": f"{config['total_steps']:,} of {config['batch_size']}" if config.get("total_steps") else "",
     "seed": str(config.get("seed", "")),
     "maskgen": str(config.get("version", "")),
@@ -108,7 +124,7 @@ def card(model: "maskgen.Model", repo: str, results: Mapping[str, Any], license:
   lines += ["tags:", "- maskgen", f"- {model.kind}", "---", "", f"# {repo.partition('/')[2]}", ""]
   lines += ["A model trained with maskgen:", "", "```python", "import maskgen", ""]
   lines += [f'model = maskgen.load("{hub.PREFIX}{repo}")', "print(model)", "```", "", "| | |", "|---|---|"]
-  lines += [f"| {name} | {value} |" for name, value in facts.items() if value]
+  lines += ["| {} | {} |".format(name, value.replace("|", "\\|")) for name, value in facts.items() if value]
   numbers = {
     key: value
     for section in (results, *(part for part in results.values() if isinstance(part, Mapping)))
@@ -118,7 +134,8 @@ def card(model: "maskgen.Model", repo: str, results: Mapping[str, Any], license:
   if numbers:
     lines += ["", "## Results", "", "From the end of its run.", "", "| key | value |", "|---|---|"]
     lines += [f"| `{key}` | {value:.4g} |" for key, value in sorted(numbers.items())]
-  lines += ["", "## Config", "", "```json", json.dumps(config["objective"], indent=2), "```", ""]
+  objective = _hide_folders(json.dumps(config["objective"], indent=2))
+  lines += ["", "## Config", "", "```json", objective, "```", ""]
   return "\n".join(lines)
 
 
