@@ -100,6 +100,8 @@ def main(argv: Sequence[str]) -> None:
         experiment.check_pretrained(workdir, pending=experiments)
       if args.mode != "eval":
         experiment.check_precision()
+      if workdir == continued:
+        longer.check(workdir, experiment.config.checkpoint)
       if args.mode != "train":
         memory.check(experiment, workdir.name)
       elif workdir == continued or train.read_results(workdir) is None:

@@ -7,6 +7,7 @@ import shutil
 import sys
 from typing import ClassVar
 
+import jax
 import numpy as np
 import pytest
 import tiny
@@ -14,12 +15,12 @@ from etils import epath
 from test_errors import assert_clear
 from test_train import run, story
 
-from maskgen import main
+from maskgen import main, processes
 from maskgen.config import Checkpointing
 from maskgen.errors import UserError
 from maskgen.evaluators import Context, Report
 from maskgen.training import best as best_lib
-from maskgen.training import metrics, writers
+from maskgen.training import forecast, longer, metrics, writers
 from maskgen.training.evaluation import due_evaluators
 from maskgen.training.experiment import Experiment
 
@@ -102,6 +103,22 @@ def test_a_finished_run_that_stopped_early_stays_so(experiment, undisturbed):
   assert story(workdir) == before
 
 
+def test_a_run_that_stopped_early_goes_on_with_more_patience(experiment, undisturbed):
+  section = experiment.config.checkpoint
+  for patience in (2, 3):
+    with pytest.raises(UserError, match=rf"patience={patience}: raise it above 3 as well") as error:
+      longer.check(undisturbed[0], dataclasses.replace(section, patience=patience))
+    assert_clear(error)
+  for patience in (4, 0):
+    longer.check(undisturbed[0], dataclasses.replace(section, patience=patience))
+
+
+def test_a_step_is_timed_in_all_processes_or_in_none(experiment, monkeypatch):
+  monkeypatch.setattr(processes, "any_of", lambda flag: True)
+  compiled = jax.jit(lambda x: x).lower(1.0).compile()
+  assert forecast.forecast(experiment, compiled, iter(())).startswith("hours not measured: another process")
+
+
 def test_a_best_whose_checkpoint_is_gone_does_not_count():
   section = Checkpointing(keep_best="a/b", best_mode="max", patience=2)
   lines = [{"step": step, "a/b": value} for step, value in ((1, 9.0), (2, 1.0), (3, float("nan")))]
@@ -153,12 +170,31 @@ PICTURE = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
 
 def write(workdir):
   (tracker,) = writers.open_trackers([workdir.name], workdir)
+  (found,) = json.loads((workdir / writers.TRACKERS).read_text()).values()
   tracker.write_hparams({"seed": 1, "objective.name": "mage"})
   for step in (1, 2):
     tracker.write_scalars(step, {"train/loss/main": step / 2})
   tracker.write_images(2, {"samples/generated": PICTURE})
   tracker.close()
-  return tracker.id
+  return found
+
+
+def test_a_tracker_that_fails_ends_no_run(caplog):
+  class Down:
+    id = "x"
+
+    def write_scalars(self, step, scalars):
+      raise ConnectionError("no server")
+
+    def close(self):
+      raise ValueError
+
+  tracker = writers.Tracker("mlflow", Down())
+  for step in (1, 2):
+    tracker.write_scalars(step, {"loss": 1.0})
+  tracker.close()
+  (warning,) = caplog.messages
+  assert warning.startswith("mlflow did not take all values (no server)")
 
 
 def test_mlflow_has_what_was_written(tmp_path, monkeypatch):

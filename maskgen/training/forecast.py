@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from maskgen import processes
 from maskgen.training import memory
 from maskgen.training.experiment import Experiment
 
@@ -21,15 +22,16 @@ def forecast(experiment: Experiment, compiled: Any, batches: Iterator[Any]) -> s
   Pretrained parameters are replaced by zeros, since they need not exist yet and take as long.
 
   Args:
-    experiment: the run.
+    experiment: the run; with several processes this is a collective call.
     compiled: its step, see `Experiment.compile`.
     batches: of the training data, on the devices.
 
   Returns:
     The hours, or why they were not measured.
   """
-  if reason := _too_large(compiled, experiment.mesh.devices.flat[0]):
-    return f"hours not measured: {reason}"
+  reason = _too_large(compiled, experiment.mesh.local_devices[0])
+  if processes.any_of(bool(reason)):  # a step takes all of them
+    return f"hours not measured: {reason or 'another process has too little memory'}"
   shapes = experiment.targets["pretrained"]
   zeros = jax.jit(
     lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes),

@@ -1,12 +1,15 @@
 """A finished run that goes on because its config now has more steps."""
 
+import contextlib
 import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from etils import epath
 
+from maskgen import config as config_lib
 from maskgen import files
+from maskgen.errors import UserError
 
 if TYPE_CHECKING:
   from maskgen.training.experiment import Experiment
@@ -44,6 +47,27 @@ def _aside(workdir: epath.Path) -> epath.Path:
   file, remedy = workdir / METRICS, "restore it from a copy, or delete this line"
   lines = files.read_json_lines(file, {"step": int}, remedy) if file.exists() else []
   return workdir / f"results_{lines[-1]['step'] if lines else 0:07d}.json"
+
+
+def check(workdir: epath.Path, section: config_lib.Checkpointing) -> None:
+  """Checks that a finished run that goes on would not stop early at once.
+
+  Raises:
+    UserError: if it would.
+  """
+  from maskgen import storage  # takes seconds, unlike `find`
+  from maskgen.training import metrics
+  from maskgen.training.best import Best
+
+  if not section.patience:
+    return
+  with contextlib.closing(storage.Checkpoints(workdir)) as checkpoints:
+    best = Best(section, metrics.read(workdir), checkpoints.steps())
+  if best.over:
+    raise UserError(
+      f"{workdir.name} ended {best.misses} evaluations after its best, {best}, and would stop at once by "
+      f"config.checkpoint.patience={section.patience}: raise it above {best.misses} as well, or set it to 0"
+    )
 
 
 def go_on(workdir: epath.Path, experiment: "Experiment") -> None:

@@ -7,9 +7,10 @@ whose name is in `trackers.json` of the workdir.
 
 import importlib
 import json
+import logging
 import os
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -18,24 +19,7 @@ from maskgen import files
 from maskgen.errors import UserError, nearest
 
 TRACKERS = "trackers.json"
-
-
-class Tracker(Protocol):
-  """A tracker of one run.
-
-  Attributes:
-    id: by which the tracker finds the run again.
-  """
-
-  id: str
-
-  def write_hparams(self, hparams: Mapping[str, Any]) -> None: ...
-
-  def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None: ...
-
-  def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None: ...
-
-  def close(self) -> None: ...
+log = logging.getLogger("maskgen")
 
 
 class Wandb:
@@ -99,6 +83,35 @@ class Mlflow:
 WRITERS: dict[str, type[Wandb] | type[Mlflow]] = {"wandb": Wandb, "mlflow": Mlflow}
 
 
+class Tracker:
+  """A tracker of one run, without which the run goes on: what it does not take is missing there alone."""
+
+  def __init__(self, name: str, writer: Wandb | Mlflow):
+    self._name, self._writer, self._has_failed = name, writer, False
+
+  def write_hparams(self, hparams: Mapping[str, Any]) -> None:
+    self._try(lambda: self._writer.write_hparams(hparams))
+
+  def write_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+    self._try(lambda: self._writer.write_scalars(step, scalars))
+
+  def write_images(self, step: int, images: Mapping[str, np.ndarray]) -> None:
+    self._try(lambda: self._writer.write_images(step, images))
+
+  def close(self) -> None:
+    self._try(self._writer.close)
+
+  def _try(self, write: Callable[[], None]) -> None:
+    try:
+      write()
+    except Exception as error:  # Trackers raise many kinds.
+      if not self._has_failed:
+        log.warning(
+          "%s did not take all values (%s): the run goes on, see metrics.jsonl", self._name, _reason(error)
+        )
+      self._has_failed = True
+
+
 def check(names: Sequence[str]) -> None:
   """Checks that the trackers of `config.writers` exist and are installed.
 
@@ -122,13 +135,13 @@ def open_trackers(names: Sequence[str], workdir: epath.Path) -> list[Tracker]:
   opened: list[Tracker] = []
   for name in names:
     try:
-      opened.append(WRITERS[name](_import(name), workdir, known.get(name)))
-    except Exception as error:  # Trackers raise many kinds.
-      reason = " ".join(str(error).split()) or type(error).__name__
+      writer = WRITERS[name](_import(name), workdir, known.get(name))
+    except Exception as error:
       raise UserError(
-        f"config.writers has '{name}', which cannot start ({reason}): set it up, or leave it out"
+        f"config.writers has '{name}', which cannot start ({_reason(error)}): set it up, or leave it out"
       ) from error
-    known[name] = opened[-1].id
+    opened.append(Tracker(name, writer))
+    known[name] = writer.id
   if opened:
     files.replace(file, json.dumps(known, indent=2))
   return opened
@@ -152,6 +165,10 @@ def _import(name: str) -> Any:
     raise UserError(
       f"config.writers has '{name}', which is not installed ({error}): pip install 'maskgen[{name}]'"
     ) from None
+
+
+def _reason(error: Exception) -> str:
+  return " ".join(str(error).split()) or type(error).__name__
 
 
 def _name(workdir: epath.Path) -> str:
