@@ -100,9 +100,10 @@ def check_data(wanted: BatchSpec, data: Any, name: str, source: str) -> None:
       "change config.data.source"
     )
   if wanted.views == 2 and spec.keys().isdisjoint(f"{key}2" for key in inputs):
+    other = ", or add 'second_crop' to it" if "image" in spec else ""
     raise UserError(
       f"config.data provides one view of each record, but objective '{name}' compares two: put 'two_views|' "
-      "in front of config.data.preprocess"
+      f"in front of config.data.preprocess{other}"
     )
   if data.image_shape != wanted.image_shape:
     raise UserError(

@@ -58,7 +58,7 @@ def without(*names):
   ("changes", "message"),
   [
     (without("image"), "objective 'mine' needs image or tokens"),
-    (without("image2"), r"put 'two_views\|' in front of config.data.preprocess"),
+    (without("image2"), r"put 'two_views\|' in front of config.data.preprocess, or add 'second_crop' to it"),
     (
       dict(image_shape=(4, 4, 3)),
       r"provides images of shape \(4, 4, 3\), but config.objective takes \(4, 6, 3\)",

@@ -169,6 +169,7 @@ def test_pictures_of_a_folder(tmp_path):
 @pytest.mark.parametrize(
   ("kwargs", "message"),
   [
+    ({"eval_preprocess": f"{PLAIN}|second_crop(8)"}, "second views of shape .8, 8, 3.: make them equal"),
     ({"preprocess": "decode|random_crop(8)"}, "shape .8, 8, 3.* eval_preprocess .*make them equal"),
     ({"batch_size": 9, "process_index": 0, "process_count": 2}, "9 cannot be divided among 2"),
     ({"batch_size": 0}, "batch size 0"),

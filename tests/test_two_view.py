@@ -170,6 +170,12 @@ def test_what_is_predicted_comes_from_both_views():
   batch = {"image": images[:, 0]}
   both = {"image": images[:, 0], "image2": images[:, 0]}
   np.testing.assert_array_equal(objective.images(batch), objective.images(both))
+  # Pictures show `image` above its reconstruction.
+  reconstruct = jax.jit(objective.predict_fns()["reconstruct"])
+  made = [reconstruct(variables, batch | more, jax.random.key(4)) for more in ({}, {"image2": images[:, 1]})]
+  np.testing.assert_array_equal(*made)
+  seen = (made[0] == images[:, 0]).all(axis=-1) | (jnp.abs(made[0] - images[:, 0]).max(axis=-1) < 1e-5)
+  assert seen.mean() >= 1 / 8  # visible patches, 2 of 16, are shown as they are
 
 
 def test_a_second_crop_lies_within_the_first():
@@ -197,6 +203,7 @@ def test_a_second_crop_lies_within_the_first():
     (dict(decoder_order=("cross", "self")), "give cross, mlp, self in any order"),
     (dict(decoder_dropout=1.5), "decoder_dropout"),
     (dict(mask_ratio=0.99), "masks 16 of 16 patches"),
+    (dict(encoder=ENCODER | dict(attention="cudnn", dtype="bfloat16")), "dropout 0, not bfloat16 and 0.1"),
   ],
 )
 def test_wrong_settings(change, words):

@@ -88,6 +88,12 @@ class Data:
       for op in reader.preprocess.ops:
         if op.name == "value_range" and (op.arguments["low"], op.arguments["high"]) != (0, 1):
           raise UserError(f"preprocessing '{text}' leaves the range [0, 1] of pixels: remove value_range")
+      sizes = [tuple(reader.spec[key].shape) for key in ("image", "image2") if key in reader.spec]
+      if len(set(sizes)) > 1:
+        raise UserError(
+          f"preprocessing '{text}' returns images of shape {sizes[0]} and second views of shape {sizes[1]}: "
+          "make them equal"
+        )
     if "image" not in self._eval.spec:
       raise UserError(
         f"{self._eval.source.name} has no images to evaluate on: give data.eval_source pictures"

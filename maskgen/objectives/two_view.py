@@ -16,7 +16,8 @@ from maskgen import images as images_lib
 from maskgen.errors import UserError
 from maskgen.models import mae
 from maskgen.models.image_encoder import IMAGE_CHANNELS
-from maskgen.objectives import Batch, BatchSpec, masked_pixels
+from maskgen.models.transformer import check_attention
+from maskgen.objectives import Batch, BatchSpec, PredictFn, masked_pixels
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,7 +25,7 @@ class Objective(masked_pixels.Objective):
   """Trains `main`, an encoder and a decoder, on `image`, the whole view, and `image2`, the masked one.
 
   The methods take both as images float32 [b, 2, h, w, c]. In predictions, a batch without `image2` is decoded
-  beside itself.
+  beside itself; `reconstruct` is always of `image`.
 
   Attributes:
     decoder_hidden, decoder_order, decoder_post_norm, decoder_dropout: see `CrossDecoder`. The defaults are
@@ -43,6 +44,7 @@ class Objective(masked_pixels.Objective):
     super().__post_init__()
     config_lib.check_at_least(self, 1, "decoder_hidden")
     config_lib.check_share(self, "decoder_dropout")
+    check_attention(self.encoder.attention, self.encoder.dtype, self.decoder_dropout)
     if sorted(self.decoder_order) != sorted(mae.PARTS):
       raise UserError(f"decoder_order is {self.decoder_order}: give {', '.join(mae.PARTS)} in any order")
 
@@ -83,3 +85,11 @@ class Objective(masked_pixels.Objective):
     whole, masked = encode(0, every), encode(1, kept)
     found: Any = self.decoder.apply({"params": main["decoder"]}, masked, kept, whole, **options(2))
     return found
+
+  def predict_fns(self) -> dict[str, PredictFn]:
+    found = super().predict_fns()
+
+    def reconstruct(variables, batch, rng):
+      return found["reconstruct"](variables, {"image": batch["image"]}, rng)
+
+    return found | {"reconstruct": reconstruct}
