@@ -13,7 +13,8 @@ From the authors' code (ImaGonEs/LEASE): the weights 0.1 and 0.01, temperature 0
 windows of half the sides or more after 11 epochs of true codes, heads, and a moving average whose decay rises
 from 0.996 to 1. Different here: the teacher is the moving average of the whole network, where theirs shares
 its embeddings (`share_embedding=True`), runs without dropout, and no gradient reaches its head; each example
-has its own size of the window; and predictions use the moving average.
+has its own size of the window; predictions use the moving average; and its decay at step s is at most
+(1 + s) / (10 + s), which is less for the first 2,240 steps.
 
 Arguments:
   :tiny          a tokenizer, then this recipe on the embedded digits

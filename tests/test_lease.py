@@ -99,10 +99,13 @@ def features(rng, count=600, width=6, groups=4):
 
 def test_clusters_find_the_groups_of_features():
   state, rng = clusters.init(12, 6), np.random.default_rng(1)
-  update = jax.jit(clusters.update)
-  for step in range(60):
+  update, means = jax.jit(clusters.update), []
+  for number in range(60):
     points, labels = features(rng)
-    ids, state = update(state, points, step, jax.random.key(step))
+    ids, state = update(state, points, jax.random.key(number))
+    means.append(points.mean(axis=0))
+    if number < 3:  # the first batches count alike
+      np.testing.assert_allclose(state["mean"], np.mean(means, axis=0), rtol=1e-5)
   table = np.zeros((12, 4))
   np.add.at(table, (np.asarray(ids), labels), 1)
   assert table.max(axis=1).sum() / table.sum() > 0.99  # each cluster belongs to one group
@@ -116,11 +119,12 @@ def test_clusters_find_the_groups_of_features():
 def test_a_dead_cluster_starts_again_at_a_feature():
   points, _ = features(np.random.default_rng(2))
   update = jax.jit(clusters.update)
-  _, state = update(clusters.init(3, 6), points, 0, jax.random.key(0))
-  _, state = update(state, points, 1, jax.random.key(1))
+  _, state = update(clusters.init(3, 6), points, jax.random.key(0))
+  _, state = update(state, points, jax.random.key(1))
+  state["batches"] = jnp.int32(1000)
   state["shares"] = state["shares"].at[1].set(0.0)
   state["sums"] = state["sums"].at[1].set(-1e-6 * clusters.centroids(state)[0])
-  _, after = update(state, points, 1000, jax.random.key(2))
+  _, after = update(state, points, jax.random.key(2))
   np.testing.assert_allclose(after["shares"][1], 1 / 3)
   nearest = (clusters.whiten(after, points) @ clusters.centroids(after)[1]).max()
   assert nearest == pytest.approx(1.0, abs=1e-5)

@@ -92,7 +92,8 @@ class RunConfig:
     seed: the seed of initialisation, data order, masks and dropout.
     accumulation: number of micro-batches whose gradients are averaged for one update.
     ema: by parameter group, the decay of an exponential moving average, used by predictions, and as a teacher
-      by some objectives; or (first, last), between which the decay rises along half a cosine over the run.
+      by some objectives; or (first, last), between which the decay rises along half a cosine over the run. At
+      step s it is at most (1 + s) / (10 + s).
     pretrained: paths of the trained models that the objective needs, by name. A section of the objective with
       the same name that has name="pretrained" is filled in from that model's config.
     resume: a workdir whose checkpoint this run starts from, including optimizer state.

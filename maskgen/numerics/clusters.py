@@ -27,10 +27,12 @@ def init(count: int, width: int) -> State:
     width: d.
 
   Returns:
-    `mean` [d] and `covariance` [d, d] of the features; `sums` [K, d] and `shares` [K], for each cluster the
-    sum of its whitened features and their number, both per feature of a batch.
+    `batches`, their number, int32; `mean` [d] and `covariance` [d, d] of the features; `sums` [K, d] and
+    `shares` [K], for each cluster the sum of its whitened features and their number, both per feature of a
+    batch.
   """
   return {
+    "batches": jnp.int32(0),
     "mean": jnp.zeros((width,)),
     "covariance": jnp.zeros((width, width)),
     "sums": jnp.zeros((count, width)),
@@ -56,21 +58,21 @@ def whiten(state: State, features: jax.Array) -> jax.Array:
   return unit_length(jnp.einsum("md,ed->me", centred, inverse, precision="highest"))
 
 
-def update(state: State, features: jax.Array, step: jax.Array, rng: jax.Array) -> tuple[jax.Array, State]:
+def update(state: State, features: jax.Array, rng: jax.Array) -> tuple[jax.Array, State]:
   """Assigns features to their nearest centroids, and moves these towards them.
 
-  Dead clusters start again at random features of the batch; with step 0, all do.
+  Dead clusters start again at random features of the batch; in the first batch, all do.
 
   Args:
     state: as `init` or the previous call returned it.
-    features: [m, d].
-    step: the number of batches before this one.
+    features: [m, d]; with accumulation, those of a micro-batch are a batch.
     rng: chooses the features at which clusters start.
 
   Returns:
     int32 [m], the nearest of `centroids(state)`, and the new state.
   """
-  decay = jnp.minimum(DECAY, step / (step + 1.0))
+  batches = state["batches"]
+  decay = jnp.minimum(DECAY, batches / (batches + 1.0))
   features, count, m = features.astype(jnp.float32), len(state["shares"]), len(features)
 
   def mix(name: str, new: jax.Array) -> jax.Array:
@@ -79,12 +81,12 @@ def update(state: State, features: jax.Array, step: jax.Array, rng: jax.Array) -
   mean = mix("mean", features.mean(axis=0))
   centred = features - mean[None]
   covariance = mix("covariance", jnp.einsum("md,me->de", centred, centred, precision="highest") / m)
-  found = {"mean": mean, "covariance": covariance}
+  found = {"batches": batches + 1, "mean": mean, "covariance": covariance}
   white = whiten(found, features)
   ids = jnp.einsum("md,kd->mk", white, centroids(state), precision="highest").argmax(axis=-1)
   shares = mix("shares", jnp.zeros(count).at[ids].add(1.0 / m))
   sums = mix("sums", jnp.zeros_like(state["sums"]).at[ids].add(white / m))
-  dead = (shares < DEAD_SHARE / count) | (step == 0)
+  dead = (shares < DEAD_SHARE / count) | (batches == 0)
   seeds = white[jax.random.randint(rng, (count,), 0, m)]
   found["shares"] = jnp.where(dead, 1.0 / count, shares)
   found["sums"] = jnp.where(dead[:, None], seeds / count, sums)

@@ -31,7 +31,8 @@ class Objective(mage.Objective):
 
   The teacher sees the whole picture. Its patch tokens are assigned to clusters, and the projection of each
   token that the encoder sees should be close to the centroid of its patch's cluster. The projection is linear
-  and has the teacher's width; predictions do not use it, nor the teacher.
+  and has the teacher's width; predictions do not use it, nor the teacher. Exports hold a frozen teacher
+  nevertheless: its license applies to them.
 
   Attributes:
     teacher: the model at `config.pretrained.teacher`, an image encoder with a patch for each token; as
@@ -144,9 +145,8 @@ class Objective(mage.Objective):
     if self.contrastive_weight:
       known = model_state["clusters"]
       patches = self.teach(frozen, batch, found.tokens)
-      ids, learned = clusters.update(
-        known, patches.reshape(-1, patches.shape[-1]), step, jax.random.fold_in(rng, 0)
-      )
+      features = patches.reshape(-1, patches.shape[-1])
+      ids, learned = clusters.update(known, features, jax.random.fold_in(rng, 0))
       ids = ids.reshape(patches.shape[:2])
       contrastive, nearest = self.contrast(params, clusters.centroids(known), ids, found)
       metrics |= {

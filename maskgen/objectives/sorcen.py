@@ -29,9 +29,10 @@ class Objective(mage.Objective):
   """Trains `main`, MAGE's network, a projection and a predictor, taught by its own moving average.
 
   An echo is a sample of the codes that the decoder finds likely, without the likeliest one, in a random
-  window; all other tokens are masked. The moving average, `config.ema.main`, encodes it. The projection of
-  the encoder's mean output should predict that of the echo, among those of all examples of the global batch.
-  Predictions use neither projection nor predictor.
+  window; all other tokens are masked. The moving average, `config.ema.main`, encodes it. The predictor
+  predicts the projection of the echo from that of the encoder's mean output, and each echo should be nearest
+  to its own prediction, among those of all examples of the global batch. The other methods of a trained model
+  use neither projection nor predictor.
 
   Attributes:
     contrastive_weight: of the contrastive loss; 0 does not compute it.
@@ -85,7 +86,7 @@ class Objective(mage.Objective):
     return Projection(self.predictor_hidden, self.projection_width, self.dtype, batch_norm=True)
 
   def batch_spec(self) -> BatchSpec:
-    # The negatives of an example are the echoes of all other examples of the global batch.
+    # The negatives of an echo are the predictions of all other examples of the global batch.
     return dataclasses.replace(super().batch_spec(), whole_batch=True)
 
   def init(self, rng: jax.Array, pretrained: Mapping[str, Tree]) -> dict[str, Tree]:
