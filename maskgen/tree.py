@@ -116,7 +116,7 @@ def _is_on_host(array: jax.Array) -> bool:
 def _checksum_on_host(array: np.ndarray) -> int:
   """The same as `_checksum`."""
   bits = np.ascontiguousarray(array).reshape(-1).view(f"uint{8 * array.dtype.itemsize}").astype(np.uint32)
-  weight = (2 * np.arange(bits.size).astype(np.uint32) + np.uint32(1)) * _WEIGHT
+  weight = (2 * np.arange(bits.size, dtype=np.uint32) + np.uint32(1)) * _WEIGHT
   return int(np.dot(bits + np.uint32(1), weight))
 
 

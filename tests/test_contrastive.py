@@ -48,24 +48,25 @@ def test_loss_and_gradients_are_those_of_the_reference(chunk):
 @pytest.mark.parametrize("bias", [None, -1.0])
 def test_the_loss_is_the_same_in_chunks(bias):
   rng = np.random.default_rng(0)
-  images, texts = (rng.normal(size=(6, 4)) for _ in range(2))
-  images, texts = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (images, images + 0.5 * texts))
+  images, texts = (rng.normal(size=(7, 4)) for _ in range(2))
+  images, texts = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (images, images + 0.9 * texts))
   logits = 3.0 * images @ texts.T + (bias or 0.0)
   own = np.diag(logits)
   if bias is None:
     expected = np.log(np.exp(logits).sum(axis=1)) - own
   else:
-    signs = 2 * np.eye(6) - 1
+    signs = 2 * np.eye(7) - 1
     expected = np.log1p(np.exp(-signs * logits)).sum(axis=1)
   gradients = []
-  for chunk in (4, 100):
+  for chunk, parts in ((4, 2), (100, 1)):
 
     def loss(images, texts, chunk=chunk):
       return losses.contrast(images, texts, jnp.float32(3.0), bias, chunk)
 
     found, nearest = loss(*(x.astype(np.float32) for x in (images, texts)))
     np.testing.assert_allclose(found, expected, rtol=1e-5)
-    np.testing.assert_array_equal(nearest, logits.argmax(axis=1) == np.arange(6))
+    np.testing.assert_array_equal(nearest, logits.argmax(axis=1) == np.arange(7))
+    assert f"length={parts}" in str(jax.make_jaxpr(loss)(images, texts))
     gradient = jax.grad(lambda *x: loss(*x)[0].mean(), (0, 1))
     gradients.append(gradient(*(jnp.float32(x) for x in (images, texts))))
   assert 0 < nearest.mean() < 1
@@ -216,6 +217,7 @@ def test_wrong_runs(change, words):
   [
     ("zero_shot", dict(names=None), {}, "the data has no labels"),
     ("zero_shot", {}, dict(templates=("a picture",)), "'{}' once"),
+    ("zero_shot", {}, dict(templates=("{} {x}",)), "out-of-vocabulary word"),
     ("zero_shot", dict(names=("horse", "cat")), {}, "out-of-vocabulary word 'horse'"),
     ("retrieval", {}, dict(num_images=1), "num_images"),
   ],

@@ -48,7 +48,7 @@ class Evaluator:
   def _prompts(self) -> np.ndarray:
     """The prompts of all classes, int32 [classes * templates, length]."""
     assert self.context.captions is not None and self.context.class_names is not None
-    texts = [template.format(name) for name in self.context.class_names for template in self.templates]
+    texts = [template.replace("{}", name) for name in self.context.class_names for template in self.templates]
     return self.context.captions.read(texts)
 
   def trace(self, call: Call, batch: Mapping[str, jax.ShapeDtypeStruct]) -> None:

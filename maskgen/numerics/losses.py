@@ -153,14 +153,17 @@ def contrast(
     others: float32 [b, d], of length 1; row i matches row i.
     scale: a scalar, by which cosines are multiplied.
     bias: a scalar that is added to all logits, or None.
-    chunk: the largest number of `others` to compare with at once; the largest divisor of b up to it is used.
+    chunk: the largest number of `others` to compare with at once; they are split into the fewest equal parts,
+      the last of which may be smaller.
 
   Returns:
     loss: float32 [b].
     nearest: float32 [b], whether the matching one is nearer than all others.
   """
   b, width = own.shape
-  size = next(size for size in range(min(chunk, b), 0, -1) if b % size == 0)
+  count = -(-b // chunk)
+  size = -(-b // count)
+  surplus = count * size - b
   lowest = jnp.finfo(jnp.float32).min  # not -inf, whose gradient is NaN
   rows = jnp.arange(b)
 
@@ -172,6 +175,7 @@ def contrast(
     total, best = carry
     numbers, candidates = part
     logits = logits_of(jnp.einsum("id,jd->ij", own, candidates, precision="highest"))
+    logits = jnp.where(numbers < b, logits, lowest) if surplus else logits
     same = rows[:, None] == numbers[None]
     if bias is None:
       total = jnp.logaddexp(total, jax.nn.logsumexp(logits, axis=1))
@@ -180,7 +184,8 @@ def contrast(
     return (total, jnp.maximum(best, jnp.where(same, lowest, logits).max(axis=1))), None
 
   start = (jnp.full(b, lowest) if bias is None else jnp.zeros(b), jnp.full(b, lowest))
-  parts = (rows.reshape(-1, size), others.reshape(-1, size, width))
+  filled = jnp.pad(others, ((0, surplus), (0, 0))) if surplus else others
+  parts = (jnp.arange(count * size).reshape(count, size), filled.reshape(count, size, width))
   (total, best), _ = jax.lax.scan(compare, start, parts)
   positive = logits_of((own * others).sum(axis=-1))
   return total - positive if bias is None else total, (positive > best).astype(jnp.float32)
