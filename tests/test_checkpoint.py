@@ -374,7 +374,8 @@ def test_an_export_needs_no_run_beside_it(trained, tmp_path):
   shutil.rmtree(tmp_path / "run")
   assert maskgen.load(tmp_path / "export").generate(batch=2).shape == (2, *tiny.SIZE, 3)
   config = json.loads((tmp_path / "export" / "config.json").read_text())
-  assert set(config) == {"objective", "version"}
+  assert set(config) == {"objective", "version", "data"}
+  assert set(config["data"]) == {"eval_preprocess"}
   arrays = safetensors.numpy.load_file(tmp_path / "export" / "weights.safetensors")
   assert {name.split("/")[0] for name in arrays} == {"params", "frozen"}
 

@@ -416,7 +416,7 @@ def test_a_full_disk_keeps_what_is_saved(experiment, tmp_path, monkeypatch):
 
   with (
     monkeypatch.context() as patch,
-    pytest.raises(UserError, match=r"No space left.*make room.*; step 4 is saved"),
+    pytest.raises(UserError, match=r"No space left.*free space.*; step 4 is saved"),
   ):
     patch.setattr(ocp.CheckpointManager, "save", no_space)
     train.train(experiment, workdir)

@@ -66,7 +66,7 @@ class Objective:
   loss: str = "sigmoid"
   temperature: float = 0.1
   bias: float = -10.0
-  chunk: int = fields.operational(4096)
+  chunk: int = fields.operational(4096, less_memory=(1024, 256))
 
   def __post_init__(self):
     config_lib.check_at_least(self, 0, "embedding_width", "temperature")

@@ -89,8 +89,9 @@ def _config(args: argparse.Namespace, overrides: Mapping[str, str]) -> dict[str,
   if args.config is not None:
     return main_lib.choose_stage(args.config, overrides, args.stage, args.model)[1]
   config = storage.load_config(args.model)
-  if "data" not in config or overrides or args.stage is not None:
-    reason = "has no data of its own" if "data" not in config else "is given with flags of a config"
+  has_data = "source" in config.get("data", {})
+  if not has_data or overrides or args.stage is not None:
+    reason = "is given with flags of a config" if has_data else "has no data of its own"
     raise UserError(f"--model={args.model} {reason}: add --config=FILE")
   return config_lib.without_origin(config)
 
