@@ -204,8 +204,8 @@ class Mage(Encoder):
     if kept is not None and at is None:
       # Dropped positions are masked below.
       x = jnp.concatenate([class_feature, masking.spread(x[:, 1:], kept, mask.shape[1])], axis=1)
-    # At the class position, its own feature stands in any case.
-    hidden = jnp.pad(mask, ((0, 0), (1, 0)), constant_values=True)[..., None]
+    # The class position keeps its own feature, alone.
+    hidden = jnp.pad(mask, ((0, 0), (1, 0)), constant_values=self.add_visible)[..., None]
     position = sharding.gather(self.decoder_position)[None].astype(x.dtype)
     if at is not None:
       hidden, position = jnp.take_along_axis(hidden, at[..., None], axis=1), position[0][at]
