@@ -1,8 +1,10 @@
 """The README's commands work, and those of the documentation exist."""
 
+import ast
 import contextlib
 import functools
 import importlib
+import importlib.util
 import io
 import itertools
 import json
@@ -16,12 +18,15 @@ from PIL import Image
 
 from maskgen import config as config_lib
 from maskgen import main
+from maskgen.errors import UserError
 
 trained = tiny.trained
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 DOCS = sorted((ROOT / "docs").glob("*.md"))
+CARDS = sorted(ROOT.glob("maskgen/pretrained/*/README.md"))
+CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 CONCEPTS = (ROOT / "docs/concepts.md").read_text()
 MAIN = "python -m maskgen.main --config=configs/quickstart.py --workdir=runs/quickstart"
 
@@ -97,6 +102,39 @@ def test_commands_of_the_documentation_exist(page):
     assert {argument.partition("=")[0] for argument in plain} <= known, command
   for config in re.findall(r"configs/\w+\.py", text):
     assert (ROOT / config).is_file(), config
+
+
+def uses_of_configs(text: str) -> list[tuple[str, list[str]]]:
+  """Each `--config=` of a text, in blocks and within lines, with the `--config.` flags after it."""
+  found = []
+  for code in re.findall(r"--config=configs/[^`\n]*", text.replace("\\\n", " ")):
+    config, *rest = shlex.split(code, comments=True)
+    found.append((config.partition("=")[2], [a for a in rest if a.startswith("--config.")]))
+  return found
+
+
+@pytest.mark.parametrize(
+  "page", [*CARDS, *CONFIGS, *DOCS], ids=lambda page: f"{page.parent.name}/{page.stem}"
+)
+def test_configs_of_the_documentation_load(page):
+  """With their arguments and overrides; test_train runs each config with `:debug`."""
+  for config, flags in uses_of_configs(page.read_text()):
+    config = re.sub(r"(?<==)N\b", "8", config)
+    try:
+      config_lib.load(config, main.parse_overrides(flags))
+    except UserError as error:  # of a model whose config is read: everything else was right
+      assert re.match(r"model (runs|weights)/\S+ does not exist", str(error)), (config, str(error))
+
+
+@pytest.mark.parametrize("page", DOCS, ids=lambda page: page.stem)
+def test_python_of_the_documentation_imports_what_exists(page):
+  for code in blocks("python", page.read_text()):
+    for node in ast.walk(ast.parse(code)):
+      if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "maskgen":
+        for alias in node.names:
+          name = f"{node.module}.{alias.name}"
+          module = importlib.import_module(node.module)
+          assert hasattr(module, alias.name) or importlib.util.find_spec(name), name
 
 
 def test_the_site_lists_every_page():
