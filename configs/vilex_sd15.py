@@ -27,6 +27,7 @@ Arguments:
   :caption_share  how often the caption is next to the image, if there are captions; likewise
   :words_win      whether words are trained to override images: with captions, see docs/vilex.md
   :place          the image's position: `before` or `behind` its caption, or `within` it, as words_win has it
+  :clean_text     whether texts are cleaned as for CLIP's training, with the extra `text`
   :subject        words for what images show, joined by `+`; an image within its caption replaces the first
   :recoloured     the share of the captions whose image is hue-shifted; with words_win 0 means 0.4
   :batch_size     examples per step, by default 2,048
@@ -62,7 +63,7 @@ FROZEN = dict(param_dtype="bfloat16", dtype="bfloat16", remat="full")
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   given = dict(decoder="", encoder=ENCODER, source="folder:pictures", eval_source="")
   words = dict(template_share=0.25, templates=str(pathlib.Path(__file__).parent / "vilex_templates.txt"))
-  words |= dict(caption_share=0.0, words_win=False, place="", subject="", recoloured=0.0)
+  words |= dict(caption_share=0.0, words_win=False, place="", subject="", recoloured=0.0, clean_text=False)
   recipe = dict(batch_size=0, accumulation=0, gpu=0, family="sd15", size=0, debug=False, tiny=False)
   args = config_lib.parse_arg(arg, **given, **words, **recipe)
   config = full(args)
@@ -90,7 +91,8 @@ def full(args) -> ml_collections.ConfigDict:
   accumulation = args.accumulation or (batch_size // (1 if xl else 4) if args.gpu else 8 if xl else 2)
   captions = args.caption_share or args.words_win
   # No flips with captions, which may mention left and right.
-  words = f"|tokenize('bpe:{section['folder'] or args.family}/tokenizer', 77)" if captions else ""
+  kind = "bpe_clean" if args.clean_text else "bpe"
+  words = f"|tokenize('{kind}:{section['folder'] or args.family}/tokenizer', 77)" if captions else ""
   flip = "" if captions else "|flip_lr"
   random = f"|sized_crop({size})" if xl else f"|resize_small({size})|random_crop({size})"
   centre = f"|sized_crop({size}, 'center')" if xl else f"|resize_small({size})|center_crop({size})"
@@ -110,7 +112,7 @@ def full(args) -> ml_collections.ConfigDict:
       pretrained=dict(decoder=decoder, encoder=path),
       objective=dict(
         name="vilex",
-        decoder={**section, "image_size": (size, size), **FROZEN},
+        decoder={**section, "image_size": (size, size), "clean_text": args.clean_text, **FROZEN},
         encoder=encoder,
         pretrained_encoder=not mage,
         train_encoder=not args.gpu,

@@ -3,6 +3,7 @@
 import gzip
 import json
 import pathlib
+import sys
 
 import numpy as np
 import pytest
@@ -91,6 +92,49 @@ def test_ids_of_clip(clip):
   # As transformers.CLIPTokenizer has them.
   assert clip.encode("don't 3.14 naïve 😀") == [847, 713, 274, 269, 272, 275, 1097, 35689, 563, 7334]
   assert list(clip.pad("a photo of a cat", 77)[5:9]) == [2368, 49407, 0, 0]
+
+
+CLEANED = [
+  ("caf\u00c3\u00a9 \u201cquoted\u201d it\u2019s", 'café "quoted" it\'s'),  # UTF-8 read as Latin-1
+  ("tom &amp;amp; jerry &lt;3", "tom & jerry <3"),
+  ("<b>one &amp;amp; two</b>", "<b>one & two</b>"),  # ftfy leaves entities beside tags alone
+  ("\ufb01ne \uff21\uff22 \x1b[31mred\x07", "fine ab red"),
+]
+
+
+def test_pasted_text_is_cleaned(tmp_path):
+  pytest.importorskip("ftfy", reason="ftfy (the extra text) is not installed")
+  (tmp_path / "merges.txt").write_text("\n".join(" ".join(pair) for pair in MERGES))
+  plain, clean = (open_text_tokenizer(f"{kind}:{tmp_path / 'merges.txt'}") for kind in ("bpe", "bpe_clean"))
+  for pasted, text in CLEANED:
+    assert clean.encode(pasted) == plain.encode(text) != plain.encode(pasted)
+
+
+def test_cleaned_ids_of_clip(clip):
+  """As transformers.CLIPTokenizer 4.57 with ftfy 6.3 has them, after OpenCLIP's second look at entities."""
+  pytest.importorskip("ftfy", reason="ftfy (the extra text) is not installed")
+  tokenizer = open_text_tokenizer(f"bpe_clean:{CLIP}")
+  for text, ids in json.loads((pathlib.Path(__file__).parent / "golden" / "clean_texts.json").read_text()):
+    assert tokenizer.encode(text) == ids, text
+
+
+def test_cleaning_needs_its_extra(tmp_path, monkeypatch):
+  monkeypatch.setitem(sys.modules, "ftfy", None)
+  (tmp_path / "merges.txt").write_text("c a\n")
+  with pytest.raises(UserError, match=r"needs ftfy, which is not installed: pip install 'maskgen\[text\]'"):
+    open_text_tokenizer(f"bpe_clean:{tmp_path / 'merges.txt'}")
+
+
+@pytest.mark.parametrize("special", ["<|endoftext|>", "<|StartOfText|>"])
+def test_no_text_contains_an_end(special, tmp_path):
+  """In prompts they are refused; in the captions of data they are spelled."""
+  (tmp_path / "merges.txt").write_text("\n".join(" ".join(pair) for pair in MERGES))
+  captions = Captions(text_tokenizer=f"bpe:{tmp_path / 'merges.txt'}", length=40)
+  with pytest.raises(UserError, match=r"word '<\|\w+oftext\|>', which marks an end of the text: remove it"):
+    captions.read([f"the cat {special} the"])
+  ids = captions.opened.pad(f"the cat {special} the", 40)
+  assert list(ids).count(captions.opened.end_id) == 1
+  assert captions.opened.decode(ids).replace(" ", "") == f"thecat{special}the".lower()
 
 
 def test_files_of_hugging_face(tmp_path):

@@ -189,6 +189,13 @@ def pictures(tmp_path_factory):
 
 
 SMALL = dict(
+def test_clean_text_is_that_of_data_and_prompts(converted):
+  plain = load(f"configs/vilex_sd15.py:decoder={converted / 'sd'},words_win,template_share=0.0,clean_text")
+  plain["objective"] |= dict(encoder=SMALL, pretrained_encoder=False)
+  spec = objectives.build(plain["objective"] | {"tokens": 3}).captions.text_tokenizer
+  assert spec.startswith("bpe_clean:/") and f"|tokenize('{spec}', 77)" in plain["data"]["preprocess"]
+
+
   name="vit", image_size=(16, 16), patch=8, width=16, depth=2, heads=2, hidden=32, scan=True, remat="dots"
 )
 

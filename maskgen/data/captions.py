@@ -15,7 +15,7 @@ _open = functools.cache(open_text_tokenizer)
 def tokenize(caption: tf.Tensor, tokenizer: str, length: int, *, draw: tf.Tensor) -> tf.Tensor:
   """Tokenizes one caption to int32 [length]; successive draws of a record take its k captions in turn.
 
-  `tokenizer` is "words:/path/words.txt" or "bpe:/path", see `maskgen.numerics.text.open_text_tokenizer`.
+  `tokenizer` is "bpe:/path" or another that can be opened, see `maskgen.numerics.text.open_text_tokenizer`.
   """
   if not isinstance(tokenizer, str):
     raise ValueError(f"tokenizer is {tokenizer!r}, not a string such as 'bpe:/path'")

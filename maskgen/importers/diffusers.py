@@ -174,6 +174,7 @@ class Folder:
       published `family` and cannot read captions, which is enough to estimate a step.
     family: one of `FAMILIES`, if the model must be of this family.
     image_size: (h, w) of the images to generate.
+    clean_text: whether texts are cleaned as for CLIP's training, see `numerics.text.BytePairTokenizer`.
     param_dtype: of all frozen parameters except the autoencoder's, which are float32.
     dtype, attention, remat: how it is run, see `load`.
   """
@@ -181,6 +182,7 @@ class Folder:
   folder: str = fields.local_files("", find=local_files)
   family: str = ""
   image_size: tuple[int, int]
+  clean_text: bool = False
   param_dtype: str = fields.precision("float32")
   dtype: str = fields.precision("float32")
   attention: str = fields.operational("auto", plain="xla")
@@ -222,7 +224,8 @@ def frozen(given: Folder) -> tuple[FrozenTextToImage, Captions]:
     start_id, end_id, paddings = layout.start_id, layout.end_id, layout.padding_ids
   check_image_size(model, given.image_size)
   length = model.text_encoders[0].positions
-  captions = Captions(text_tokenizer=f"bpe:{given.root / 'tokenizer'}", length=length)
+  kind = text.CLEAN_BYTE_PAIRS if given.clean_text else text.BYTE_PAIRS
+  captions = Captions(text_tokenizer=f"{kind}:{given.root / 'tokenizer'}", length=length)
   ids = (start_id, end_id, paddings)
   return FrozenTextToImage(model, given.image_size, length, *ids, given.param_dtype), captions
 

@@ -8,13 +8,14 @@ import abc
 import dataclasses
 import functools
 import gzip
+import html
 import itertools
 import json
 import os
 import re
 import unicodedata
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,8 @@ from etils import epath
 from maskgen.config import check_at_least, fields
 from maskgen.errors import UserError, nearest
 
+# Kinds of tokenizers, see `open_text_tokenizer`.
+BYTE_PAIRS, CLEAN_BYTE_PAIRS = "bpe", "bpe_clean"
 # The number of merges that CLIP uses; its file contains more.
 _CLIP_MERGES = 49_152 - 256 - 2
 _WORD_END = "</w>"
@@ -56,7 +59,7 @@ class TextTokenizer(abc.ABC):
     """Returns the text up to the first end id, in lower case."""
 
   def unknown(self, text: str) -> str | None:
-    """Returns a text's first out-of-vocabulary word and the nearest known one, or None."""
+    """Returns a text's first out-of-vocabulary word and a remedy, such as the nearest known one, or None."""
     return None
 
   def pad(self, text: str, length: int) -> np.ndarray:
@@ -112,19 +115,26 @@ class BytePairTokenizer(TextTokenizer):
 
   Ids are the 256 bytes, the 256 bytes at the end of a word, the merges in order, start and end; with CLIP's
   48,894 merges the last two are 49,406 and 49,407. Text is NFC-normalised and lower-cased, and repeated white
-  space is collapsed, as in `transformers.CLIPTokenizer`; the original also repairs broken encodings. All ids
-  after the first end id are padding. In a text, "!" is a word even if it is the padding token, as when the
-  models were trained (transformers treats it as padding).
+  space is collapsed, as in `transformers.CLIPTokenizer` without ftfy. All ids after the first end id are
+  padding. In a text, "!" is a word even if it is the padding token, as when the models were trained
+  (transformers treats it as padding).
+
+  A text cannot contain the start or the end: prompts with the name of one are refused, and in the captions of
+  data it is spelled like any other word. In transformers, the name would end the text.
 
   Args:
     merges: pairs of pieces to join, the most frequent first.
     padding: the padding token, a piece or a special token; the original uses "!", whose id is 0.
+    clean: whether texts are first repaired by ftfy and their HTML entities replaced, as for the training of
+      CLIP and OpenCLIP.
 
   Raises:
-    UserError: if a pair joins a piece that no earlier pair makes, or the padding token does not exist.
+    UserError: if a pair joins a piece that no earlier pair makes, the padding token does not exist, or
+      `clean` needs ftfy.
   """
 
-  def __init__(self, merges: Sequence[tuple[str, str]], padding: str = "!"):
+  def __init__(self, merges: Sequence[tuple[str, str]], padding: str = "!", *, clean: bool = False):
+    self._clean = _open_cleaning() if clean else str
     alphabet = _byte_alphabet()
     self._bytes = {char: byte for byte, char in alphabet.items()}
     self._pieces = [*alphabet.values(), *(char + _WORD_END for char in alphabet.values())]
@@ -145,8 +155,12 @@ class BytePairTokenizer(TextTokenizer):
     self._word_ids = functools.lru_cache(65_536)(self._merge)
 
   def encode(self, text: str) -> list[int]:
-    text = " ".join(unicodedata.normalize("NFC", text).split()).lower()
+    text = " ".join(unicodedata.normalize("NFC", self._clean(text)).split()).lower()
     return [i for word in _clip_words(text) for i in self._word_ids(word)]
+
+  def unknown(self, text: str) -> str | None:
+    special = (name for name in (_START, _END) if name in text.lower())
+    return next((f"'{name}', which marks an end of the text: remove it" for name in special), None)
 
   def decode(self, ids: Iterable[int]) -> str:
     words = "".join(self._pieces[i] for i in self._content(ids)).split(_WORD_END)
@@ -243,13 +257,19 @@ def open_text_tokenizer(spec: str) -> TextTokenizer:
     spec: "list:a red fox", the words themselves; "words:/path/words.txt", a file with one word per line; or
       "bpe:/path", CLIP's `bpe_simple_vocab_16e6.txt.gz` or a folder with `vocab.json` and `merges.txt` (or
       with `tokenizer.json`), and with `tokenizer_config.json` or `special_tokens_map.json` if padding differs
-      from the original's.
+      from the original's; or "bpe_clean:/path", the same with texts cleaned as for CLIP's training, which
+      needs the extra `text`.
 
   Raises:
-    UserError: if there is no such tokenizer, or its files are missing or malformed.
+    UserError: if there is no such tokenizer, its files are missing or malformed, or ftfy is not installed.
   """
   kind, _, path = spec.partition(":")
-  openers = {"list": _open_list, "words": _open_words, "bpe": _open_byte_pairs}
+  openers: dict[str, Callable[[str], TextTokenizer]] = {
+    "list": _open_list,
+    "words": _open_words,
+    BYTE_PAIRS: _open_byte_pairs,
+    CLEAN_BYTE_PAIRS: functools.partial(_open_byte_pairs, clean=True),
+  }
   if kind not in openers:
     raise UserError(f"tokenizer '{spec}' is unknown{nearest(kind, openers)}")
   if not path:
@@ -273,10 +293,10 @@ def _open_words(file: str) -> WordTokenizer:
   return WordTokenizer(epath.Path(os.path.expanduser(file)).read_text(encoding="utf-8").split())
 
 
-def _open_byte_pairs(folder: str) -> BytePairTokenizer:
+def _open_byte_pairs(folder: str, clean: bool = False) -> BytePairTokenizer:
   path = epath.Path(os.path.expanduser(folder))
   if not path.is_dir():
-    return BytePairTokenizer(_read_merges(path))
+    return BytePairTokenizer(_read_merges(path), clean=clean)
   merges = path / "merges.txt"
   if merges.exists() or not (path / "tokenizer.json").exists():
     vocabulary, pairs = _read_object(path / "vocab.json"), _read_merges(merges)
@@ -284,10 +304,21 @@ def _open_byte_pairs(folder: str) -> BytePairTokenizer:
     saved = _read_object(path / "tokenizer.json").get("model", {})
     pairs = [_pair(merge) for merge in saved.get("merges", ())]
     vocabulary = saved.get("vocab", {})
-  tokenizer = BytePairTokenizer(pairs, _read_padding(path))
+  tokenizer = BytePairTokenizer(pairs, _read_padding(path), clean=clean)
   if vocabulary != tokenizer.vocabulary:
     raise UserError("its vocabulary does not have CLIP's ids: give the folder of a CLIP tokenizer")
   return tokenizer
+
+
+def _open_cleaning() -> Callable[[str], str]:
+  """The cleaning of texts for CLIP's and OpenCLIP's training."""
+  try:
+    from ftfy import fix_text
+  except ImportError:
+    raise UserError(
+      "cleaning texts needs ftfy, which is not installed: pip install 'maskgen[text]'"
+    ) from None
+  return lambda text: html.unescape(html.unescape(fix_text(text)))
 
 
 def _read_object(path: epath.Path) -> dict[str, Any]:
