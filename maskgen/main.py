@@ -95,7 +95,7 @@ def main(argv: Sequence[str]) -> None:
   for workdir, stage in stages.items():
     log.info("checking %s", workdir.name)
     with naming(workdir), plugins.recording() as named:
-      experiment = Experiment(stage)
+      experiment = Experiment(storage.use_assets_if_gone(stage, workdir))
       if not (workdir / "checkpoints").exists():  # else everything needed is in the workdir
         experiment.check_pretrained(workdir, pending=experiments)
       if args.mode != "eval":

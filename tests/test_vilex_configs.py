@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import test_text_to_image
 import tiny
+from etils import epath
 from PIL import Image
 
 import maskgen
@@ -21,7 +22,7 @@ from maskgen.importers import diffusers
 from maskgen.importers.diffusers_layouts import LAYOUTS
 from maskgen.importers.published import PUBLISHED
 from maskgen.tools import convert, export, generate
-from maskgen.training.pretrained import complete
+from maskgen.training.pretrained import complete, stored_first
 
 folders, trained = test_text_to_image.folders, tiny.trained
 CONFIGS = {f"configs/vilex_{family}.py": family for family in LAYOUTS}
@@ -188,7 +189,6 @@ def pictures(tmp_path_factory):
   return path
 
 
-SMALL = dict(
 def test_clean_text_is_that_of_data_and_prompts(converted):
   plain = load(f"configs/vilex_sd15.py:decoder={converted / 'sd'},words_win,template_share=0.0,clean_text")
   plain["objective"] |= dict(encoder=SMALL, pretrained_encoder=False)
@@ -196,6 +196,7 @@ def test_clean_text_is_that_of_data_and_prompts(converted):
   assert spec.startswith("bpe_clean:/") and f"|tokenize('{spec}', 77)" in plain["data"]["preprocess"]
 
 
+SMALL = dict(
   name="vit", image_size=(16, 16), patch=8, width=16, depth=2, heads=2, hidden=32, scan=True, remat="dots"
 )
 
@@ -233,6 +234,15 @@ def test_pictures_and_captions_to_a_vilex_model(converted, pictures, tmp_path, n
   stored = {name.split("/")[2]: array.dtype.name for name, array in frozen.items()}
   assert stored.pop("vae") == "float32" and set(stored.values()) == {"bfloat16"}
   shutil.rmtree(decoder)
+  # The run goes on without it, and so does its config.
+  (workdir / "results.json").unlink()
+  main.main([f"--config={file}", f"--workdir={workdir}", "--config.log_every_steps=1"])
+  assert (workdir / "results.json").exists()
+  with stored_first(epath.Path(workdir)):
+    again = load(f"configs/{config}.py:{given},batch_size=8,accumulation=1")
+  assert again["objective"]["decoder"] == plain["objective"]["decoder"]
+  with pytest.raises(UserError, match="decoder does not exist: give the workdir of a run"):
+    load(f"configs/{config}.py:{given}")
   workdir = shutil.move(workdir, tmp_path / "moved")
   export.main([f"--model={workdir}", f"--out={tmp_path / 'export'}"])
   exported = maskgen.load(shutil.move(tmp_path / "export", tmp_path / "elsewhere"))

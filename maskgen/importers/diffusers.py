@@ -261,12 +261,14 @@ def section_of(path: str | os.PathLike, family: str) -> dict[str, Any]:
       f"{path} is a folder of diffusers: convert it with maskgen.tools.convert --format=diffusers "
       f"--weights={path} --out=DIR, and give DIR"
     )
-  converted = storage.load_config(root).get("decoder", {})
+  own = storage.find_section(str(path))  # of a run that continues: the folder may be gone
+  converted = own or storage.load_config(root).get("decoder", {})
   if converted.get("name") != "diffusers":
     raise UserError(
       f"{path} is not a text-to-image model from maskgen.tools.convert --format=diffusers: give one"
     )
-  check_family(read_model(converted["folder"]), family, path)
+  if not own:
+    check_family(read_model(converted["folder"]), family, path)
   return section | {key: converted[key] for key in ("folder", "image_size")}
 
 

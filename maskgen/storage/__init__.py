@@ -7,7 +7,7 @@ under their path names (`params/main/encoder/...`), so that a part of a model ca
 rest.
 """
 
-from maskgen.storage.assets import write_assets
+from maskgen.storage.assets import use_assets_if_gone, write_assets
 from maskgen.storage.checkpoints import CHECKPOINTS, DAMAGED, Checkpoints, open_to_read
 from maskgen.storage.frozen import read_frozen, read_frozen_arrays, write_frozen
 from maskgen.storage.models import (
@@ -46,6 +46,7 @@ __all__ = [
   "read_frozen_arrays",
   "resolve",
   "to_host",
+  "use_assets_if_gone",
   "write_assets",
   "write_export",
   "write_frozen",

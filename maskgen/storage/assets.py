@@ -4,9 +4,10 @@
 from the copies, wherever the folder is; the paths in its config.json stay as they were.
 """
 
+import functools
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from etils import epath
@@ -47,23 +48,42 @@ def use_assets(config: dict[str, Any], model: epath.Path) -> dict[str, Any]:
   Raises:
     UserError: if the index is damaged.
   """
+  copies = _read_index(model)
+  return _map_texts(config, lambda text: copies.get(text, ("", text))[1])
+
+
+def use_assets_if_gone(config: dict[str, Any], model: epath.Path) -> dict[str, Any]:
+  """Returns a run's config in which copies stand for files that are gone, also within texts such as ops.
+
+  Raises:
+    UserError: if the index is damaged.
+  """
+  copies = _read_index(model).items()
+  gone = {value: copy for value, (path, copy) in copies if not epath.Path(os.path.expanduser(path)).exists()}
+  return _map_texts(config, lambda text: functools.reduce(lambda x, one: x.replace(*one), gone.items(), text))
+
+
+def _read_index(model: epath.Path) -> dict[str, tuple[str, str]]:
+  """For each value of a config that names local files: their path, and the value that names the copies."""
   file = model / ASSETS / INDEX
   if not file.exists():
-    return config
+    return {}
   remedy = "restore it from a copy"
-  paths = {}
+  found = {}
   for value, entry in files.read_json(file, remedy).items():
     if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in ("before", "path")):
       raise files.damaged(file, f"'{value}' has no copy", remedy)
     if not files.is_inside(entry["path"]):
       raise files.damaged(file, f"'{entry['path']}' is not in its folder", remedy)
-    paths[value] = f"{entry['before']}{model / ASSETS / entry['path']}"
+    before = entry["before"]
+    found[value] = (value.removeprefix(before), f"{before}{model / ASSETS / entry['path']}")
+  return found
 
-  def use(node: Any) -> Any:
-    if isinstance(node, Mapping):
-      return {key: use(item) for key, item in node.items()}
-    if isinstance(node, list):
-      return [use(item) for item in node]
-    return paths.get(node, node) if isinstance(node, str) else node
 
-  return {key: use(value) for key, value in config.items()}
+def _map_texts(node: Any, change: Callable[[str], str]) -> Any:
+  """Changes the texts in a plain config."""
+  if isinstance(node, Mapping):
+    return {key: _map_texts(item, change) for key, item in node.items()}
+  if isinstance(node, list):
+    return [_map_texts(item, change) for item in node]
+  return change(node) if isinstance(node, str) else node
