@@ -31,7 +31,7 @@ TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS=60 TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTE
 # GKE
 : "${NAMESPACE:=default}"
 : "${SERVICE_ACCOUNT:=default}" # Kubernetes service account with write access to WORKDIR
-: "${IMAGE:=}" # with python 3.11 or newer and maskgen[tpu]
+: "${IMAGE:=}" # with python 3.11 or newer and maskgen[tpu], see launch/Dockerfile
 : "${GKE_ACCELERATOR:=tpu-v5-lite-podslice}"
 : "${TOPOLOGY:=4x4}"
 : "${CHIPS_PER_HOST:=4}"
