@@ -48,7 +48,7 @@ def from_reference(golden, shapes, rename):
   """Our parameters of the weights of a golden file."""
   theirs = jax.eval_shape(rename, shapes)
   weights = {name: golden[f"weights/{name}"] for name in theirs}
-  return jax.linear_transpose(rename, shapes)(weights)[0]
+  return jax.jit(jax.linear_transpose(rename, shapes))(weights)[0]
 
 
 def assert_gradients(golden, found) -> set[str]:

@@ -106,6 +106,9 @@ TINY = {
     decoder_dropout=0.0,
     mask_ratio=0.75,
   ),
+  "umd": dict(
+    encoder=dict(image_size=(16, 16), patch=4, width=16, depth=1, heads=4), decoder_depth=1, classes=10
+  ),
   "classify": dict(
     image_size=(16, 16),
     classes=10,
@@ -123,6 +126,7 @@ PER_EXAMPLE = {
   "tokenizer": dict(entropy_weight=0.0, revive_weight=0.0),
   "lease": dict(contrastive_weight=0.0),
   "classify": dict(mixup=0.0, cutmix=0.0),
+  "umd": dict(clean_share=0.0),  # which are clean depends on micro-batches
 }
 BLOCK_RULES = (("mlp/up/kernel", ("fsdp", "tensor")), ("query/kernel", (None, ("fsdp", "tensor"))))
 # The rules for a mesh with tensor parallelism, of objectives with other blocks than those of our transformer.

@@ -128,7 +128,7 @@ class VitEncoder(ImageEncoder):
 
   @property
   def layers(self) -> tuple[str, ...]:
-    embedding = "(patch_embedding/|input_norm/|(position|class_token|register_tokens)$)"
+    embedding = "(patch_embedding/|input_norm/|condition/|(position|class_token|register_tokens)$)"
     return (embedding, *_blocks(self.network.depth))
 
   @property

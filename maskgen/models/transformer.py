@@ -187,7 +187,11 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-  """x + attention(norm(x)), then x + mlp(norm(x)); the fields are those of `Transformer`."""
+  """x + attention(norm(x)), then x + mlp(norm(x)); the fields are those of `Transformer`.
+
+  A condition [b, c] scales and shifts the outputs of both norms, and scales both branches, at first by 0
+  (adaLN-Zero, Peebles and Xie 2023, section 3.2).
+  """
 
   heads: int
   dropout: float = 0.0
@@ -208,14 +212,30 @@ class Block(nn.Module):
     *,
     train: bool,
     at: jax.Array | None = None,
+    condition: jax.Array | None = None,
   ) -> jax.Array:  # [b * n, d], n -> [b * n, d]
+    parts: list[jax.Array] = []
+    if condition is not None:
+      modulation = nn.Dense(
+        6 * x.shape[-1], kernel_init=nn.initializers.zeros, dtype=self.dtype, name="modulation"
+      )
+      parts = jnp.split(jnp.repeat(modulation(condition), length, axis=0), 6, axis=-1)
+
     def branch(y: jax.Array, name: str) -> jax.Array:
       if self.layer_scale:
         y = y * self.param(f"{name}_scale", nn.initializers.ones, (x.shape[-1],)).astype(y.dtype)[None]
+      if parts:
+        y = y * parts[2 if name == "attention" else 5]
       return y if drop_path is None else DropPath()(y, length, drop_path)
 
-    first = nn.LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name="attention_norm")
-    second = nn.LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name="mlp_norm")
+    def norm(name: str) -> Callable[[jax.Array], jax.Array]:
+      plain = nn.LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name=f"{name}_norm")
+      if not parts:
+        return plain
+      shift, scale = parts[:2] if name == "attention" else parts[3:5]
+      return lambda y: plain(y) * (1.0 + scale) + shift
+
+    first, second = norm("attention"), norm("mlp")
     attention = Attention(self.heads, self.dropout, self.dtype, self.attention, name="attention")
     mlp = Mlp(self.hidden or 4 * x.shape[-1], self.dropout, self.dtype, self.activation, name="mlp")
     y = attention(x if self.post_norm else first(x), length, train=train, at=at)
@@ -261,15 +281,22 @@ class Transformer(nn.Module):
   layer_scale: bool = False
 
   @nn.compact
-  def __call__(self, x: jax.Array, *, train: bool, at: jax.Array | None = None) -> jax.Array:
-    """[b, n, d] -> [b, n, d]; for `at` and the collection `cache`, see `Attention`."""
+  def __call__(
+    self,
+    x: jax.Array,
+    *,
+    train: bool,
+    at: jax.Array | None = None,
+    condition: jax.Array | None = None,
+  ) -> jax.Array:
+    """[b, n, d] -> [b, n, d]; see `Attention` for `at` and the collection `cache`, and `Block` otherwise."""
     fields = ("heads", "dropout", "dtype", "attention", "hidden", "activation", "post_norm", "epsilon")
     options = {name: getattr(self, name) for name in (*fields, "layer_scale")}
     shape, length = x.shape, x.shape[1]
     x = x.reshape(-1, x.shape[-1])
     if self.is_initializing():
       for i in range(self.depth):
-        x = Block(**options, name=f"block_{i}")(x, length, train=train)
+        x = Block(**options, name=f"block_{i}")(x, length, train=train, condition=condition)
       return x.reshape(shape)
 
     block = Block(**options, parent=None)
@@ -285,6 +312,7 @@ class Transformer(nn.Module):
         rate,
         train=train,
         at=at,
+        condition=condition,
         rngs={} if key is None else {"dropout": key},
         mutable=["cache"] if keep else [],
       )

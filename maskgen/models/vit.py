@@ -24,7 +24,7 @@ from maskgen.models.transformer import (
 )
 from maskgen.numerics.positions import sines
 
-POOLING = ("mean", "class", "attention")
+POOLING = ("mean", "class", "registers", "attention")
 
 
 class AttentionHead(nn.Module):
@@ -57,9 +57,10 @@ class ViT(nn.Module):
     width, depth, heads: d, the number of blocks, and the heads of each.
     hidden: width inside the MLPs, by default 4 d.
     pooling: what represents the image: "mean", the mean of the patches; "class", the output at a class
-      position in front of them; or "attention", what a learned query reads from them.
+      position in front of them; "registers", the mean of the registers; or "attention", what a learned query
+      reads from the patches.
     fixed_positions: whether the embeddings of positions are MAE's, see `positions.sines`, and not learned.
-    registers: r, further positions without an output, behind the class position.
+    registers: r, positions in front of the patches, behind the class position, that are no part of an image.
     projection: p, the width of `embed`, or 0 for none.
     activation: inside the MLPs, see `Transformer`.
     epsilon: of the norms.
@@ -111,8 +112,10 @@ class ViT(nn.Module):
       raise UserError(f"a width of {self.width} does not divide into {self.heads} heads")
     if self.fixed_positions and self.width % 4:
       raise UserError(f"width is {self.width}: fixed positions need a multiple of 4")
-    if self.registers and self.pooling != "class":
-      raise UserError(f"registers is {self.registers}: they need pooling='class'")
+    if self.registers and self.pooling not in ("class", "registers"):
+      raise UserError(f"registers is {self.registers}: they need pooling='class' or 'registers'")
+    if self.pooling == "registers" and not self.registers:
+      raise UserError("pooling is 'registers', of which there are none: give at least 1")
     super().__post_init__()
 
   @property
@@ -174,7 +177,8 @@ class ViT(nn.Module):
   def pool(self, images: jax.Array, *, train: bool = False) -> jax.Array:
     """Images to one vector each, float32 [b, d], by `pooling`, after the norm."""
     x = self._encode(images, train)
-    if self.pooling == "mean":
+    if self.pooling in ("mean", "registers"):
+      x = x if self.pooling == "mean" else x[:, : self.registers]
       return x.astype(jnp.float32).mean(axis=1)
     x = x[:, 0] if self.pooling == "class" else self.attention_head(x)
     return x.astype(jnp.float32)
@@ -207,8 +211,14 @@ class ViT(nn.Module):
     """
     return self._encode(images, train, kept)
 
-  def _encode(self, images: jax.Array, train: bool, kept: jax.Array | None = None) -> jax.Array:
-    """[b, h, w, c] -> [b, n or k, d] with the leading positions."""
+  def _encode(
+    self,
+    images: jax.Array,
+    train: bool,
+    kept: jax.Array | None = None,
+    condition: jax.Array | None = None,
+  ) -> jax.Array:
+    """[b, h, w, c] -> [b, n or k, d] with the leading positions; for `condition` see `Block`."""
     x = self.patch_embedding(self.standardize(images))
     x = x.reshape(x.shape[0], -1, self.width)
     if self.leading:
@@ -218,10 +228,11 @@ class ViT(nn.Module):
       at = jnp.pad(kept + self.leading, ((0, 0), (self.leading, 0)))
       x = jnp.take_along_axis(x, at[..., None], axis=1)
     if self.registers:
-      x = jnp.concatenate([x[:, :1], self._each(self.register_tokens, x), x[:, 1:]], axis=1)
+      first, rest = x[:, : self.leading], x[:, self.leading :]
+      x = jnp.concatenate([first, self._each(self.register_tokens, x), rest], axis=1)
     if self.embedding_norm:
       x = self.input_norm(x)
-    x = self.encoder(sharding.constrain_batch(x.astype(self.dtype)), train=train)
+    x = self.encoder(sharding.constrain_batch(x.astype(self.dtype)), train=train, condition=condition)
     return self.encoder_norm(x)
 
   def _each(self, tokens: jax.Array, x: jax.Array) -> jax.Array:

@@ -10,11 +10,12 @@ import numpy as np
 from maskgen import images as images_lib
 from maskgen.numerics import editing
 from maskgen.serving import requests
+from maskgen.serving.generative import GenerativeModel
 from maskgen.serving.requests import Label
 from maskgen.serving.tokenizer import Tokenizer
 
 
-class TokenModel(Tokenizer):
+class TokenModel(GenerativeModel, Tokenizer):
   """A masked generative model such as MAGE: it generates, edits and encodes images as tokens.
 
   model = maskgen.load("runs/quickstart/mage")
@@ -35,28 +36,6 @@ class TokenModel(Tokenizer):
     tokens = self.check_tokens(tokens)
     token_mask = images_lib.check_mask(token_mask, tokens.shape, "token_mask")
     return self._each("logits", {"tokens": tokens, "token_mask": token_mask})
-
-  def generate(
-    self,
-    seed: int = 0,
-    batch: int | None = None,
-    label: Label | None = None,
-    prompt: str | Sequence[str] | None = None,
-    **options: Any,
-  ) -> np.ndarray:
-    """Generates images, float32 [batch, h, w, c] in [0, 1].
-
-    Image i depends only on the seed, i and its label or prompt.
-
-    Args:
-      seed: random seed.
-      batch: the number of images; by default one per label or prompt, or 16.
-      label: a class, or one per image, for class-conditional models: a number, or one of the names in
-        `classes`; None for no class.
-      prompt: a text, or one per image, for models trained with captions; None for no text.
-      **options: the fields of `maskgen.numerics.sampling.MaskedSampling`; by default as in the config.
-    """
-    return self._generate(self.request(seed, batch, label, prompt), self._options(options))
 
   def trajectory(
     self,
@@ -166,15 +145,3 @@ class TokenModel(Tokenizer):
     made = self._each("inpaint", {"image": image, "mask": mask, **request}, **options)
     parts = zip(windows, images, made, holes, strict=True)
     return np.stack([w.paste(image, new, editing.opacity(hole, feather)) for w, image, new, hole in parts])
-
-  def request(
-    self, seed: int, batch: int | None = None, label: Any = None, prompt: Any = None, *, start: int = 0
-  ) -> dict[str, Any]:
-    """The batch for prediction functions that generate, see `generate`: images `start` to `start + batch`."""
-    batch = requests.count(batch, label, prompt)
-    request: dict[str, Any] = {"key": requests.keys(seed, batch, start)}
-    if label is not None:
-      request["label"] = requests.labels(label, batch, self.objective.num_classes, self.classes)
-    if prompt is not None:
-      request["caption"] = requests.captions(prompt, batch, self.objective.captions)
-    return request

@@ -86,7 +86,7 @@ def _write_siglip(model: "maskgen.Model", path: str, out: str) -> Mapping[str, A
   from maskgen.models.vit import ViT
 
   part = getattr(model.objective, "image_encoder", None)
-  if part is None or not isinstance(part.encoder.network, ViT):
+  if part is None or type(part.encoder.network) is not ViT:
     raise UserError(
       f"{path} is a model of objective '{model.kind}' without a ViT on pixels: --format=siglip needs a model "
       "with one, such as ViLex"
