@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import tiny
+from sklearn.datasets import load_digits
+from sklearn.neighbors import KNeighborsClassifier
 from test_errors import assert_clear
 
 import maskgen
@@ -66,8 +68,9 @@ def test_a_model_is_complete(name):
 def test_a_card_says_what_the_run_gave(name):
   files = files_of(name)
   card, results = files["README.md"].decode(), json.loads(files["results.json"])
-  results.pop("run")
-  numbers = {key: value for stage in results.values() for key, value in stage.items()}
+  results.pop("run", None)
+  stages = [stage for stage in results.values() if isinstance(stage, dict)] or [results]
+  numbers = {key: value for stage in stages for key, value in stage.items()}
   rows = re.findall(r"^\| `([\w/]+)` \| ([\d.]+) \|", card, flags=re.MULTILINE)
   assert rows
   for key, value in rows:
@@ -85,6 +88,15 @@ def test_a_name_is_a_model_wherever_a_folder_is(tmp_path):
   assert file.exists()
   assert storage.load_config(storage.resolve("digits", tmp_path)) == storage.load_config("digits")
   assert storage.resolve("stage:digits", tmp_path / "run") == tmp_path / "digits"
+
+
+def test_a_model_of_classes_draws_what_is_asked():
+  pixels, labels = load_digits(return_X_y=True)
+  nearest = KNeighborsClassifier(3).fit(pixels / 16, labels)
+  asked = np.tile(np.arange(10), 3)
+  images = maskgen.load("digits-class").generate(seed=0, label=asked, steps=8)
+  made = images.mean(axis=-1).reshape(-1, 8, 2, 8, 2).mean(axis=(2, 4)).reshape(-1, 64)
+  assert (nearest.predict(made) == asked).mean() > 0.8
 
 
 def test_a_path_comes_before_a_name(trained, tmp_path, monkeypatch):
