@@ -4,6 +4,8 @@ Results depend only on the image and the seed. Sums over an image are therefore 
 the order of summation changes with the number of threads.
 """
 
+from __future__ import annotations
+
 import functools
 import math
 

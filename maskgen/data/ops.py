@@ -11,14 +11,17 @@ of earlier draws of the record. Images are uint8 [h, w, c] before and after, c s
 Invalid arguments raise ValueError.
 """
 
+from __future__ import annotations
+
 import functools
 import math
 from collections.abc import Callable
+from typing import TypeAlias
 
 from maskgen.data.cpu_tf import tf
 from maskgen.data.picture import MAX_PIXELS, Picture
 
-Op = Callable[..., tf.Tensor | dict[str, tf.Tensor]]
+Op: TypeAlias = "Callable[..., tf.Tensor | dict[str, tf.Tensor]]"
 Size = int | tuple[int, int]
 
 # By function name, with and without the module.

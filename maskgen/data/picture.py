@@ -1,5 +1,7 @@
 """Picture files as tensors: decoded as a viewer displays them, and only as far as needed."""
 
+from __future__ import annotations
+
 import contextlib
 import functools
 import io
@@ -180,13 +182,18 @@ def _is_without_metadata(data: bytes) -> np.bool_:
   return np.bool_(True)
 
 
-# A graph even in eager execution, where `tf.numpy_function` would truncate strings at zeros.
-@functools.partial(tf.function, autograph=False)
+def _graph(function: Callable[..., tf.Tensor]) -> Callable[..., tf.Tensor]:
+  """Traces a function also in eager execution, where `tf.numpy_function` would truncate strings at zeros."""
+  traced = functools.cache(lambda: tf.function(function, autograph=False))
+  return lambda *args: traced()(*args)
+
+
+@_graph
 def _ask(question: Callable[[bytes], np.bool_], data: tf.Tensor) -> tf.Tensor:
   return tf.ensure_shape(tf.numpy_function(question, [data], tf.bool), ())
 
 
-@functools.partial(tf.function, autograph=False)
+@_graph
 def _decode_with_pillow(data: tf.Tensor, channels: int) -> tf.Tensor:
   # An exception would be logged with its traceback, unlike an assertion.
   pixels, wrong = tf.numpy_function(_try_to_decode, [data, channels], (tf.uint8, tf.string))

@@ -13,17 +13,17 @@ import os
 import queue
 import threading
 from collections.abc import Generator, Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from maskgen.config import check_at_least
 from maskgen.data import subset
-from maskgen.data.cpu_tf import tf
+from maskgen.data.array_reader import Batch
 from maskgen.data.preprocess import OpCall, parse_preprocess
-from maskgen.data.reader import Batch, Reader
+from maskgen.data.reader import AnyReader, open_reader
+from maskgen.data.shuffle import Shuffle
 from maskgen.data.skipped import TRAINING, Skipped
 from maskgen.data.sources import Codes, Source, open_source
 from maskgen.errors import UserError
@@ -114,7 +114,7 @@ class Data:
     self._check_memory()
 
   def _check_memory(self) -> None:
-    record = sum(math.prod(value.shape) * value.dtype.size for value in self._train.spec.values())
+    record = sum(math.prod(value.shape) * value.dtype.itemsize for value in self._train.spec.values())
     size = record * len(self._rows(self.batch_size))
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if size > memory:
@@ -154,15 +154,15 @@ class Data:
     return Skipped()
 
   @functools.cached_property
-  def _train(self) -> Reader:
+  def _train(self) -> AnyReader:
     return self._reader(TRAINING, self.source, self.split, self.preprocess, part=True)
 
   @functools.cached_property
-  def _eval(self) -> Reader:
+  def _eval(self) -> AnyReader:
     return self._reader("evaluation", self.eval_source or self.source, self.eval_split, self.eval_preprocess)
 
   @functools.cached_property
-  def _eval_on_train(self) -> Reader:
+  def _eval_on_train(self) -> AnyReader:
     source = self.eval_source or self.source
     use = "evaluation of training data"
     return self._reader(use, source, self.split, self.eval_preprocess, part=True)
@@ -183,8 +183,8 @@ class Data:
         self._sources[at] = open_source(source, split)
     return self._sources[at]
 
-  def _reader(self, use: str, source: str, split: str, preprocess: str, part: bool = False) -> Reader:
-    return Reader(
+  def _reader(self, use: str, source: str, split: str, preprocess: str, part: bool = False) -> AnyReader:
+    return open_reader(
       self._source(source, split, part),
       parse_preprocess(preprocess),
       seed=self.seed,
@@ -197,7 +197,7 @@ class Data:
   def spec(self) -> dict[str, jax.ShapeDtypeStruct]:
     """The shapes and dtypes of a global training batch."""
     return {
-      key: jax.ShapeDtypeStruct((self.batch_size, *value.shape), jnp.dtype(value.dtype.name))
+      key: jax.ShapeDtypeStruct((self.batch_size, *value.shape), value.dtype)
       for key, value in self._train.spec.items()
       if key != "valid"
     }
@@ -205,7 +205,7 @@ class Data:
   def eval_spec(self, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
     """The shapes and dtypes of a global evaluation batch."""
     return {
-      key: jax.ShapeDtypeStruct((batch_size, *value.shape), jnp.dtype(value.dtype.name))
+      key: jax.ShapeDtypeStruct((batch_size, *value.shape), value.dtype)
       for key, value in self._eval.spec.items()
     }
 
@@ -265,10 +265,10 @@ class Data:
     """Yields this process's rows of the batches from step `start_step` on."""
     size, rows = self.num_train, self._rows(self.batch_size)
 
-    def locate(number: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    def locate(number: Any, shuffle: Shuffle) -> tuple[Any, Any]:
       position = number // len(rows) * self.batch_size + rows.start + number % len(rows)
       epoch = position // size
-      return _shuffle(position % size, size, self.seed, epoch), epoch
+      return shuffle(position % size, size, self.seed, epoch), epoch
 
     for batch in self._train.batches(locate, len(rows), start=start_step):
       yield {key: value for key, value in batch.items() if key != "valid"}
@@ -286,10 +286,9 @@ class Data:
     reader = self._eval if split == "eval" else self._eval_on_train
     size, rows = reader.source.size, self._rows(batch_size)
 
-    def locate(number: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    def locate(number: Any, shuffle: Shuffle) -> tuple[Any, Any]:
       position = number // len(rows) * batch_size + rows.start + number % len(rows)
-      index = _shuffle(tf.minimum(position, size - 1), size, seed=0, epoch=0)
-      return index, tf.zeros_like(index)
+      return shuffle(position % size, size, 0, 0), 0 * position
 
     steps = -(-size // batch_size)
     for step, batch in enumerate(reader.batches(locate, len(rows), stop=steps)):
@@ -348,18 +347,7 @@ def to_device(
     thread.join(timeout=10.0)
 
 
-def _tokenizing(reader: Reader) -> OpCall | None:
+def _tokenizing(reader: AnyReader) -> OpCall | None:
   """The last op that tokenizes captions, if any."""
   found = [op for op in reader.preprocess.ops if op.name == "tokenize"]
   return found[-1] if found else None
-
-
-def _shuffle(position: tf.Tensor, size: int, seed: int, epoch: tf.Tensor | int) -> tf.Tensor:
-  """Applies the random permutation of `size` numbers for an epoch to `position`."""
-  # For small sizes the op uses only the low bits of its seed, so a counter in the seed would soon
-  # repeat. With the 4 rounds of tf.random.experimental.index_shuffle, neighbours stay correlated.
-  key = tf.stack([tf.constant(seed, tf.int64), tf.cast(epoch, tf.int64)])
-  bits = tf.random.stateless_uniform([3], key, minval=None, maxval=None, dtype=tf.int32)
-  return tf.raw_ops.RandomIndexShuffle(
-    index=position, seed=bits, max_index=tf.constant(size - 1, tf.int64), rounds=8
-  )

@@ -1,11 +1,13 @@
 """Preprocessing written as a chain of ops: `decode(3)|resize(16)|pad(1)|random_crop(16)`."""
 
+from __future__ import annotations
+
 import ast
 import dataclasses
 import difflib
 import inspect
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from maskgen import plugins
 from maskgen.data import augment, captions, rand_augment  # noqa: F401  (they register their ops)
@@ -14,7 +16,7 @@ from maskgen.data.ops import OPS
 from maskgen.data.picture import Picture
 from maskgen.errors import UserError
 
-Record = dict[str, tf.Tensor]
+Record: TypeAlias = "dict[str, tf.Tensor]"
 
 TWO_VIEWS = "two_views"
 

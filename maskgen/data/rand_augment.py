@@ -3,6 +3,8 @@
 Each operation maps uint8 [h, w, c] to the same and matches Pillow's function of that name.
 """
 
+from __future__ import annotations
+
 import functools
 import math
 from collections.abc import Callable

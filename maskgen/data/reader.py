@@ -1,5 +1,7 @@
 """Reads and preprocesses one split of a source, replacing damaged records."""
 
+from __future__ import annotations
+
 import functools
 import hashlib
 import os
@@ -7,34 +9,38 @@ import pathlib
 import re
 import time
 from collections.abc import Callable, Iterator
+from typing import TypeAlias
 
-import numpy as np
+import jax
 
+from maskgen.data import array_reader, shuffle
+from maskgen.data.array_reader import ArrayReader, Batch
 from maskgen.data.cpu_tf import tf
 from maskgen.data.picture import JPEG_DECODING
 from maskgen.data.preprocess import Preprocess, Record
+from maskgen.data.shuffle import Locate
 from maskgen.data.skipped import Skipped
 from maskgen.data.sources import Source
 from maskgen.errors import TransientError, UserError
 
-Batch = dict[str, np.ndarray]
-# Maps the number of a row to the index of its record and the number of earlier draws of that record.
-Locate = Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor]]
+AnyReader: TypeAlias = "ArrayReader | Reader"
 
 # Enough that steps rarely wait, few enough that large images fit in memory.
 _BATCHES_AHEAD = 4
 _ATTEMPTS = 3
 # Microseconds of processor time per period, both numbers, or "max" and the period (cgroup v2).
 _QUOTA = "/sys/fs/cgroup/cpu.max"
-# Temporary failures of a store, not damaged records.
-_TEMPORARY = (
-  tf.errors.UnavailableError,
-  tf.errors.DeadlineExceededError,
-  tf.errors.AbortedError,
-  tf.errors.CancelledError,
-  tf.errors.ResourceExhaustedError,
-  tf.errors.UnknownError,  # TensorFlow's equivalent of OSError
-)
+# Temporary failures of a store, not damaged records; UnknownError is TensorFlow's equivalent of OSError.
+_TEMPORARY = ("Unavailable", "DeadlineExceeded", "Aborted", "Cancelled", "ResourceExhausted", "Unknown")
+
+
+def open_reader(
+  source: Source, preprocess: Preprocess, *, seed: int, skipped: Skipped, use: str, split: str
+) -> AnyReader:
+  """Returns a reader of a split, without TensorFlow where possible; for the arguments see `Reader`."""
+  if array_reader.suits(source, preprocess):
+    return ArrayReader(source, preprocess)
+  return Reader(source, preprocess, seed=seed, skipped=skipped, use=use, split=split)
 
 
 class Reader:
@@ -69,7 +75,7 @@ class Reader:
     self._substitutes = skipped.substitutes(use, split, source)
 
   @functools.cached_property
-  def spec(self) -> dict[str, tf.TensorSpec]:
+  def spec(self) -> dict[str, jax.ShapeDtypeStruct]:
     """The shapes and dtypes of a record after preprocessing.
 
     Raises:
@@ -78,14 +84,16 @@ class Reader:
     for op in self.preprocess.ops:
       if reason := self.source.lacks.get(op.key):
         raise UserError(f"{op.name} in preprocessing '{self.preprocess.text}' needs {op.key}s: {reason}")
-    spec = dict(tf.data.Dataset.range(1).map(self._make_load(lambda number: (number, number))).element_spec)
+    spec = dict(
+      tf.data.Dataset.range(1).map(self._make_load(lambda number, _: (number, number))).element_spec
+    )
     for key, value in spec.items():
       if not value.shape.is_fully_defined():
         raise UserError(
           f"preprocessing '{self.preprocess.text}' returns {key}s of varying shape {tuple(value.shape)}: end "
           "it with an op that sets the size such as resize(256) or center_crop(256)"
         )
-    return spec
+    return {key: jax.ShapeDtypeStruct(value.shape, value.dtype.as_numpy_dtype) for key, value in spec.items()}
 
   @functools.cached_property
   def jpeg_decoding(self) -> str:
@@ -129,7 +137,7 @@ class Reader:
 
   def _make_load(self, locate: Locate) -> Callable[[tf.Tensor], Record]:
     def load(number: tf.Tensor) -> Record:
-      index, draw = locate(number)
+      index, draw = locate(number, shuffle.tensors)
       return self._traced_load(index, draw, self._substitutes.lookup(index))
 
     return tf.function(load, autograph=False, input_signature=[tf.TensorSpec((), tf.int64)])
@@ -165,7 +173,7 @@ class Reader:
 
     @tf.autograph.experimental.do_not_convert
     def look_up(number: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-      index, draw = locate(number)
+      index, draw = locate(number, shuffle.tensors)
       return index, draw, self._substitutes.lookup(index)
 
     located = tf.data.Dataset.range(numbers.start, numbers.stop).map(look_up).batch(len(numbers))
@@ -177,10 +185,9 @@ class Reader:
     for used in located[2].numpy().tolist():
       try:
         next(results)
-      except _TEMPORARY:
-        continue
       except tf.errors.OpError as error:
-        reasons.setdefault(used, reason_of(error))
+        if type(error).__name__.removesuffix("Error") not in _TEMPORARY:
+          reasons.setdefault(used, reason_of(error))
     for used, reason in reasons.items():
       self._substitutes.add(used, reason, step)
     return bool(reasons)

@@ -1,5 +1,7 @@
 """Damaged records: the list of them, their substitutes, and the limit on their number."""
 
+from __future__ import annotations
+
 import hashlib
 import json
 import logging
@@ -43,7 +45,7 @@ class Skipped:
   def __len__(self) -> int:
     return len(self._entries)
 
-  def substitutes(self, use: str, split: str, source: Source) -> "Substitutes":
+  def substitutes(self, use: str, split: str, source: Source) -> Substitutes:
     """Creates the substitutes for one use of a split, such as training."""
     self._substitutes[use] = opened = Substitutes(self, use, split, source)
     return opened

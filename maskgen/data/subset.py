@@ -1,5 +1,7 @@
 """Balanced subsets of a data set: some records of each class, reproducible on any machine."""
 
+from __future__ import annotations
+
 import dataclasses
 import hashlib
 import math
@@ -29,21 +31,21 @@ def take(source: Source, *, shots: int | None, share: float | None, seed: int) -
   Raises:
     UserError: if the source has no labels or cannot be read, or a class has too few records.
   """
-  names = source.class_names
+  names, rows = source.class_names, source.rows
   if names is None:
     remedy = source.lacks.get("label", "remove data.shots and data.share")
     raise UserError(f"{source.name} has no labels to choose by: {remedy}")
   chosen = _choose(_labels(source), names, source.name, shots, share, seed)
-  table = tf.constant(chosen, tf.int64)
   return dataclasses.replace(
     source,
     name=f"{len(chosen)} records of {source.name}",
     size=len(chosen),
-    fetch=lambda index: source.fetch(tf.gather(table, index)),
+    fetch=lambda index: source.fetch(tf.gather(tf.constant(chosen), index)),
     fingerprint=hashlib.blake2b(
       f"{source.fingerprint} ".encode() + chosen.tobytes(), digest_size=16
     ).hexdigest(),
     describe=lambda index: source.describe(int(chosen[index])),
+    rows=rows and (lambda indices: rows(chosen[indices])),
   )
 
 
@@ -66,6 +68,10 @@ def _choose(
 
 def _labels(source: Source) -> np.ndarray:
   """All labels, int64 [size]; pictures are not read if the source stores labels separately."""
+  if source.rows is not None:
+    starts = range(0, source.size, _BATCH)
+    parts = [np.arange(start, min(start + _BATCH, source.size)) for start in starts]
+    return np.concatenate([source.rows(part)["label"] for part in parts])
 
   @tf.autograph.experimental.do_not_convert
   def label(index: tf.Tensor) -> tf.Tensor:

@@ -1,12 +1,15 @@
 """Reads several crops of each record as training does, and encodes them for a token cache."""
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 
-from maskgen.data.cpu_tf import tf
+from maskgen.data import reader as reader_lib
+from maskgen.data.array_reader import Batch
 from maskgen.data.preprocess import parse_preprocess
-from maskgen.data.reader import Batch, Reader
+from maskgen.data.reader import AnyReader
+from maskgen.data.shuffle import Shuffle
 from maskgen.data.skipped import Skipped
 from maskgen.data.sources import open_source
 from maskgen.errors import UserError
@@ -14,7 +17,7 @@ from maskgen.errors import UserError
 
 def open_reader(
   source: str, split: str, preprocess: str, seed: int, image_shape: tuple[int, int, int]
-) -> Reader:
+) -> AnyReader:
   """Opens a split with the same draws as a training run with this seed.
 
   Raises:
@@ -23,7 +26,7 @@ def open_reader(
   parsed = parse_preprocess(preprocess)
   if parsed.views > 1:
     raise UserError(f"preprocessing '{preprocess}' makes two views: remove two_views, as each crop is a view")
-  reader = Reader(
+  reader = reader_lib.open_reader(
     open_source(source, split),
     parsed,
     seed=seed,
@@ -31,17 +34,17 @@ def open_reader(
     use="tokenizing",
     split=split,
   )
-  shape = reader.spec.get("image", tf.TensorSpec(())).shape
-  if tuple(shape) != image_shape:
+  shape = reader.spec["image"].shape if "image" in reader.spec else ()
+  if shape != image_shape:
     raise UserError(
-      f"preprocessing '{preprocess}' returns images of shape {tuple(shape)}, but the tokenizer takes "
+      f"preprocessing '{preprocess}' returns images of shape {shape}, but the tokenizer takes "
       f"{image_shape}: change it"
     )
   return reader
 
 
 def encode(
-  reader: Reader,
+  reader: AnyReader,
   records: range,
   crops: int,
   batch_size: int,
@@ -69,12 +72,12 @@ def encode(
   return all_codes, np.concatenate(labels)[:rows:crops] if labels else None
 
 
-def read(reader: Reader, records: range, crops: int, batch_size: int) -> Iterator[Batch]:
+def read(reader: AnyReader, records: range, crops: int, batch_size: int) -> Iterator[Batch]:
   """Yields the first draws of a range of records, grouped by record; the last batch is padded."""
   rows = len(records) * crops
 
-  def locate(number: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    number = tf.minimum(number, rows - 1)
+  def locate(number: Any, _: Shuffle) -> tuple[Any, Any]:
+    number = number % rows
     return records.start + number // crops, number % crops
 
   return reader.batches(locate, batch_size, stop=-(-rows // batch_size))

@@ -28,13 +28,13 @@ def main(argv: Sequence[str]) -> None:
 
   from maskgen.data import token_encoder
   from maskgen.data.preprocess import parse_preprocess
-  from maskgen.data.reader import Reader
+  from maskgen.data.reader import open_reader
   from maskgen.data.skipped import Skipped
   from maskgen.data.sources import open_source
   from maskgen.evaluators import comparison, statistics_files
 
   source = open_source(args.source, args.split)
-  reader = Reader(
+  reader = open_reader(
     source,
     parse_preprocess(args.preprocess),
     seed=0,
@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> None:
     split=args.split,
   )
   spec = reader.spec.get("image")
-  if spec is None or spec.shape.rank != 3 or spec.shape[-1] != 3 or spec.dtype.as_numpy_dtype != np.uint8:
+  if spec is None or len(spec.shape) != 3 or spec.shape[-1] != 3 or spec.dtype != np.uint8:
     raise UserError(f"--preprocess={args.preprocess} does not return images uint8 [h, w, 3]: change it")
   network, size = feature_flags.open_network(args), (spec.shape[0], spec.shape[1])
   width = network.width(size)

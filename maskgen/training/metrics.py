@@ -68,9 +68,7 @@ class Writer:
     self.evaluated = any(line["step"] == step and "input_wait" not in line for line in kept)
     if not self._active:
       return
-    from clu import metric_writers  # imports TensorFlow
-
-    self._writers = [metric_writers.SummaryWriter(str(workdir)), *writers.open_trackers(trackers, workdir)]
+    self._writers = [*_open_tensorboard(workdir), *writers.open_trackers(trackers, workdir)]
     for writer in self._writers if hyperparameters else ():
       writer.write_hparams(hyperparameters)
     files.replace(workdir / METRICS, "".join(json.dumps(line) + "\n" for line in kept))
@@ -265,3 +263,13 @@ class Window:
     averages["input_wait"] = self.waited / max(now - self._began, 1e-9)
     self.waited, self._sums, self._count, self._began = 0.0, {}, 0, now
     return averages
+
+
+def _open_tensorboard(workdir: epath.Path) -> list[Any]:
+  """The writer for TensorBoard, if TensorFlow is there."""
+  try:
+    from clu import metric_writers
+  except ImportError as error:
+    log.warning("there will be no files for TensorBoard (%s); %s has all numbers", error, METRICS)
+    return []
+  return [metric_writers.SummaryWriter(str(workdir))]

@@ -9,12 +9,19 @@ takes no argument. A config refers to it by its module, as in
 `config.data.source='my_package.my_source:argument'`, or by `name` if the module is already imported.
 """
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Callable, Mapping
+from typing import TypeAlias
+
+import numpy as np
 
 from maskgen import plugins
 from maskgen.data.cpu_tf import tf
 from maskgen.errors import UserError, nearest
+
+Rows: TypeAlias = "Callable[[np.ndarray], dict[str, np.ndarray]]"
 
 
 def _record_number(index: int) -> str:
@@ -48,6 +55,9 @@ class Source:
       "caption": strings [k], if there are captions, at least one for each record;
       "tokens": for a token cache, codes instead of an image, any integer type [crops, n].
     fingerprint: a text that changes with the records, so that a resumed run detects it.
+    rows: for records that are arrays, also a function from indices, int64 [b], to the same records in NumPy,
+      each entry [b, ...], captions as an object array [b] of tuples of str; such records are read without
+      TensorFlow if the preprocessing permits.
     describe: returns the name of a record for messages, such as its file path.
     codes: the origin of the codes, for a token cache.
     lacks: why records have no "label" or "caption" although some could, by these keys: the problem and the
@@ -62,6 +72,7 @@ class Source:
   describe: Callable[[int], str] = _record_number
   codes: Codes | None = None
   lacks: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  rows: Rows | None = None
 
 
 Open = Callable[[str, str], Source]
@@ -100,6 +111,24 @@ def open_source(name: str, split: str) -> Source:
   if not opened.size:
     raise UserError(f"split '{split}' of data source '{name}' is empty: choose another split")
   return opened
+
+
+def fetch_of(rows: Rows) -> Callable[[tf.Tensor], dict[str, tf.Tensor]]:
+  """Makes a source's `fetch` of its `rows`."""
+  sample = rows(np.zeros(1, np.int64))
+  texts = {key for key, value in sample.items() if value.dtype == object}
+
+  def read(index: np.int64) -> list[np.ndarray]:
+    record = {key: value[0] for key, value in rows(np.array([index])).items()}
+    return [np.array(value, object) if key in texts else value for key, value in record.items()]
+
+  def fetch(index: tf.Tensor) -> dict[str, tf.Tensor]:
+    dtypes = [tf.string if key in texts else value.dtype for key, value in sample.items()]
+    shapes = [[None] if key in texts else value.shape[1:] for key, value in sample.items()]
+    values = map(tf.ensure_shape, tf.numpy_function(read, [index], dtypes), shapes)
+    return dict(zip(sample, values, strict=True))
+
+  return fetch
 
 
 def check_split(name: str, split: str, splits: tuple[str, ...]) -> None:

@@ -3,8 +3,7 @@
 import numpy as np
 
 from maskgen.data import emoji
-from maskgen.data.cpu_tf import tf
-from maskgen.data.sources import Source, check_split, source
+from maskgen.data.sources import Source, check_split, fetch_of, source
 
 _VERSION = 1
 
@@ -18,21 +17,17 @@ def open_emoji(argument: str, split: str) -> Source:
   del argument
   check_split("emoji", split, emoji.SPLITS)
   known = emoji.load()
-  indices = known.split(split)
-  images = tf.constant(known.images[indices])
-  labels = tf.constant([known.classes.index(known.categories[i]) for i in indices], tf.int64)
-  said = [known.captions(i)[: None if split == "train" else 1] for i in indices]
-  captions = tf.constant([caption for texts in said for caption in texts])
-  ends = tf.constant(np.cumsum([0, *map(len, said)]))
+  indices, said = known.split(split), None if split == "train" else 1
+  images = known.images[indices]
+  labels = np.array([known.classes.index(known.categories[i]) for i in indices])
+  captions = np.fromiter((tuple(known.captions(i)[:said]) for i in indices), object)
 
-  def fetch(index: tf.Tensor) -> dict[str, tf.Tensor]:
-    return {
-      "image": tf.gather(images, index),
-      "label": tf.gather(labels, index),
-      "caption": captions[ends[index] : ends[index + 1]],
-    }
+  def rows(chosen: np.ndarray) -> dict[str, np.ndarray]:
+    return {"image": images[chosen], "label": labels[chosen], "caption": captions[chosen]}
 
   def describe(index: int) -> str:
     return f"'{known.names[indices[index]]}'"
 
-  return Source("emoji", len(indices), known.classes, fetch, f"{_VERSION} {split}", describe)
+  return Source(
+    "emoji", len(indices), known.classes, fetch_of(rows), f"{_VERSION} {split}", describe, rows=rows
+  )

@@ -8,8 +8,7 @@ import numpy as np
 from etils import epath
 
 from maskgen.data.cache import Cache
-from maskgen.data.cpu_tf import tf
-from maskgen.data.sources import Codes, Source, source
+from maskgen.data.sources import Codes, Source, fetch_of, source
 from maskgen.errors import UserError
 
 
@@ -24,30 +23,22 @@ def open_tokens(path: str, split: str) -> Source:
       "data.eval_source to the pictures that evaluations read"
     )
   codes = cache.read("codes")
-  labels = None
-  if manifest.class_names:
-    labels = tf.constant(np.concatenate(cache.read("labels")), tf.int64)
-  dtype = tf.as_dtype(manifest.dtype)
+  labels = np.concatenate(cache.read("labels")).astype(np.int64) if manifest.class_names else None
   identity = dataclasses.astuple(manifest)
   if not manifest.jpeg_decoding:
     identity = identity[:-1]  # as before the manifest had it
 
-  def read(index: np.int64) -> np.ndarray:
-    shard, row = divmod(int(index), manifest.shard_records)
-    return codes[shard][row]
-
-  def fetch(index: tf.Tensor) -> dict[str, tf.Tensor]:
-    tokens = tf.numpy_function(read, [index], dtype)
-    record = {"tokens": tf.ensure_shape(tokens, (manifest.crops, manifest.tokens))}
-    if labels is not None:
-      record["label"] = tf.gather(labels, index)
-    return record
+  def rows(indices: np.ndarray) -> dict[str, np.ndarray]:
+    places = zip(*np.divmod(indices, manifest.shard_records), strict=True)
+    tokens = np.stack([codes[shard][row] for shard, row in places])
+    return {"tokens": tokens} if labels is None else {"tokens": tokens, "label": labels[indices]}
 
   return Source(
     f"token cache '{path}'",
     manifest.records,
     manifest.class_names,
-    fetch,
+    fetch_of(rows),
     hashlib.sha256(repr(identity).encode()).hexdigest(),
     codes=Codes(manifest.tokenizer, manifest.image_shape),
+    rows=rows,
   )
