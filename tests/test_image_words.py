@@ -49,12 +49,24 @@ def test_prompts_with_images(model):
   assert model.generate(prompt="a cat").shape == (1, SIZE, SIZE, 3)
   arrays = model.generate(3, prompt="a {} on {} background", images=tokens, num_tokens=np.full(2, 2))
   np.testing.assert_allclose(arrays[0], made[0], atol=1e-5)
+  texts = ["{}{}", "a {} on {} background"]  # one per image, the first without words
+  several = model.generate(3, prompt=texts, images=tokens, num_tokens=2)
+  np.testing.assert_allclose(several[1], made[1], atol=1e-5)
+  alone = model.generate(3, 2, prompt=texts[0], images=tokens, num_tokens=2)
+  np.testing.assert_allclose(several[0], alone[0], atol=1e-5)
   for given, message in (
     (first, "images is a single image: give a list"),
     ([np.zeros((TOKENS + 1, 8))], f"num_tokens is {TOKENS + 1}: this model has 1 to"),
   ):
     with pytest.raises(UserError, match=message):
       model.generate(images=given)
+  for prompt, message in (
+    (["a", "a"], "prompt has 2 texts for 3 images: give one, or one for each"),
+    ([], r"prompt is \[\]: give a text, or one per generated image"),
+    (["a", 3, "a"], "give a text, or one per generated image"),
+  ):
+    with pytest.raises(UserError, match=message):
+      model.generate(batch=3, prompt=prompt)
   with pytest.raises(UserError, match="count is 0"):
     model.interpolate(first, second, 0)
 

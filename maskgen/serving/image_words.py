@@ -57,24 +57,24 @@ class ImageWords(Model):
     self,
     seed: int = 0,
     batch: int | None = None,
-    prompt: str | None = None,
+    prompt: str | Sequence[str] | None = None,
     images: Sequence[np.ndarray] | np.ndarray | None = None,
     num_tokens: Numbers = None,
-    negative_prompt: str | None = None,
+    negative_prompt: str | Sequence[str] | None = None,
     **options: Any,
   ) -> np.ndarray:
     """Generates images, float32 [batch, h, w, c] in [0, 1]; image i depends on the seed, i and the prompt.
 
     Args:
       seed: random seed.
-      batch: the number of images; by default 1, or the leading axis of `images`.
-      prompt: one text, with "{}" in place of each image. Without "{}", images come before the words, or after
-        them if the model was trained that way.
+      batch: the number of images; by default one per prompt, or the leading axis of `images`.
+      prompt: a text, or one per generated image, with "{}" in place of each image. Without "{}", images come
+        before the words, or after them if the model was trained that way.
       images: the images of the prompt: each [h, w, c], or its tokens [k, d] from `encode`; or with a leading
         axis b, one for each generated image.
       num_tokens: the number of tokens of every image, or a list with one for each; by default all that fit.
-      negative_prompt: a text that guidance steers away from; this requires an `image_guidance` other than 1,
-        in a prompt of words alone a `text_guidance` other than 1.
+      negative_prompt: a text, or one per generated image, that guidance steers away from; this requires an
+        `image_guidance` other than 1, in a prompt of words alone a `text_guidance` other than 1.
       **options: the fields of `maskgen.models.vilex.ImageWordsSampling`; by default as in the config.
     """
     checked = self._options(options)
@@ -91,20 +91,25 @@ class ImageWords(Model):
     self,
     seed: int,
     batch: int | None = None,
-    prompt: str | None = None,
+    prompt: str | Sequence[str] | None = None,
     images: Sequence[np.ndarray] | np.ndarray | None = None,
     num_tokens: Numbers = None,
-    negative_prompt: str | None = None,
+    negative_prompt: str | Sequence[str] | None = None,
     *,
     start: int = 0,
   ) -> dict[str, Any]:
     """The batch for the prediction function `generate`, see there: images `start` to `start + batch`."""
     vectors = [self._vectors(image) for image in self._in_turn(images)]
-    if prompt is not None and not isinstance(prompt, str):
-      raise UserError(f"prompt is {prompt!r}: give one text for all generated images")
-    rows = max([len(tokens) for tokens in vectors], default=1)
+    texts = [prompt or ""] if prompt is None or isinstance(prompt, str) else list(prompt)
+    if not texts or not all(isinstance(text, str) for text in texts):
+      raise UserError(f"prompt is {prompt!r}: give a text, or one per generated image")
+    rows = max(len(texts), *(len(tokens) for tokens in vectors), 1)
     batch = requests.count(rows if batch is None else batch)
-    laid = self._lay_out(prompt or "", vectors, num_tokens, batch)
+    if len(texts) not in (1, batch):
+      raise UserError(
+        f"prompt has {len(texts)} texts for {counted(batch, 'image')}: give one, or one for each"
+      )
+    laid = self._lay_out(texts, vectors, num_tokens, batch)
     request = {"key": requests.keys(seed, batch, start), **laid}
     if negative_prompt is not None:
       if not laid:
@@ -255,9 +260,9 @@ class ImageWords(Model):
     return self.encode(given if given.ndim == 4 else given[None])
 
   def _lay_out(
-    self, prompt: str, images: Sequence[np.ndarray], num_tokens: Numbers, batch: int
+    self, prompts: Sequence[str], images: Sequence[np.ndarray], num_tokens: Numbers, batch: int
   ) -> dict[str, np.ndarray]:
-    """`lay_out` for a batch: row i uses row i of images [b, k, d]; images [1, k, d] are used in all rows."""
+    """`lay_out` for a batch: row i uses prompt i and row i of images [b, k, d]; a single one is for all."""
     for tokens in images:
       if len(tokens) not in (1, batch):
         raise UserError(
@@ -265,9 +270,11 @@ class ImageWords(Model):
           "generated image"
         )
     rows = [
-      self.lay_out(prompt, [tokens[i % len(tokens)] for tokens in images], num_tokens) for i in range(batch)
+      self.lay_out(prompts[i % len(prompts)], [tokens[i % len(tokens)] for tokens in images], num_tokens)
+      for i in range(batch)
     ]
-    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+    nothing = {name: np.zeros_like(value) for row in rows for name, value in row.items()}
+    return {name: np.stack([row.get(name, none) for row in rows]) for name, none in nothing.items()}
 
   def _share_tokens(
     self, prompt: str, images: Sequence[np.ndarray], num_tokens: Numbers, limit: int
