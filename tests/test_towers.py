@@ -60,6 +60,19 @@ def test_same_numbers_as_transformers(expected, folders, name):
   assert np.abs(found - wanted).max() <= 1e-5 * np.abs(wanted).max()
 
 
+def test_same_embeddings_of_texts_as_transformers(expected, tmp_path):
+  reference.write_clip(tmp_path / "clip", *json.loads(str(expected["text/stored"])))
+  found, wanted = clip.load_text(tmp_path / "clip").embed(reference.TEXTS), expected["text/features"]
+  assert np.abs(found - wanted).max() <= 1e-5 * np.abs(wanted).max()
+  assert np.abs(found[0] - found[1]).max() > 0.1 * np.abs(wanted).max()
+
+
+def test_a_size_of_one_number_is_a_square_for_dino(expected, folders, tmp_path):
+  folder = edited(folders, tmp_path, "dino", preprocessor_config=dict(size=12))
+  space, pictures = feature_spaces.open_space(f"dino:{folder}", None), jax.numpy.asarray(reference.pictures())
+  np.testing.assert_allclose(space(pictures), expected["dino/features"], rtol=1e-4, atol=1e-5)
+
+
 def test_generated_images_are_compared_as_they_would_be_saved(folders):
   space = feature_spaces.open_space(f"siglip:{folders / 'siglip'}", None)
   floats = reference.pictures() / np.float32(255) + np.float32(1e-3)

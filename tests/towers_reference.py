@@ -17,6 +17,11 @@ SIZES = dict(hidden_size=24, num_hidden_layers=2, num_attention_heads=3, patch_s
 MLP = dict(intermediate_size=40)
 # Each tower: the model's class, its config, and changes of the published preprocessor_config.json.
 TOWERS = {
+  "dino": (
+    "ViTModel",
+    SIZES | MLP | dict(image_size=12, layer_norm_eps=1e-12),
+    dict(size={"height": 12, "width": 12}, resample=2),
+  ),
   # Positions of a 5 x 5 grid are interpolated to 4 x 4.
   "dinov2": (
     "Dinov2Model",
@@ -51,7 +56,24 @@ TOWERS = {
   ),
   "siglip": ("SiglipVisionModel", SIZES | MLP | dict(image_size=12), dict(size={"height": 12, "width": 12})),
 }
+# A whole CLIP, of which the embeddings of texts are compared; its vocabulary is that of `MERGES`.
+MERGES = [("c", "a"), ("ca", "t</w>")]
+TEXTS = ["cat", "a cat, 2 cats!"]
+CLIP_TEXT = dict(
+  projection_dim=10,
+  vision_config=SIZES | MLP | dict(image_size=12),
+  text_config=dict(
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    vocab_size=516,
+    max_position_embeddings=32,
+    eos_token_id=515,
+  ),
+)
 PROCESSORS = {
+  "dino": "ViTImageProcessorPil",
   "dinov2": "BitImageProcessorPil",
   "clip": "CLIPImageProcessorPil",
   "siglip": "SiglipImageProcessorPil",
@@ -85,6 +107,19 @@ def write(folder: pathlib.Path, config: str, processor: str, shapes: dict[str, l
   save_file(weights(shapes), folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def write_clip(folder: pathlib.Path, config: str, shapes: dict[str, list[int]]) -> None:
+  """Writes a folder of a whole CLIP with its tokenizer, and without preprocessor_config.json."""
+  write(folder, config, "{}", shapes)
+  (folder / "preprocessor_config.json").unlink()
+  (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(pair) for pair in MERGES) + "\n")
+  printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+  others = [byte for byte in range(256) if byte not in printable]
+  letters = [*map(chr, printable), *(chr(256 + i) for i in range(len(others)))]
+  pieces = [*letters, *(letter + "</w>" for letter in letters), *map("".join, MERGES)]
+  vocabulary = {piece: i for i, piece in enumerate([*pieces, "<|startoftext|>", "<|endoftext|>"])}
+  (folder / "vocab.json").write_text(json.dumps(vocabulary))
+
+
 def main():
   import torch
   import transformers
@@ -97,7 +132,7 @@ def main():
       shapes = {key: list(value.shape) for key, value in load_file(folder / "model.safetensors").items()}
       config = (folder / "config.json").read_text()
       family = name.split("_")[0]
-      processing = (IMAGENET if family == "dinov2" else {}) | processing
+      processing = (IMAGENET if family in ("dino", "dinov2") else {}) | processing
       make = getattr(transformers, PROCESSORS[family])(**processing)
       write(folder, config, json.dumps(make.to_dict()), shapes)
       model = cls.from_pretrained(folder).eval()
@@ -108,12 +143,25 @@ def main():
           features = getattr(features, "pooler_output", features)
         elif kind == "CLIPVisionModelWithProjection":
           features = model(**inputs).image_embeds
+        elif kind == "ViTModel":
+          features = model(**inputs).last_hidden_state[:, 0]
         elif kind == "Dinov2ForImageClassification":
           features = model.dinov2(**inputs).pooler_output
         else:
           features = model(**inputs).pooler_output
       stored = json.dumps([config, json.dumps(make.to_dict()), shapes])
       found |= {f"{name}/features": features.numpy(), f"{name}/stored": np.array(stored)}
+    folder, cls = pathlib.Path(root) / "text", transformers.CLIPModel
+    cls(cls.config_class(**CLIP_TEXT)).save_pretrained(folder)
+    shapes = {key: list(value.shape) for key, value in load_file(folder / "model.safetensors").items()}
+    config = (folder / "config.json").read_text()
+    write_clip(folder, config, shapes)
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(folder)
+    inputs = tokenizer(TEXTS, padding="max_length", max_length=32, return_tensors="pt")
+    with torch.no_grad():
+      features = cls.from_pretrained(folder).eval().get_text_features(**inputs)
+      features = getattr(features, "pooler_output", features)
+    found |= {"text/features": features.numpy(), "text/stored": np.array(json.dumps([config, shapes]))}
   np.savez_compressed(sys.argv[1], **found)
 
 

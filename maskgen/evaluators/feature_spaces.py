@@ -18,7 +18,7 @@ from maskgen.data import digit_scenes as scenes
 from maskgen.errors import UserError, nearest
 from maskgen.evaluators.batches import gather
 from maskgen.evaluators.context import Context
-from maskgen.importers import clip, dinov2, mobilenet_v2, siglip, towers
+from maskgen.importers import clip, dino, dinov2, mobilenet_v2, siglip, towers
 from maskgen.models import perceptual
 from maskgen.models.mobilenet import MobileNetV2
 
@@ -190,6 +190,7 @@ SPACES: Mapping[str, Callable[[str, Context | None], Space]] = {
   "drawing": _open_drawing,
   "glyphs": _open_glyphs,
   "mobilenet_v2": _open_mobilenet,
+  "dino": _tower_opener("dino", dino.load),
   "dinov2": _tower_opener("dinov2", dinov2.load),
   "clip": _tower_opener("clip", clip.load),
   "siglip": _tower_opener("siglip", siglip.load),
@@ -232,9 +233,9 @@ def open_space(spec: str, context: Context | None) -> Space:
   Args:
     spec: "pixels"; "drawing", all pixels and outlines; "glyphs" for captioned digits;
       "mobilenet_v2:FILE.npz", the last hidden layer of a network for photographs, see
-      `importers.mobilenet_v2`; "dinov2:PATH", "clip:PATH" or "siglip:PATH", an image tower of transformers,
-      a folder or a file of tensors, see `importers.towers`; or "model:PATH", the `features` of a trained
-      encoder: a workdir, a step in it, an export, or a name of `maskgen.available()`.
+      `importers.mobilenet_v2`; "dino:PATH", "dinov2:PATH", "clip:PATH" or "siglip:PATH", an image tower of
+      transformers, a folder or a file of tensors, see `importers.towers`; or "model:PATH", the `features` of
+      a trained encoder: a workdir, a step in it, an export, or a name of `maskgen.available()`.
     context: the context of the run whose images are compared, if it is a run; the space is added to its
       `networks`.
 
