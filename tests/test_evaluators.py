@@ -1,6 +1,7 @@
 """Evaluators on small prediction functions with known answers."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ from maskgen.evaluators import (
   statistics_files,
 )
 from maskgen.images import to_float, to_rgb_on_devices
+from maskgen.numerics import clusters
 
 BATCH = 16
 CLASSES = tuple("0123456789")
@@ -384,7 +386,22 @@ def test_probe_baselines_run_once_and_can_be_left_out(digits):
   assert 0.6 < capped["top1_pixels"] < first["top1_pixels"]  # 6 x 6 pixels of 8 x 8
   assert 0.5 < capped["top1_token_onehot"] != first["top1_token_onehot"]  # 40 features of 64
   numbers = run("probe", context, scale(1.0), shots=(1,), baselines=False).numbers
-  assert set(numbers) == {"top1", "top1_ridge", "top1_knn", "top1_1shot", "top1_1shot_std"}
+  measured = {"top1", "top1_ridge", "top1_knn", "top1_1shot", "top1_1shot_std"}
+  assert set(numbers) == measured
+
+  def code_vectors(variables, batch, rng):
+    return jnp.eye(4)[predict["encode"](variables, batch, rng)]
+
+  predict["code_vectors"] = code_vectors
+  named = ("patch_clusters", "token_histogram", "code_vectors")
+  context = make_context(predict, *digits, codebook_size=4)
+  numbers = run("probe", context, scale(1.0), shots=(), baselines=named).numbers
+  assert numbers["top1_code_vectors"] == first["top1_token_onehot"]  # vectors that are one-hot
+  assert 0.8 < numbers["top1_patch_clusters"] < 1.0
+  assert 0.1 < numbers["top1_token_histogram"] < 0.3  # of four codes
+  context = make_context(predict, *digits)  # without a codebook
+  numbers = run("probe", context, scale(1.0), shots=(1,), baselines=named[1:]).numbers
+  assert set(numbers) == measured
 
 
 def test_baselines_are_reduced_only_where_they_are_too_wide(noise):
@@ -401,6 +418,29 @@ def test_baselines_are_reduced_only_where_they_are_too_wide(noise):
   assert hashed.shape == (200, 1000)
   exact, about = np.asarray(onehot @ onehot.T), hashed @ hashed.T
   assert abs(about - exact).mean() < 3 and abs((about - exact).mean()) < 0.1
+  np.testing.assert_array_equal(plain_features.hashed(onehot, 1000), hashed)
+  counts = [np.bincount(row, minlength=50) for row in tokens]
+  np.testing.assert_array_equal(plain_features.token_histogram(tokens, 50, 50), counts)
+
+
+def test_patch_features_equal_loops_and_see_no_brightness_and_contrast(noise):
+  images = jnp.asarray(noise[0][0])
+  state = plain_features.patch_clusters(images, 432)
+  found = np.asarray(plain_features.patch_features(state, images[:2], 432))
+  centroids, side = np.asarray(clusters.centroids(state)), 6
+  assert found.shape == (2, 4 * len(centroids)) == (2, 432)
+  for image, features in zip(to_float(images[:2]), found, strict=True):
+    expected = np.zeros((4, 108))
+    for row, column in itertools.product(range(4), repeat=2):
+      patch = image[2 * row : 2 * row + side, 2 * column : 2 * column + side]
+      patch = np.moveaxis(np.asarray(patch), -1, 0).reshape(-1)  # channels vary slowest
+      patch = (patch - patch.mean()) / np.sqrt(patch.var() + 10 / 255**2)
+      white = np.asarray(clusters.whiten(state, patch[None]))[0]
+      distances = np.linalg.norm(white - centroids, axis=1)
+      expected[row // 2 * 2 + column // 2] += np.maximum(distances.mean() - distances, 0)
+    np.testing.assert_allclose(features.reshape(4, 108), expected, atol=1e-3)
+  faint = to_float(images[:2]) * 0.9 + 0.05
+  np.testing.assert_allclose(plain_features.patch_features(state, faint, 432), found, atol=1e-2)
 
 
 def test_a_probe_of_some_training_images_is_one_of_less_data(digits):

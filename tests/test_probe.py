@@ -202,6 +202,7 @@ def test_options_add_metrics_of_features_and_baselines(digits):
     (dict(intervals=True, draws=1), "draws is 1: intervals need at least 2"),
     (dict(neighbours=(10, 0)), r"neighbours is \(10, 0\): it must be a number of at least 1"),
     (dict(held_out=1.0), r"held_out is 1\.0"),
+    (dict(baselines=("pixel",)), "baseline 'pixel' does not exist; did you mean 'pixels'"),
     (dict(per_class=("top1_clip",)), "per_class names 'top1_clip', which is not measured"),
   ],
 )

@@ -1,8 +1,9 @@
 """Probes of a frozen encoder's features: linear, neighbours, few labels, retrieval; with baselines."""
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -16,7 +17,16 @@ from maskgen.errors import UserError, nearest
 from maskgen.evaluators import confusion, linear, neighbours
 from maskgen.evaluators.batches import collect, one_blas_thread
 from maskgen.evaluators.context import Batch, Call, Context, Report
-from maskgen.evaluators.plain_features import hashed_onehot, pooled_pixels
+from maskgen.evaluators.plain_features import (
+  CLUSTERS,
+  QUADRANTS,
+  hashed,
+  hashed_onehot,
+  patch_clusters,
+  patch_features,
+  pooled_pixels,
+  token_histogram,
+)
 
 _NEIGHBOURS = 5
 # Copies of a representation in float32 that standardisation and the classifiers hold at once; sweeps hold
@@ -27,6 +37,17 @@ _MATRICES = 3
 _MIN_WIDTH = 16
 Represent = Callable[[Batch], jax.Array]  # features [b, d] of a batch
 _ALWAYS = ("top1", "top1_ridge", "top1_knn")
+_USUAL = ("random_encoder", "pixels", "token_onehot")
+# Baselines by the prediction functions that they need.
+BASELINES = {
+  "random_encoder": ("features",),
+  "pixels": (),
+  "patch_clusters": (),
+  "token_histogram": ("encode",),
+  "token_onehot": ("encode",),
+  "code_vectors": ("code_vectors",),
+}
+_SAMPLE = 1024  # training images in which `patch_clusters` looks for clusters
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,9 +103,10 @@ class Evaluator:
   `top1_knn<k>`, `top1_nearest_mean`, `recall_at_<k>`.
 
   Baselines have the same metrics as `top1` and the optional ones, with a suffix: `top1_random_encoder` (an
-  untrained encoder, mean over seeds), `top1_pixels` and, if the objective has a codebook,
-  `top1_token_onehot`. They are measured at the first evaluation and then kept, which assumes a frozen
-  tokenizer.
+  untrained encoder, mean over seeds), `top1_pixels`, `top1_patch_clusters` (how near patches are to k-means
+  clusters of them, see `patch_features`) and, if the objective has a codebook, `top1_token_histogram`,
+  `top1_token_onehot` and `top1_code_vectors`. They are measured at the first evaluation and then kept, which
+  assumes a frozen tokenizer.
 
   Attributes:
     num_images: the number of training images to fit; None for all.
@@ -102,9 +124,10 @@ class Evaluator:
     per_class: the classifiers, such as "top1" or "top1_clip", with a table `classes_<name>`, a table
       `confusion_<name>` and a picture of the latter.
     random_encoders: the number of untrained encoders that the baseline averages.
-    baselines: whether to measure the baselines.
+    baselines: the names of `BASELINES` to measure, those on codes only if the objective has a codebook; or
+      True for an untrained encoder, pixels and one-hot codes, False for none.
     baseline_width: the largest number of features of the baselines on pixels and codes. Images with more
-      pixels are averaged over areas, and more one-hot codes are summed at random, see `hashed_onehot`.
+      pixels are averaged over areas, and more features of codes are summed at random, see `hashed`.
     seed: of the draws, the held-out part and the untrained encoders.
   """
 
@@ -122,7 +145,7 @@ class Evaluator:
   recall_at: tuple[int, ...] = ()
   per_class: tuple[str, ...] = ()
   random_encoders: int = 3
-  baselines: bool = True
+  baselines: bool | tuple[str, ...] = True
   baseline_width: int = 4096
   seed: int = 0
   _baselines: dict[str, float] = dataclasses.field(default_factory=dict, init=False, repr=False)
@@ -143,6 +166,9 @@ class Evaluator:
     for name in self.sweeps:
       if name not in linear.SWEEPS:
         raise UserError(f"sweep '{name}' does not exist{nearest(name, linear.SWEEPS)}")
+    for name in self._named_baselines:
+      if name not in BASELINES:
+        raise UserError(f"baseline '{name}' does not exist{nearest(name, BASELINES)}")
     known = [*_ALWAYS, *(f"top1_{name}" for name in self.sweeps), *(f"top1_knn{k}" for k in self.neighbours)]
     known += ["top1_nearest_mean"] * self.nearest_mean
     for name in self.per_class:
@@ -150,9 +176,9 @@ class Evaluator:
         raise UserError(f"per_class names '{name}', which is not measured{nearest(name, known)}")
 
   def trace(self, call: Call, batch: Mapping[str, jax.ShapeDtypeStruct]) -> None:
-    call("features", batch)
-    if self.baselines and self._has_codes:
-      call("encode", batch)
+    needed = itertools.chain(self.requires, *(BASELINES[name] for name in self._measured))
+    for name in dict.fromkeys(needed):
+      call(name, batch)
 
   def memory(
     self, call: Call, batch: Mapping[str, jax.ShapeDtypeStruct], num_images: Mapping[str, int]
@@ -160,17 +186,38 @@ class Evaluator:
     train, test = num_images["train"], num_images["eval"]
     train = train if self.num_images is None else min(train, self.num_images)
     widths = [call("features", batch).shape[-1]]
-    if self.baselines:
-      widths.append(min(math.prod(batch["image"].shape[1:]), self.baseline_width))
-      if self._has_codes:
-        tokens = call("encode", batch).shape[-1]
-        widths.append(min(tokens * self.context.codebook_size, self.baseline_width))
+    widths += [min(self._width(name, call, batch), self.baseline_width) for name in self._measured]
     copies = _SWEEP_COPIES if self.sweeps else _COPIES
     return 4 * copies * (train + test) * max(widths) + 8 * _MATRICES * max(widths) ** 2
 
+  def _width(self, name: str, call: Call, batch: Mapping[str, jax.ShapeDtypeStruct]) -> int:
+    """The number of features of a baseline before it is reduced."""
+    match name:
+      case "random_encoder":
+        return int(call("features", batch).shape[-1])
+      case "pixels":
+        return math.prod(batch["image"].shape[1:])
+      case "token_histogram":
+        return self.context.codebook_size
+      case "token_onehot":
+        return int(call("encode", batch).shape[-1]) * self.context.codebook_size
+      case "code_vectors":
+        return math.prod(call("code_vectors", batch).shape[1:])
+    return QUADRANTS * CLUSTERS
+
   @property
-  def _has_codes(self) -> bool:
-    return "encode" in self.context.predict and self.context.codebook_size > 0
+  def _named_baselines(self) -> tuple[str, ...]:
+    return (_USUAL if self.baselines else ()) if isinstance(self.baselines, bool) else self.baselines
+
+  @property
+  def _measured(self) -> list[str]:
+    """The baselines that the objective has."""
+    has_codes = self.context.codebook_size > 0
+    return [
+      name
+      for name in self._named_baselines
+      if all(fn in self.context.predict and (fn == "features" or has_codes) for fn in BASELINES[name])
+    ]
 
   @one_blas_thread
   def run(self, variables: Any, rng: jax.Array) -> Report:
@@ -186,7 +233,7 @@ class Evaluator:
     predicted |= optional
     numbers |= {name: split.accuracy(values) for name, values in predicted.items()}
     numbers |= self._few_shot(standardized, len(names))
-    if self.baselines and not self._baselines:
+    if self._measured and not self._baselines:
       self._baselines.update(self._measure_baselines(variables, rng))
     pictures: dict[str, np.ndarray] = {}
     tables: dict[str, list[dict[str, Any]]] = {}
@@ -247,24 +294,42 @@ class Evaluator:
     return lambda batch: self.context.predict["features"](variables, batch, rng)
 
   def _measure_baselines(self, variables: Any, rng: jax.Array) -> dict[str, float]:
-    context, width = self.context, self.baseline_width
-    fresh = (context.fresh_variables(self.seed + i, variables["frozen"]) for i in range(self.random_encoders))
-    baselines: dict[str, Iterable[Represent]] = {
-      "random_encoder": (self._encoder(each, rng) for each in fresh),
-      "pixels": [lambda batch: pooled_pixels(batch["image"], width)],
-    }
-    if self._has_codes:
-
-      def onehot(batch):
-        tokens = context.predict["encode"](variables, batch, rng)
-        return _hashed_onehot(tokens, context.codebook_size, width)
-
-      baselines["token_onehot"] = [onehot]
     numbers: dict[str, float] = {}
-    for name, representations in baselines.items():
-      scores = [self._baseline(self._split(represent)) for represent in representations]
+    for name in self._measured:
+      scores = [self._baseline(self._split(each)) for each in self._plain(name, variables, rng)]
       numbers |= {f"{key}_{name}": float(np.mean([one[key] for one in scores])) for key in scores[0]}
     return numbers
+
+  def _plain(self, name: str, variables: Any, rng: jax.Array) -> Iterator[Represent]:
+    """The representations over which a baseline is averaged."""
+    context, width = self.context, self.baseline_width
+
+    def codes(batch: Batch) -> jax.Array:
+      return context.predict["encode"](variables, batch, rng)
+
+    match name:
+      case "random_encoder":
+        for i in range(self.random_encoders):
+          fresh = context.fresh_variables(self.seed + i, variables["frozen"])
+          yield self._encoder(fresh, rng)
+      case "pixels":
+        yield lambda batch: pooled_pixels(batch["image"], width)
+      case "patch_clusters":
+        limit = min(self.num_images or _SAMPLE, _SAMPLE)
+        sample = collect(context, "train", lambda batch: {"image": batch["image"]}, limit)["image"]
+        clusters = jax.device_get(patch_clusters(sample, width))
+        yield lambda batch: _patch_features(clusters, batch["image"], width)
+      case "token_histogram":
+        yield lambda batch: token_histogram(codes(batch), context.codebook_size, width)
+      case "token_onehot":
+        yield lambda batch: _hashed_onehot(codes(batch), context.codebook_size, width)
+      case "code_vectors":
+
+        def vectors(batch: Batch) -> jax.Array:
+          found = context.predict["code_vectors"](variables, batch, rng)
+          return hashed(found.reshape(len(found), -1), width)
+
+        yield vectors
 
   def _baseline(self, split: Split) -> dict[str, float]:
     predicted, numbers = self._optional(split)
@@ -273,3 +338,4 @@ class Evaluator:
 
 
 _hashed_onehot = jax.jit(hashed_onehot, static_argnums=(1, 2))
+_patch_features = jax.jit(patch_features, static_argnums=2)

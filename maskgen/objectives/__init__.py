@@ -122,12 +122,12 @@ class Objective(Protocol):
 
     loss -> {name: [b]}; features -> [b, d]; patches -> [b, n, d], patch tokens, see `EncoderPart`, which has
     both; classify -> float32 [b, classes], probabilities;
-    encode -> int32 [b, n]; decode (batch: tokens), reconstruct, generate and generate_uniform (batch: key
-    [b]), inpaint (batch: image, mask [b, h, w], key) -> float32 [b, h, w, c] in [0, 1]; logits (batch:
-    tokens, token_mask [b, n]) -> float32 [b, n, codebook]; trajectory (batch: key) -> the intermediate
-    results of `generate`: images [b, steps, h, w, c], and which tokens are unknown, bool [b, steps, h', w'];
-    mask (batch: key [b], the keys of `losses`; variables are not used) -> bool [b, h', w'], True for each
-    token that `losses` masks.
+    encode -> int32 [b, n]; code_vectors -> float32 [b, n, d], the tokenizer's vectors of these codes; decode
+    (batch: tokens), reconstruct, generate and generate_uniform (batch: key [b]), inpaint (batch: image, mask
+    [b, h, w], key) -> float32 [b, h, w, c] in [0, 1]; logits (batch: tokens, token_mask [b, n]) -> float32
+    [b, n, codebook]; trajectory (batch: key) -> the intermediate results of `generate`: images
+    [b, steps, h, w, c], and which tokens are unknown, bool [b, steps, h', w']; mask (batch: key [b], the keys
+    of `losses`; variables are not used) -> bool [b, h', w'], True for each token that `losses` masks.
 
     An objective with sampling functions has a field `sampling`, a frozen dataclass that checks its values.
     Its fields are the options of these functions, its values their defaults.

@@ -65,7 +65,7 @@ def check_pretrained_tokenizer(config: Mapping[str, Any], tokenizer: VQGAN) -> N
 def tokenizer_fns(
   tokenizer: VQGAN, image_shape: tuple[int, int, int], params: Callable[[Tree], Tree]
 ) -> dict[str, PredictFn]:
-  """Returns `encode`, `decode` and `reconstruct`.
+  """Returns `encode`, `code_vectors`, `decode` and `reconstruct`.
 
   Args:
     tokenizer: the network.
@@ -78,13 +78,17 @@ def tokenizer_fns(
     pixels = images_lib.to_float(batch["image"])
     return tokenizer.apply({"params": params(variables)}, pixels, method="tokenize")
 
+  def code_vectors(variables, batch, rng):
+    codes = tokenizer.apply({"params": params(variables)}, method="codes")
+    return codes[encode(variables, batch, rng)]
+
   def decode(variables, batch, rng):
     return tokenizer.apply({"params": params(variables)}, batch["tokens"], grid, method="detokenize")
 
   def reconstruct(variables, batch, rng):
     return decode(variables, {"tokens": encode(variables, batch, rng)}, rng)
 
-  return {fn.__name__: fn for fn in (encode, decode, reconstruct)}
+  return {fn.__name__: fn for fn in (encode, code_vectors, decode, reconstruct)}
 
 
 def sampling_fns(model: MaskedModel, encode: PredictFn, decode: PredictFn) -> dict[str, PredictFn]:
