@@ -108,6 +108,29 @@ def test_gradients_reach_everything_that_is_trained():
   np.testing.assert_allclose(metrics["token_scale"], 1, rtol=1e-3)  # as long as words, at first
 
 
+def test_gradients_in_bfloat16_are_near_those_in_float32():
+  """Of networks that compute in bfloat16, and with the frozen weights stored in it, too.
+
+  `pytest -s` prints the numbers, of which docs/vilex.md has those of one machine.
+  """
+  half, words = dict(dtype="bfloat16"), FrozenDict(share=0.5)
+  decoder = DECODER | {part: DECODER[part] | half for part in ("text_encoder", "unet")}
+  sections = dict(encoder=FrozenDict(SECTION["encoder"] | half), decoder=FrozenDict(decoder))
+  (plain, parts), (rounding, _) = gradient(words=words), gradient(words=words, **half, **sections)
+  frozen = parts["frozen"]
+  exact = plain(parts["params"], frozen, 0)[1]["main"]
+  stored = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), frozen)
+  for what, weights in (("computed in bfloat16", frozen), ("frozen weights in bfloat16, too", stored)):
+    found = rounding(parts["params"], weights, 0)[1]["main"]
+    for group in ("encoder", "pool"):
+      a, b = (
+        np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(tree[group])]) for tree in (exact, found)
+      )
+      cosine, error = a @ b / np.linalg.norm(a) / np.linalg.norm(b), np.linalg.norm(a - b) / np.linalg.norm(a)
+      print(f"{what}: {group} cosine {cosine:.5f}, relative error {error:.4f}")
+      assert cosine > 0.99 and 0 < error < 0.15
+
+
 def test_only_encoder_and_pool_are_trained():
   objective, parts, _ = setup()
   optimizer = optim.Optimizer(learning_rate=1e-2, schedule="constant", multipliers=(("^encoder/", 0.0),))
