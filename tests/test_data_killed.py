@@ -1,13 +1,13 @@
 """A run that is killed at random and continued by another number of processes resumes at the next record."""
 
 import itertools
-import multiprocessing
 import random
 import signal
 import time
 
 import numpy as np
 import pytest
+import tiny
 from PIL import Image
 
 from maskgen.data.pipeline import Data
@@ -15,9 +15,6 @@ from maskgen.data.pipeline import Data
 BATCH = 8
 CUT = "decode|random_resized_crop(8)|flip_lr"
 PLAIN = "decode|resize(8)"
-# Its processes are copies of one that has only imported this, which takes longer than all they do.
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["maskgen.data.pipeline"])
 
 
 def read(folder, index, count, step, file):
@@ -43,9 +40,7 @@ def test_the_sequence_of_records_is_the_uninterrupted_one(tmp_path):
     count = (1, 2, 4)[kill % 3]
     files = [tmp_path / f"{kill}_{index}" for index in range(count)]
     arguments = [(tmp_path / "pictures", index, count, step, file) for index, file in enumerate(files)]
-    processes = [CONTEXT.Process(target=read, args=given, daemon=True) for given in arguments]
-    for process in processes:
-      process.start()
+    processes = [tiny.fork(read, *given) for given in arguments]
     while not all(file.exists() and file.read_text().count("\n") for file in files):
       assert all(process.is_alive() for process in processes), [process.exitcode for process in processes]
       time.sleep(0.02)

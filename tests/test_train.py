@@ -4,12 +4,12 @@ import dataclasses
 import functools
 import json
 import logging
+import os
 import pathlib
 import random
 import re
 import shutil
 import signal
-import subprocess
 import time
 
 import jax
@@ -221,46 +221,41 @@ def test_a_run_of_several_stages_continues_in_its_second(trained, tmp_path, monk
   assert {k: v for k, v in ours.items() if k != "run"} == {k: v for k, v in theirs.items() if k != "run"}
 
 
+def train_alone(workdir, waits):
+  """Trains both stages in this process, which then waits to be killed if it `waits`."""
+  os.environ["XLA_FLAGS"] = tiny.XLA_FLAGS
+  evaluations = ("tokenizer.evals.reconstruction", "mage.evals.validation")
+  main.main(
+    [
+      f"--config={tiny.FILE}:steps=40,save_steps=15,log_every_steps=5",
+      f"--workdir={workdir}",
+      *(f"--config.{name}.every_steps=10" for name in evaluations),
+    ]
+  )
+  while waits:
+    signal.pause()
+
+
 @pytest.mark.slow
 def test_kill_9_at_any_moment(tmp_path):
-  """Whole processes of the quickstart, killed at random moments in both stages."""
-  arguments = ["-m", "maskgen.main", "--config=configs/quickstart.py:tiny"]
-  for name, steps, log_every, every in (("tokenizer", 40, 5, 15), ("mage", 40, 5, 15)):
-    arguments += [
-      f"--config.{name}.total_steps={steps}",
-      f"--config.{name}.log_every_steps={log_every}",
-      f"--config.{name}.checkpoint.save_steps={every}",
-    ]
-  arguments += [
-    "--config.tokenizer.evals.reconstruction.every_steps=10",
-    "--config.mage.evals.validation.every_steps=10",
-    "--config.mage.evals.probe.every_steps=1000",
-    "--config.mage.evals.generation.every_steps=1000",
-    "--config.mage.evals.generation.num_images=64",
-    "--config.mage.optimizer.main.warmup_steps=10",
-    "--config.tokenizer.optimizer.generator.warmup_steps=10",
-  ]
-
-  def start(workdir):
-    return tiny.python(
-      *arguments, f"--workdir={workdir}", stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-
-  whole = start(tmp_path / "whole")
-  assert whole.wait(timeout=900) == 0
+  """Whole processes, killed at random moments in both stages."""
+  whole = tiny.fork(train_alone, tmp_path / "whole", False)
+  whole.join()
+  assert whole.exitcode == 0
   killed = tmp_path / "killed"
   rng = random.Random(0)
   for name, first_step in (("tokenizer", 1), ("tokenizer", 20), ("mage", 10), ("mage", 30)):
-    process = start(killed)
-    deadline = time.monotonic() + 900
+    process = tiny.fork(train_alone, killed, True)
     while max((line["step"] for line in metrics.read(epath.Path(killed / name))), default=0) < first_step:
-      assert time.monotonic() < deadline and process.poll() is None
+      assert process.is_alive()
       time.sleep(0.02)
     time.sleep(0.3 * rng.random())
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-  last = start(killed)
-  assert last.wait(timeout=900) == 0
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+  last = tiny.fork(train_alone, killed, False)
+  last.join()
+  assert last.exitcode == 0
   for name in tiny.STAGES:
     ours, theirs = killed / name, tmp_path / "whole" / name
     assert story(ours) == story(theirs)
