@@ -20,7 +20,7 @@ import abc
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import flax.linen as nn
 import jax
@@ -30,12 +30,24 @@ from maskgen import config as config_lib
 from maskgen import images as images_lib
 from maskgen.models.mage import Encoder
 from maskgen.models.transformer import check_attention
-from maskgen.models.vit import ViT
+from maskgen.models.vit import ViT, block_states, class_attention
 from maskgen.models.vqgan import VQGAN
 from maskgen.numerics.positions import Positions
 
 IMAGE_CHANNELS = 3
 Batch = Mapping[str, jax.Array]
+
+
+class States(NamedTuple):
+  """What an encoder computes on the way, for models that it teaches.
+
+  Attributes:
+    outputs: of its blocks, [l, b, p + n, d], with p = 1 for a class position in front of the patches, or 0.
+    attention: float32 [b, n], how much the class position attends to each patch, or None.
+  """
+
+  outputs: jax.Array
+  attention: jax.Array | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +94,20 @@ class ImageEncoder(abc.ABC):
   @abc.abstractmethod
   def pool(self, params: Any, frozen: Any, batch: Batch, rng: jax.Array | None = None) -> jax.Array:
     """Pooled vectors, float32 [b, d], see above."""
+
+  @property
+  def num_states(self) -> int:
+    """The number l of outputs in `states`."""
+    return 1
+
+  @property
+  def looks(self) -> bool:
+    """Whether `states` has the attention to patches."""
+    return False
+
+  def states(self, params: Any, frozen: Any, batch: Batch) -> States:
+    """What happens in the network; unless an encoder says more, only its patch tokens."""
+    return States(self.encode(params, frozen, batch)[None], None)
 
   @property
   def width(self) -> int:
@@ -145,6 +171,21 @@ class VitEncoder(ImageEncoder):
   def pool(self, params: Any, frozen: Any, batch: Batch, rng: jax.Array | None = None) -> jax.Array:
     found: jax.Array = self._apply("pool", params, images_lib.to_float(batch["image"]), rng=rng)
     return found
+
+  @property
+  def num_states(self) -> int:
+    return self.network.depth
+
+  @property
+  def looks(self) -> bool:
+    return self.network.leading > 0
+
+  def states(self, params: Any, frozen: Any, batch: Batch) -> States:
+    network = self.network
+    found = block_states(network, params, images_lib.to_float(batch["image"]))
+    attention = class_attention(network, params, found) if self.looks else None
+    leading, patches = found[1:, :, : network.leading], found[1:, :, network.leading + network.registers :]
+    return States(jnp.concatenate([leading, patches], axis=2), attention)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The projection head of contrastive learning, which is only used during training."""
+"""Heads that are only used during training, for contrasts and for learning from the blocks of a teacher."""
 
 import functools
 
@@ -40,3 +40,31 @@ class Projection(nn.Module):
       bias = self.param("bias", nn.initializers.zeros, (self.hidden,))
       x = (x * scale[None] + bias[None]).astype(self.dtype)
     return sharding.constrain_batch(dense(self.width, name="down")(nn.relu(x)))
+
+
+class BlockHeads(nn.Module):
+  """A linear layer for each of a teacher's last blocks, on a learned mixture of a student's blocks.
+
+  It follows MaskAlign (Xue et al. 2023, section 3.3). At first a mixture is close to the student's block that
+  is as far from the last one.
+
+  Attributes:
+    blocks: l, the number of the teacher's blocks.
+    width: e, of the teacher.
+    dtype: the type of the computation; parameters are float32.
+  """
+
+  blocks: int
+  width: int
+  dtype: str = "float32"
+
+  @nn.compact
+  def __call__(self, states: jax.Array) -> jax.Array:  # [depth, b, n, d] -> float32 [l, b, n, e]
+    shape = self.blocks, len(states)
+    mixing = self.param("mixing", lambda _: jnp.eye(*shape, shape[1] - shape[0]) + 0.01)
+    mixed = jnp.einsum("ab,bcde->acde", sharding.gather(mixing).astype(states.dtype), states)
+    heads = (
+      nn.Dense(self.width, kernel_init=kernel_init, dtype=self.dtype, name=f"head_{i}")
+      for i in range(self.blocks)
+    )
+    return jnp.stack([head(one) for head, one in zip(heads, mixed, strict=True)]).astype(jnp.float32)

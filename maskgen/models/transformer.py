@@ -289,7 +289,10 @@ class Transformer(nn.Module):
     at: jax.Array | None = None,
     condition: jax.Array | None = None,
   ) -> jax.Array:
-    """[b, n, d] -> [b, n, d]; see `Attention` for `at` and the collection `cache`, and `Block` otherwise."""
+    """[b, n, d] -> [b, n, d]; see `Attention` for `at` and the collection `cache`, and `Block` otherwise.
+
+    If the collection `states` is mutable, x and the output of each block are stored, [depth + 1, b, n, d].
+    """
     fields = ("heads", "dropout", "dtype", "attention", "hidden", "activation", "post_norm", "epsilon")
     options = {name: getattr(self, name) for name in (*fields, "layer_scale")}
     shape, length = x.shape, x.shape[1]
@@ -301,7 +304,7 @@ class Transformer(nn.Module):
 
     block = Block(**options, parent=None)
 
-    keep = self.is_mutable_collection("cache")
+    keep, watch = self.is_mutable_collection("cache"), self.is_mutable_collection("states")
 
     def run(x: jax.Array, inputs: tuple[Any, ...]) -> tuple[Any, Any]:
       params, key, rate, cache = inputs
@@ -316,7 +319,7 @@ class Transformer(nn.Module):
         rngs={} if key is None else {"dropout": key},
         mutable=["cache"] if keep else [],
       )
-      return y, kept.get("cache")
+      return y, (kept.get("cache"), y if watch else None)
 
     run = remat_lib.remat(run, self.remat, in_scan=self.scan)
     keys, rates = [None] * self.depth, [None] * self.depth
@@ -324,6 +327,7 @@ class Transformer(nn.Module):
       keys = list(jax.random.split(self.make_rng("dropout"), self.depth))
     if train and self.drop_path:
       rates = list(jnp.linspace(0.0, self.drop_path, self.depth))
+    first = x
     params: Any = self.variables["params"]
     caches: Any = [{}] * self.depth if at is None else self.get_variable("cache", "blocks")
     inputs = [
@@ -339,10 +343,13 @@ class Transformer(nn.Module):
     else:
       kept = []
       for one in inputs:
-        x, cache = run(x, one)
-        kept.append(cache)
+        x, stored = run(x, one)
+        kept.append(stored)
     if keep:
-      self.put_variable("cache", "blocks", kept)
+      self.put_variable("cache", "blocks", [cache for cache, _ in kept])
+    if watch:
+      states = jnp.stack([first, *(state for _, state in kept)])
+      self.put_variable("states", "blocks", states.reshape(-1, *shape))
     return x.reshape(shape)
 
   def _cast(self, params: Any) -> Any:

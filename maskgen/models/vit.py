@@ -4,6 +4,8 @@ et al. 2023) and its registers (Darcet et al. 2023), MAE (He et al. 2022).
 Letters: b batch, h w image, n patches, r registers, d width, p projected width.
 """
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -201,12 +203,12 @@ class ViT(nn.Module):
     mean, std = (jnp.array(value)[None, None, None] for value in (self.mean, self.std))
     return standardized * std + mean
 
-  def encode_kept(self, images: jax.Array, kept: jax.Array, *, train: bool = False) -> jax.Array:
+  def encode_kept(self, images: jax.Array, kept: jax.Array | None, *, train: bool = False) -> jax.Array:
     """Encodes a part of the patches: leading positions and patches [b, leading + r + k, d], normalised.
 
     Args:
       images: as in `__call__`.
-      kept: int32 [b, k], the patches that the network sees.
+      kept: int32 [b, k], the patches that the network sees, or None for all.
       train: whether to apply dropout.
     """
     return self._encode(images, train, kept)
@@ -239,3 +241,49 @@ class ViT(nn.Module):
     """Tokens [k, d] in front of each example of x: [b, k, d]."""
     tokens = sharding.gather(tokens).astype(x.dtype)
     return jnp.broadcast_to(tokens[None], (x.shape[0], *tokens.shape))
+
+
+def block_states(
+  network: ViT, params: Any, images: jax.Array, kept: jax.Array | None = None, **options: Any
+) -> jax.Array:
+  """What enters the first block and leaves each one, [depth + 1, b, leading + r + n, d], before the norm.
+
+  Args:
+    network: the encoder.
+    params: its parameters.
+    images: as of `ViT.__call__`.
+    kept: int32 [b, k], the patches that the network sees; by default all.
+    **options: of `apply`, such as `train` and `rngs`.
+  """
+  _, stored = network.apply(
+    {"params": params}, images, kept=kept, method="encode_kept", mutable=["states"], **options
+  )
+  found: jax.Array = stored["states"]["encoder"]["blocks"]
+  return found
+
+
+def class_attention(network: ViT, params: Any, states: jax.Array) -> jax.Array:
+  """How much the class position attends to each patch in the last block, the mean of its heads.
+
+  Args:
+    network: an encoder with a class position.
+    params: its parameters.
+    states: of all patches, from `block_states`.
+
+  Returns:
+    float32 [b, n]; the sum is less than 1 by the attention to other positions.
+  """
+  block = params["encoder"][f"block_{network.depth - 1}"]
+  norm = nn.LayerNorm(epsilon=network.epsilon, dtype=network.dtype)
+  x: Any = norm.apply({"params": block["attention_norm"]}, states[-2])
+  heads = (*x.shape[:2], network.heads, -1)
+
+  def project(name: str) -> jax.Array:
+    dense = nn.Dense(network.width, dtype=network.dtype)
+    found: Any = dense.apply({"params": block["attention"][name]}, x)
+    return found.reshape(heads)
+
+  query, key = project("query")[:, 0], project("key")
+  scores = jnp.einsum("bhc,bkhc->bhk", query, key, preferred_element_type=jnp.float32)
+  weights = jax.nn.softmax(scores / query.shape[-1] ** 0.5)
+  return weights[..., network.leading + network.registers :].mean(axis=1)

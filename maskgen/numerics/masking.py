@@ -90,6 +90,25 @@ def random_mask(
   return mask, kept
 
 
+def weighted_mask(keys: jax.Array, weights: jax.Array, num_masked: int) -> tuple[jax.Array, jax.Array]:
+  """Masks tokens, and keeps the others with probabilities in proportion to weights, without replacement.
+
+  Kept tokens are those with the largest log weight plus Gumbel noise (Kool et al. 2019, section 3).
+
+  Args:
+    keys: PRNG keys [b]; example i depends on key i and its weights alone.
+    weights: float32 [b, n], above 0.
+    num_masked: of the tokens of each example.
+
+  Returns:
+    As `random_mask`, which masks all tokens that it does not keep.
+  """
+  noise = jax.vmap(lambda key: jax.random.gumbel(key, weights.shape[1:]))(keys)
+  order = jnp.argsort(jnp.log(weights) + noise, axis=-1)
+  mask = jnp.argsort(order, axis=-1) < num_masked
+  return mask, jnp.sort(order[:, num_masked:], axis=-1)
+
+
 def spread(x: jax.Array, kept: jax.Array, num_tokens: int) -> jax.Array:
   """Puts kept tokens back in their places; the other places hold arbitrary kept tokens.
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from maskgen import config as config_lib
-from maskgen import objectives, storage
+from maskgen import objectives
 from maskgen.config import fields
 from maskgen.errors import UserError
 from maskgen.models.image_encoder import EncoderPart
@@ -22,7 +22,7 @@ from maskgen.models.mage import Mage, Prediction
 from maskgen.models.transformer import kernel_init
 from maskgen.numerics import clusters
 from maskgen.numerics import losses as losses_lib
-from maskgen.objectives import Batch, BatchSpec, Metrics, Tree, mage
+from maskgen.objectives import Batch, BatchSpec, Metrics, Tree, frozen_teacher, mage
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,14 +67,7 @@ class Objective(mage.Objective):
       raise UserError(f"neighbours={self.neighbours} of {self.clusters} clusters: give fewer than clusters")
     if self.fixed_positions and self.width % 4:
       raise UserError(f"width is {self.width}: fixed positions need a multiple of 4")
-    grid = self._teacher.encoder.positions.grid
-    if grid != self.grid:
-      raise UserError(
-        f"the teacher has {_show(grid)} patches and the tokenizer {_show(self.grid)} tokens: give a teacher "
-        "with a patch for each token"
-      )
-    if self._teacher.pooled and not self._teacher.encoder.pools_patches:
-      raise UserError("the teacher has no patch tokens: give the model that this classifier was made from")
+    frozen_teacher.check(self._teacher, self.grid, "the tokenizer", "tokens")
 
   @functools.cached_property
   def _teacher(self) -> EncoderPart:
@@ -109,8 +102,7 @@ class Objective(mage.Objective):
 
   def check_pretrained(self, name: str, config: Mapping[str, Any]) -> None:
     if name == "teacher":
-      found = objectives.encoder_part(storage.model_section(config), "its objective")
-      objectives.check_same(found, self._teacher, where="config.objective.teacher")
+      frozen_teacher.check_pretrained(self._teacher, config)
     else:
       super().check_pretrained(name, config)
 
@@ -119,8 +111,7 @@ class Objective(mage.Objective):
     projection = self.projection.init(jax.random.fold_in(rng, 0), jnp.zeros((1, self.width)))["params"]
     frozen = parts["frozen"]
     if self.teacher:
-      params, rest = self._teacher.split(pretrained["teacher"])
-      frozen = frozen | {"teacher": {"params": params, "frozen": rest}}
+      frozen = frozen | {"teacher": frozen_teacher.freeze(self._teacher, pretrained["teacher"])}
     return {
       "params": {"main": parts["params"]["main"] | {"projection": projection}},
       "frozen": frozen,
@@ -191,7 +182,3 @@ class Objective(mage.Objective):
     visible = ~jnp.take_along_axis(found.mask, found.kept, axis=1)
     loss, nearest = (losses_lib.masked_mean(value, visible) for value in values)
     return loss, nearest
-
-
-def _show(grid: tuple[int, int]) -> str:
-  return f"{grid[0]} x {grid[1]}"
