@@ -95,6 +95,12 @@ TINY = {
     decoder_depth=1,
     decoder_heads=4,
   ),
+  "dmjd": dict(
+    encoder=dict(image_size=(16, 16), patch=4, width=16, depth=1, heads=4, pooling="class"),
+    decoder_width=16,
+    decoder_depth=1,
+    decoder_heads=4,
+  ),
   "mask_align": dict(
     encoder=dict(image_size=(16, 16), patch=4, width=16, depth=2, heads=4, pooling="class"),
     teacher=VIT | dict(pooling="class"),
@@ -146,8 +152,8 @@ WITHOUT = {
   "sorcen": ("projection/down/bias",),
   "mask_align": ("encoder_norm/scale", "encoder_norm/bias"),
 }
-# Extends MAGE by a loss: one mesh is enough.
-HEIRS = ("mage_c", "lease", "sorcen")
+# Extends another objective by a loss: one mesh is enough.
+HEIRS = ("mage_c", "lease", "sorcen", "dmjd")
 MESHES = ((2, 4, 1), (2, 2, 2))  # test_meshes.py: data parallelism alone
 BATCH = 8
 every_objective = pytest.mark.parametrize("name", sorted(TINY))

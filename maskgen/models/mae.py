@@ -3,6 +3,7 @@
 Letters: b batch, n patches, k patches that the encoder sees, d encoder width.
 """
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -29,6 +30,7 @@ class PixelDecoder(nn.Module):
     grid: the numbers of patches along the height and width of an image.
     outputs: the number of values predicted for a patch.
     width, depth, heads: of the decoder; positions are fixed, see `positions.sines`.
+    hidden: width inside the MLPs, by default 4 `width`.
     epsilon: of the norms.
     dtype: the type of the computation; parameters and predictions are float32.
     attention, remat, scan: how the blocks are run, see `Transformer`.
@@ -40,6 +42,7 @@ class PixelDecoder(nn.Module):
   depth: int = 8
   heads: int = 16
   epsilon: float = 1e-6
+  hidden: int = 0
   dtype: str = fields.precision("float32")
   attention: str = fields.operational("auto", plain="xla")
   remat: str = fields.operational("none", less_memory=REMAT[1:])
@@ -82,9 +85,37 @@ class PixelDecoder(nn.Module):
       attention=self.attention,
       remat=self.remat,
       scan=self.scan,
+      hidden=self.hidden,
       epsilon=self.epsilon,
       name="decoder",
     )(x, train=False)
+    return found
+
+
+class VisibleHead(nn.Module):
+  """Predicts patches from the encoder's output for them: three layers, each normalised, and a linear one.
+
+  Attributes:
+    width: of the layers.
+    outputs: the number of values predicted for a patch.
+    epsilon: of the norms, of which the last has no parameters.
+    dtype: the type of the computation; parameters and predictions are float32.
+  """
+
+  width: int
+  outputs: int
+  epsilon: float
+  dtype: str
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:  # [b, k, d] -> float32 [b, k, outputs]
+    dense = functools.partial(nn.Dense, kernel_init=kernel_init, dtype=self.dtype)
+    for i in range(2):
+      x = dense(self.width, name=f"layer_{i}")(x)
+      x = nn.LayerNorm(epsilon=self.epsilon, dtype=self.dtype, name=f"norm_{i}")(x)
+      x = nn.gelu(x, approximate=False)
+    x = nn.standardize(dense(self.width, name="layer_2")(x), axis=-1, epsilon=self.epsilon)
+    found: jax.Array = dense(self.outputs, name="out")(x).astype(jnp.float32)
     return found
 
 

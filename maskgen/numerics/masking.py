@@ -90,6 +90,36 @@ def random_mask(
   return mask, kept
 
 
+def disjoint_masks(
+  keys: jax.Array, grid: tuple[int, int], ratio: MaskRatio, block: int = 1
+) -> tuple[jax.Array, jax.Array]:
+  """Masks the tokens of a grid twice, so that the same tokens are visible in both as rarely as possible.
+
+  Tokens are masked in squares. Both views keep a run of a random permutation of these; the runs overlap only
+  if more than half are kept (DMJD, Ma et al. 2023, section 3.2).
+
+  Args:
+    keys: PRNG keys [b]; example i depends on key i alone.
+    grid: (h, w), both divisible by `block`.
+    ratio: of masked squares, always `low`.
+    block: the side of a square.
+
+  Returns:
+    mask: bool [b, 2, n], True where a token is masked.
+    kept: int32 [b, 2, k], the others, not in their order.
+  """
+  rows, columns = grid[0] // block, grid[1] // block
+  masked = num_dropped(rows * columns, ratio)
+  num_kept = rows * columns - masked
+  order = jax.vmap(lambda key: jax.random.permutation(key, rows * columns))(keys)
+  start = min(num_kept, masked)
+  squares = jnp.stack([order[:, :num_kept], order[:, start : start + num_kept]], axis=1)
+  corners = squares // columns * block * grid[1] + squares % columns * block
+  within = (jnp.arange(block)[:, None] * grid[1] + jnp.arange(block)[None]).reshape(-1)
+  kept = (corners[:, :, None] + within[None, None, :, None]).reshape(len(keys), 2, -1)
+  return ~jax.nn.one_hot(kept, grid[0] * grid[1], dtype=bool).any(axis=2), kept
+
+
 def weighted_mask(keys: jax.Array, weights: jax.Array, num_masked: int) -> tuple[jax.Array, jax.Array]:
   """Masks tokens, and keeps the others with probabilities in proportion to weights, without replacement.
 
