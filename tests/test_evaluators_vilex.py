@@ -15,7 +15,7 @@ from maskgen.data import digit_scenes as scenes
 from maskgen.data.cpu_tf import tf
 from maskgen.data.sources import open_source
 from maskgen.errors import UserError
-from maskgen.evaluators import classifiers, feature_spaces
+from maskgen.evaluators import classifiers, comparison, feature_spaces, set_metrics
 from maskgen.images import to_float
 from maskgen.models.vilex import ImageWordsSampling
 from maskgen.numerics.text import Captions
@@ -146,6 +146,28 @@ def test_other_ways_to_draw():
   ends = {name.rpartition("_")[2] for name in numbers if name.startswith("feature_cosine")}
   assert ends == {"k1", "k3", "nothing"}
   assert not [name for name in numbers if "class" in name] and "frechet_pixels_k3" in numbers
+
+
+def test_fid_and_inception_score_by_number_of_tokens(monkeypatch):
+  """A projection stands for Inception-v3: the rules depend on its protocol only."""
+  mix = np.random.default_rng(0).normal(size=(np.prod(SHAPE), 6))
+
+  def extract(images):
+    rows = np.asarray(to_float(images), np.float64).reshape(len(images), -1) @ mix / 5
+    return {"pooled": rows, "logits": rows}
+
+  network = comparison.Network("inception_v3", "adm", "weights", extract)
+  monkeypatch.setattr(comparison, "open_network", lambda *spec: network)
+  monkeypatch.setattr("maskgen.evaluators.vilex.FEATURES", 6)
+  options = dict(features="inception_v3", num_tokens=(1, 4))
+  numbers = run("vilex", num_images=IMAGES, **options).numbers
+  assert numbers["fid40/adm/eval/unstated_k4"] < 1e-6 < 0.1 < numbers["fid40/adm/eval/unstated_k1"]
+  expected = set_metrics.inception_score_in_slices(extract(jnp.asarray(records("test")["image"]))["logits"])
+  assert numbers["is40/adm/unstated_k4"] == pytest.approx(expected) and expected > 1.1
+  assert numbers["is40/adm/unstated_k1"] == pytest.approx(1)  # all pictures are the same
+  assert not [name for name in numbers if name.startswith("frechet")]
+  with pytest.raises(UserError, match="FID on 6 features needs at least 6 pictures in the evaluated images"):
+    evaluators.build("it", {"type": "vilex", "num_images": 5, **options}, make_context())
 
 
 def test_the_earlier_name_is_read_with_a_warning(caplog):

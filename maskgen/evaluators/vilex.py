@@ -11,11 +11,12 @@ import numpy as np
 from maskgen import images as images_lib
 from maskgen.config import fields
 from maskgen.errors import UserError
-from maskgen.evaluators import classifiers, frechet, pictures
+from maskgen.evaluators import classifiers, comparison, frechet, pictures
 from maskgen.evaluators.batches import gather, key_shapes, make_keys, one_blas_thread, place, valid_rows
+from maskgen.evaluators.comparison import Features, Network
 from maskgen.evaluators.context import Batch, Call, Context, Report
-from maskgen.evaluators.feature_spaces import Space, name_of, open_space
 from maskgen.evaluators.reconstruction import compare
+from maskgen.models.inception import CLASSES, FEATURES
 from maskgen.numerics.prompts import TailDrop
 from maskgen.numerics.text import Captions
 
@@ -58,7 +59,9 @@ class Evaluator:
     `feature_cosine`: the cosine between the features of a reconstruction and of its source.
     `retrieval_top1`: how often the source is the nearest of all sources by that cosine; 1 / num_images by
       chance.
-    `frechet_S`: the Frechet distance between reconstructions and sources; it falls with their number.
+    `frechet_S`: the Frechet distance between reconstructions and sources; it falls with their number. With
+      features="inception_v3" instead FID and the inception score as a published tool computes them, under
+      names such as `fid30k/adm/eval/unstated_k16` and `is30k/adm/unstated_k16`.
     `class_agreement`: with a classifier, how often it predicts the class of the source. It is trained on the
       features of at most 4096 real training images; `class_agreement_real` is the same for the sources.
   `psnr` (dB), `ssim` and `l1` compare the reconstructions from the largest number of tokens with the sources.
@@ -68,7 +71,8 @@ class Evaluator:
 
   Attributes:
     num_tokens: the numbers k; if empty, powers of two and all.
-    features: see `feature_spaces.open_space`.
+    features: see `comparison.open_network`.
+    protocol: the tool whose rules Inception-v3 follows, one of `protocols.PROTOCOLS`; by default "adm".
     classifier: a name in `classifiers.CLASSIFIERS`, for small labelled data, or None.
     num_images: the number of images to reconstruct, at most the whole split.
     num_pictures: the number of images in the picture.
@@ -81,6 +85,7 @@ class Evaluator:
   context: Context
   num_tokens: tuple[int, ...] = ()
   features: str = "pixels"
+  protocol: str = ""
   classifier: str | None = None
   num_images: int = 256
   num_pictures: int = 16
@@ -95,7 +100,7 @@ class Evaluator:
         f"num_images is {self.num_images} and num_pictures is {self.num_pictures}: give at least 2 and 1"
       )
     check_tokens(self.context, self.num_tokens)
-    _ = self._space  # this checks `features`
+    self._check_count(self.num_images)
     classifiers.check(self.classifier, self.context)
     self.context.check_sampling(self.sampling)
 
@@ -108,6 +113,13 @@ class Evaluator:
     number = jax.ShapeDtypeStruct((*batch["valid"].shape, 1), np.int32)
     call("reconstruct", inputs | {"image": batch["image"], "number": number}, **self.sampling)
 
+  def memory(
+    self, call: Call, batch: Mapping[str, jax.ShapeDtypeStruct], num_images: Mapping[str, int]
+  ) -> int:
+    if not self._network.protocol:
+      return 0
+    return 4 * (FEATURES + CLASSES) * min(self.num_images, num_images["eval"]) * (len(self._numbers) + 3)
+
   @one_blas_thread
   def run(self, variables: Any, rng: jax.Array) -> Report:
     """Evaluates; `rng` is a typed key, folded with each batch's index."""
@@ -119,25 +131,30 @@ class Evaluator:
       key = jax.random.fold_in(rng, index)
       parts.append(self._measure(variables, batch, key, index, max(self.num_pictures - count, 0)))
       count += len(parts[-1][0]["source"])
-    features, shown, known = (
+    features, logits, shown, known = (
       {name: np.concatenate([part[name] for part in kind])[: self.num_images] for name in kind[0]}
       for kind in zip(*parts, strict=True)
     )
     rows = {_title(way): images for way, images in shown.items()}
-    return Report(self._compare(features, known), {"reconstructions": pictures.named(rows)})
+    return Report(self._compare(features, logits, known), {"reconstructions": pictures.named(rows)})
 
   def _measure(
     self, variables: Any, batch: Batch, rng: jax.Array, index: int, num_shown: int
   ) -> tuple[dict[str, np.ndarray], ...]:
-    """Features [b, d] and the first pictures, by kind of image; and labels and comparisons, [b] each."""
+    """By kind of image: features [b, d], Inception's logits, first pictures; and labels and comparisons."""
     keys = make_keys(batch, self.seed, index * len(batch["valid"]))
     made = {"source": batch["image"], **self._draw(variables, batch, rng, keys)}
-    features = {way: valid_rows(batch, self._space(images)) for way, images in made.items()}
+    features, logits = {}, {}
+    for way, images in made.items():
+      outputs = self._network.extract(images)
+      features[way] = valid_rows(batch, outputs["pooled"])
+      if self._network.protocol and way != "source":
+        logits[way] = valid_rows(batch, outputs["logits"])
     shown = {way: images_lib.to_uint8(valid_rows(batch, images)[:num_shown]) for way, images in made.items()}
     known = compare(batch["image"], made[f"k{self._numbers[-1]}"])
     if self.classifier is not None:
       known["label"] = batch["label"]
-    return features, shown, {name: valid_rows(batch, value) for name, value in known.items()}
+    return features, logits, shown, {name: valid_rows(batch, value) for name, value in known.items()}
 
   def _draw(self, variables: Any, batch: Batch, rng: jax.Array, keys: jax.Array) -> dict[str, jax.Array]:
     """Images [b, h, w, c] by kind of reconstruction."""
@@ -153,10 +170,13 @@ class Evaluator:
       made[f"k{k}"] = predict["reconstruct"](variables, inputs, rng, **options)
     return made
 
-  def _compare(self, features: dict[str, np.ndarray], known: dict[str, np.ndarray]) -> dict[str, float]:
+  def _compare(
+    self, features: dict[str, np.ndarray], logits: dict[str, np.ndarray], known: dict[str, np.ndarray]
+  ) -> dict[str, float]:
     numbers = {name: float(known[name].mean(dtype="float64")) for name in ("psnr", "ssim", "l1")}
     source, own = features["source"], np.arange(len(features["source"]))
-    mean, real = source.mean(axis=0), frechet.fit([source])
+    self._check_count(len(source))
+    mean, real = source.mean(axis=0), Features("the sources", frechet.fit([source]))
     for way, values in features.items():
       if self.classifier is not None:
         end = "real" if way == "source" else way
@@ -165,9 +185,17 @@ class Evaluator:
         cosines = _directions(values - mean) @ _directions(source - mean).T
         numbers[f"feature_cosine_{way}"] = float(cosines[own, own].mean(dtype="float64"))
         numbers[f"retrieval_top1_{way}"] = float(np.mean(cosines.argmax(axis=1) == own))
-        name = f"frechet_{name_of(self.features)}_{way}"
-        numbers[name] = frechet.distance(frechet.fit([values]), real)
+        made = Features(way, frechet.fit([values]), logits=logits.get(way))
+        metrics = ("fid", "is") if self._network.protocol else ("fid",)
+        for metric, value in comparison.compute(metrics, self._network, made, real).items():
+          name = comparison.metric_name(metric, self._network, len(source), "eval", "unstated")
+          numbers[f"{name}_{way}"] = value
     return numbers
+
+  def _check_count(self, count: int) -> None:
+    """Checks the number of images; other networks than Inception-v3 take any."""
+    if self._network.protocol:
+      comparison.check_counts(("fid", "is"), count, "the evaluated images", self._network, FEATURES)
 
   @property
   def _numbers(self) -> tuple[int, ...]:
@@ -176,13 +204,17 @@ class Evaluator:
   # The properties below do not depend on the variables: computed at the first evaluation, then kept.
 
   @functools.cached_property
-  def _space(self) -> Space:
-    return open_space(self.features, self.context)
+  def _network(self) -> Network:
+    return comparison.open_network(self.features, self.protocol, self.context)
 
   @functools.cached_property
   def _classifier(self) -> Any:
     assert self.classifier is not None
-    return classifiers.train(self.classifier, self.context, self._space, _TRAINING)
+
+    def features(images: jax.Array) -> Any:
+      return self._network.extract(images)["pooled"]
+
+    return classifiers.train(self.classifier, self.context, features, _TRAINING)
 
 
 def _directions(x: np.ndarray) -> np.ndarray:
