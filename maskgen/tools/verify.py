@@ -13,9 +13,10 @@ from maskgen.errors import UserError
 RESULTS = "results.json"
 _RESTORE = "restore it from a copy"
 _MOST_DEVICES = 65  # that one CPU is divided into
-# The parts of receipts of runs, and of the JSON files of maskgen.tools.evaluate.
+# The parts of receipts of runs, and of the JSON files of maskgen.tools.evaluate and `vilex subjects`.
 _OF_RUN = {"config.evals": dict, "data": dict, "model.path": str, "evaluations": dict}
 _OF_PICTURES = {"metrics": dict, "generated": dict, "reference": dict, "labels": str, "arguments": dict}
+_OF_SUBJECTS = {"metrics": dict, "model": dict, "subjects": dict, "networks": dict, "arguments": dict}
 
 
 def main(argv: Sequence[str]) -> None:
@@ -36,7 +37,7 @@ def main(argv: Sequence[str]) -> None:
   parser.add_argument(
     "results",
     help=f"workdir of a finished run, its {RESULTS}, another folder with {receipts.FILE}, or the JSON file "
-    "of maskgen.tools.evaluate",
+    "of maskgen.tools.evaluate or maskgen.tools.vilex subjects",
   )
   path = epath.Path(parser.parse_args(argv).results)
   if not path.exists():
@@ -175,24 +176,26 @@ def compare_config(folder: epath.Path, config: Mapping[str, Any], where: str) ->
 
 
 def verify_pictures(path: epath.Path) -> None:
-  """Verifies a JSON file of maskgen.tools.evaluate.
+  """Verifies a JSON file of maskgen.tools.evaluate or maskgen.tools.vilex subjects.
 
   Raises:
     UserError: naming what differs.
   """
   from maskgen.evaluators import receipts
-  from maskgen.tools import evaluate
+  from maskgen.tools import evaluate, vilex_subjects
 
-  recorded, where = receipts.read(path, _OF_PICTURES), str(path)
+  is_subjects = "subjects" in files.read_json(path, _RESTORE)
+  tool: Any = vilex_subjects if is_subjects else evaluate
+  recorded, where = receipts.read(path, _OF_SUBJECTS if is_subjects else _OF_PICTURES), str(path)
   given = [f"--{name}={value}" for name, value in recorded["arguments"].items() if value is not None]
-  args = evaluate.parser().parse_args(given)
-  vars(args).update(dict.fromkeys(evaluate.OUTPUTS))  # nothing is written
-  evaluate.check_flags(args)
-  inputs = evaluate.open_inputs(args)
+  args = tool.parser().parse_args(given)
+  vars(args).update(dict.fromkeys(tool.OUTPUTS))  # nothing is written
+  tool.check_flags(args)
+  inputs = tool.open_inputs(args)
   said = {key: value for key, value in recorded.items() if key not in ("metrics", *receipts.SURROUNDINGS)}
-  receipts.check(said, evaluate.describe(inputs), where)
+  receipts.check(said, tool.describe(inputs), where)
   elsewhere = receipts.elsewhere(recorded, receipts.surroundings())
-  receipts.check_numbers(recorded["metrics"], evaluate.compute(inputs), elsewhere, where)
+  receipts.check_numbers(recorded["metrics"], tool.compute(inputs), elsewhere, where)
   say(where, recorded["metrics"], elsewhere)
 
 

@@ -1,7 +1,6 @@
 """Generates images from prompts of images and words: python -m maskgen.tools.vilex COMMAND --model=DIR ..."""
 
 import argparse
-import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,14 +13,12 @@ from tqdm import tqdm
 from maskgen import cli, sheet
 from maskgen import images as images_lib
 from maskgen.errors import UserError, counted
+from maskgen.tools import vilex_flags, vilex_subjects
 
 if TYPE_CHECKING:
   from maskgen.serving import ImageWords
 
 FILE_OF_TOKENS = ".safetensors"
-# Sampling options, by default as in the config.
-_SAMPLING = ("steps", "sampler", "image_guidance", "text_guidance")
-log = logging.getLogger("maskgen")
 
 
 class GivenImage(NamedTuple):
@@ -73,7 +70,7 @@ def reconstruct(argv: Sequence[str]) -> None:
   )
   parser.add_argument("--count", type=int, default=1, help="number of seeds")
   parser.add_seed("the first random seed; the others follow")
-  _add_sampling(parser)
+  vilex_flags.add_sampling(parser)
   args = _parse(parser, argv, ".png")
   numbers = None if args.num_tokens is None else _whole_numbers("num_tokens", args.num_tokens)
   model, given = _load(args)
@@ -102,11 +99,11 @@ def prompt(argv: Sequence[str]) -> None:
     image_is_required=False,
   )
   parser.add_argument("--prompt", default="", help="text, with {} in place of each --image")
-  _add_num_tokens(parser)
+  vilex_flags.add_num_tokens(parser)
   parser.add_argument("--count", type=int, default=1, help="number of pictures")
   parser.add_seed("random seed; picture i uses seed + i")
-  _add_sampling(parser)
-  _add_words(parser)
+  vilex_flags.add_sampling(parser)
+  vilex_flags.add_words(parser)
   args = _parse(parser, argv, ".png")
   if not args.prompt and not args.image:
     raise UserError("neither --prompt nor --image is given: give at least one of them")
@@ -130,13 +127,13 @@ def interpolate(argv: Sequence[str]) -> None:
     "interpolate --model=runs/vilex_digits/vilex --image=first.png --image=second.png --out=out.png",
   )
   parser.add_argument("--prompt", default="", help='words around them, such as "a {} on a red background"')
-  _add_num_tokens(parser)
+  vilex_flags.add_num_tokens(parser)
   parser.add_argument(
     "--count", type=int, default=7, help="number of pictures, including both ends; default 7"
   )
   parser.add_seed("random seed of all pictures")
-  _add_sampling(parser)
-  _add_words(parser)
+  vilex_flags.add_sampling(parser)
+  vilex_flags.add_words(parser)
   args = _parse(parser, argv, ".png")
   if args.count < 2:
     raise UserError(f"--count={args.count}: give at least 2, for both ends")
@@ -166,7 +163,7 @@ def encode(argv: Sequence[str]) -> None:
     "Writes the tokens of images to a file that can be used in place of the images.",
     "encode --model=runs/vilex_digits/vilex --image=a.png --image=b.png --num_tokens=4 --out=ab.safetensors",
   )
-  _add_num_tokens(parser)
+  vilex_flags.add_num_tokens(parser)
   args = _parse(parser, argv, FILE_OF_TOKENS)
   model, given = _load(args, args.num_tokens)
   tokens = [image.tokens for image in given]
@@ -187,7 +184,7 @@ def embedding(argv: Sequence[str]) -> None:
     "new word; see docs/vilex.md.",
     "embedding --model=runs/vilex_sd15 --image=dog.png:16 --out=dog.safetensors",
   )
-  _add_num_tokens(parser)
+  vilex_flags.add_num_tokens(parser)
   args = _parse(parser, argv, FILE_OF_TOKENS)
   model, given = _load(args, args.num_tokens)
   if len(given) != 1:
@@ -202,7 +199,7 @@ def words(argv: Sequence[str]) -> None:
     "Shows the words of the vocabulary that are nearest to each token of images, with their cosines.",
     "words --model=runs/vilex_digits/vilex --image=in.png --num_tokens=4 --out=out.png",
   )
-  _add_num_tokens(parser)
+  vilex_flags.add_num_tokens(parser)
   parser.add_argument("--count", type=int, default=5, help="number of words for each token; default 5")
   args = _parse(parser, argv, ".png")
   model, given = _load(args, args.num_tokens)
@@ -225,7 +222,7 @@ def look(argv: Sequence[str]) -> None:
     "where no more than on average.",
     "look --model=runs/vilex_digits/vilex --image=in.png --num_tokens=4 --out=out.png",
   )
-  _add_num_tokens(parser)
+  vilex_flags.add_num_tokens(parser)
   args = _parse(parser, argv, ".png")
   for path, picture, _ in map(_open, args.image):
     if picture is None:
@@ -250,6 +247,7 @@ COMMANDS: Mapping[str, tuple[Callable[[Sequence[str]], None], str]] = {
   "interpolate": (interpolate, "interpolates between two images"),
   "encode": (encode, "writes the tokens of images to a file"),
   "embedding": (embedding, "writes an image as a word for other programs"),
+  "subjects": (vilex_subjects.main, "measures subjects in new contexts"),
   "words": (words, "shows the nearest words of each token"),
   "look": (look, "shows where the pooling looks for each token"),
 }
@@ -257,8 +255,7 @@ COMMANDS: Mapping[str, tuple[Callable[[Sequence[str]], None], str]] = {
 
 def _parser(what: str, example: str, *, image_is_required: bool = True) -> cli.Parser:
   """Returns a parser with the arguments of all commands."""
-  parser = cli.Parser(what, f"python -m maskgen.tools.vilex {example}")
-  parser.add_model("workdir of a run, or an export")
+  parser = vilex_flags.parser(what, example)
   parser.add_argument(
     "--image",
     action="append",
@@ -269,27 +266,6 @@ def _parser(what: str, example: str, *, image_is_required: bool = True) -> cli.P
   )
   parser.add_argument("--out", required=True, help="file to write")
   return parser
-
-
-def _add_num_tokens(parser: cli.Parser) -> None:
-  parser.add_argument(
-    "--num_tokens", type=int, help="number of tokens of images without :k; default all that fit"
-  )
-
-
-def _add_sampling(parser: cli.Parser) -> None:
-  options = parser.add_argument_group("sampling, by default as in the config")
-  options.add_argument("--steps", type=int, help="number of sampling steps")
-  options.add_argument("--sampler", help="dpm or ddim")
-  options.add_argument("--image_guidance", type=float, help="strength of the images; 1 is as trained")
-
-
-def _add_words(parser: cli.Parser) -> None:
-  options = parser.add_argument_group("words")
-  options.add_argument(
-    "--text_guidance", type=float, help="strength of the words; larger values reduce similarity to the images"
-  )
-  options.add_argument("--negative_prompt", help="text that the pictures should not match")
 
 
 def _parse(parser: cli.Parser, argv: Sequence[str], kind: str) -> argparse.Namespace:
@@ -313,15 +289,8 @@ def _load(args: argparse.Namespace, num_tokens: int | None = None) -> tuple["Ima
 
   Pictures are checked before the model is loaded.
   """
-  import maskgen
-  from maskgen.serving import ImageWords
-
   opened = [_open(text) for text in args.image or ()]
-  log.info("loading %s", args.model)
-  model = maskgen.load(args.model)
-  if not isinstance(model, ImageWords):
-    name = model.config["objective"]["name"]
-    raise UserError(f"--model={args.model} is of objective '{name}': give one of objective 'vilex'")
+  model = vilex_flags.load_model(args.model)
   given = []
   for path, picture, number in tqdm(opened, desc="reading images", disable=len(opened) < 2):
     given += _read_images(model, path, picture, num_tokens if number is None else number)
@@ -367,8 +336,7 @@ def _write_sheet(args: argparse.Namespace, sections: Mapping[str, Sequence[sheet
 
 def _draw(args: argparse.Namespace, model: "ImageWords", sections: Mapping[str, Sequence[Entry]]) -> None:
   """Generates and writes pictures: each in a file, and if there are several, all on a contact sheet."""
-  names = (*_SAMPLING, "negative_prompt")
-  options = {name: value for name in names if (value := getattr(args, name, None)) is not None}
+  options = vilex_flags.options(args)
   total = sum(isinstance(what, dict) for cards in sections.values() for _, what in cards)
   stem = args.out.removesuffix(".png")
   files = [f"{stem}_{i}.png" for i in range(total)] if total > 1 else [args.out]
