@@ -106,6 +106,13 @@ TINY = {
     teacher=VIT | dict(pooling="class"),
     blocks=1,
   ),
+  "mr_mae": dict(
+    encoder=dict(image_size=(16, 16), patch=4, width=16, depth=1, heads=4, pooling="class"),
+    decoder_width=16,
+    decoder_depth=1,
+    decoder_heads=4,
+    teacher=VIT,
+  ),
   "two_view": dict(
     encoder=dict(
       image_size=(16, 16), patch=4, width=16, depth=1, heads=4, pooling="class", fixed_positions=True
@@ -153,7 +160,7 @@ WITHOUT = {
   "mask_align": ("encoder_norm/scale", "encoder_norm/bias"),
 }
 # Extends another objective by a loss: one mesh is enough.
-HEIRS = ("mage_c", "lease", "sorcen", "dmjd")
+HEIRS = ("mage_c", "lease", "sorcen", "dmjd", "mr_mae")
 MESHES = ((2, 4, 1), (2, 2, 2))  # test_meshes.py: data parallelism alone
 BATCH = 8
 every_objective = pytest.mark.parametrize("name", sorted(TINY))

@@ -533,6 +533,7 @@ ALIKE = ("mage_base", "mage_large", "mage_c_large", "probe_mage", "fewshot_mage"
 ALIKE += ("vilex_sd15", "vilex_sd21", "vilex_sdxl")  # as vilex_digits
 ALIKE += ("emoji",)  # as mage_text_cond
 ALIKE += ("dmjd_base",)  # as mae_base, with targets that test_dmjd.py covers
+ALIKE += ("mr_mae_base",)  # as mask_align_base
 ALIKE += ("umd_base",)  # as mae_base, with networks that test_step.py and test_umd.py cover
 ALIKE += ("cropmae_small",)  # as mae_base, with a decoder that test_two_view.py covers
 
