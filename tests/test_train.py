@@ -535,6 +535,7 @@ ALIKE += ("emoji",)  # as mage_text_cond
 ALIKE += ("dmjd_base",)  # as mae_base, with targets that test_dmjd.py covers
 ALIKE += ("mr_mae_base",)  # as mask_align_base
 ALIKE += ("umd_base",)  # as mae_base, with networks that test_step.py and test_umd.py cover
+ALIKE += ("arena",)  # test_compare.py trains it
 ALIKE += ("cropmae_small",)  # as mae_base, with a decoder that test_two_view.py covers
 
 

@@ -19,6 +19,7 @@ TOKENIZER = f"{TINY}:only=tokenizer"
 CHECK = "--workdir=new --mode=check"
 MAGE = "--model={mage}"
 CODES = "--model={tokenizer}"
+ARENA = "--objectives=mae --data=synthetic --out=new"
 
 # The arguments of each command, and what the sentence says.
 WRONG = {
@@ -339,6 +340,19 @@ WRONG = {
     ("--model=nothing --out=new", r"model nothing does not exist"),
     (f"{MAGE} --out=new --features=pixel", r"space 'pixel' does not exist; did you mean 'pixels'"),
     (f"{MAGE} --out=new --features=mobilenet_v2:no.npz", r"'mobilenet_v2': no\.npz does not exist"),
+  ],
+  "tools.compare": [
+    ("", r"required: --objectives, --data, --budget, --out"),
+    (f"{ARENA} --budget=soon", r"--budget=soon: give FLOPs such as 2e14, or a time such as 30s, 10min or 1h"),
+    (f"{ARENA} --budget=0min", r"--budget=0min: give FLOPs"),
+    (f"{ARENA} --budget=1.2.3", r"--budget=1\.2\.3: give FLOPs"),
+    (f"{ARENA} --budget=1e9 --seeds=0", r"--seeds=0 --trials=0: give at least 1 seed and 0 to 5 trials"),
+    (f"{ARENA} --budget=1e9 --trials=6", r"0 to 5 trials"),
+    (f"{ARENA} --budget=1e9 --objectives=mae,mae", r"--objectives=mae,mae: give different names"),
+    (f"{ARENA} --budget=1e9 --objectives=mea", r"'mea' does not exist; did you mean"),
+    (f"{ARENA} --budget=1e9 --out=in.png", r"--out=in\.png: it is not a writable folder"),
+    (f"{ARENA} --budget=1e9 --config=configs/aren.py", r"did you mean 'arena\.py'"),
+    (f"{ARENA} --budget=1e9 --objectives=lease", r"config\.pretrained\.teacher=runs/teacher"),
   ],
   "tools.bench": [
     ("", r"required: benchmark"),

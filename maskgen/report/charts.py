@@ -51,10 +51,10 @@ def chart(name: str, series: Mapping[int, Points]) -> str:
     return ""
   every = list(itertools.chain(*kept.values()))
   end = max(step for step, _ in every) or 1
-  x = _scale(0.0, end, LEFT, WIDTH - RIGHT)
+  x = scale(0.0, end, LEFT, WIDTH - RIGHT)
   low, high = min(value for _, value in every), max(value for _, value in every)
   margin = (high - low) * 0.05 or abs(high) * 0.05 or 1.0
-  y = _scale(low - margin, high + margin, HEIGHT - BOTTOM, TOP)
+  y = scale(low - margin, high + margin, HEIGHT - BOTTOM, TOP)
   grid = "".join(
     f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(t):.1f}" y2="{y(t):.1f}"/>'
     f'<text x="{LEFT - 5}" y="{y(t) + 3.5:.1f}" text-anchor="end">{_short(t)}</text>'
@@ -93,7 +93,8 @@ def _line(run: int, points: Points, x: Scale, y: Scale) -> str:
   return f'<g class="run{run}"><polyline points="{path}"/>{marks}</g>'
 
 
-def _scale(low: float, high: float, start: float, end: float) -> Scale:
+def scale(low: float, high: float, start: float, end: float) -> Scale:
+  """The linear map from a range of values to one of places."""
   return lambda value: start + (value - low) / (high - low) * (end - start)
 
 

@@ -31,9 +31,19 @@ def render(runs: Sequence[Run]) -> str:
   title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
   names = dict.fromkeys(stage.name for run in runs for stage in run.stages)
   parts = [_header(runs, title), *(_stage(runs, name) for name in names), *map(_settings, runs)]
+  return document(title, parts, len(runs))
+
+
+def document(title: str, parts: Sequence[str], count: int) -> str:
+  """Returns a page.
+
+  Args:
+    title: of the page.
+    parts: HTML.
+    count: the number of runs, each with a colour.
+  """
   colours = "".join(
-    f".run{i} {{ stroke: var(--run{i % COLOURS}); fill: var(--run{i % COLOURS}); }}\n"
-    for i in range(len(runs))
+    f".run{i} {{ stroke: var(--run{i % COLOURS}); fill: var(--run{i % COLOURS}); }}\n" for i in range(count)
   )
   return _TEMPLATE.substitute(
     title=html.escape(title),
@@ -107,10 +117,11 @@ def _results(stages: Mapping[int, Stage]) -> str:
     + "</tr>"
     for key in keys
   )
-  return f"<h3>Results</h3>{_table(f'<th></th>{head}', rows)}"
+  return f"<h3>Results</h3>{table(f'<th></th>{head}', rows)}"
 
 
-def _table(head: str, rows: str) -> str:
+def table(head: str, rows: str) -> str:
+  """A table, as wide as it needs, of cells in HTML."""
   return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
 
 
@@ -130,7 +141,7 @@ def _rows(file: epath.Path) -> str:
   head, *rows = read_table(file)
   if len(head) * len(rows) > MOST_CELLS:
     return f"<p>too large for this page: {html.escape(file.name)} in the samples of the run</p>"
-  return _table(
+  return table(
     "".join(f"<th>{html.escape(cell)}</th>" for cell in head),
     "".join(
       f"<tr><th>{html.escape(first)}</th>{''.join(f'<td>{html.escape(cell)}</td>' for cell in rest)}</tr>"

@@ -1,4 +1,4 @@
-"""How long a run will take: measured on two steps of it, with parameters that nobody keeps."""
+"""How long a run will take: measured on a few steps of it, with parameters that nobody keeps."""
 
 import time
 from collections.abc import Iterator
@@ -32,6 +32,16 @@ def forecast(experiment: Experiment, compiled: Any, batches: Iterator[Any]) -> s
   reason = _too_large(compiled, experiment.mesh.local_devices[0])
   if processes.any_of(bool(reason)):  # a step takes all of them
     return f"hours not measured: {reason or 'another process has too little memory'}"
+  seconds = seconds_per_step(experiment, compiled, batches, _STEPS)
+  total = experiment.total_steps
+  return (
+    f"about {total * seconds / 3600:.2g} hours for {total:,} steps here, by {_STEPS} steps of {seconds:.3g} "
+    "s, without evaluations"
+  )
+
+
+def seconds_per_step(experiment: Experiment, compiled: Any, batches: Iterator[Any], steps: int) -> float:
+  """Measures training steps after a first one; for arguments see `forecast`."""
   shapes = experiment.targets["pretrained"]
   zeros = jax.jit(
     lambda: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes),
@@ -41,15 +51,10 @@ def forecast(experiment: Experiment, compiled: Any, batches: Iterator[Any]) -> s
   state, values = compiled(state, frozen, next(batches))
   jax.block_until_ready(values)
   began = time.monotonic()
-  for _ in range(_STEPS):
+  for _ in range(steps):
     state, values = compiled(state, frozen, next(batches))
   jax.block_until_ready(values)
-  seconds = (time.monotonic() - began) / _STEPS
-  total = experiment.total_steps
-  return (
-    f"about {total * seconds / 3600:.2g} hours for {total:,} steps here, by {_STEPS} steps of {seconds:.3g} "
-    "s, without evaluations"
-  )
+  return (time.monotonic() - began) / steps
 
 
 def _too_large(compiled: Any, device: jax.Device) -> str:

@@ -1,0 +1,135 @@
+"""One objective of a comparison at a common small size; `maskgen.tools.compare` trains many of them.
+
+  python -m maskgen.main --config=configs/arena.py:objective=tokenizer,source=folder:/data/cifar10 \
+    --workdir=runs/tokenizer
+  python -m maskgen.main --workdir=runs/sorcen \
+    --config=configs/arena.py:objective=sorcen,source=folder:/data/cifar10,tokenizer=runs/tokenizer
+
+All objectives have the data, augmentation, network sizes, optimizer and evaluations of `mage_cifar.py:tiny`.
+A row of `ROWS` adds what only one of them has. Any other objective needs no row:
+`:objective=my_package.my_objective` has those of the common fields that its `Objective` has, such as `width`.
+
+Hardware: minutes on two CPU cores. docs/arena.md says what was run.
+
+Arguments:
+  :objective   a row of `ROWS`, a module with an `Objective`, or `tokenizer`
+  :source      a data source with classes, by default digits
+  :size        pixels of a side, a multiple of 4, by default 32
+  :mirror      whether pictures may be flipped
+  :tokenizer   the workdir of a tokenizer
+  :teacher     for `lease`, a model with an image encoder of a patch for each token
+  :words       a text tokenizer, such as bpe:PATH, for objectives that read captions; by default the words of
+               captioned_digits
+  :steps       of training, by default 1000
+  :seed        the seed of everything
+  :rate        multiplies the learning rate
+  :floors      also measure what pixels, codes and clusters of patches reach without training
+  :debug       tiny networks and evaluations
+"""
+
+import ml_collections
+
+from maskgen import config as config_lib
+from maskgen import evaluators, objectives
+from maskgen.config import fields
+from maskgen.training.pretrained import complete
+
+HEADS = dict(contrastive_weight=0.1, projection_hidden=256, projection_width=64)
+LEASE = dict(name="lease", clusters=64, neighbours=5)
+# What an objective has beside the common fields; `second` makes its second view, by default another crop.
+ROWS = {
+  "mage": dict(objective=dict(name="mage")),
+  "mage_c": dict(objective=dict(name="mage_c", temperature=0.2, **HEADS)),
+  "sorcen": dict(
+    objective=dict(name="sorcen", uniformity_weight=0.01, temperature=0.3, predictor_hidden=128, **HEADS),
+    ema=dict(main=(0.996, 1.0)),
+  ),
+  "lease": dict(objective=dict(**LEASE, teacher=dict(name="pretrained"))),
+  "lease_own": dict(objective=LEASE, ema=dict(main=0.996)),
+  "siglip": dict(objective=dict(name="contrastive", encoder=dict(name="vit"), temperature=0.1, bias=-10.0)),
+  "mae": dict(objective=dict(name="masked_pixels", mask_ratio=0.75)),
+  "cropmae": dict(
+    objective=dict(name="two_view", mask_ratio=0.9, decoder_hidden=384), second="second_crop({}, (0.3, 0.6))"
+  ),
+}
+FLOORS = ("pixels", "patch_clusters", "token_histogram", "token_onehot", "code_vectors")
+
+
+def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
+  args = config_lib.parse_arg(
+    arg,
+    **dict(objective="mae", source="", size=0, mirror=False, tokenizer="", teacher="", words=""),
+    **dict(steps=0, seed=0, rate=1.0, floors=False, debug=False),
+  )
+  args.source = args.source or ("synthetic" if args.debug else "digits")
+  args.size = args.size or (16 if args.debug else 32)
+  small = dict(debug=args.debug, tiny=not args.debug, seed=args.seed)
+  stages = config_lib.load_beside(__file__, "mage_cifar.py", **small)
+  # A token is 4 x 4 pixels.
+  stages.mage.objective.update(image_size=(args.size, args.size), mask_ratio={})
+  config = stages.tokenizer if args.objective == "tokenizer" else stages.mage
+  steps = args.steps or (2 if args.debug else 1000)
+  config.update(total_steps=steps, log_every_steps=max(1, min(50, steps // 10)), sharding=())
+  config.checkpoint.save_steps = 1000
+  config.data = pictures(args)
+  if args.objective == "tokenizer":
+    config.objective.image_size = (args.size, args.size)
+    config.optimizer.generator.warmup_steps = steps // 4
+    config.evals.reconstruction.every_steps = steps
+    return config
+  row = ROWS.get(args.objective, dict(objective=dict(name=args.objective)))
+  config.objective = section(args, stages.mage.objective.to_dict(), row["objective"])
+  models = dict(tokenizer=args.tokenizer or "runs/tokenizer", teacher=args.teacher or "runs/teacher")
+  config.pretrained = {key: path for key, path in models.items() if key in config.objective}
+  if "captions" in config.objective:
+    captions = config.objective.captions
+    for key in ("preprocess", "eval_preprocess"):
+      config.data[key] += f"|tokenize({captions.text_tokenizer!r}, {captions.length})"
+  config.ema = row.get("ema", config.ema)
+  config.optimizer.main.update(warmup_steps=steps // 10)
+  config.optimizer.main.learning_rate *= args.rate
+  objective = objectives.build(complete(config.to_dict())["objective"])
+  if objective.batch_spec().views == 2:
+    one, second = config.data.preprocess, row.get("second")
+    config.data.preprocess = f"{one}|{second.format(args.size)}" if second else f"two_views|{one}"
+  config.evals = evaluations(args, steps, objective.predict_fns())
+  return config
+
+
+def section(args, common: dict, own: dict) -> dict:
+  """The section of an objective: those of the common fields that it has, and its own."""
+  blocks = {key: common[key] for key in ("width", "depth", "heads")}
+  vit = dict(image_size=common["image_size"], patch=4, pooling="class", fixed_positions=True)
+  captions = config_lib.load_beside(__file__, "diffusion_digits.py").objective.captions.to_dict()
+  captions["text_tokenizer"] = args.words or captions["text_tokenizer"]
+  common |= dict(
+    encoder=vit | blocks, text_encoder=dict(blocks, hidden=4 * blocks["width"]), captions=captions
+  )
+  known = fields.of(objectives.find(own, "config argument ':objective"))
+  shared = {key: value for key, value in common.items() if key in known and value != {}}
+  return shared | {
+    key: shared[key] | value if isinstance(value, dict) and key in shared else value
+    for key, value in own.items()
+  }
+
+
+def pictures(args) -> dict:
+  plain = f"decode(3)|resize_small({args.size})|center_crop({args.size})"
+  moved = f"|pad({max(args.size // 16, 1)}, 'reflect')|random_crop({args.size})" + "|flip_lr" * args.mirror
+  return dict(source=args.source, preprocess=plain + moved, eval_preprocess=plain)
+
+
+def evaluations(args, steps: int, able: dict) -> dict:
+  """Those that the prediction functions of an objective allow, at a tenth, each third and the end."""
+  at = dict(every_steps=-(-steps // 3), first_step=max(steps // 10, 1))
+  compared = ("random_encoder",) * (args.seed == 0) + FLOORS * args.floors
+  few = 16 if args.debug else None
+  found = dict(
+    probe=dict(type="probe", **at, num_images=few or 10_000, shots=(), baselines=compared),
+    generation=dict(type="generation", **at, num_images=few or 1000),
+  )
+  return {
+    name: section
+    for name, section in found.items()
+    if set(evaluators.find(section["type"], f"config.evals.{name}").requires) <= able.keys()
+  }
