@@ -187,7 +187,7 @@ def test_an_encoder_that_was_trained_here_leaves(tmp_path, name, pooling):
 )
 def test_what_siglip_cannot_compute_does_not_leave(tmp_path, fields, message):
   with pytest.raises(UserError, match=message):
-    siglip.write(tmp_path / "out", MODEL.clone(**fields), params())
+    siglip.write(tmp_path / "out.npz", MODEL.clone(**fields), params())
 
 
 @pytest.fixture(scope="module")

@@ -5,25 +5,22 @@ learned ones.
 """
 
 import functools
-from collections.abc import Mapping
 from typing import Any
 
 import jax
-import numpy as np
 from etils import epath
 
 from maskgen import tree
 from maskgen.errors import UserError
-from maskgen.importers import Converted, mage, tensors, towers, vqgan_pytorch
+from maskgen.importers import Converted, mage, tensors, timm, towers, vqgan_pytorch
 from maskgen.models import mae as models
 from maskgen.models.image_encoder import IMAGE_CHANNELS
 from maskgen.models.imagenet import MEAN, STD
 from maskgen.models.vit import ViT
-from maskgen.numerics.positions import sines
 
-# Head counts of the published encoders B, L and H by width; their decoders have 16.
-HEADS, DECODER_HEADS = {768: 12, 1024: 16, 1280: 16}, 16
-LAYERS = {"patch_embedding": "patch_embed.proj", "encoder_norm": "norm"}
+# The encoder's names and layout, without fixed positions, are timm's.
+to_reference = timm.to_timm
+DECODER_HEADS = 16
 FIXED = ("pos_embed", "decoder_pos_embed")
 DECODER_LAYERS = {"input": "decoder_embed", "norm": "decoder_norm", "head": "decoder_pred"}
 
@@ -38,12 +35,12 @@ def convert(
   """
   stored = towers.read(path)
   found = stored.tensors
-  encoder = _encoder(stored, encoder_heads)
+  encoder = timm.infer(stored, encoder_heads) | dict(mean=MEAN, std=STD)
   if "decoder_embed.weight" not in found:
-    model, params, unused = towers.take(stored, encoder, to_reference, ("blocks.", "patch_embed."), FIXED)
+    model, params, unused = towers.take(stored, encoder, to_reference, timm.USED, FIXED)
     return towers.export(model, encoder, params, unused)
   width = tensors.need(path, found, "decoder_embed.weight", 2).shape[0]
-  if not _is_fixed(tensors.need(path, found, "decoder_pos_embed", 3)[0], ViT(**encoder).grid):
+  if not towers.is_fixed(tensors.need(path, found, "decoder_pos_embed", 3)[0], ViT(**encoder).grid):
     raise UserError(f"{path}: 'decoder_pos_embed' is not MAE's table of sines: give a checkpoint of MAE")
   depth, heads = tensors.count(found, r"decoder_blocks\.(\d+)\."), decoder_heads or DECODER_HEADS
   if width % heads:
@@ -63,16 +60,6 @@ def convert(
   return Converted({"objective": section}, variables, dead, unknown)
 
 
-def to_reference(params: Any, model: ViT) -> dict[str, Any]:
-  """Renames the encoder's parameters to the reference's names and layout, without fixed positions."""
-  flat = tree.flatten(params)
-  tokens = {"cls_token": flat.pop("class_token")[None]}
-  if "position" in flat:
-    tokens["pos_embed"] = flat.pop("position")[None]
-  blocks = {f"encoder/block_{i}": f"blocks.{i}" for i in range(model.depth)}
-  return tokens | mage.rename_blocks(flat, LAYERS, blocks)
-
-
 def whole_to_reference(params: Any, encoder: ViT, decoder: models.PixelDecoder) -> dict[str, Any]:
   """Renames the parameters of encoder and decoder."""
   flat = tree.flatten(params["decoder"])
@@ -80,29 +67,3 @@ def whole_to_reference(params: Any, encoder: ViT, decoder: models.PixelDecoder) 
   blocks = {f"decoder/block_{i}": f"decoder_blocks.{i}" for i in range(decoder.depth)}
   found = tokens | mage.rename_blocks(flat, DECODER_LAYERS, blocks)
   return to_reference(params["encoder"], encoder) | found
-
-
-def _encoder(stored: towers.Stored, heads: int | None) -> dict[str, Any]:
-  """The section of the encoder."""
-  need = functools.partial(tensors.need, stored.path, stored.tensors)
-  width, _, patch, _ = need("patch_embed.proj.weight", 4).shape
-  table = need("pos_embed", 3)[0]
-  size = towers.side_of(stored.path, len(table) - 1, patch)
-  section: Mapping[str, Any] = dict(
-    image_size=size,
-    patch=patch,
-    width=width,
-    depth=tensors.count(stored.tensors, r"blocks\.(\d+)\."),
-    hidden=need("blocks.0.mlp.fc1.weight", 2).shape[0],
-    pooling="class",
-    activation="gelu",
-    fixed_positions=_is_fixed(table, (size[0] // patch, size[1] // patch)),
-    mean=MEAN,
-    std=STD,
-  )
-  return towers.settle(stored, section, heads, HEADS)
-
-
-def _is_fixed(table: np.ndarray, grid: tuple[int, int]) -> bool:
-  expected = np.pad(sines(grid, table.shape[-1]), ((1, 0), (0, 0)))
-  return bool(np.abs(table - expected).max() < 1e-5)

@@ -5,14 +5,11 @@ Reading drops the text encoder and, except from feature networks, the head that 
 
 import functools
 import io
-import json
-from collections.abc import Mapping
 from typing import Any
 
 import jax
 import ml_dtypes
 import numpy as np
-import safetensors.numpy
 from etils import epath
 
 from maskgen import files, tree
@@ -56,6 +53,10 @@ BIG_VISION_BLOCK = {
 }
 BIG_VISION_HEAD = {ours: name for ours, name in BIG_VISION_BLOCK.items() if "norm" not in ours}
 BIG_VISION_HEAD |= {"norm": "LayerNorm_0"}
+# Fields of `ViT` that SigLIP's networks share.
+FIXED = ("pooling", "fixed_positions", "layer_scale", "embedding_norm", "patch_bias")
+# And those that a folder states.
+STATED = ("activation", "epsilon", "mean", "std")
 
 
 def convert(path: epath.PathLike, encoder_heads: int | None = None) -> Converted:
@@ -93,7 +94,7 @@ def load(path: epath.PathLike) -> towers.Tower:
   return towers.prepare(stored, model, params, towers.Preparation(model.image_size, None))
 
 
-def write(path: epath.PathLike, model: ViT, params: Any) -> Mapping[str, np.ndarray]:
+def write(path: epath.PathLike, model: ViT, params: Any) -> tensors.Tensors:
   """Writes an image encoder for other programs.
 
   Args:
@@ -107,60 +108,25 @@ def write(path: epath.PathLike, model: ViT, params: Any) -> Mapping[str, np.ndar
   Raises:
     UserError: if SigLIP's code would compute something else.
   """
-  _check_expressible(model)
+  pooling = "attention" if model.pooling == "attention" else "mean"
   is_file = str(path).endswith(".npz")
-  prefix, rename = (TREE, to_big_vision) if is_file else (PREFIXES[0], to_transformers)
-  named = jax.device_get(rename(params, model))
-  found = {f"{prefix}{name}": np.ascontiguousarray(value, np.float32) for name, value in named.items()}
-  path = epath.Path(path)
-  if is_file:
-    buffer = io.BytesIO()
-    np.savez(buffer, allow_pickle=False, **found)
-    files.replace(path, buffer.getvalue())
-    return found
-  path.mkdir(parents=True, exist_ok=True)
-  config = dict(
-    architectures=["SiglipVisionModel"],
-    model_type="siglip_vision_model",
-    image_size=model.image_size[0],
-    patch_size=model.patch,
-    hidden_size=model.width,
-    intermediate_size=model.hidden or 4 * model.width,
-    num_hidden_layers=model.depth,
-    num_attention_heads=model.heads,
-    hidden_act="gelu_pytorch_tanh",
-    layer_norm_eps=model.epsilon,
-    vision_use_head=model.pooling == "attention",
-  )
-  processor = dict(
-    image_processor_type="SiglipImageProcessor",
-    do_resize=True,
-    size=dict(height=model.image_size[0], width=model.image_size[1]),
-    resample=3,
-    do_rescale=True,
-    rescale_factor=1 / 255,
-    do_normalize=True,
-    image_mean=model.mean,
-    image_std=model.std,
-  )
-  files.replace(path / "model.safetensors", safetensors.numpy.save(found, {"format": "pt"}))
-  files.replace(path / towers.PROCESSOR, json.dumps(processor, indent=2))
-  files.replace(path / towers.CONFIG, json.dumps(config, indent=2))
-  return found
-
-
-def _check_expressible(model: ViT) -> None:
-  plain = ViT(pooling="attention" if model.pooling == "attention" else "mean")
-  standard = ("pooling", "fixed_positions", "activation", "epsilon", "layer_scale", "embedding_norm")
-  for name in (*standard, "patch_bias", "mean", "std"):
-    if getattr(model, name) != getattr(plain, name):
-      raise UserError(
-        f"SigLIP has no encoder with {name}={getattr(model, name)!r}: export with --format=maskgen instead"
-      )
+  plain = ViT(pooling=pooling)
+  fixed = (*FIXED, *STATED) if is_file else FIXED
+  towers.check_expressible(model, "SigLIP", {name: getattr(plain, name) for name in fixed})
   if len(set(model.image_size)) > 1:
     raise UserError(
       f"SigLIP takes square images, not {model.image_size}: export with --format=maskgen instead"
     )
+  if is_file:
+    named = {f"{TREE}{name}": value for name, value in jax.device_get(to_big_vision(params, model)).items()}
+    found = {name: np.ascontiguousarray(value, np.float32) for name, value in named.items()}
+    buffer = io.BytesIO()
+    np.savez(buffer, allow_pickle=False, **found)
+    files.replace(epath.Path(path), buffer.getvalue())
+    return found
+  named = {f"{PREFIXES[0]}{name}": value for name, value in to_transformers(params, model).items()}
+  kind = ("SiglipVisionModel", "siglip_vision_model", "SiglipImageProcessor")
+  return towers.write(path, model, named, kind, dict(vision_use_head=pooling == "attention"))
 
 
 def to_transformers(params: Any, model: ViT) -> dict[str, Any]:

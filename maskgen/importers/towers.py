@@ -6,6 +6,7 @@ agree, and says what tensors do not.
 
 import dataclasses
 import functools
+import json
 import math
 import pathlib
 from collections.abc import Callable, Mapping
@@ -13,15 +14,18 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import safetensors.numpy
 from etils import epath
 
+from maskgen import files as files_lib
 from maskgen.errors import UserError
 from maskgen.importers import Converted, tensors, torch_tensors, vqgan_pytorch
 from maskgen.models.transformer import SWIGLU
 from maskgen.models.vit import ViT
 from maskgen.numerics import positions, resizing
 
-CONFIG, PROCESSOR = "config.json", "preprocessor_config.json"
+CONFIG, PROCESSOR, WEIGHTS = "config.json", "preprocessor_config.json", "model.safetensors"
 # Pillow's numbers of filters.
 _FILTERS = {2: "bilinear", 3: "bicubic"}
 _ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_pytorch_tanh": "gelu_tanh"}
@@ -156,6 +160,7 @@ def settle(stored: Stored, section: Mapping[str, Any], heads: int | None, known:
   if width % heads:
     raise UserError(f"--encoder_heads={heads} does not divide the width of {width}: give one that does")
   found = {**section, "heads": heads}
+  found |= {name: value for name, value in _read_standard(stored).items() if value != _field(section, name)}
   if named and section.get("activation") != SWIGLU and _ACTIVATIONS[named] != _field(section, "activation"):
     found["activation"] = _ACTIVATIONS[named]
   if config.get("layer_norm_eps", _field(section, "epsilon")) != _field(section, "epsilon"):
@@ -227,6 +232,94 @@ def export(model: ViT, section: Mapping[str, Any], params: Any, unused: tuple[st
   return Converted({"network": "vit", "vit": section}, {"params": {"main": params}}, unknown=unused)
 
 
+def write(
+  path: epath.PathLike,
+  model: ViT,
+  named: Mapping[str, Any],
+  kind: tuple[str, str, str],
+  more: Mapping[str, Any] | None = None,
+) -> tensors.Tensors:
+  """Writes a tower as a folder that `from_pretrained` of transformers opens.
+
+  Args:
+    path: of a new folder.
+    model: the network.
+    named: its parameters by transformers' names.
+    kind: the names of the model's class, its type and its image processor's class.
+    more: further keys of config.json.
+
+  Returns:
+    The tensors, float32.
+  """
+  model = model.clone(hidden=model.hidden or 4 * model.width)
+  height, width = model.image_size
+  config = dict(
+    architectures=[kind[0]],
+    model_type=kind[1],
+    image_size=height if height == width else [height, width],
+    hidden_act={ours: name for name, ours in _ACTIVATIONS.items()}[model.activation],
+    num_attention_heads=model.heads,
+    layer_norm_eps=model.epsilon,
+    **{key: getattr(model, field) for field, key in _SIZES.items()},
+    **more or {},
+  )
+  processor = dict(
+    image_processor_type=kind[2],
+    do_resize=True,
+    size=dict(height=height, width=width),
+    resample=3,
+    do_rescale=True,
+    rescale_factor=1 / 255,
+    do_normalize=True,
+    image_mean=model.mean,
+    image_std=model.std,
+  )
+  return write_folder(path, named, {PROCESSOR: processor, CONFIG: config})
+
+
+def write_folder(
+  path: epath.PathLike, named: Mapping[str, Any], texts: Mapping[str, Mapping[str, Any]]
+) -> tensors.Tensors:
+  """Writes tensors, as float32, and JSON files to a new folder, and returns the tensors."""
+  found = {name: np.ascontiguousarray(value, np.float32) for name, value in jax.device_get(named).items()}
+  folder = epath.Path(path)
+  folder.mkdir(parents=True, exist_ok=True)
+  files_lib.replace(folder / WEIGHTS, safetensors.numpy.save(found, {"format": "pt"}))
+  for name, content in texts.items():
+    files_lib.replace(folder / name, json.dumps(content, indent=2))
+  return found
+
+
+def check_expressible(model: ViT, whose: str, fixed: Mapping[str, Any]) -> None:
+  """Checks the fields of a network that other people's code computes.
+
+  Args:
+    model: the network.
+    whose: the name of the code.
+    fixed: the values that it has of some fields.
+
+  Raises:
+    UserError: if the network has another.
+  """
+  odd = [name for name, value in fixed.items() if getattr(model, name) != value]
+  odd += [] if model.activation in _ACTIVATIONS.values() else ["activation"]
+  for name in odd:
+    raise UserError(
+      f"{whose} has no encoder with {name}={getattr(model, name)!r}: export with --format=maskgen instead"
+    )
+
+
+def fixed_table(grid: tuple[int, int], width: int) -> np.ndarray:
+  """MAE's embeddings of a class position and a grid (h, w) of patches, float32 [1 + h * w, width]."""
+  return np.pad(positions.sines(grid, width), ((1, 0), (0, 0)))
+
+
+def is_fixed(table: np.ndarray, grid: tuple[int, int]) -> bool:
+  """Whether embeddings of positions are those of `fixed_table`."""
+  width = table.shape[-1]
+  return width % 4 == 0 and bool(np.abs(table - fixed_table(grid, width)).max() < 1e-5)
+
+
 def resize(model: ViT, params: Any, size: tuple[int, int], antialias: bool = False) -> tuple[ViT, Any]:
   """A network for images of another size, whose positions are interpolated as transformers does.
 
@@ -267,40 +360,44 @@ def prepare(
   Raises:
     UserError: if the file asks for something that is not supported.
   """
-  preparation, standard = _read_processor(stored, default)
+  preparation = _read_processor(stored, default)
   side = preparation.side
   if side is None:
     raise UserError(f"{stored.path}: {PROCESSOR} must set a crop_size, or a size with height and width")
-  model, params = resize(model.clone(**standard), params, side, antialias)
+  model, params = resize(model, params, side, antialias)
   return Tower(model, params, preparation)
 
 
-def _read_processor(stored: Stored, default: Preparation) -> tuple[Preparation, dict[str, Any]]:
-  """What preprocessor_config.json says: the preparation, and the mean and standard deviation of pixels."""
+def _read_processor(stored: Stored, default: Preparation) -> Preparation:
+  """The preparation that preprocessor_config.json says."""
   given, where = stored.processor, f"{stored.path}: {PROCESSOR}"
   if not given:
-    return default, {}
+    return default
   if not given.get("do_rescale", True) or abs(given.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-6:
     raise UserError(f"{where} does not divide pixels by 255, as this network needs: use the published one")
   resample = given.get("resample", 3)
   if resample not in tuple(_FILTERS):
     raise UserError(f"{where} has resample={resample}: give 2 (bilinear) or 3 (bicubic)")
   size, crop = given.get("size", default.size), given.get("crop_size", default.crop)
-  preparation = Preparation(
+  return Preparation(
     _read_size(size, where) if given.get("do_resize", True) else None,
     _square(_read_size(crop, where)) if given.get("do_center_crop", crop is not None) else None,
     _FILTERS[resample],
   )
+
+
+def _read_standard(stored: Stored) -> dict[str, tuple[float, ...]]:
+  """The mean and standard deviation of pixels, where preprocessor_config.json says them."""
+  given, standard = stored.processor, {}
   if not given.get("do_normalize", True):
-    return preparation, dict(mean=(0.0,) * 3, std=(1.0,) * 3)
-  standard = {}
+    return dict(mean=(0.0,) * 3, std=(1.0,) * 3)
   for field, key in (("mean", "image_mean"), ("std", "image_std")):
     value = given.get(key)
     if value is not None:
       if not (isinstance(value, list) and len(value) == 3 and all(isinstance(x, int | float) for x in value)):
-        raise UserError(f"{where} has {key}={value}: give three numbers")
+        raise UserError(f"{stored.path}: {PROCESSOR} has {key}={value}: give three numbers")
       standard[field] = tuple(value)
-  return preparation, standard
+  return standard
 
 
 def _read_size(given: Any, where: str) -> int | tuple[int, int] | None:

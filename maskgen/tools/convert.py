@@ -21,6 +21,8 @@ FORMATS: dict[str, tuple[str, ...]] = {
   "clip": ("encoder_heads",),
   "dinov2": ("encoder_heads", "image_size"),
   "mae": ("encoder_heads", "decoder_heads"),
+  "timm": ("encoder_heads",),
+  "vit": ("encoder_heads",),
   "diffusers": (),
 }
 
@@ -35,7 +37,8 @@ def main(argv: Sequence[str]) -> None:
     "mobilenet_v2: an .npz of quantized convolutions, and torchvision: ResNet-50 or VGG16 as safetensors or "
     "PyTorch file, also of timm; these are feature networks of the perceptual loss. "
     "siglip, clip and dinov2: an image encoder, as folder or safetensors of transformers or, for siglip, "
-    ".npz of big_vision. mae: a masked autoencoder of its PyTorch reference, or its encoder alone. "
+    ".npz of big_vision. timm and vit: a vision transformer, as folder of timm or transformers. "
+    "mae: a masked autoencoder of its PyTorch reference, or its encoder alone. "
     "diffusers: a text-to-image model, a folder. "
     "docs/weights.md lists where to find published files.",
     "python -m maskgen.tools.convert --format=mage --weights=mage-vitb-1600.pth --out=weights/mage_vit_base",

@@ -1,5 +1,6 @@
 """Writes a run's model as safetensors: python -m maskgen.tools.export --model=DIR --out=DIR"""
 
+import importlib
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +12,9 @@ from maskgen.errors import UserError
 if TYPE_CHECKING:
   import maskgen
 
-FORMATS = ("maskgen", "mage", "siglip")
+# Formats of an image encoder alone, and the modules of maskgen.importers that write them.
+ENCODERS = {"siglip": "siglip", "timm": "timm", "transformers": "vit"}
+FORMATS = ("maskgen", "mage", *ENCODERS)
 NPZ = ".npz"
 DTYPES = ("float32", "float16")
 
@@ -21,8 +24,9 @@ def main(argv: Sequence[str]) -> None:
   parser = cli.Parser(
     "Exports a trained model for maskgen.load: weights.safetensors (with moving averages in place of "
     "parameters, and frozen parts) and config.json. With --format=mage, writes one safetensors file with the "
-    "parameter names of MAGE's PyTorch reference. With --format=siglip, writes the image encoder alone, as a "
-    "folder of transformers or an .npz file of big_vision (see docs/weights.md).",
+    "parameter names of MAGE's PyTorch reference. With --format=timm or transformers, writes the image "
+    "encoder alone, as a folder that these open; with siglip, likewise, or an .npz file of big_vision (see "
+    "docs/weights.md).",
     "python -m maskgen.tools.export --model=runs/quickstart/mage --out=exports/digits",
   )
   parser.add_model("workdir of a run, or an export")
@@ -54,8 +58,8 @@ def main(argv: Sequence[str]) -> None:
     raise UserError(f"--model={args.model} is a published model without training: copy its folder instead")
   if args.format == "mage":
     written = _write_reference(model, args.model, args.out)
-  elif args.format == "siglip":
-    written = _write_siglip(model, args.model, args.out)
+  elif args.format in ENCODERS:
+    written = _write_encoder(model, args.model, args.out, args.format)
   else:
     written = model.variables
     model.save(args.out, half=args.dtype == "float16")
@@ -80,19 +84,26 @@ def _write_reference(model: "maskgen.Model", path: str, out: str) -> Mapping[str
   return tensors
 
 
-def _write_siglip(model: "maskgen.Model", path: str, out: str) -> Mapping[str, Any]:
+def _write_encoder(model: "maskgen.Model", path: str, out: str, form: str) -> Mapping[str, Any]:
   """Writes a model's image encoder for other programs and returns the tensors."""
-  from maskgen.importers import siglip
+  from maskgen.importers import timm
+  from maskgen.models.image_encoder import MageEncoder
   from maskgen.models.vit import ViT
 
-  part = getattr(model.objective, "image_encoder", None)
-  if part is None or type(part.encoder.network) is not ViT:
+  part: Any = getattr(model.objective, "image_encoder", None)
+  encoder = None if part is None else part.encoder
+  if isinstance(encoder, MageEncoder) and form == "timm":
+    params = part.split(model.variables)[0]
+    return timm.write_mage(out, encoder.network, encoder.positions.grid, params)
+  if encoder is None or type(encoder.network) is not ViT:
     raise UserError(
-      f"{path} is a model of objective '{model.kind}' without a ViT on pixels: --format=siglip needs a model "
-      "with one, such as ViLex"
+      f"{path} is a model of objective '{model.kind}' without a ViT on pixels: --format={form} needs a model "
+      "with one, such as MAE or ViLex; timm also takes a MAGE"
     )
   params, shapes = (part.split(variables)[0] for variables in (model.variables, part.shapes()))
-  return siglip.write(out, part.encoder.network, {name: params[name] for name in shapes})
+  writer = importlib.import_module(f"maskgen.importers.{ENCODERS[form]}")
+  written: Mapping[str, Any] = writer.write(out, encoder.network, {name: params[name] for name in shapes})
+  return written
 
 
 if __name__ == "__main__":
