@@ -118,7 +118,7 @@ def edited(folders, tmp_path, name, **changes):
     ("clip", dict(preprocessor_config=dict(do_center_crop=False)), "must set a crop_size, or a size with"),
     ("clip", dict(preprocessor_config=dict(do_rescale=False)), "does not divide pixels by 255"),
     ("clip", dict(preprocessor_config=dict(size={"longest_edge": 9})), "has the size {'longest_edge': 9}"),
-    ("clip", dict(preprocessor_config=dict(image_mean=[0.5])), r"image_mean=\[0.5\]: give three numbers"),
+    ("clip", dict(preprocessor_config=dict(image_mean=[0.5])), r"image_mean=\[0.5\]: give 3 numbers"),
     ("dinov2", dict(preprocessor_config=dict(crop_size=18)), r"\(18, 18\): give .* multiples of 4"),
   ],
 )

@@ -13,6 +13,7 @@ import test_importers
 import test_vilex
 import tiny
 from etils import epath
+from flax import traverse_util
 from PIL import Image
 from test_errors import assert_clear
 
@@ -23,7 +24,7 @@ from maskgen.config import Mesh
 from maskgen.errors import UserError
 from maskgen.numerics.positions import Positions, interpolate
 from maskgen.training.experiment import Experiment
-from maskgen.training.warm_start import WarmStart
+from maskgen.training.warm_start import WarmStart, adapt_channels
 
 trained = tiny.trained
 tiny_mage = test_importers.tiny_mage
@@ -53,6 +54,16 @@ def test_constants_and_ramps_are_kept(grid):
 def test_an_unchanged_grid_keeps_every_bit():
   table = np.random.default_rng(0).normal(size=(13, 4)).astype(np.float32)
   tiny.assert_same_bits(interpolate(table, Positions((4, 3), 1), Positions((4, 3), 1)), table)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 6])
+def test_grey_pictures_keep_their_embedding_in_other_channels(channels):
+  kernel = np.random.default_rng(0).normal(size=(2, 2, 3, 4)).astype(np.float32)
+  found = adapt_channels(kernel, channels)
+  assert found.shape == (2, 2, channels, 4) and found.dtype == np.float32
+  np.testing.assert_allclose(found.sum(axis=2), kernel.sum(axis=2), rtol=1e-5, atol=1e-6)
+  if channels == 6:
+    tiny.assert_same_bits(found[:, :, :3], kernel / 2)
 
 
 # Whole runs
@@ -237,6 +248,40 @@ def test_a_classifier_from_a_mage_leaves_the_decoder(tmp_path):
   taken, rows = take(tmp_path / "source", objective, "^main/head/")
   assert rows["main/decoder"] == rows["main/encoder_norm"] == "not used"
   assert rows["main/position"] == "interpolated from 4x4 to 6x4" and taken["main/position"].shape == (25, 16)
+
+
+def test_an_encoder_continues_on_pictures_of_other_sizes_and_channels(tmp_path):
+  """One alone, as importers write it, and that of a whole model, whose decoder predicts other pixels."""
+  encoder = dict(image_size=(8, 8), patch=4, width=8, depth=1, heads=2, pooling="class")
+  section = dict(name="masked_pixels", encoder=encoder, decoder_width=8, decoder_depth=1, decoder_heads=2)
+  source = write(tmp_path / "whole", objectives.build(section), section)
+  prefix = "main/encoder/"
+  alone = {name.removeprefix(prefix): value for name, value in source.items() if name.startswith(prefix)}
+  storage.write_export(
+    tmp_path / "alone",
+    {"network": "vit", "vit": encoder},
+    {"params": {"main": traverse_util.unflatten_dict(alone, sep="/")}},
+  )
+  other = encoder | dict(image_size=(8, 16), mean=(0.5,) * 4, std=(0.5,) * 4)
+  objective = objectives.build(section | dict(encoder=other))
+  with pytest.raises(UserError, match="does not fit this config in 2 places") as error:
+    take(tmp_path / "whole", objective)
+  assert "main/decoder/head/kernel" in assert_clear(error)
+  for name, fresh in (("whole", "decoder/head"), ("alone", "")):
+    taken, rows = take(tmp_path / name, objective, fresh)
+    assert rows["main/encoder/position"] == "interpolated from 2x2 to 2x4"
+    assert taken["main/encoder/position"].shape == (1 + 2 * 4, 8)
+    assert rows["main/encoder/patch_embedding/kernel"] == "adapted from 3 to 4 channels"
+    kernel = "main/encoder/patch_embedding/kernel"
+    tiny.assert_same_bits(taken[kernel], adapt_channels(source[kernel], 4))
+    block = "main/encoder/encoder/block_0/mlp/up/kernel"
+    tiny.assert_same_bits(taken[block], source[block])
+    assert ("main/decoder/input/kernel" in taken) == (name == "whole")
+  assert rows["main/decoder"] == "fresh: the source has none"
+  deeper = objectives.build(section | dict(encoder=other | dict(depth=2)))
+  with pytest.raises(UserError, match="does not fit this config") as error:
+    take(tmp_path / "alone", deeper)
+  assert "main/encoder/encoder/block_1" in assert_clear(error)
 
 
 def test_equal_shapes_of_other_grids_are_interpolated(tmp_path):

@@ -14,7 +14,6 @@ from maskgen import tree
 from maskgen.errors import UserError
 from maskgen.importers import Converted, mage, tensors, timm, towers, vqgan_pytorch
 from maskgen.models import mae as models
-from maskgen.models.image_encoder import IMAGE_CHANNELS
 from maskgen.models.imagenet import MEAN, STD
 from maskgen.models.vit import ViT
 
@@ -46,8 +45,8 @@ def convert(
   if width % heads:
     raise UserError(f"--decoder_heads={heads} does not divide the width of {width}: give one that does")
   model = ViT(**encoder)
-  decoder = models.decoder_of(model, IMAGE_CHANNELS, width, depth, heads)
-  shapes = jax.eval_shape(lambda: models.init(model, decoder, IMAGE_CHANNELS, jax.random.key(0)))
+  decoder = models.decoder_of(model, width, depth, heads)
+  shapes = jax.eval_shape(lambda: models.init(model, decoder, jax.random.key(0)))
   rename = functools.partial(whole_to_reference, encoder=model, decoder=decoder)
   params = tensors.take(path, found, rename, shapes)
   rest = sorted(found.keys() - jax.eval_shape(rename, params).keys())

@@ -126,6 +126,7 @@ def write(path: epath.PathLike, model: ViT, params: Any) -> tensors.Tensors:
   args = dict(
     img_size=model.image_size,
     patch_size=model.patch,
+    in_chans=model.channels,
     class_token=bool(model.leading),
     act_layer=model.activation,
     init_values=1.0 if model.layer_scale else None,
@@ -165,7 +166,7 @@ def write_mage(path: epath.PathLike, network: Encoder, grid: tuple[int, int], pa
     "pos_embed": params["position"][None],
     **mage.rename_blocks(flat, {"embedding_norm": "norm_pre"}, blocks),
   }
-  args = dict(img_size=grid, patch_size=1, act_layer="gelu", pre_norm=True, final_norm=False)
+  args = dict(img_size=grid, patch_size=1, in_chans=3, act_layer="gelu", pre_norm=True, final_norm=False)
   return _write(path, named, network, 4 * network.width, "avg", args)
 
 
@@ -188,7 +189,7 @@ def _write(
     fc_norm=False,
   )
   pixels = dict(
-    input_size=(3, *args["img_size"]),
+    input_size=(args["in_chans"], *args["img_size"]),
     fixed_input_size=True,
     interpolation="bicubic",
     crop_pct=1.0,

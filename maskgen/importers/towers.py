@@ -215,7 +215,7 @@ def take(
     UserError: if a tensor of the tower is missing, unused or of another shape, see `tensors.take`.
   """
   model = ViT(**section)
-  image = jax.ShapeDtypeStruct((1, *model.image_size, 3), jnp.float32)
+  image = jax.ShapeDtypeStruct((1, *model.image_size, model.channels), jnp.float32)
   shapes = jax.eval_shape(lambda key, x: model.init(key, x, method="embed"), jax.random.key(0), image)
   fixed = functools.partial(rename, model=model)
   params = tensors.take(stored.path, stored.tensors, fixed, shapes["params"])
@@ -259,6 +259,7 @@ def write(
     image_size=height if height == width else [height, width],
     hidden_act={ours: name for name, ours in _ACTIVATIONS.items()}[model.activation],
     num_attention_heads=model.heads,
+    num_channels=model.channels,
     layer_norm_eps=model.epsilon,
     **{key: getattr(model, field) for field, key in _SIZES.items()},
     **more or {},
@@ -388,14 +389,15 @@ def _read_processor(stored: Stored, default: Preparation) -> Preparation:
 
 def _read_standard(stored: Stored) -> dict[str, tuple[float, ...]]:
   """The mean and standard deviation of pixels, where preprocessor_config.json says them."""
-  given, standard = stored.processor, {}
+  given, standard, channels = stored.processor, {}, stored.config.get("num_channels", 3)
   if not given.get("do_normalize", True):
-    return dict(mean=(0.0,) * 3, std=(1.0,) * 3)
+    return dict(mean=(0.0,) * channels, std=(1.0,) * channels)
   for field, key in (("mean", "image_mean"), ("std", "image_std")):
     value = given.get(key)
     if value is not None:
-      if not (isinstance(value, list) and len(value) == 3 and all(isinstance(x, int | float) for x in value)):
-        raise UserError(f"{stored.path}: {PROCESSOR} has {key}={value}: give three numbers")
+      numbers = isinstance(value, list) and all(isinstance(x, int | float) for x in value)
+      if not numbers or len(value) != channels:
+        raise UserError(f"{stored.path}: {PROCESSOR} has {key}={value}: give {channels} numbers")
       standard[field] = tuple(value)
   return standard
 

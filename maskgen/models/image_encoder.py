@@ -64,6 +64,8 @@ class ImageEncoder(abc.ABC):
 
   # Whether `pool` reads all parameters that `encode` does.
   pools_patches: ClassVar[bool] = True
+  # The kernel [h, w, channels, d] that reads pixels, by path name; empty for a network that sees codes.
+  pixels: ClassVar[str] = ""
 
   network: Any
   tokenizer: VQGAN | None
@@ -138,6 +140,7 @@ class VitEncoder(ImageEncoder):
   """
 
   section_type: ClassVar[type[nn.Module]] = ViT
+  pixels: ClassVar[str] = "patch_embedding/kernel"
 
   network: ViT
   tokenizer: None = None
@@ -150,7 +153,7 @@ class VitEncoder(ImageEncoder):
 
   @property
   def image_shape(self) -> tuple[int, int, int]:
-    return (*self.network.image_size, IMAGE_CHANNELS)
+    return (*self.network.image_size, self.network.channels)
 
   @property
   def layers(self) -> tuple[str, ...]:

@@ -191,20 +191,20 @@ class CrossDecoder(PixelDecoder):
     return x
 
 
-def fields_from(encoder: ViT, channels: int) -> dict[str, Any]:
-  """The fields of a decoder that follow from its encoder, for images of `channels`."""
+def fields_from(encoder: ViT) -> dict[str, Any]:
+  """The fields of a decoder that follow from its encoder."""
   how = {name: getattr(encoder, name) for name in ("epsilon", "dtype", "attention", "remat", "scan")}
-  return {"grid": encoder.grid, "outputs": encoder.patch**2 * channels, **how}
+  return {"grid": encoder.grid, "outputs": encoder.patch**2 * encoder.channels, **how}
 
 
-def decoder_of(encoder: ViT, channels: int, width: int, depth: int, heads: int) -> PixelDecoder:
-  """A decoder of these sizes to the patches of an encoder, for images of `channels`; it runs as that does."""
-  return PixelDecoder(**fields_from(encoder, channels), width=width, depth=depth, heads=heads)
+def decoder_of(encoder: ViT, width: int, depth: int, heads: int) -> PixelDecoder:
+  """A decoder of these sizes to the patches of an encoder; it runs as that does."""
+  return PixelDecoder(**fields_from(encoder), width=width, depth=depth, heads=heads)
 
 
-def init(encoder: ViT, decoder: PixelDecoder, channels: int, rng: jax.Array) -> dict[str, Any]:
+def init(encoder: ViT, decoder: PixelDecoder, rng: jax.Array) -> dict[str, Any]:
   """Fresh parameters, `encoder` and `decoder`."""
-  images, kept = jnp.zeros((1, *encoder.image_size, channels)), jnp.zeros((1, 1), jnp.int32)
+  images, kept = jnp.zeros((1, *encoder.image_size, encoder.channels)), jnp.zeros((1, 1), jnp.int32)
   encoder_rng, decoder_rng = jax.random.split(rng)
   latents, variables = encoder.init_with_output(encoder_rng, images, kept, method="encode_kept")
   return {

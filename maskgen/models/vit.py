@@ -69,7 +69,7 @@ class ViT(nn.Module):
     layer_scale: see `Transformer`.
     embedding_norm: whether the input of the blocks is normalised, as in CLIP.
     patch_bias: whether the embedding of patches has a bias.
-    mean, std: of the pixels in each channel, with which images are standardised.
+    mean, std: of the pixels in each channel, with which images are standardised; as many as channels.
     dropout, drop_path: during training, see `Transformer`.
     dtype: the type of the computation; parameters are float32.
     attention, remat, scan: how the blocks are run, see `Transformer`.
@@ -110,6 +110,8 @@ class ViT(nn.Module):
         raise UserError(f"{name} '{value}' does not exist{nearest(value, choices)}")
     if len(self.image_size) != 2 or any(side < 1 or side % self.patch for side in self.image_size):
       raise UserError(f"image_size is {self.image_size}: give (height, width), multiples of {self.patch}")
+    if not self.mean or len(self.mean) != len(self.std):
+      raise UserError(f"mean is {self.mean} and std is {self.std}: give one number of each for every channel")
     if self.width % self.heads:
       raise UserError(f"a width of {self.width} does not divide into {self.heads} heads")
     if self.fixed_positions and self.width % 4:
@@ -124,6 +126,11 @@ class ViT(nn.Module):
   def grid(self) -> tuple[int, int]:
     """The numbers of patches of an image along its height and width."""
     return self.image_size[0] // self.patch, self.image_size[1] // self.patch
+
+  @property
+  def channels(self) -> int:
+    """The number of channels of images."""
+    return len(self.mean)
 
   @property
   def num_patches(self) -> int:

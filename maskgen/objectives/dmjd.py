@@ -12,7 +12,6 @@ import optax
 from maskgen import config as config_lib
 from maskgen.errors import UserError
 from maskgen.models import mae
-from maskgen.models.image_encoder import IMAGE_CHANNELS
 from maskgen.numerics import hog, masking
 from maskgen.numerics import losses as losses_lib
 from maskgen.objectives import PredictFn, Tree, masked_pixels
@@ -65,7 +64,7 @@ class Objective(masked_pixels.Objective):
 
   @property
   def decoder(self) -> mae.PixelDecoder:
-    outputs = self.cells**2 * self.bins * IMAGE_CHANNELS
+    outputs = self.cells**2 * self.bins * self.encoder.channels
     return super().decoder.clone(outputs=outputs, hidden=self.decoder_hidden)
 
   @property

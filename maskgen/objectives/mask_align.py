@@ -15,7 +15,7 @@ from maskgen import images as images_lib
 from maskgen import objectives
 from maskgen.config import fields
 from maskgen.errors import UserError
-from maskgen.models.image_encoder import IMAGE_CHANNELS, EncoderPart, States, VitEncoder
+from maskgen.models.image_encoder import EncoderPart, States, VitEncoder
 from maskgen.models.projection import BlockHeads
 from maskgen.models.vit import ViT, block_states
 from maskgen.numerics import losses as losses_lib
@@ -87,7 +87,7 @@ class Objective:
 
   @property
   def image_shape(self) -> tuple[int, int, int]:
-    return (*self.encoder.image_size, IMAGE_CHANNELS)
+    return (*self.encoder.image_size, self.encoder.channels)
 
   @property
   def image_encoder(self) -> EncoderPart:

@@ -11,7 +11,7 @@ from maskgen import config as config_lib
 from maskgen import images as images_lib
 from maskgen.errors import UserError
 from maskgen.models import mae
-from maskgen.models.image_encoder import IMAGE_CHANNELS, EncoderPart, VitEncoder
+from maskgen.models.image_encoder import EncoderPart, VitEncoder
 from maskgen.models.patches import patchify, unpatchify
 from maskgen.models.vit import ViT
 from maskgen.numerics import losses as losses_lib
@@ -66,7 +66,7 @@ class Objective:
 
   @property
   def image_shape(self) -> tuple[int, int, int]:
-    return (*self.encoder.image_size, IMAGE_CHANNELS)
+    return (*self.encoder.image_size, self.encoder.channels)
 
   @property
   def image_encoder(self) -> EncoderPart:
@@ -78,7 +78,7 @@ class Objective:
   def decoder(self) -> mae.PixelDecoder:
     """The network behind the encoder."""
     sizes = (self.decoder_width, self.decoder_depth, self.decoder_heads)
-    return mae.decoder_of(self.encoder, IMAGE_CHANNELS, *sizes)
+    return mae.decoder_of(self.encoder, *sizes)
 
   @property
   def _ratio(self) -> masking.MaskRatio:
@@ -91,7 +91,7 @@ class Objective:
     return {}
 
   def init(self, rng: jax.Array, pretrained: Mapping[str, Tree]) -> dict[str, Tree]:
-    params = mae.init(self.encoder, self.decoder, IMAGE_CHANNELS, rng)
+    params = mae.init(self.encoder, self.decoder, rng)
     return {"params": {"main": params}, "frozen": {}, "extra": {}}
 
   def positions(self) -> dict[str, Positions]:

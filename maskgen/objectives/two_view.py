@@ -15,7 +15,6 @@ from maskgen import config as config_lib
 from maskgen import images as images_lib
 from maskgen.errors import UserError
 from maskgen.models import mae
-from maskgen.models.image_encoder import IMAGE_CHANNELS
 from maskgen.models.transformer import check_attention
 from maskgen.objectives import Batch, BatchSpec, PredictFn, masked_pixels
 
@@ -51,7 +50,7 @@ class Objective(masked_pixels.Objective):
   @property
   def decoder(self) -> mae.CrossDecoder:
     return mae.CrossDecoder(
-      **mae.fields_from(self.encoder, IMAGE_CHANNELS),
+      **mae.fields_from(self.encoder),
       width=self.decoder_width,
       depth=self.decoder_depth,
       heads=self.decoder_heads,

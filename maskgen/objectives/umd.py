@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from maskgen import config as config_lib
 from maskgen import images as images_lib
 from maskgen.errors import UserError
-from maskgen.models.image_encoder import IMAGE_CHANNELS, EncoderPart, VitEncoder
+from maskgen.models.image_encoder import EncoderPart, VitEncoder
 from maskgen.models.patches import patchify, unpatchify
 from maskgen.models.umd import Masked, Noised, NoisyDecoder, NoisyViT, Umd
 from maskgen.numerics import diffusion, masking
@@ -80,7 +80,7 @@ class Objective:
 
   @property
   def image_shape(self) -> tuple[int, int, int]:
-    return (*self.encoder.image_size, IMAGE_CHANNELS)
+    return (*self.encoder.image_size, self.encoder.channels)
 
   @property
   def model(self) -> Umd:
@@ -88,7 +88,7 @@ class Objective:
     hidden = self.encoder.hidden or 4 * self.encoder.width
     names = ("grid", "heads", "activation", "epsilon", "dtype", "attention", "remat", "scan")
     same = {name: getattr(self.encoder, name) for name in names}
-    outputs = 2 * IMAGE_CHANNELS * self.encoder.patch**2
+    outputs = 2 * self.encoder.channels * self.encoder.patch**2
     decoder = NoisyDecoder(outputs=outputs, depth=self.decoder_depth, hidden=hidden, **same)
     return Umd(self.encoder.clone(classes=self.classes, hidden=hidden), decoder, self.schedule)
 
@@ -104,7 +104,7 @@ class Objective:
     return {}
 
   def init(self, rng: jax.Array, pretrained: Mapping[str, Tree]) -> dict[str, Tree]:
-    return {"params": {"main": self.model.init(rng, IMAGE_CHANNELS)}, "frozen": {}, "extra": {}}
+    return {"params": {"main": self.model.init(rng, self.encoder.channels)}, "frozen": {}, "extra": {}}
 
   def positions(self) -> dict[str, Positions]:
     parts = ("decoder",) if self.encoder.fixed_positions else ("encoder", "decoder")
