@@ -7,11 +7,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from heirs_reference import assert_gradients, from_reference, read, to_reference
+from safetensors.numpy import save_file
 
+import maskgen
 from maskgen import objectives
 from maskgen.errors import UserError
+from maskgen.importers import vqgan_pytorch
 from maskgen.models.mage import Prediction
+from maskgen.models.vqgan import VQGAN
 from maskgen.numerics import clusters
+from maskgen.numerics.positions import sines
+from maskgen.tools import convert
 
 NETWORK = dict(
   channels=8, multipliers=(1, 1), strides=(4,), blocks=1, norm_groups=2, codebook_size=40, code_width=4
@@ -178,5 +184,52 @@ def test_a_conditional_model_refuses_another_network():
   plain = SECTION | dict.fromkeys(OPTIONS, False)
   conditional.check_pretrained("mage", {"objective": plain})
   for option in OPTIONS:
-    with pytest.raises(UserError, match="fixed positions or adds visible tokens"):
+    with pytest.raises(UserError, match=f"its objective has {option}=True, config.objective has False"):
       conditional.check_pretrained("mage", {"objective": plain | {option: True}})
+
+
+def write_tokenizer(path, codes):
+  network = VQGAN(**{**NETWORK, "channels": 32, "norm_groups": 32, "strides": (2,), "codebook_size": codes})
+  shapes = vqgan_pytorch.shapes(network.clone(shortcut="reference"))
+  params = jax.tree.map(lambda leaf: np.full(leaf.shape, 0.01, np.float32), shapes)
+  tensors = vqgan_pytorch.to_reference(params, network)
+  save_file({name: np.ascontiguousarray(value) for name, value in tensors.items()}, path)
+
+
+@pytest.mark.parametrize("name", ["lease", "sorcen"])
+def test_checkpoints_of_the_reference_are_converted(tmp_path, name):
+  """Its loss of masked tokens, by a model of the `mage` objective."""
+  golden, is_lease = read(name), name == "lease"
+  weights = {key.removeprefix("weights/"): value for key, value in golden.items() if "weights/" in key}
+  weights["classifier.0.bias"] = np.ones(3, np.float32)
+  if is_lease:
+    weights["pos2d"] = sines((8, 8), 32)[None]
+  file, codes, out = tmp_path / "weights.safetensors", tmp_path / "codes.safetensors", tmp_path / "out"
+  save_file(weights, file)
+  flags = ["--format=lease", f"--weights={file}", f"--out={out}", "--encoder_heads=4", "--decoder_heads=4"]
+  with pytest.raises(UserError, match="has no tokenizer: give the file of MAGE's tokenizer as --tokenizer"):
+    convert.main(flags)
+  write_tokenizer(codes, 2048)
+  with pytest.raises(UserError, match="token ids, which do not fit the 2048 codes of the tokenizer"):
+    convert.main([*flags, f"--tokenizer={codes}"])
+  write_tokenizer(codes, 40 if is_lease else 1024)
+  convert.main([*flags, f"--tokenizer={codes}"])
+  model = maskgen.load(out)
+  objective, params = model.objective, model.variables["params"]
+  assert (objective.fixed_positions, objective.add_visible) == (is_lease, is_lease)
+  tokens = golden["vq_idx"].astype(np.int32)
+  if is_lease:
+    mask, kept = golden["masked"], golden["keep_idx_sorted"].astype(np.int32)
+  else:
+    mask = golden["all_mask"][:, 1:].astype(bool)
+    kept = np.sort(golden["noise"].argsort(axis=1)[:, 32:], axis=1).astype(np.int32)
+
+  @jax.jit
+  def loss(params):
+    latents = objective.latents(params, {}, tokens, mask, kept)
+    logits = objective.logits(params, {}, {}, latents, mask, kept)
+    found = Prediction(tokens, mask, kept, latents, logits)
+    return objective.scores(params, {}, {}, found)["loss"].mean()
+
+  expected = golden["loss_reconstruction" if is_lease else "loss_reconstruction_only"]
+  np.testing.assert_allclose(loss(params), expected, rtol=1e-5)

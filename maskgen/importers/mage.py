@@ -239,11 +239,11 @@ def _vocabulary(table: jax.Array, vocab: Vocab) -> jax.Array:
   return jnp.concatenate([before, _rows(null, CLASSES - NULL_CLASS - 1), table[vocab.mask_id :]])
 
 
-def check_expressible(tokenizer: VQGAN, grid: tuple[int, int]) -> None:
+def check_expressible(tokenizer: VQGAN, grid: tuple[int, int], model: Mage | None = None) -> None:
   """Checks that the reference's code can run one of our models.
 
   Raises:
-    UserError: if it does not support the tokenizer or the token grid (h', w').
+    UserError: if it does not support the tokenizer, the token grid (h', w') or an option of the network.
   """
   reason = ""
   if tokenizer.shortcut != "reference" and len(set(tokenizer.multipliers)) > 1:
@@ -256,5 +256,7 @@ def check_expressible(tokenizer: VQGAN, grid: tuple[int, int]) -> None:
     reason = f"a tokenizer with strides={tokenizer.strides}"
   elif grid[0] != grid[1]:
     reason = f"a token grid of {grid[0]}x{grid[1]}"
+  elif model is not None and (model.fixed_grid is not None or model.add_visible):
+    reason = "fixed positions or visible tokens that are added"
   if reason:
     raise UserError(f"the reference cannot express {reason}: export with --format=maskgen instead")

@@ -18,7 +18,7 @@ from maskgen import objectives
 from maskgen.config import fields
 from maskgen.errors import UserError
 from maskgen.models.image_encoder import EncoderPart
-from maskgen.models.mage import Mage, Prediction
+from maskgen.models.mage import Prediction
 from maskgen.models.transformer import kernel_init
 from maskgen.numerics import clusters
 from maskgen.numerics import losses as losses_lib
@@ -42,8 +42,6 @@ class Objective(mage.Objective):
     neighbours: how many of the nearest other centroids share a token's target.
     contrastive_weight: of the contrastive loss; 0 does not compute it.
     temperature, neighbour_temperature: see `losses.centroid_contrast`.
-    fixed_positions: whether the encoder has fixed position embeddings beside learned ones, as the authors'.
-    add_visible: see `Mage`; as the authors' decoder.
   """
 
   teacher: Mapping[str, Any] = fields.section(objectives.find_encoder, default_factory=dict)
@@ -52,8 +50,6 @@ class Objective(mage.Objective):
   contrastive_weight: float = 0.1
   temperature: float = 0.1
   neighbour_temperature: float = 0.1
-  fixed_positions: bool = False
-  add_visible: bool = False
 
   def __post_init__(self):
     super().__post_init__()
@@ -65,8 +61,6 @@ class Objective(mage.Objective):
         raise UserError(f"{name} is 0: cosines are divided by it, give a value above 0")
     if self.neighbours >= self.clusters:
       raise UserError(f"neighbours={self.neighbours} of {self.clusters} clusters: give fewer than clusters")
-    if self.fixed_positions and self.width % 4:
-      raise UserError(f"width is {self.width}: fixed positions need a multiple of 4")
     frozen_teacher.check(self._teacher, self.grid, "the tokenizer", "tokens")
 
   @functools.cached_property
@@ -80,11 +74,6 @@ class Objective(mage.Objective):
   def averages(self) -> tuple[str, ...]:
     """The groups whose moving averages teach."""
     return () if self.teacher else ("main",)
-
-  @property
-  def model(self) -> Mage:
-    grid = self.grid if self.fixed_positions else None
-    return super().model.clone(fixed_grid=grid, add_visible=self.add_visible)
 
   @property
   def projection(self) -> nn.Dense:

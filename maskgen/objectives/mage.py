@@ -44,6 +44,8 @@ class Objective:
       one that the class position holds. A converted model keeps the reference's values; see `Vocab`.
     width, depth, heads, decoder_width, decoder_depth, decoder_heads, dropout, dtype: see `Mage`.
     attention, remat, scan: how the network runs; results do not depend on these. See `Transformer`.
+    fixed_positions: whether the encoder has fixed position embeddings beside learned ones, as LEASE's.
+    add_visible: see `Mage`; as LEASE's decoder.
     mask_ratio: the distribution of the mask ratio.
     label_smoothing: of the cross-entropy over the codes.
     sampling: default options of generation and inpainting.
@@ -67,6 +69,8 @@ class Objective:
   attention: str = fields.operational("auto", plain="xla")
   remat: str = fields.operational("none", less_memory=REMAT[1:])
   scan: bool = fields.operational(False)
+  fixed_positions: bool = False
+  add_visible: bool = False
   mask_ratio: masking.MaskRatio = masking.MaskRatio()
   label_smoothing: float = 0.1
   sampling: sampling_lib.MaskedSampling = sampling_lib.MaskedSampling()
@@ -86,6 +90,8 @@ class Objective:
     for width, heads in ((self.width, self.heads), (self.decoder_width, self.decoder_heads)):
       if width % heads:
         raise UserError(f"a width of {width} does not divide into {heads} heads")
+    if self.fixed_positions and self.width % 4:
+      raise UserError(f"width is {self.width}: fixed positions need a multiple of 4")
     if masking.num_dropped(self.num_tokens, self.mask_ratio) >= self.num_tokens:
       raise UserError(
         f"mask_ratio.low={self.mask_ratio.low} leaves the encoder none of {self.num_tokens} tokens: lower it"
@@ -137,6 +143,8 @@ class Objective:
       attention=self.attention,
       remat=self.remat,
       scan=self.scan,
+      fixed_grid=self.grid if self.fixed_positions else None,
+      add_visible=self.add_visible,
     )
 
   def batch_spec(self) -> BatchSpec:

@@ -75,12 +75,8 @@ class Conditional(mage.Objective, abc.ABC):
       raise UserError(
         "it is not an unconditional MAGE: give a model trained with objective 'mage' or 'mage_c'"
       )
-    if found.model.fixed_grid or found.model.add_visible:
-      raise UserError(
-        "it has fixed positions or adds visible tokens, which conditional models do not: give a model without"
-      )
     objectives.check_tokenizer(found.tokenizer, self.tokenizer)
-    encoder = ("class_ids", "null_class", "width", "depth", "heads")
+    encoder = ("class_ids", "null_class", "width", "depth", "heads", "fixed_positions", "add_visible")
     for field in ("image_size", *encoder, "decoder_width", "decoder_depth", "decoder_heads"):
       theirs, ours = getattr(found, field), getattr(self, field)
       if theirs != ours:

@@ -12,6 +12,7 @@ from maskgen.errors import UserError
 FORMATS: dict[str, tuple[str, ...]] = {
   "mage": ("encoder_heads", "decoder_heads"),
   "mage_finetuned": ("encoder_heads",),
+  "lease": ("tokenizer", "encoder_heads", "decoder_heads"),
   "vqgan_pytorch": ("image_size",),
   "maskgit": ("tokenizer",),
   "maskgit_flax": ("image_size",),
@@ -32,7 +33,8 @@ def main(argv: Sequence[str]) -> None:
   parser = cli.Parser(
     "Converts a weights file of another project to a folder for maskgen.load or config.pretrained. "
     "mage: tokenizer and transformer of the PyTorch reference, as safetensors or PyTorch file. "
-    "mage_finetuned: a classifier of its main_finetune.py. vqgan_pytorch: only its tokenizer. "
+    "mage_finetuned: a classifier of its main_finetune.py. lease: the transformer of LEASE or Sorcen and "
+    "MAGE's tokenizer. vqgan_pytorch: only its tokenizer. "
     "maskgit: MaskGIT's transformer and its tokenizer, Flax msgpack files. maskgit_flax: the tokenizer. "
     "mobilenet_v2: an .npz of quantized convolutions, and torchvision: ResNet-50 or VGG16 as safetensors or "
     "PyTorch file, also of timm; these are feature networks of the perceptual loss. "
@@ -49,13 +51,13 @@ def main(argv: Sequence[str]) -> None:
   )
   parser.add_argument("--out", required=True, help="new folder")
   parser.add_argument(
-    "--encoder_heads", type=int, help="mage, mage_finetuned, image encoders: default as published"
+    "--encoder_heads", type=int, help="mage, mage_finetuned, lease, image encoders: default as published"
   )
-  parser.add_argument("--decoder_heads", type=int, help="mage, mae: default as published")
+  parser.add_argument("--decoder_heads", type=int, help="mage, lease, mae: default as published")
   parser.add_argument(
     "--image_size", type=int, help="pixels per side; tokenizers: default 256, dinov2: its own"
   )
-  parser.add_argument("--tokenizer", help="maskgit: weights file of its tokenizer")
+  parser.add_argument("--tokenizer", help="maskgit, lease: weights file of the tokenizer")
   args = parser.parse_args(argv)
   options = ("encoder_heads", "decoder_heads", "image_size", "tokenizer")
   given = {name: getattr(args, name) for name in options}

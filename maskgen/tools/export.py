@@ -77,7 +77,7 @@ def _write_reference(model: "maskgen.Model", path: str, out: str) -> Mapping[str
   name = model.config["objective"]["name"]
   if name != "mage":
     raise UserError(f"{path} is a model of objective '{name}': --format=mage needs one of objective 'mage'")
-  mage.check_expressible(objective.tokenizer, objective.grid)
+  mage.check_expressible(objective.tokenizer, objective.grid, objective.model)
   params = {"main": model.variables["params"]["main"], "tokenizer": model.variables["frozen"]["tokenizer"]}
   tensors = storage.to_host(mage.to_reference(params, objective.model, objective.tokenizer))
   files.replace(epath.Path(out), safetensors.numpy.save(tensors, {"format": "pt"}))
