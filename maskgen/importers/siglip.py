@@ -14,7 +14,7 @@ from etils import epath
 
 from maskgen import files, tree
 from maskgen.errors import UserError
-from maskgen.importers import Converted, tensors, towers, vqgan_pytorch
+from maskgen.importers import Converted, tensors, towers, vqgan_pytorch, written_towers
 from maskgen.models.vit import ViT
 
 # Head counts of the published models by width, which safetensors files do not contain.
@@ -112,7 +112,7 @@ def write(path: epath.PathLike, model: ViT, params: Any) -> tensors.Tensors:
   is_file = str(path).endswith(".npz")
   plain = ViT(pooling=pooling)
   fixed = (*FIXED, *STATED) if is_file else FIXED
-  towers.check_expressible(model, "SigLIP", {name: getattr(plain, name) for name in fixed})
+  written_towers.check_expressible(model, "SigLIP", {name: getattr(plain, name) for name in fixed})
   if len(set(model.image_size)) > 1:
     raise UserError(
       f"SigLIP takes square images, not {model.image_size}: export with --format=maskgen instead"
@@ -126,7 +126,7 @@ def write(path: epath.PathLike, model: ViT, params: Any) -> tensors.Tensors:
     return found
   named = {f"{PREFIXES[0]}{name}": value for name, value in to_transformers(params, model).items()}
   kind = ("SiglipVisionModel", "siglip_vision_model", "SiglipImageProcessor")
-  return towers.write(path, model, named, kind, dict(vision_use_head=pooling == "attention"))
+  return written_towers.write(path, model, named, kind, dict(vision_use_head=pooling == "attention"))
 
 
 def to_transformers(params: Any, model: ViT) -> dict[str, Any]:

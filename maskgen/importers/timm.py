@@ -13,7 +13,7 @@ from etils import epath
 
 from maskgen import tree
 from maskgen.errors import UserError
-from maskgen.importers import Converted, mage, tensors, towers
+from maskgen.importers import Converted, mage, tensors, towers, written_towers
 from maskgen.models.mage import Encoder
 from maskgen.models.vit import ViT
 
@@ -119,7 +119,8 @@ def write(path: epath.PathLike, model: ViT, params: Any) -> tensors.Tensors:
     UserError: if timm's code would compute something else.
   """
   fixed = dict(epsilon=1e-6, registers=0, patch_bias=not model.embedding_norm)
-  towers.check_expressible(model, "timm", fixed | ({} if model.leading else dict(fixed_positions=False)))
+  fixed |= {} if model.leading else dict(fixed_positions=False)
+  written_towers.check_expressible(model, "timm", fixed)
   named = to_timm(params, model)
   if model.fixed_positions:
     named["pos_embed"] = towers.fixed_table(model.grid, model.width)[None]
@@ -206,4 +207,4 @@ def _write(
     model_args={**args, **sizes},
     pretrained_cfg=pixels,
   )
-  return towers.write_folder(path, named, {towers.CONFIG: config})
+  return written_towers.write_folder(path, named, {towers.CONFIG: config})

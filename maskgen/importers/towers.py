@@ -6,7 +6,6 @@ agree, and says what tensors do not.
 
 import dataclasses
 import functools
-import json
 import math
 import pathlib
 from collections.abc import Callable, Mapping
@@ -15,10 +14,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors.numpy
 from etils import epath
 
-from maskgen import files as files_lib
 from maskgen.errors import UserError
 from maskgen.importers import Converted, tensors, torch_tensors, vqgan_pytorch
 from maskgen.models.transformer import SWIGLU
@@ -28,10 +25,10 @@ from maskgen.numerics import positions, resizing
 CONFIG, PROCESSOR, WEIGHTS = "config.json", "preprocessor_config.json", "model.safetensors"
 # Pillow's numbers of filters.
 _FILTERS = {2: "bilinear", 3: "bicubic"}
-_ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_pytorch_tanh": "gelu_tanh"}
+ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_pytorch_tanh": "gelu_tanh"}
 # Keys of config.json that must agree with the tensors, by field of `ViT`.
-_SIZES = {"width": "hidden_size", "depth": "num_hidden_layers", "patch": "patch_size"}
-_SIZES |= {"hidden": "intermediate_size"}
+SIZES = {"width": "hidden_size", "depth": "num_hidden_layers", "patch": "patch_size"}
+SIZES |= {"hidden": "intermediate_size"}
 
 
 class Stored(NamedTuple):
@@ -145,15 +142,15 @@ def settle(stored: Stored, section: Mapping[str, Any], heads: int | None, known:
     UserError: if both differ, or the number of heads is unknown or does not divide the width.
   """
   path, config, width = stored.path, stored.config, section["width"]
-  for field, key in _SIZES.items():
+  for field, key in SIZES.items():
     if key in config and config[key] != section[field]:
       raise UserError(
         f"{path} has {key}={config[key]} in {CONFIG}, but {section[field]} by its tensors: give files of one "
         "model"
       )
   named = str(config.get("hidden_act", ""))
-  if named and named not in _ACTIVATIONS:
-    raise UserError(f"{path} has the activation '{named}': this network has {', '.join(_ACTIVATIONS)}")
+  if named and named not in ACTIVATIONS:
+    raise UserError(f"{path} has the activation '{named}': this network has {', '.join(ACTIVATIONS)}")
   heads = heads or config.get("num_attention_heads") or known.get(width, 0)
   if not isinstance(heads, int) or heads < 1:
     raise UserError(f"{path} has no head count, and none is known for width {width}: give --encoder_heads")
@@ -161,8 +158,8 @@ def settle(stored: Stored, section: Mapping[str, Any], heads: int | None, known:
     raise UserError(f"--encoder_heads={heads} does not divide the width of {width}: give one that does")
   found = {**section, "heads": heads}
   found |= {name: value for name, value in _read_standard(stored).items() if value != _field(section, name)}
-  if named and section.get("activation") != SWIGLU and _ACTIVATIONS[named] != _field(section, "activation"):
-    found["activation"] = _ACTIVATIONS[named]
+  if named and section.get("activation") != SWIGLU and ACTIVATIONS[named] != _field(section, "activation"):
+    found["activation"] = ACTIVATIONS[named]
   if config.get("layer_norm_eps", _field(section, "epsilon")) != _field(section, "epsilon"):
     found["epsilon"] = config["layer_norm_eps"]
   return found
@@ -230,84 +227,6 @@ def export(model: ViT, section: Mapping[str, Any], params: Any, unused: tuple[st
   params = {name: value for name, value in params.items() if name != "embedding"}
   section = {name: value for name, value in section.items() if name != "projection"}
   return Converted({"network": "vit", "vit": section}, {"params": {"main": params}}, unknown=unused)
-
-
-def write(
-  path: epath.PathLike,
-  model: ViT,
-  named: Mapping[str, Any],
-  kind: tuple[str, str, str],
-  more: Mapping[str, Any] | None = None,
-) -> tensors.Tensors:
-  """Writes a tower as a folder that `from_pretrained` of transformers opens.
-
-  Args:
-    path: of a new folder.
-    model: the network.
-    named: its parameters by transformers' names.
-    kind: the names of the model's class, its type and its image processor's class.
-    more: further keys of config.json.
-
-  Returns:
-    The tensors, float32.
-  """
-  model = model.clone(hidden=model.hidden or 4 * model.width)
-  height, width = model.image_size
-  config = dict(
-    architectures=[kind[0]],
-    model_type=kind[1],
-    image_size=height if height == width else [height, width],
-    hidden_act={ours: name for name, ours in _ACTIVATIONS.items()}[model.activation],
-    num_attention_heads=model.heads,
-    num_channels=model.channels,
-    layer_norm_eps=model.epsilon,
-    **{key: getattr(model, field) for field, key in _SIZES.items()},
-    **more or {},
-  )
-  processor = dict(
-    image_processor_type=kind[2],
-    do_resize=True,
-    size=dict(height=height, width=width),
-    resample=3,
-    do_rescale=True,
-    rescale_factor=1 / 255,
-    do_normalize=True,
-    image_mean=model.mean,
-    image_std=model.std,
-  )
-  return write_folder(path, named, {PROCESSOR: processor, CONFIG: config})
-
-
-def write_folder(
-  path: epath.PathLike, named: Mapping[str, Any], texts: Mapping[str, Mapping[str, Any]]
-) -> tensors.Tensors:
-  """Writes tensors, as float32, and JSON files to a new folder, and returns the tensors."""
-  found = {name: np.ascontiguousarray(value, np.float32) for name, value in jax.device_get(named).items()}
-  folder = epath.Path(path)
-  folder.mkdir(parents=True, exist_ok=True)
-  files_lib.replace(folder / WEIGHTS, safetensors.numpy.save(found, {"format": "pt"}))
-  for name, content in texts.items():
-    files_lib.replace(folder / name, json.dumps(content, indent=2))
-  return found
-
-
-def check_expressible(model: ViT, whose: str, fixed: Mapping[str, Any]) -> None:
-  """Checks the fields of a network that other people's code computes.
-
-  Args:
-    model: the network.
-    whose: the name of the code.
-    fixed: the values that it has of some fields.
-
-  Raises:
-    UserError: if the network has another.
-  """
-  odd = [name for name, value in fixed.items() if getattr(model, name) != value]
-  odd += [] if model.activation in _ACTIVATIONS.values() else ["activation"]
-  for name in odd:
-    raise UserError(
-      f"{whose} has no encoder with {name}={getattr(model, name)!r}: export with --format=maskgen instead"
-    )
 
 
 def fixed_table(grid: tuple[int, int], width: int) -> np.ndarray:

@@ -6,7 +6,7 @@ from typing import Any
 from etils import epath
 
 from maskgen import tree
-from maskgen.importers import Converted, siglip, tensors, timm, towers, vqgan_pytorch
+from maskgen.importers import Converted, siglip, tensors, timm, towers, vqgan_pytorch, written_towers
 from maskgen.models.imagenet import MEAN, STD
 from maskgen.models.vit import ViT
 
@@ -87,8 +87,8 @@ def write(path: epath.PathLike, model: ViT, params: Any) -> tensors.Tensors:
   if not model.leading:
     return siglip.write(path, model, params)
   fixed = dict(registers=0, layer_scale=False, embedding_norm=False, patch_bias=True)
-  towers.check_expressible(model, "ViTModel of transformers", fixed)
+  written_towers.check_expressible(model, "ViTModel of transformers", fixed)
   named = to_transformers(params, model)
   if model.fixed_positions:
     named[TOKENS["position"]] = towers.fixed_table(model.grid, model.width)[None]
-  return towers.write(path, model, named, ("ViTModel", "vit", "ViTImageProcessor"))
+  return written_towers.write(path, model, named, ("ViTModel", "vit", "ViTImageProcessor"))
