@@ -6,6 +6,8 @@ tokenizer/ (tokenizer_2/)         vocab.json, merges.txt, and a JSON file with t
 text_encoder/ (text_encoder_2/)   config.json, model.safetensors
 unet/ vae/                        config.json, diffusion_pytorch_model.safetensors
 ```
+
+Instead of the weights of all parts, the folder may contain one safetensors file, see `single_file`.
 """
 
 import dataclasses
@@ -21,7 +23,7 @@ from etils import epath
 from maskgen import storage
 from maskgen.config import build_dataclass, check_dtype, fields
 from maskgen.errors import UserError, nearest
-from maskgen.importers import Converted, diffusers_configs, torch_tensors
+from maskgen.importers import Converted, diffusers_configs, single_file, torch_tensors
 from maskgen.importers.diffusers_layouts import LAYOUTS
 from maskgen.importers.published import PUBLISHED
 from maskgen.models.remat import REMAT
@@ -89,20 +91,36 @@ def load(
   root = pathlib.Path(os.path.expanduser(folder))
   model = read_model(root, family=family, **options)
   tokenizers = read_tokenizers(epath.Path(root), model)
-  parts = (*TEXT_PARTS[: len(tokenizers)], "unet", "vae")
-  files = {part: torch_tensors.find(root / part, STEMS[part]) for part in parts}
+  single, shapes_of = _single_file(root), model.shapes()
+  if single is None:
+    files = {part: torch_tensors.find(root / part, STEMS[part]) for part in shapes_of}
+    stored = {part: torch_tensors.open_files(found) for part, found in files.items()}
+  else:
+    stored = single_file.split(str(single), torch_tensors.open_files([single]), model)
   params = {
     part: torch_tensors.load(
-      files[part],
+      stored[part],
       shapes,
-      str(root / part),
+      f"{single}, part {part}," if single else str(root / part),
       dtype=np.dtype("float32" if part == "vae" else param_dtype),
       rename=rename,
       buffers=BUFFERS.get(part, ()),
     )
-    for part, shapes in model.shapes().items()
+    for part, shapes in shapes_of.items()
   }
   return Loaded(model, params, tokenizers)
+
+
+def _single_file(root: pathlib.Path) -> pathlib.Path | None:
+  """The only safetensors file in a folder whose U-Net has no weights of its own; None if there is none.
+
+  Raises:
+    UserError: if there are several.
+  """
+  found = [] if any((root / "unet").glob("*.safetensors*")) else sorted(root.glob("*.safetensors"))
+  if len(found) > 1:
+    raise UserError(f"{root} has several safetensors files and no weights in its parts: leave one there")
+  return found[0] if found else None
 
 
 def read_model(folder: str | os.PathLike, *, family: str = "", **options: Any) -> TextToImage:

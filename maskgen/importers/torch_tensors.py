@@ -4,6 +4,7 @@ The modules have the names of their PyTorch counterparts, with an underscore ins
 `blocks_0/conv1/kernel` is the tensor `blocks.0.conv1.weight`.
 """
 
+import dataclasses
 import functools
 import json
 import pathlib
@@ -84,8 +85,40 @@ def fit(
   return {path: names[name] for name, path in paths.items()}
 
 
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+  """A tensor of a file that has not been read yet.
+
+  Attributes:
+    file: where it is, for messages.
+    name: in the file, likewise.
+    shape: its shape.
+    read: reads it.
+  """
+
+  file: pathlib.Path
+  name: str
+  shape: tuple[int, ...]
+  read: Callable[[], np.ndarray]
+
+
+def open_files(files: Collection[pathlib.Path]) -> dict[str, Tensor]:
+  """The tensors of safetensors files by name, without the prefixes of wrappers.
+
+  Raises:
+    UserError: if a file cannot be read.
+  """
+  found = {}
+  for file in files:
+    archive = _guard(file, functools.partial(safe_open, str(file), framework="numpy"))
+    for name in archive.keys():  # noqa: SIM118  (it is not a dictionary)
+      read = functools.partial(_guard, file, functools.partial(archive.get_tensor, name))
+      found[name] = Tensor(file, name, tuple(archive.get_slice(name).get_shape()), read)
+  return dict(without_prefixes(found))
+
+
 def load(
-  files: Collection[pathlib.Path],
+  stored: Mapping[str, Tensor],
   expected: Any,
   what: str,
   *,
@@ -96,7 +129,7 @@ def load(
   """Reads a tree of parameters, one tensor at a time.
 
   Args:
-    files: safetensors files that together contain the tensors.
+    stored: the available tensors.
     expected: the tree of parameter shapes.
     what: names the source in errors.
     dtype: of the returned arrays.
@@ -109,16 +142,12 @@ def load(
   Raises:
     UserError: if a file cannot be read, or a tensor does not fit or contains values that are not finite.
   """
-  opened = {file: _guard(file, functools.partial(safe_open, str(file), framework="numpy")) for file in files}
-  stored = {name: (file, name) for file, archive in opened.items() for name in archive.keys()}  # noqa: SIM118
-  home = without_prefixes(stored)
-  shapes = {name: tuple(opened[file].get_slice(full).get_shape()) for name, (file, full) in home.items()}
+  shapes = {name: tensor.shape for name, tensor in stored.items()}
   names = fit(shapes, expected, what, rename=rename, buffers=buffers)
   ranks = {path: len(leaf.shape) for path, leaf in tree.flatten(expected).items()}
   params = {}
   for path, name in names.items():
-    file, full = home[name]
-    tensor = _guard(file, functools.partial(opened[file].get_tensor, full))
+    tensor, file = stored[name].read(), stored[name].file
     if not np.isfinite(tensor.astype(np.float32)).all():
       raise UserError(f"{file}: tensor '{name}' contains values that are not finite: download the file again")
     params[tuple(path.split("/"))] = np.ascontiguousarray(to_linen(tensor, ranks[path], path), dtype)
