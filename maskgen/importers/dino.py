@@ -5,20 +5,11 @@ from typing import Any
 
 from etils import epath
 
-from maskgen import tree
-from maskgen.importers import dinov2, tensors, towers, vqgan_pytorch
+from maskgen.importers import dinov2, tensors, towers, vit
 from maskgen.models.imagenet import MEAN, STD
-from maskgen.models.vit import ViT
 
 # Head counts of the published models S and B by width.
 HEADS = {384: 6, 768: 12}
-PREFIXES = ("vit.",)
-BLOCK = dinov2.BLOCK | {
-  "attention_norm": "layernorm_before",
-  "mlp_norm": "layernorm_after",
-  "mlp/up": "intermediate.dense",
-  "mlp/down": "output.dense",
-}
 
 
 def load(path: epath.PathLike) -> towers.Tower:
@@ -34,7 +25,7 @@ def load(path: epath.PathLike) -> towers.Tower:
     UserError: if the tensors are those of another network, see `towers.take` and `towers.settle`, or
       preprocessor_config.json asks for something that is not supported.
   """
-  stored = towers.read(path, PREFIXES)
+  stored = towers.read(path, vit.PREFIXES)
   found, need = stored.tensors, functools.partial(tensors.need, path, stored.tensors)
   width, _, patch, _ = need("embeddings.patch_embeddings.projection.weight", 4).shape
   section: dict[str, Any] = dict(
@@ -54,19 +45,9 @@ def load(path: epath.PathLike) -> towers.Tower:
     ("embeddings.", "encoder.", "layernorm."),
     ("embeddings.mask_token", "pooler.", "classifier."),
   )
-  model, params, _ = towers.take(stored, section, to_transformers, used, ignored)
+  model, params, _ = towers.take(stored, section, vit.to_transformers, used, ignored)
   if stored.processor:
     size = stored.processor.get("size", 224)
     square = {"height": size, "width": size} if isinstance(size, int) else size
     stored = stored._replace(processor={"do_center_crop": False, **stored.processor, "size": square})
   return towers.prepare(stored, model, params, dinov2.PREPARATION)
-
-
-def to_transformers(params: Any, model: ViT) -> dict[str, Any]:
-  """Renames our parameters to transformers' names, without prefix, and PyTorch's layout."""
-  flat = tree.flatten(params)
-  found = {dinov2.TOKENS[name]: flat.pop(name)[None] for name in ("position", "class_token")}
-  layers = dict(dinov2.LAYERS)
-  for i in range(model.depth):
-    layers |= {f"encoder/block_{i}/{ours}": f"encoder.layer.{i}.{name}" for ours, name in BLOCK.items()}
-  return found | vqgan_pytorch.to_torch(flat, layers)
