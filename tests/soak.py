@@ -3,8 +3,8 @@
 python tests/soak.py --workdir=/tmp/soak
 
 It runs a tiny version of the quickstart's MAGE, with a save and a line of metrics every 500 steps and an
-evaluation every 10,000. The last line is a report in JSON. The exit status is 0 if neither grows over the last
-third by more than it scatters, and if `metrics.jsonl` and TensorBoard's files have every line.
+evaluation every 10,000. The last line is a report in JSON. The exit status is 0 if neither grows over the
+last third by more than it scatters, and if `metrics.jsonl` and TensorBoard's files have every line.
 """
 
 import argparse
