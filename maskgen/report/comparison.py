@@ -10,7 +10,7 @@ import numpy as np
 from etils import epath
 
 from maskgen import files
-from maskgen.errors import UserError
+from maskgen.errors import UserError, counted
 from maskgen.evaluators import linear
 from maskgen.evaluators.probe import BASELINES
 from maskgen.report import charts, page, runs
@@ -204,7 +204,7 @@ def render(plan: Mapping[str, Any], rows: Sequence[Row], picture: str) -> str:
     for i, row in enumerate(rows)
   )
   charted = "".join(charts.chart(metric, series) for metric, series in curves.items())
-  title = f"{len(rows)} objectives compared"
+  title = f"{counted(len(rows), 'objective')} compared"
   parts = [f"<h1>{title}</h1>", page.table("".join(f"<th>{name}</th>" for name in head), body)]
   parts += [f"<figure>{picture}</figure>", f"<ul>{lines}</ul>", "<h2>By percent of the budget</h2>"]
   parts += [f'<ul class="legend">{legend}</ul>', f'<div class="charts">{charted}</div>']
