@@ -56,7 +56,7 @@ def cache(tmp_path_factory):
 
 
 # A power of four and its neighbours, where the number of bits changes.
-@pytest.mark.parametrize("size", [1, 2, 3, 360, 1437, 65535, 65536, 65538, 262143, 1281167])
+@pytest.mark.parametrize("size", [1, 2, 3, 360, 1437, 65536, 65537, 65538, 262145, 1281167])
 def test_the_shuffle_is_tensorflows(size):
   positions = np.unique(np.r_[np.arange(min(size, 300)), size - 1])
   for seed, epoch in ((0, 0), (-5, 1), (2**63 - 1, 2**33)):
@@ -115,6 +115,28 @@ def test_what_changes_pixels_is_read_with_tensorflow(saved):
     assert type(Data(saved, preprocess, preprocess, batch_size=4)._train) is not ArrayReader
 
 
+@pytest.mark.parametrize(
+  "preprocess, message",
+  [
+    ("decode(3)|tokenize('list:a b', 1)", "tokenize in preprocessing .*: length is 1, not .*; the form is"),
+    ("decode(3)|tokenize(5, 8)", "tokenize in preprocessing .*: tokenizer is 5, not a string"),
+  ],
+)
+def test_ops_that_reject_their_arguments(saved, preprocess, message):
+  with pytest.raises(UserError, match=message) as error:
+    Data(saved, preprocess, preprocess, batch_size=4)
+  test_errors.assert_clear(error)
+
+
+def test_arrays_without_captions_say_so(tmp_path):
+  for split in ("train", "test"):
+    np.savez(tmp_path / f"{split}.npz", image=pictures()["image"])
+  words = "decode(3)|tokenize('list:a b', 8)"
+  with pytest.raises(UserError, match=r"needs captions: .*train.npz has none: save it by np.savez") as error:
+    Data(f"arrays:{tmp_path}/{{split}}.npz", words, words, batch_size=4)
+  test_errors.assert_clear(error)
+
+
 def test_arrays_have_classes_and_captions(saved, tmp_path):
   opened = sources.open_source(saved, "test")
   assert (opened.size, opened.class_names) == (12, ("ant", "bee", "cat"))
@@ -132,23 +154,31 @@ def test_arrays_have_classes_and_captions(saved, tmp_path):
 @pytest.mark.parametrize(
   "change, message",
   [
-    (dict(image=None), "has no image: save it by np.savez"),
+    (dict(image=None), "has images of no kind: save it by np.savez"),
     (dict(image=np.zeros((3, 8, 8), np.uint8)), r"has images uint8\[3, 8, 8\]: save"),
+    (dict(image=np.uint8(3)), r"has images uint8\[\]: save"),
+    (dict(image=np.zeros((0, 8, 8, 3), np.uint8)), r"has images uint8\[0, 8, 8, 3\]: save"),
     (dict(image=np.zeros((40, 8, 8, 3))), r"has images float64\[40, 8, 8, 3\]: save"),
     (dict(label=np.zeros(7, int)), r"has 40 images and labels int64\[7\]: save"),
     (dict(label=np.full(40, 3)), "has labels from 3 to 3 for 3 classes: save"),
     (dict(label=np.full(40, -1), classes=None), "has labels from -1 to -1: save"),
+    (dict(label=None), r"has classes <U3\[3\] and no labels: save"),
     (dict(caption=np.zeros(40)), r"has 40 images and captions float64\[40\]: save"),
+    (dict(caption=np.zeros((40, 0), "U3")), r"has 40 images and captions <U3\[40, 0\]: save"),
     (b"no arrays", "is damaged .*: save it by np.savez"),
-    (None, "does not exist: give the path of the arrays of split 'train'"),
+    (np.zeros(3), "is damaged .*: save it by np.savez"),
+    (None, "is not a file: give the path of the arrays of split 'train'"),
   ],
 )
 def test_wrong_arrays(tmp_path, change, message):
   file = tmp_path / "train.npz"
   if isinstance(change, dict):
     np.savez(file, **{key: value for key, value in (pictures() | change).items() if value is not None})
-  elif change is not None:
+  elif isinstance(change, bytes):
     file.write_bytes(change)
+  elif change is not None:
+    with file.open("wb") as opened:
+      np.save(opened, change)
   with pytest.raises(UserError, match=message) as error:
     sources.open_source(f"arrays:{tmp_path}/{{split}}.npz", "train")
   test_errors.assert_clear(error)
@@ -167,13 +197,17 @@ from maskgen.data.pipeline import Data
 from maskgen.errors import UserError
 data = Data("tokens:{cache}", "take_crop", "decode(3)", batch_size=8, eval_source="{saved}")
 assert next(data.train_batches())["tokens"].shape[0] == 8 and next(data.eval_batches("eval", 4))
-try:
-  Data("emoji", "decode(3)|flip_lr", "decode(3)", batch_size=8)
-except UserError as error:
-  print(error)
+for name, ops in (("emoji", "decode(3)|flip_lr"), ("digits", "decode(1)")):
+  try:
+    Data(name, ops, ops, batch_size=8)
+  except UserError as error:
+    print(error)
 """
   done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-  assert "this data needs TensorFlow, which is missing" in done.stdout, done.stderr
+  lines = done.stdout.splitlines()
+  assert len(lines) == 2 and all("which cannot be imported" in line for line in lines), (
+    done.stdout + done.stderr
+  )
 
 
 def test_metrics_without_tensorboard(tmp_path, monkeypatch, caplog):

@@ -240,21 +240,22 @@ def train_alone(workdir, waits):
 def test_kill_9_at_any_moment(tmp_path):
   """Whole processes, killed at random moments in both stages."""
   whole = tiny.fork(train_alone, tmp_path / "whole", False)
-  whole.join()
+  whole.join(900)
   assert whole.exitcode == 0
   killed = tmp_path / "killed"
   rng = random.Random(0)
   for name, first_step in (("tokenizer", 1), ("tokenizer", 20), ("mage", 10), ("mage", 30)):
     process = tiny.fork(train_alone, killed, True)
+    deadline = time.monotonic() + 900
     while max((line["step"] for line in metrics.read(epath.Path(killed / name))), default=0) < first_step:
-      assert process.is_alive()
+      assert process.is_alive() and time.monotonic() < deadline
       time.sleep(0.02)
     time.sleep(0.3 * rng.random())
     process.kill()
     process.join()
     assert process.exitcode == -signal.SIGKILL
   last = tiny.fork(train_alone, killed, False)
-  last.join()
+  last.join(900)
   assert last.exitcode == 0
   for name in tiny.STAGES:
     ours, theirs = killed / name, tmp_path / "whole" / name

@@ -166,7 +166,9 @@ def python(*arguments: str, env: dict[str, str] | None = None, **options) -> sub
 
 
 _FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["maskgen.training.experiment", "maskgen.training.train", "maskgen.report"])
+_FORKS.set_forkserver_preload(
+  ["tensorflow", "maskgen.training.experiment", "maskgen.training.train", "maskgen.report"]
+)
 
 
 def fork(fn: Callable[..., Any], *arguments: Any) -> multiprocessing.process.BaseProcess:

@@ -32,7 +32,11 @@ class ArrayReader:
 
   @property
   def spec(self) -> dict[str, jax.ShapeDtypeStruct]:
-    """The shapes and dtypes of a record after preprocessing."""
+    """The shapes and dtypes of a record after preprocessing.
+
+    Raises:
+      UserError: if an op rejects its arguments.
+    """
     one = np.zeros(1, np.int64)
     return {
       key: jax.ShapeDtypeStruct(value.shape[1:], value.dtype) for key, value in self._load(one, one).items()
@@ -52,7 +56,10 @@ class ArrayReader:
     for view in range(views):
       made = dict(records)
       for op in self.preprocess.ops:
-        made[op.key] = _OPS[op.name](made[op.key], draws * views + view, **op.arguments)
+        try:
+          made[op.key] = _OPS[op.name](made[op.key], draws * views + view, **op.arguments)
+        except (TypeError, ValueError) as error:
+          raise self.preprocess.wrong(op.name, error) from error
       numbers = {key: value for key, value in made.items() if value.dtype != object}
       if view == 0:
         result = numbers

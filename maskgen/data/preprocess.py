@@ -80,9 +80,13 @@ class Preprocess:
       try:
         made = OPS[name](record[op.key], *args, **kwargs)
       except (TypeError, ValueError) as error:
-        raise UserError(f"{name} in preprocessing '{self.text}': {error}; {_form(name)}") from error
+        raise self.wrong(name, error) from error
       record |= made if isinstance(made, dict) else {op.key: made}
     return {k: v.pixels() if isinstance(v, Picture) else v for k, v in record.items()}
+
+  def wrong(self, name: str, error: Exception) -> UserError:
+    """Returns the error for an op that rejects its arguments."""
+    return UserError(f"{name} in preprocessing '{self.text}': {error}; {_form(name)}")
 
 
 def parse_preprocess(text: str) -> Preprocess:

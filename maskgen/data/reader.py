@@ -37,7 +37,14 @@ _TEMPORARY = ("Unavailable", "DeadlineExceeded", "Aborted", "Cancelled", "Resour
 def open_reader(
   source: Source, preprocess: Preprocess, *, seed: int, skipped: Skipped, use: str, split: str
 ) -> AnyReader:
-  """Returns a reader of a split, without TensorFlow where possible; for the arguments see `Reader`."""
+  """Returns a reader of a split, without TensorFlow where possible; for the arguments see `Reader`.
+
+  Raises:
+    UserError: if the source lacks what an op needs.
+  """
+  for op in preprocess.ops:
+    if reason := source.lacks.get(op.key):
+      raise UserError(f"{op.name} in preprocessing '{preprocess.text}' needs {op.key}s: {reason}")
   if array_reader.suits(source, preprocess):
     return ArrayReader(source, preprocess)
   return Reader(source, preprocess, seed=seed, skipped=skipped, use=use, split=split)
@@ -81,9 +88,6 @@ class Reader:
     Raises:
       UserError: if the preprocessing does not fit the source, or returns varying shapes.
     """
-    for op in self.preprocess.ops:
-      if reason := self.source.lacks.get(op.key):
-        raise UserError(f"{op.name} in preprocessing '{self.preprocess.text}' needs {op.key}s: {reason}")
     spec = dict(
       tf.data.Dataset.range(1).map(self._make_load(lambda number, _: (number, number))).element_spec
     )

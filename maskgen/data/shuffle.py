@@ -51,7 +51,8 @@ def arrays(position: np.ndarray, size: int, seed: int, epoch: np.ndarray | int) 
     epoch: int64 [b], or one number for all.
 
   Returns:
-    int64 [b]; all positions of an epoch give each record once.
+    int64 [b]; all positions of an epoch give each record once. With 4^k + 1 records, k >= 8, the last
+    position gives the same as the first one, as in TensorFlow.
   """
   epochs = np.broadcast_to(epoch, position.shape)
   records = np.empty_like(position)

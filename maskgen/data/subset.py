@@ -35,7 +35,8 @@ def take(source: Source, *, shots: int | None, share: float | None, seed: int) -
   if names is None:
     remedy = source.lacks.get("label", "remove data.shots and data.share")
     raise UserError(f"{source.name} has no labels to choose by: {remedy}")
-  chosen = _choose(_labels(source), names, source.name, shots, share, seed)
+  labels = _labels(source)
+  chosen = _choose(labels, names, source.name, shots, share, seed)
   return dataclasses.replace(
     source,
     name=f"{len(chosen)} records of {source.name}",
@@ -46,6 +47,7 @@ def take(source: Source, *, shots: int | None, share: float | None, seed: int) -
     ).hexdigest(),
     describe=lambda index: source.describe(int(chosen[index])),
     rows=rows and (lambda indices: rows(chosen[indices])),
+    labels=labels[chosen],
   )
 
 
@@ -68,10 +70,8 @@ def _choose(
 
 def _labels(source: Source) -> np.ndarray:
   """All labels, int64 [size]; pictures are not read if the source stores labels separately."""
-  if source.rows is not None:
-    starts = range(0, source.size, _BATCH)
-    parts = [np.arange(start, min(start + _BATCH, source.size)) for start in starts]
-    return np.concatenate([source.rows(part)["label"] for part in parts])
+  if source.labels is not None:
+    return source.labels
 
   @tf.autograph.experimental.do_not_convert
   def label(index: tf.Tensor) -> tf.Tensor:

@@ -45,10 +45,8 @@ def examine() -> Iterator[tuple[str, str]]:
   yield f"Python {platform.python_version()} on {platform.platform()}", ""
   yield ", ".join(f"{name} {version(name)}" for name in _PACKAGES), _missing(_PACKAGES)
   found = [f"{name} {version(name)}" for name in _TENSORFLOW if version(name)]
-  yield (
-    f"TensorFlow: {', '.join(found) or 'not installed'} (reads data on the CPU)",
-    "" if found else "data cannot be read: pip install tensorflow-cpu (tensorflow on macOS and ARM)",
-  )
+  without = "not installed: only token caches and other arrays can be read, see docs/your_pictures.md"
+  yield f"TensorFlow: {', '.join(found) + ' (reads data on the CPU)' if found else without}", ""
   for name in _PLUGINS:
     if version(name):
       yield f"{name} {version(name)}", plugin_problem(name, version(name), version("jaxlib"))

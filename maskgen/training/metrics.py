@@ -16,6 +16,7 @@ from etils import epath
 from tqdm import tqdm
 
 from maskgen import files, images
+from maskgen.data import cpu_tf
 from maskgen.errors import UserError
 from maskgen.evaluators import Report
 from maskgen.training import writers
@@ -268,8 +269,9 @@ class Window:
 def _open_tensorboard(workdir: epath.Path) -> list[Any]:
   """The writer for TensorBoard, if TensorFlow is there."""
   try:
+    cpu_tf.load()  # before clu imports it, and lets it have accelerators
     from clu import metric_writers
-  except ImportError as error:
+  except (ImportError, UserError) as error:
     log.warning("there will be no files for TensorBoard (%s); %s has all numbers", error, METRICS)
     return []
   return [metric_writers.SummaryWriter(str(workdir))]

@@ -18,7 +18,7 @@ from typing import TypeAlias
 import numpy as np
 
 from maskgen import plugins
-from maskgen.data.cpu_tf import tf
+from maskgen.data.cpu_tf import missing, tf
 from maskgen.errors import UserError, nearest
 
 Rows: TypeAlias = "Callable[[np.ndarray], dict[str, np.ndarray]]"
@@ -58,6 +58,7 @@ class Source:
     rows: for records that are arrays, also a function from indices, int64 [b], to the same records in NumPy,
       each entry [b, ...], captions as an object array [b] of tuples of str; such records are read without
       TensorFlow if the preprocessing permits.
+    labels: all labels, int64 [size], if they are in memory.
     describe: returns the name of a record for messages, such as its file path.
     codes: the origin of the codes, for a token cache.
     lacks: why records have no "label" or "caption" although some could, by these keys: the problem and the
@@ -73,6 +74,7 @@ class Source:
   codes: Codes | None = None
   lacks: Mapping[str, str] = dataclasses.field(default_factory=dict)
   rows: Rows | None = None
+  labels: np.ndarray | None = None
 
 
 Open = Callable[[str, str], Source]
@@ -99,7 +101,12 @@ def open_source(name: str, split: str) -> Source:
   """
   prefix, _, argument = name.partition(":")
   if prefix not in SOURCES:
-    module = plugins.find_module(prefix, __name__, "data source")
+    try:
+      module = plugins.find_module(prefix, __name__, "data source")
+    except ModuleNotFoundError as error:
+      if not (error.name or "").startswith("tensorflow"):
+        raise
+      raise missing(error) from error
     if module.__name__ not in SOURCES:
       raise UserError(f"data source '{prefix}' is {module.__file__}, which has no @source function: add one")
     prefix = module.__name__

@@ -2,6 +2,7 @@
 
 import hashlib
 import zipfile
+import zlib
 
 import numpy as np
 from etils import epath
@@ -21,7 +22,7 @@ def open_arrays(path: str, split: str) -> Source:
   """Opens a file with all pictures of a split, held in memory; `{split}` in its path is replaced.
 
   The file has `image`, uint8 [n, h, w, c], and perhaps `label`, integers [n] from 0; `classes`, their names,
-  by default the numbers; and `caption`, texts [n] or [n, k].
+  by default the numbers up to the largest label; and `caption`, texts [n] or [n, k].
   """
   if "{split}" not in path:
     raise UserError(f"arrays:{path} names one file for all splits: put {{split}} into its name")
@@ -29,9 +30,9 @@ def open_arrays(path: str, split: str) -> Source:
   try:
     with file.open("rb") as opened, np.load(opened) as found:
       entries = {key: found[key] for key in ("image", "label", "classes", "caption") if key in found}
-  except FileNotFoundError:
-    raise UserError(f"{file} does not exist: give the path of the arrays of split '{split}'") from None
-  except (ValueError, EOFError, zipfile.BadZipFile) as error:
+  except (FileNotFoundError, IsADirectoryError):
+    raise UserError(f"{file} is not a file: give the path of the arrays of split '{split}'") from None
+  except (TypeError, ValueError, EOFError, zlib.error, zipfile.BadZipFile) as error:  # TypeError: one array
     raise files.damaged(file, error, _REMEDY) from None
   _check(file, entries)
   names = None
@@ -52,25 +53,37 @@ def open_arrays(path: str, split: str) -> Source:
     digest.update(f"{key} {values.shape}".encode())
     digest.update(content)
   lacks = {key: f"{file} has none: {_REMEDY}" for key in ("label", "caption") if key not in entries}
-  size, fingerprint = len(entries["image"]), digest.hexdigest()
-  return Source(f"'{file}'", size, names, fetch_of(rows), fingerprint, lacks=lacks, rows=rows)
+  return Source(
+    f"'{file}'",
+    len(entries["image"]),
+    names,
+    fetch_of(rows),
+    digest.hexdigest(),
+    lacks=lacks,
+    rows=rows,
+    labels=entries.get("label"),
+  )
 
 
 def _check(file: epath.Path, entries: dict[str, np.ndarray]) -> None:
   """Checks names, types, shapes and ranges."""
-  image, label, count = entries.get("image"), entries.get("label"), len(entries.get("image", ()))
-  classes = entries.get("classes")
+  kinds = {key: f"{values.dtype}{list(values.shape)}" for key, values in entries.items()}
+  image, label, classes, caption = (entries.get(key) for key in ("image", "label", "classes", "caption"))
   wrong = None
-  if image is None or image.ndim != 4 or image.dtype != np.uint8:
-    wrong = "has no image" if image is None else f"has images {image.dtype}{list(image.shape)}"
-  elif label is not None and (label.shape != (count,) or label.dtype.kind not in "iu"):
-    wrong = f"has {count} images and labels {label.dtype}{list(label.shape)}"
+  if image is None or image.ndim != 4 or image.dtype != np.uint8 or not image.size:
+    wrong = f"images {kinds.get('image', 'of no kind')}"
+  elif classes is not None and (classes.ndim != 1 or label is None):
+    wrong = f"classes {kinds['classes']} and " + ("no labels" if label is None else "labels")
+  elif label is not None and (label.shape != image.shape[:1] or label.dtype.kind not in "iu"):
+    wrong = f"{len(image)} images and labels {kinds['label']}"
   elif label is not None and not 0 <= label.min() <= label.max() < (
     1 << 31 if classes is None else len(classes)
   ):
     known = "" if classes is None else f" for {len(classes)} classes"
-    wrong = f"has labels from {label.min()} to {label.max()}{known}"
-  elif "caption" in entries and (len(entries["caption"]) != count or entries["caption"].dtype.kind != "U"):
-    wrong = f"has {count} images and captions {entries['caption'].dtype}{list(entries['caption'].shape)}"
+    wrong = f"labels from {label.min()} to {label.max()}{known}"
+  elif caption is not None and (
+    caption.ndim not in (1, 2) or len(caption) != len(image) or caption.dtype.kind != "U" or not caption.size
+  ):
+    wrong = f"{len(image)} images and captions {kinds['caption']}"
   if wrong:
-    raise UserError(f"{file} {wrong}: {_REMEDY}")
+    raise UserError(f"{file} has {wrong}: {_REMEDY}")

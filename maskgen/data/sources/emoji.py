@@ -29,5 +29,12 @@ def open_emoji(argument: str, split: str) -> Source:
     return f"'{known.names[indices[index]]}'"
 
   return Source(
-    "emoji", len(indices), known.classes, fetch_of(rows), f"{_VERSION} {split}", describe, rows=rows
+    "emoji",
+    len(indices),
+    known.classes,
+    fetch_of(rows),
+    f"{_VERSION} {split}",
+    describe,
+    rows=rows,
+    labels=labels,
   )

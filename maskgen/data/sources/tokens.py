@@ -41,4 +41,5 @@ def open_tokens(path: str, split: str) -> Source:
     hashlib.sha256(repr(identity).encode()).hexdigest(),
     codes=Codes(manifest.tokenizer, manifest.image_shape),
     rows=rows,
+    labels=labels,
   )
