@@ -45,7 +45,10 @@ def examine() -> Iterator[tuple[str, str]]:
   yield f"Python {platform.python_version()} on {platform.platform()}", ""
   yield ", ".join(f"{name} {version(name)}" for name in _PACKAGES), _missing(_PACKAGES)
   found = [f"{name} {version(name)}" for name in _TENSORFLOW if version(name)]
-  without = "not installed: only token caches and other arrays can be read, see docs/your_pictures.md"
+  without = (
+    "not installed, so that only token caches and other arrays can be read: pip install tensorflow-cpu "
+    "(tensorflow on macOS and ARM)"
+  )
   yield f"TensorFlow: {', '.join(found) + ' (reads data on the CPU)' if found else without}", ""
   for name in _PLUGINS:
     if version(name):
