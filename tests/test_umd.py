@@ -211,6 +211,11 @@ def test_clean_examples_are_spread_over_the_batch(share, clean):
       objective.share_out({"key": np.arange(1)})
 
 
+def test_a_share_of_clean_examples_is_not_rounded_below_its_number():
+  objective = objectives.build(SECTION | dict(clean_share=0.29))
+  assert 100 * 0.29 < 29 and len(objective.share_out({"key": np.arange(100)})[1]["key"]) == 29
+
+
 @pytest.mark.parametrize(
   ("change", "words"),
   [
@@ -218,6 +223,7 @@ def test_clean_examples_are_spread_over_the_batch(share, clean):
     (dict(clean_mask_ratio=0.0), "clean_mask_ratio=0.0 masks 0 of 16 patches: from 1 to 15"),
     (dict(clean_share=1.0), "clean_share is 1.0: it must be"),
     (dict(schedule=dict(prediction="v")), "UMD predicts 'noise'"),
+    (dict(encoder=ENCODER | dict(std=(0.5, 0.5, 0.2))), "encoder.mean and encoder.std are not all 0.5"),
     (dict(encoder=ENCODER | dict(pooling="mean", registers=0)), "the decoder reads registers"),
     (dict(encoder=ENCODER | dict(registers=0)), "of which there are none"),
     (dict(encoder=ENCODER | dict(pooling="mean")), "need pooling='class' or 'registers'"),

@@ -32,7 +32,8 @@ class Objective:
   change their device.
 
   Attributes:
-    encoder: the network that is kept afterwards; its number of classes is set from `classes`.
+    encoder: the network that is kept afterwards; its number of classes is set from `classes`. Its mean
+      and std are 0.5 in every channel.
     decoder_depth: the number of the decoder's blocks, which are as wide as the encoder's.
     clean_share: the share of clean examples, rounded down to a whole number of those of a micro-batch.
     clean_mask_ratio: the share of patches that are masked in clean examples: ceil(n * clean_mask_ratio) of n.
@@ -63,6 +64,8 @@ class Objective:
     config_lib.check_share(self, "clean_share", "clean_mask_ratio", "mask_ratio", "label_dropout")
     if (pooling := self.encoder.pooling) != "registers":
       raise UserError(f"encoder.pooling is '{pooling}': the decoder reads registers, give 'registers'")
+    if {*self.encoder.mean, *self.encoder.std} != {0.5}:
+      raise UserError("encoder.mean and encoder.std are not all 0.5: UMD's pixels are in [-1, 1], leave them")
     if self.schedule.prediction != "noise":
       raise UserError(f"schedule.prediction is '{self.schedule.prediction}': UMD predicts 'noise'")
     count = self.encoder.num_patches
@@ -138,7 +141,7 @@ class Objective:
       UserError: if none would stay clean, but `clean_share` is not 0.
     """
     size = len(batch["key"])
-    clean = int(size * self.clean_share)
+    clean = math.floor(size * self.clean_share + 1e-6)  # of 100, a share of 0.29 is 29
     if self.clean_share and not clean:
       raise UserError(f"clean_share={self.clean_share} of {size} examples is none: enlarge micro-batches")
     groups = math.gcd(size, clean)
