@@ -278,6 +278,12 @@ def test_an_encoder_continues_on_pictures_of_other_sizes_and_channels(tmp_path):
     tiny.assert_same_bits(taken[block], source[block])
     assert ("main/decoder/input/kernel" in taken) == (name == "whole")
   assert rows["main/decoder"] == "fresh: the source has none"
+  changed = objectives.build(section | dict(encoder=encoder | dict(heads=4, activation="gelu")))
+  report = WarmStart(epath.Path(tmp_path / "alone"), changed, shapes(changed)).report()
+  said = [line.strip() for line in report.splitlines() if line.strip().startswith("its ")]
+  assert said == [
+    "its activation is gelu_tanh, here it is gelu", "its heads is 2, here it is 4",
+  ]  # fmt: skip
   deeper = objectives.build(section | dict(encoder=other | dict(depth=2)))
   with pytest.raises(UserError, match="does not fit this config") as error:
     take(tmp_path / "alone", deeper)

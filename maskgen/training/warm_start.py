@@ -58,6 +58,7 @@ class WarmStart:
       self._differences = objectives.differences(source, objective)
     elif part is not None and part.params.startswith("params/"):
       alone = objectives.encoder_part(storage.model_section(config), "its config.json")
+      self._differences = objectives.differences(alone.encoder.network, part.encoder.network)
       self._source_prefix, self._prefix = (_prefix(one) for one in (alone, part))
       self._source_positions = {f"{self._prefix}position": alone.encoder.positions}
     self._sizes: dict[str, int] = {}
