@@ -140,6 +140,7 @@ def test_a_dead_cluster_starts_again_at_a_feature():
   ("change", "words"),
   [
     (dict(teacher=TEACHER | dict(patch=8)), "4 x 4 patches and the tokenizer 8 x 8 tokens"),
+    (dict(teacher=TEACHER | dict(mean=(0.5,), std=(0.5,))), "reads 1 channel and the tokenizer 3"),
     (dict(clusters=4), "neighbours=5 of 4 clusters"),
     (dict(temperature=0.0), "temperature is 0"),
     (dict(width=34, heads=2), "fixed positions need a multiple of 4"),

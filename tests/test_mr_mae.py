@@ -1,6 +1,7 @@
 """MR-MAE: MAE's loss at masked patches, and the distance to a teacher at visible ones."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -12,6 +13,7 @@ ENCODER = dict(
 )
 TEACHER = dict(name="vit", image_size=(16, 16), patch=4, width=12, depth=1, heads=2)
 SIZES = dict(encoder=ENCODER, decoder_width=16, decoder_depth=1, decoder_heads=2)
+GREY = dict(mean=(0.5,), std=(0.5,))
 SECTION = dict(name="mr_mae", teacher=TEACHER, mimic_weight=0.5, **SIZES)
 
 
@@ -48,6 +50,7 @@ def test_the_loss_is_that_of_mae_and_the_distance_to_the_teacher():
   ("change", "words"),
   [
     (dict(teacher=TEACHER | dict(patch=8)), "the teacher has 2 x 2 patches and the encoder 4 x 4 patches"),
+    (dict(teacher=TEACHER | GREY), "the teacher reads 1 channel and the encoder 3"),
     (dict(teacher=dict(name="tokenizer", image_size=(16, 16))), "no image encoder"),
     (dict(mimic_weight=-1.0), "mimic_weight is -1"),
   ],
@@ -55,3 +58,11 @@ def test_the_loss_is_that_of_mae_and_the_distance_to_the_teacher():
 def test_wrong_settings(change, words):
   with pytest.raises(UserError, match=words):
     objectives.build(SECTION | change)
+
+
+def test_grey_images_are_shown_to_a_teacher_of_three_channels():
+  objective = objectives.build(SECTION | dict(encoder=ENCODER | GREY))
+  teacher = objective.pretrained_shapes()["teacher"]["params"]["main"]
+  images = jax.ShapeDtypeStruct((2, 16, 16, 1), jnp.uint8)
+  frozen = {"teacher": {"params": teacher, "frozen": {}}}
+  assert jax.eval_shape(objective.teach, frozen, {"image": images}).shape == (2, 16, 12)

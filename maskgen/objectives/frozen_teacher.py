@@ -4,28 +4,35 @@ from collections.abc import Mapping
 from typing import Any
 
 from maskgen import objectives, storage
-from maskgen.errors import UserError
+from maskgen.errors import UserError, counted
 from maskgen.models.image_encoder import EncoderPart
 from maskgen.objectives import Tree
 
 
-def check(teacher: EncoderPart, grid: tuple[int, int], whose: str, parts: str) -> None:
+def check(teacher: EncoderPart, grid: tuple[int, int], channels: int, whose: str, parts: str) -> None:
   """Checks that a model can teach.
 
   Args:
     teacher: the model.
     grid: of what it teaches, which must be its own.
+    channels: of the images that it is shown; for a network that sees pixels, 1 stands for equal channels.
     whose: the name of that in error messages, such as "the tokenizer".
     parts: what it consists of, such as "tokens".
 
   Raises:
-    UserError: if it has another grid, or no patch tokens.
+    UserError: if it has another grid, reads other channels, or has no patch tokens.
   """
   found = teacher.encoder.positions.grid
   if found != grid:
     raise UserError(
       f"the teacher has {found[0]} x {found[1]} patches and {whose} {grid[0]} x {grid[1]} {parts}: give a "
       "teacher of the same grid"
+    )
+  known = teacher.encoder.image_shape[-1]
+  if channels != known and not (channels == 1 and teacher.encoder.pixels):
+    raise UserError(
+      f"the teacher reads {counted(known, 'channel')} and {whose} {channels}: give a teacher of the same "
+      "channels"
     )
   if teacher.pooled and not teacher.encoder.pools_patches:
     raise UserError("the teacher has no patch tokens: give the model that this classifier was made from")

@@ -61,7 +61,8 @@ class Objective(mage.Objective):
         raise UserError(f"{name} is 0: cosines are divided by it, give a value above 0")
     if self.neighbours >= self.clusters:
       raise UserError(f"neighbours={self.neighbours} of {self.clusters} clusters: give fewer than clusters")
-    frozen_teacher.check(self._teacher, self.grid, "the tokenizer", "tokens")
+    channels = self.tokenizer.image_channels
+    frozen_teacher.check(self._teacher, self.grid, channels, "the tokenizer", "tokens")
 
   @functools.cached_property
   def _teacher(self) -> EncoderPart:

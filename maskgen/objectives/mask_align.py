@@ -62,7 +62,8 @@ class Objective:
     config_lib.check_at_least(self, 1, "blocks")
     if self.encoder.pooling == "attention":
       raise UserError("encoder.pooling='attention' has a head that no loss trains: give 'class' or 'mean'")
-    frozen_teacher.check(self._teacher, self.encoder.grid, "the encoder", "patches")
+    encoder = self.encoder
+    frozen_teacher.check(self._teacher, encoder.grid, encoder.channels, "the encoder", "patches")
     known, own = self._teacher.encoder.num_states, self.encoder.depth
     if self.blocks > min(known, own):
       raise UserError(

@@ -40,7 +40,8 @@ class Objective(masked_pixels.Objective):
   def __post_init__(self):
     super().__post_init__()
     config_lib.check_at_least(self, 0, "mimic_weight")
-    frozen_teacher.check(self._teacher, self.encoder.grid, "the encoder", "patches")
+    encoder = self.encoder
+    frozen_teacher.check(self._teacher, encoder.grid, encoder.channels, "the encoder", "patches")
 
   @functools.cached_property
   def _teacher(self) -> EncoderPart:
