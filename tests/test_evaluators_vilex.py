@@ -168,6 +168,9 @@ def test_fid_and_inception_score_by_number_of_tokens(monkeypatch):
   assert not [name for name in numbers if name.startswith("frechet")]
   with pytest.raises(UserError, match="FID on 6 features needs at least 6 pictures in the evaluated images"):
     evaluators.build("it", {"type": "vilex", "num_images": 5, **options}, make_context())
+  evaluator = evaluators.build("it", {"type": "vilex", "num_images": IMAGES, **options}, make_context())
+  with pytest.raises(UserError, match="needs at least 6 pictures in the evaluated images, but there are 5"):
+    evaluator.memory(None, {}, {"train": 100, "eval": 5})
 
 
 def test_the_earlier_name_is_read_with_a_warning(caplog):

@@ -118,7 +118,10 @@ class Evaluator:
   ) -> int:
     if not self._network.protocol:
       return 0
-    return 4 * (FEATURES + CLASSES) * min(self.num_images, num_images["eval"]) * (len(self._numbers) + 3)
+    count = min(self.num_images, num_images["eval"])
+    if count < self.num_images:
+      self._check_count(count)
+    return 4 * (FEATURES + CLASSES) * count * (len(self._numbers) + 3)
 
   @one_blas_thread
   def run(self, variables: Any, rng: jax.Array) -> Report:
