@@ -62,6 +62,7 @@ def test_prompts_with_images(model):
       model.generate(images=given)
   for prompt, message in (
     (["a", "a"], "prompt has 2 texts for 3 images: give one, or one for each"),
+    (3, "prompt is 3: give a text, or one per generated image"),
     ([], r"prompt is \[\]: give a text, or one per generated image"),
     (["a", 3, "a"], "give a text, or one per generated image"),
   ):

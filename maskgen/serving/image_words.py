@@ -100,7 +100,8 @@ class ImageWords(Model):
   ) -> dict[str, Any]:
     """The batch for the prediction function `generate`, see there: images `start` to `start + batch`."""
     vectors = [self._vectors(image) for image in self._in_turn(images)]
-    texts = [prompt or ""] if prompt is None or isinstance(prompt, str) else list(prompt)
+    listed = isinstance(prompt, Iterable) and not isinstance(prompt, str)
+    texts: list[Any] = [""] if prompt is None else list(prompt) if listed else [prompt]
     if not texts or not all(isinstance(text, str) for text in texts):
       raise UserError(f"prompt is {prompt!r}: give a text, or one per generated image")
     rows = max(len(texts), *(len(tokens) for tokens in vectors), 1)
