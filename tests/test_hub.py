@@ -271,6 +271,23 @@ def test_assets_stay_in_their_folder(tmp_path):
     assert_clear(error)
 
 
+def test_copies_stand_for_whole_paths_that_are_gone(tmp_path):
+  (tmp_path / "assets").mkdir()
+  index = {
+    f"{tmp_path}/sd": {"before": "", "path": "0"},
+    f"{tmp_path}/sd/merges": {"before": "", "path": "1"},
+  }
+  (tmp_path / "assets" / "index.json").write_text(json.dumps(index))
+  texts = ["{}", "ops|tokenize('bpe:{}', 77)", "bpe:{}/vocab", "tar:{}|x", "a({},{})"]
+  others = ["folder:{}_pictures", "{}_clip", "/old{}", "{}.tar"]
+  gone, copy = f"{tmp_path}/sd", f"{tmp_path}/assets/0"
+  config = {"texts": [text.replace("{}", gone) for text in (*texts, *others)], "more": f"{gone}/merges"}
+  found = assets.use_assets_if_gone(config, epath.Path(tmp_path))
+  assert found["texts"][: len(texts)] == [text.replace("{}", copy) for text in texts]
+  assert found["texts"][len(texts) :] == config["texts"][len(texts) :]
+  assert found["more"] == f"{tmp_path}/assets/1"
+
+
 def test_tools_trust_the_code_of_a_published_model(stand_in, files, monkeypatch):
   stand_in.add("me/b", files | {"code/of_the_hub.py": b"ANSWER = 42"})
   monkeypatch.delitem(sys.modules, "of_the_hub", raising=False)

@@ -4,9 +4,9 @@
 from the copies, wherever the folder is; the paths in its config.json stay as they were.
 """
 
-import functools
 import json
 import os
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -60,7 +60,12 @@ def use_assets_if_gone(config: dict[str, Any], model: epath.Path) -> dict[str, A
   """
   copies = _read_index(model).items()
   gone = {value: copy for value, (path, copy) in copies if not epath.Path(os.path.expanduser(path)).exists()}
-  return _map_texts(config, lambda text: functools.reduce(lambda x, one: x.replace(*one), gone.items(), text))
+  if not gone:
+    return config
+  # Whole paths: not the start or the end of a longer name.
+  values = "|".join(map(re.escape, sorted(gone, key=len, reverse=True)))
+  named = re.compile(rf"(?<![\w./~-])(?:{values})(?=[/'\"|,)]|\Z)")
+  return _map_texts(config, lambda text: named.sub(lambda found: gone[found[0]], text))
 
 
 def _read_index(model: epath.Path) -> dict[str, tuple[str, str]]:
