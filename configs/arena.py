@@ -24,6 +24,7 @@ Arguments:
   :seed        the seed of everything
   :rate        multiplies the learning rate
   :floors      also measure what pixels, codes and clusters of patches reach without training
+  :tiny        200 steps instead of 1000
   :debug       tiny networks and evaluations
 """
 
@@ -59,7 +60,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   args = config_lib.parse_arg(
     arg,
     **dict(objective="mae", source="", size=0, mirror=False, tokenizer="", teacher="", words=""),
-    **dict(steps=0, seed=0, rate=1.0, floors=False, debug=False),
+    **dict(steps=0, seed=0, rate=1.0, floors=False, debug=False, tiny=False),
   )
   args.source = args.source or ("synthetic" if args.debug else "digits")
   args.size = args.size or (16 if args.debug else 32)
@@ -68,7 +69,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   # A token is 4 x 4 pixels.
   stages.mage.objective.update(image_size=(args.size, args.size), mask_ratio={})
   config = stages.tokenizer if args.objective == "tokenizer" else stages.mage
-  steps = args.steps or (2 if args.debug else 1000)
+  steps = args.steps or (2 if args.debug else 200 if args.tiny else 1000)
   config.update(total_steps=steps, log_every_steps=max(1, min(50, steps // 10)), sharding=())
   config.checkpoint.save_steps = 1000
   config.data = pictures(args)

@@ -53,8 +53,7 @@ def test_configs_are_listed_with_their_arguments(capsys):
   for file in config_lib.shipped():
     first, arguments = configs.describe(file)
     assert f"{file.name}\n  {first}\n" in out and first.endswith(".")
-    small = {":debug"} if file.stem == "arena" else {":tiny", ":debug"}  # that one is small anyway
-    assert small <= {*arguments}
+    assert {":tiny", ":debug"} <= {*arguments}
   arguments = configs.describe(config_lib.find_file("fewshot_mage.py"))[1]
   assert arguments[:3] == [":shots", ":share", ":subset_seed"] and arguments[-2:] == [":tiny", ":debug"]
 
