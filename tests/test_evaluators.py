@@ -443,6 +443,12 @@ def test_patch_features_equal_loops_and_see_no_brightness_and_contrast(noise):
   np.testing.assert_allclose(plain_features.patch_features(state, faint, 432), found, atol=1e-2)
 
 
+def test_clusters_of_many_pictures_take_no_memory_for_their_floats():
+  images = jax.ShapeDtypeStruct((512, 96, 96, 3), jnp.uint8)
+  memory = plain_features.patch_clusters.lower(images, 432).compile().memory_analysis()
+  assert memory.temp_size_in_bytes < images.size
+
+
 def test_a_probe_of_some_training_images_is_one_of_less_data(digits):
   train, test = digits
   number = 2 * BATCH + 3  # no whole number of batches

@@ -51,16 +51,18 @@ def patch_clusters(images: jax.Array, width: int) -> clusters.State:
     width: the largest number of features that `patch_features` shall make.
   """
   size = min(_IMAGES, len(images))
-  batches = reduced(images, width)[: len(images) // size * size]
-  batches = batches.reshape(-1, size, *batches.shape[1:])
+  batches = images[: len(images) // size * size].reshape(-1, size, *images.shape[1:])
+
+  def find(few: jax.Array) -> jax.Array:
+    return patches(reduced(few, width))
 
   def update(state: clusters.State, batch: tuple[jax.Array, jax.Array]) -> tuple[clusters.State, None]:
     number, few = batch
-    found = patches(few)
+    found = find(few)
     key = jax.random.fold_in(jax.random.key(0), number)
     return clusters.update(state, found.reshape(-1, found.shape[-1]), key)[1], None
 
-  first = jax.eval_shape(patches, batches[0])
+  first = jax.eval_shape(find, batches[0])
   state = clusters.init(min(CLUSTERS, width // QUADRANTS), first.shape[-1])
   return jax.lax.scan(update, state, (jnp.arange(len(batches)), batches))[0]
 
