@@ -1,7 +1,6 @@
 """Encoders that were trained here, for timm and transformers.
 
-Both compute in a separate process (encoders_reference.py), where they are installed: transformers by the
-extra `parity`, timm by itself.
+Both compute in a separate process (encoders_reference.py), which needs the extra `parity`.
 """
 
 import functools
@@ -149,7 +148,7 @@ def test_trained_models_leave_by_the_command(tmp_path):
 def test_same_numbers_in_other_libraries(tmp_path, library):
   for package in ("torch", library):
     if importlib.util.find_spec(package) is None:
-      pytest.skip(f"{package} is not installed: pip install 'maskgen[parity]', for timm also timm")
+      pytest.skip(f"{package} is not installed: pip install 'maskgen[parity]'")
   names = [name for name, form in CASES if form == library]
   for name in names:
     (timm if library == "timm" else vit).write(
