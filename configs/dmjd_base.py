@@ -6,7 +6,7 @@
 
 Hardware: 8 accelerators of 40 GB or more, for the published batch of 512 pictures, each masked twice; 400
 epochs, a million steps. For a ViT-B the authors (Ma et al. 2023) report 71.9% for a linear probe and 84.1%
-after fine-tuning. The authors of this file have only run `:debug`, not `:tiny` and not the full recipe.
+after fine-tuning. The authors of this file have only run `:debug`, by hand.
 
 From the authors' code (mx-mark/DMJD): masks, targets, losses, decoder and optimizer. Its encoder begins with
 convolutions, this one is MAE's; its visible patches are compared in two orders, objective.shuffle_visible.

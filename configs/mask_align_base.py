@@ -8,8 +8,7 @@ with 14 x 14 patches; without it, the config describes CLIP's ViT-B/16, trained 
 no ViT with a class position needs objective.by_attention=False, and one that is no ViT objective.blocks=1.
 
 Hardware: 8 accelerators of 40 GB or more, for the published batch of 1,024; 200 epochs, 250,000 steps. The
-authors (Xue et al. 2023) report 85.4% after fine-tuning. The authors of this file have only run `:debug`, not
-`:tiny` and not the full recipe.
+authors (Xue et al. 2023) report 85.4% after fine-tuning. The authors of this file have only run `:debug`.
 
 Arguments:
   :tiny          `mae_base.py:tiny`, then this recipe with that MAE as the teacher, on the same digits

@@ -8,7 +8,7 @@
 Hardware: as for `mae_base.py`, with 400 epochs; the teacher sees all patches. The authors (Gao et al. 2023)
 report 85.8% after fine-tuning, with convolutions in front of the encoder. Their code is not public: only the
 mask ratio and the number of epochs are theirs, what the abstract does not say is MAE's recipe or our choice.
-The authors of this file have run neither `:tiny` nor the full recipe.
+The authors of this file have only run `:debug`, by hand.
 
 Arguments:
   :tiny          `mae_base.py:tiny`, then this recipe with that MAE as the teacher, on the same digits

@@ -10,7 +10,7 @@ more epochs with classes and nothing masked, after which the model generates ima
 Hardware: 8 accelerators of 40 GB or more, for the published batch of 1,024; 800 epochs, a million steps. The
 authors (Hansen-Estruch et al. 2024) report 31.8% for a linear probe on 100 examples of each class, where a
 MAE of this size has 36.6% and a DiT 25.6%; and, with classes, an FID of 19.8 on 10,000 images, where these
-have 26.8 and 18.9. The authors of this file have only run `:debug`, not `:tiny` and not the full recipe.
+have 26.8 and 18.9. The authors of this file have only run `:debug`, by hand.
 
 From the authors' code (philippe-eecs/small-vision): networks, losses, shares, mask ratios, noise, optimizer.
 Different here: registers start at random, since at 0 they would all remain the same; sampling adds no noise

@@ -1,7 +1,7 @@
 """Image towers of transformers: folders with config.json, model.safetensors and preprocessor_config.json.
 
-The towers themselves are in `dinov2`, `clip` and `siglip`. Sizes are those of the tensors; config.json must
-agree, and says what tensors do not.
+The towers themselves are in `dino`, `dinov2`, `clip` and `siglip`. Sizes are those of the tensors;
+config.json must agree, and says what tensors do not.
 """
 
 import dataclasses
