@@ -1,8 +1,10 @@
 """A comparison of two objectives: its checks, its runs, its table, picture and page."""
 
+import contextlib
 import json
 import re
 import shutil
+import types
 
 import pytest
 import test_report
@@ -87,22 +89,78 @@ def test_a_finished_comparison_trains_nothing_again(compared, monkeypatch):
 
 
 def test_what_is_active_elsewhere_is_left_out(copied, monkeypatch, caplog):
-  """Two more seeds, the first of which another process trains."""
+  """Three more seeds: another process trains the first, and begins the third when this one is about to."""
   out, _ = copied
   trained = []
 
   def train(flags):
     workdir = epath.Path(flags[1].removeprefix("--workdir="))
     trained.append((workdir.name, flags[0]))
+    if workdir.name == "seed_3":
+      with compare.lock.hold(workdir), compare.lock.hold(workdir):
+        pass
     shutil.copytree(out / "mae/seed_0", workdir, dirs_exist_ok=True)
 
   monkeypatch.setattr(compare.main_lib, "main", train)
   (out / "mae/seed_1").mkdir()
   with compare.lock.hold(out / "mae/seed_1"), caplog.at_level("INFO"):
-    run(out, "--seeds=3")
-  ((name, config),) = trained
+    run(out, "--seeds=4")
+  (name, config), (taken, _) = trained
   assert name == "seed_2" and "seed=2" in config and "floors" not in config
-  assert "1 run left" in caplog.text
+  assert taken == "seed_3" and "2 runs left" in caplog.text
+
+
+@pytest.fixture
+def on_codes(compared, copied, monkeypatch):
+  """A comparison to which an objective on codes is added, and the flags of its runs, of which MAGE's stop."""
+  out, plan = copied
+  entry = plan["entries"]["mae"]
+  plan["entries"] |= {"mage": entry | dict(on_codes=True), "tokenizer": entry}
+  (out / "plan.json").write_text(json.dumps(plan))
+  begun = []
+
+  def train(flags):
+    begun.append(flags)
+    if (workdir := epath.Path(flags[1].removeprefix("--workdir="))).parent.name != "mage":
+      shutil.copytree(compared / "mae/seed_0", workdir, dirs_exist_ok=True)
+
+  monkeypatch.setattr(compare.main_lib, "main", train)
+  return out, begun
+
+
+def test_an_interrupted_run_on_codes_continues_with_a_relative_path(on_codes, monkeypatch):
+  out, begun = on_codes
+  monkeypatch.chdir(out.parent)
+  for _ in range(2):  # the tokenizer exists the second time
+    run(out.name, objectives="mage")
+  tokenizer, first, second = begun
+  assert tokenizer[1] == f"--workdir={out / 'tokenizer'}" and first == second
+  assert f"tokenizer={out / 'tokenizer'}," in first[0]
+
+
+def test_runs_measure_the_same_floors_when_objectives_are_added(on_codes):
+  out, begun = on_codes
+  shutil.rmtree(out / "mae/seed_0")
+  run(out, objectives="mae,mage")
+  floors = {epath.Path(workdir).parent.name: "floors=True" in config for config, workdir in begun[1:]}
+  assert floors == {"mae": True, "mage": True}
+
+
+def test_a_plan_that_another_process_writes_meanwhile_is_adopted(compared, tmp_path, monkeypatch):
+  """That process also holds the folder for a while."""
+  out = epath.Path(tmp_path / "new")
+
+  def enter(*_):
+    shutil.copytree(compared, out)
+    other.enter_context(compare.lock.hold(out))
+    return compare.Entry(flops=1, steps=1, reads="", on_codes=False, distance="")
+
+  monkeypatch.setattr(compare.Comparison, "_enter", enter)
+  monkeypatch.setattr(compare.main_lib, "main", lambda flags: pytest.fail("trained again"))
+  with contextlib.ExitStack() as other:
+    monkeypatch.setattr(compare, "time", types.SimpleNamespace(sleep=lambda seconds: other.close()))
+    run(out)
+  assert (out / "plan.json").read_text() == (compared / "plan.json").read_text()
 
 
 @pytest.mark.parametrize(

@@ -53,8 +53,8 @@ def read(out: epath.Path, plan: Mapping[str, Any]) -> list[Row]:
   """The numbers of each objective with a finished run, the best probe first; for arguments see `write`.
 
   Returns:
-    For each its `name`, its entry in the plan, the workdirs of its finished `runs`, `rates`, `curves` (for a
-    metric and a share of the budget, a number of each seed), `floors` (numbers of probes without training and
+    For each its `name`, its entry in the plan, the workdirs of its finished `runs`, `curves` (for a metric
+    and a share of the budget, a number of each seed), `floors` (numbers of probes without training and
     distances of other pictures), and `speed` in images per second.
   """
   rows: list[Row] = []
@@ -77,7 +77,6 @@ def read(out: epath.Path, plan: Mapping[str, Any]) -> list[Row]:
         "name": name,
         **entry,
         "runs": [str(path.relative_to(out)) for path in found],
-        "rates": [next(iter(stage.config["optimizer"].values()))["learning_rate"] for stage in stages],
         "curves": {
           metric: {
             share: [_nearest(stage, metric, part) for stage in stages] for share, part in SHARES.items()

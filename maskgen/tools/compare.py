@@ -5,7 +5,9 @@ import contextlib
 import dataclasses
 import json
 import logging
+import os
 import re
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,7 +16,7 @@ from etils import epath
 from maskgen import cli, files
 from maskgen import config as config_lib
 from maskgen import main as main_lib
-from maskgen.errors import TransientError, UserError, counted
+from maskgen.errors import UserError, counted
 from maskgen.training import cpu, lock
 from maskgen.training.pretrained import complete
 from maskgen.training.sections import find_type
@@ -127,16 +129,38 @@ class Comparison:
     self.plan: dict[str, Any] = {}
     self.entries: dict[str, Entry] = {}
     self._args, self._names, self._overrides = args, names, overrides
-    self._tokenizer = epath.Path(files.absolute(args.tokenizer or str(self.out / TOKENIZER)))
+    # The configs of runs name it, and stay the same once it exists.
+    out = args.out if "://" in args.out else os.path.abspath(args.out)
+    given = files.absolute(args.tokenizer) if args.tokenizer else ""
+    self._tokenizer = epath.Path(given or epath.Path(out) / TOKENIZER)
 
   def make_plan(self) -> None:
     """Checks everything, counts the operations of each objective, and writes PLAN.
+
+    If another process writes it first, that plan holds, and what it lacks is added.
 
     Raises:
       UserError: if an objective does not fit the data, the budget is too small, or the folder has another
         comparison.
     """
-    args, before = self._args, self._read_plan()
+    while True:
+      before = self._read_plan()
+      self._extend(before)
+      if self.plan == before:
+        return
+      self.out.mkdir(parents=True, exist_ok=True)
+      try:
+        with lock.hold(self.out):
+          if self._read_plan() == before:
+            files.replace(self.out / PLAN, json.dumps(self.plan, indent=2))
+            return
+      except lock.TakenError:
+        time.sleep(1.0)
+      log.info("another process writes %s: reading it again", self.out / PLAN)
+
+  def _extend(self, before: Mapping[str, Any]) -> None:
+    """Makes the plan from the one that is stored, or from an empty one."""
+    args = self._args
     fixed = {key: getattr(args, key) for key in ("data", "budget", "trials", "config")}
     # A folder that is moved keeps its own tokenizer.
     fixed |= {"tokenizer": str(self._tokenizer) if args.tokenizer else TOKENIZER}
@@ -144,7 +168,7 @@ class Comparison:
     for key, value in fixed.items():
       if before.get(key, value) != value:
         raise UserError(f"{self.out} compares with {key} {before[key]}, not {value}: give another --out")
-    self.plan = before | fixed
+    self.plan = {**before, **fixed}
     self.entries = {name: Entry(**entry) for name, entry in before.get("entries", {}).items()}
     configs = {name: self._load(name) for name in self._names if name not in self.entries}
     if not args.tokenizer and TOKENIZER not in self.entries and any(map(self._on_codes, configs.values())):
@@ -162,11 +186,14 @@ class Comparison:
         error.args = (f"{name}: {error}",)
         raise
     self.plan["entries"] = {name: dataclasses.asdict(entry) for name, entry in self.entries.items()}
-    self.out.mkdir(parents=True, exist_ok=True)
-    with lock.hold(self.out):
-      if self._read_plan() != before:
-        raise TransientError(f"another process has changed {self.out / PLAN}: start this one again")
-      files.replace(self.out / PLAN, json.dumps(self.plan, indent=2))
+    self.plan["floors"] = self._choose_floors(before.get("floors", []))
+
+  def _choose_floors(self, chosen: list[str]) -> list[str]:
+    """The objectives whose first run measures floors: those of before, and one on codes if there is any."""
+    on_codes = [name for name, entry in self.entries.items() if entry.on_codes]
+    if set(chosen) & set(on_codes):
+      return chosen
+    return chosen + on_codes[:1] or [self._names[0]]
 
   def _read_plan(self) -> dict[str, Any]:
     path = self.out / PLAN
@@ -231,9 +258,13 @@ class Comparison:
       if flags is None or _is_active(workdir):
         left.append(workdir)
         continue
-      main_lib.main(flags)
-      if not _is_finished(workdir):
-        return  # preempted
+      try:
+        main_lib.main(flags)
+      except lock.TakenError:  # meanwhile
+        left.append(workdir)
+      else:
+        if not _is_finished(workdir):
+          return  # preempted
       jax.clear_caches()
     if left:
       log.info("%s left to other processes: repeat the command when these end", counted(len(left), "run"))
@@ -248,11 +279,10 @@ class Comparison:
       for trial in range(self._args.trials):
         steps = round(TRIAL_SHARE * self.entries[name].steps)
         yield from self._run(name, f"trial_{trial}", dict(rate=RATES[trial], steps=steps))
-    with_codes = [name for name in self.entries if self.entries[name].on_codes]
     for seed in range(self._args.seeds):
       for name in names:
         given: dict[str, Any] = dict(seed=seed, rate=self._rate(name))
-        if seed == 0 and name == (with_codes or names)[0]:
+        if seed == 0 and name in self.plan["floors"]:
           given["floors"] = True
         yield from self._run(name, f"seed_{seed}", given)
 
@@ -304,7 +334,7 @@ def _is_active(workdir: epath.Path) -> bool:
   try:
     with lock.hold(workdir):
       return False
-  except TransientError:
+  except lock.TakenError:
     return True
 
 

@@ -26,6 +26,10 @@ LOCK = ".lock"
 SECONDS = 20.0
 
 
+class TakenError(TransientError):
+  """Another process holds a folder."""
+
+
 @contextlib.contextmanager
 def hold(folder: epath.Path) -> Generator[None]:
   """Holds an existing folder exclusively while the context lasts.
@@ -35,7 +39,7 @@ def hold(folder: epath.Path) -> Generator[None]:
   its own lock taken over ends immediately, as if killed, because further writes would do harm.
 
   Raises:
-    TransientError: if another process holds the folder.
+    TakenError: if another process holds the folder.
   """
   if "://" not in str(folder):
     with open(folder / LOCK, "a+") as file:
@@ -50,7 +54,7 @@ def _lock(file: IO[str], folder: epath.Path) -> bool:
   """Locks a file of a folder until it is closed; returns False if the file system or Python has no locks.
 
   Raises:
-    TransientError: if another process holds it.
+    TakenError: if another process holds it.
   """
   if fcntl is None:
     return False
@@ -84,7 +88,7 @@ class Signature:
       seconds: between two signatures, the same for all processes.
 
     Raises:
-      TransientError: if the file keeps changing.
+      TakenError: if the file keeps changing.
     """
     self._file, self._lost, self._seconds = file, lost, seconds
     self._token = uuid.uuid4().hex
@@ -136,10 +140,10 @@ class Signature:
     files.replace(self._file, f"{_name()}\n{self._token} {count}\n", sync=False)
 
 
-def taken(folder: epath.Path, signature: str) -> TransientError:
+def taken(folder: epath.Path, signature: str) -> TakenError:
   """The error for a folder that the process with this signature holds."""
   name = (signature.splitlines() or ["a process without a name"])[0]
-  return TransientError(
+  return TakenError(
     f"another run is active in {folder} ({name}): wait until it ends, or give another --workdir"
   )
 
