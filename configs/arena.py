@@ -17,7 +17,7 @@ Arguments:
   :size        pixels of a side, a multiple of 4, by default 32
   :mirror      whether pictures may be flipped
   :tokenizer   the workdir of a tokenizer
-  :teacher     for `lease`, a model with an image encoder of a patch for each token
+  :teacher     for `lease`, `mr_mae` and `mask_align`, a model with an image encoder of patches of 4 pixels
   :words       a text tokenizer, such as bpe:PATH, for objectives that read captions; by default the words of
                captioned_digits
   :steps       of training, by default 1000
@@ -37,7 +37,10 @@ from maskgen.training.pretrained import complete
 
 HEADS = dict(contrastive_weight=0.1, projection_hidden=256, projection_width=64)
 LEASE = dict(name="lease", clusters=64, neighbours=5)
-# What an objective has beside the common fields; `second` makes its second view, by default another crop.
+TAUGHT = dict(teacher=dict(name="pretrained"))
+DDIM = dict(steps=25, sampler="ddim")
+# What an objective has beside the common fields, and instead of that with `:debug`; `second` makes its second
+# view, by default another crop.
 ROWS = {
   "mage": dict(objective=dict(name="mage")),
   "mage_c": dict(objective=dict(name="mage_c", temperature=0.2, **HEADS)),
@@ -45,12 +48,19 @@ ROWS = {
     objective=dict(name="sorcen", uniformity_weight=0.01, temperature=0.3, predictor_hidden=128, **HEADS),
     ema=dict(main=(0.996, 1.0)),
   ),
-  "lease": dict(objective=dict(**LEASE, teacher=dict(name="pretrained"))),
+  "lease": dict(objective=dict(**LEASE, **TAUGHT)),
   "lease_own": dict(objective=LEASE, ema=dict(main=0.996)),
   "siglip": dict(objective=dict(name="contrastive", encoder=dict(name="vit"), temperature=0.1, bias=-10.0)),
   "mae": dict(objective=dict(name="masked_pixels", mask_ratio=0.75)),
   "cropmae": dict(
     objective=dict(name="two_view", mask_ratio=0.9, decoder_hidden=384), second="second_crop({}, (0.3, 0.6))"
+  ),
+  "dmjd": dict(objective=dict(name="dmjd", mask_ratio=0.6, block=2, cells=1)),
+  "mr_mae": dict(objective=dict(name="mr_mae", mask_ratio=0.75, **TAUGHT)),
+  "mask_align": dict(objective=dict(name="mask_align", blocks=2, **TAUGHT), debug=dict(blocks=1)),
+  "umd": dict(
+    objective=dict(name="umd", encoder=dict(pooling="registers", fixed_positions=False), sampling=DDIM),
+    debug=dict(sampling=DDIM | dict(steps=2)),
   ),
 }
 FLOORS = ("pixels", "patch_clusters", "token_histogram", "token_onehot", "code_vectors")
@@ -67,7 +77,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   small = dict(debug=args.debug, tiny=not args.debug, seed=args.seed)
   stages = config_lib.load_beside(__file__, "mage_cifar.py", **small)
   # A token is 4 x 4 pixels.
-  stages.mage.objective.update(image_size=(args.size, args.size), mask_ratio={})
+  stages.mage.objective.update(image_size=(args.size, args.size))
   config = stages.tokenizer if args.objective == "tokenizer" else stages.mage
   steps = args.steps or (2 if args.debug else 200 if args.tiny else 1000)
   config.update(total_steps=steps, log_every_steps=max(1, min(50, steps // 10)), sharding=())
@@ -79,7 +89,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     config.evals.reconstruction.every_steps = steps
     return config
   row = ROWS.get(args.objective, dict(objective=dict(name=args.objective)))
-  config.objective = section(args, stages.mage.objective.to_dict(), row["objective"])
+  own = row["objective"] | (row.get("debug", {}) if args.debug else {})
+  config.objective = section(args, stages.mage.objective.to_dict(), own)
   models = dict(tokenizer=args.tokenizer or "runs/tokenizer", teacher=args.teacher or "runs/teacher")
   config.pretrained = {key: path for key, path in models.items() if key in config.objective}
   if "captions" in config.objective:
@@ -107,7 +118,9 @@ def section(args, common: dict, own: dict) -> dict:
     encoder=vit | blocks, text_encoder=dict(blocks, hidden=4 * blocks["width"]), captions=captions
   )
   known = fields.of(objectives.find(own, "config argument ':objective"))
-  shared = {key: value for key, value in common.items() if key in known and value != {}}
+  if "tokenizer" not in known:
+    del common["mask_ratio"], common["sampling"]  # of tokens
+  shared = {key: value for key, value in common.items() if key in known}
   return shared | {
     key: shared[key] | value if isinstance(value, dict) and key in shared else value
     for key, value in own.items()

@@ -10,6 +10,7 @@ import pytest
 import test_report
 from etils import epath
 
+from maskgen import config as config_lib
 from maskgen.errors import UserError
 from maskgen.report import comparison
 from maskgen.report import runs as report_runs
@@ -189,6 +190,19 @@ def test_what_does_not_fit_is_refused_before_any_run(tmp_path, flags, message):
   with pytest.raises(UserError, match=message):
     run(tmp_path / "new", *flags)
   assert not list((tmp_path / "new").glob("*/checkpoints"))
+
+
+@pytest.mark.parametrize(
+  ("name", "taught"),
+  [("masked_pixels", False), ("dmjd", False), ("umd", False), ("mr_mae", True), ("mask_align", True)],
+)
+def test_objectives_without_codes_have_the_common_encoder(compared, name, taught):
+  teacher = compared / "mae/seed_0"
+  config = config_lib.load(f"configs/arena.py:objective={name},teacher={teacher},debug")
+  encoder = config.objective.encoder
+  assert (encoder.width, encoder.depth, encoder.image_size, encoder.patch) == (16, 1, (16, 16), 4)
+  assert dict(config.pretrained) == ({"teacher": str(teacher)} if taught else {})
+  assert ("generation" in config.evals) == (name == "umd")
 
 
 def test_models_of_different_tokenizers_are_not_compared(copied):
