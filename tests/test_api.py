@@ -361,7 +361,9 @@ def test_each_kind_of_model_has_its_class(mage, tokenizer):
   assert type(mage) is serving.TokenModel and type(tokenizer) is serving.Tokenizer
   assert isinstance(mage, maskgen.Model)
   assert hasattr(mage, "generate") and not hasattr(tokenizer, "generate")
-  with pytest.raises(UserError, match="'tokenizer' cannot paint; it can decode, encode, loss, reconstruct"):
+  with pytest.raises(
+    UserError, match="'tokenizer' cannot paint; it can code_vectors, decode, encode, loss, reconstruct"
+  ):
     tokenizer.paint(pictures(1))
 
 

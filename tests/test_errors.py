@@ -87,7 +87,7 @@ def test_wrong_arguments(arguments, message, tmp_path):
     ("configs/quickstart.py:debgu", r"':debgu' does not exist; did you mean 'debug'\?"),
     ("configs/quickstart.py:seed=x", r"':seed' is 'x': it takes"),
     ("/nowhere/quickstart.py", r"/nowhere/quickstart\.py does not exist"),
-    ("configs", r"configs does not exist"),
+    ("configs", r"configs does not exist: `maskgen configs` lists"),
     ("", r"does not exist"),
   ],
 )

@@ -214,7 +214,9 @@ def test_shellcheck():
 
 
 def test_every_setting_is_used_and_none_is_set_elsewhere():
-  scripts = {path.name: path.read_text() for path in LAUNCH.iterdir() if path.name != "settings.sh"}
+  scripts = {
+    path.name: path.read_text() for path in LAUNCH.iterdir() if path.is_file() and path.name != "settings.sh"
+  }
   for name in SETTINGS:
     assert any(re.search(rf"\b{name}\b", text) for text in scripts.values()), name
   assert not [name for name, text in scripts.items() if re.search(r"\$\{\w+:?=", text)]

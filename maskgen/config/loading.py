@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import dataclasses
+import difflib
 import importlib.util
 import inspect
 import os
@@ -109,8 +110,11 @@ def find_file(path: str) -> pathlib.Path:
   for candidate in candidates:
     if candidate.is_file():
       return candidate
-  names = {file.name for file in shipped()}
-  raise UserError(f"config file {path} does not exist{nearest(given.name, names)}")
+  close = difflib.get_close_matches(given.name, {file.name for file in shipped()}, n=1, cutoff=0.5)
+  hint = (
+    f"; did you mean '{close[0]}'?" if close else ": `maskgen configs` lists those that come with maskgen"
+  )
+  raise UserError(f"config file {path} does not exist{hint}")
 
 
 def shipped() -> list[pathlib.Path]:
