@@ -5,7 +5,7 @@ Letters: b batch, n tokens, k kept tokens.
 
 import dataclasses
 import math
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +35,11 @@ class MaskRatio:
         f"mask ratio needs 0 <= low <= high <= 1 and std > 0 (got low={self.low}, high={self.high}, "
         f"std={self.std})"
       )
+
+  @classmethod
+  def constant(cls, ratio: float) -> Self:
+    """The same ratio for every example."""
+    return cls(mean=ratio, low=ratio, high=ratio)
 
   def sample(self, keys: jax.Array) -> jax.Array:
     """Draws one ratio for each of the PRNG keys [b]; float32 [b] in [low, high]."""

@@ -84,7 +84,7 @@ class Objective:
 
   @property
   def _ratio(self) -> masking.MaskRatio:
-    return masking.MaskRatio(mean=self.mask_ratio, low=self.mask_ratio, high=self.mask_ratio)
+    return masking.MaskRatio.constant(self.mask_ratio)
 
   @property
   def image_shape(self) -> tuple[int, int, int]:

@@ -82,7 +82,7 @@ class Objective:
 
   @property
   def _ratio(self) -> masking.MaskRatio:
-    return masking.MaskRatio(mean=self.mask_ratio, low=self.mask_ratio, high=self.mask_ratio)
+    return masking.MaskRatio.constant(self.mask_ratio)
 
   def batch_spec(self) -> BatchSpec:
     return BatchSpec(image_shape=self.image_shape)

@@ -70,7 +70,7 @@ class Objective:
       raise UserError(f"schedule.prediction is '{self.schedule.prediction}': UMD predicts 'noise'")
     count = self.encoder.num_patches
     for name, least in (("clean_mask_ratio", 1), ("mask_ratio", 0)):
-      masked = masking.num_dropped(count, _ratio(share := getattr(self, name)))
+      masked = masking.num_dropped(count, masking.MaskRatio.constant(share := getattr(self, name)))
       if not least <= masked < count:
         raise UserError(
           f"{name}={share} masks {masked} of {count} patches: from {least} to {count - 1} can be"
@@ -175,7 +175,7 @@ class Objective:
     return _read(batch), self._mask(keys, self.mask_ratio), Noised(t, noise, label)
 
   def _mask(self, keys: jax.Array, share: float) -> Masked:
-    return Masked(*masking.random_mask(keys, self.encoder.num_patches, _ratio(share)))
+    return Masked(*masking.random_mask(keys, self.encoder.num_patches, masking.MaskRatio.constant(share)))
 
   def predict_fns(self) -> dict[str, PredictFn]:
     model, side = self.model, self.encoder.patch
@@ -208,10 +208,6 @@ class Objective:
 
     own: tuple[PredictFn, ...] = (loss, generate, *((reconstruct,) if self.clean_share else ()))
     return {fn.__name__: fn for fn in own} | self.image_encoder.predict_fns()
-
-
-def _ratio(share: float) -> masking.MaskRatio:
-  return masking.MaskRatio(mean=share, low=share, high=share)
 
 
 def _read(batch: Batch) -> jax.Array:

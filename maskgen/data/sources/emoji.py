@@ -17,10 +17,10 @@ def open_emoji(argument: str, split: str) -> Source:
   del argument
   check_split("emoji", split, emoji.SPLITS)
   known = emoji.load()
-  indices, said = known.split(split), None if split == "train" else 1
+  indices, most = known.split(split), None if split == "train" else 1
   images = known.images[indices]
   labels = np.array([known.classes.index(known.categories[i]) for i in indices])
-  captions = np.fromiter((tuple(known.captions(i)[:said]) for i in indices), object)
+  captions = np.fromiter((tuple(known.captions(i)[:most]) for i in indices), object)
 
   def rows(chosen: np.ndarray) -> dict[str, np.ndarray]:
     return {"image": images[chosen], "label": labels[chosen], "caption": captions[chosen]}
