@@ -147,6 +147,23 @@ def check_images(images: Any, *, channels: int = 3) -> np.ndarray:
   return np.clip(floats, 0.0, 1.0)
 
 
+def regular(values: Any, name: str, remedy: str) -> np.ndarray:
+  """Returns values that a user passes, such as nested lists, as an array.
+
+  Args:
+    values: the values.
+    name: names them in errors.
+    remedy: what to give instead of lists of different lengths.
+
+  Raises:
+    UserError: for such lists.
+  """
+  try:
+    return np.asarray(values)
+  except ValueError:
+    raise UserError(f"{name} is ragged: {remedy}") from None
+
+
 def check_mask(mask: Any, shape: tuple[int, ...], name: str) -> np.ndarray:
   """Checks a mask that a user passes, and returns it as booleans, True where masked.
 
@@ -158,7 +175,7 @@ def check_mask(mask: Any, shape: tuple[int, ...], name: str) -> np.ndarray:
   Raises:
     UserError: on another shape, or for other values.
   """
-  mask = np.asarray(mask)
+  mask = regular(mask, name, "give booleans, True where masked")
   if mask.shape == (*shape, 1):
     mask = mask[..., 0]
   if mask.shape != shape:

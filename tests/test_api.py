@@ -362,7 +362,7 @@ def test_each_kind_of_model_has_its_class(mage, tokenizer):
   assert isinstance(mage, maskgen.Model)
   assert hasattr(mage, "generate") and not hasattr(tokenizer, "generate")
   with pytest.raises(
-    UserError, match="'tokenizer' cannot paint; it can code_vectors, decode, encode, loss, reconstruct"
+    UserError, match="'tokenizer' has no 'paint': call one of code_vectors, decode, encode, loss, reconstruct"
   ):
     tokenizer.paint(pictures(1))
 
@@ -373,7 +373,7 @@ def test_any_prediction_function_can_be_called(mage):
   again, other = (mage.call("loss", {"image": pictures(3)}, seed=seed)["loss"] for seed in (1, 2))
   np.testing.assert_array_equal(again, losses["loss"])
   assert (other != again).any()
-  with pytest.raises(UserError, match="'mage' cannot paint; it can"):
+  with pytest.raises(UserError, match="'mage' has no 'paint': call one of"):
     mage.call("paint", {})
 
 

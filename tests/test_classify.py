@@ -538,3 +538,5 @@ def test_a_run_starts_from_the_trained_encoder(trained, tmp_path, changes, encod
   p = model.classify(np.zeros((2, 16, 16, 3), np.uint8))
   assert p.shape == (2, 10) and p.dtype == np.float32
   np.testing.assert_allclose(p.sum(axis=1), 1.0, rtol=1e-5)
+  with pytest.raises(UserError, match="of objective 'classify' has no patch tokens: leave patches out"):
+    model.features(np.zeros((2, 16, 16, 3), np.uint8), patches=True)

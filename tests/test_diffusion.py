@@ -267,6 +267,7 @@ def test_prompts(model):
     (dict(prompt="a three " * 8), "has 16 words .*: shorten it, this model reads 14"),
     (dict(prompt=["a three", "a five"], batch=3), "prompt has 2 entries for 3 images"),
     (dict(prompt=[3]), "give a text, or one per image"),
+    (dict(prompt=["a three", ["a five"]]), r"prompt is \['a three', \['a five'\]\]: give a text, or one per"),
     (dict(label=3), "sampling has no option 'label'"),
     (dict(guidance_schedule="linear"), "sampling has no option 'guidance_schedule'"),
     (dict(sampler="euler"), "sampler 'euler' does not exist"),

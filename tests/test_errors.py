@@ -501,6 +501,7 @@ def test_wrong_images(method, given, message, mage):
     (np.full((2, 16, 16), 128, np.uint8), r"pixel_mask has values other than 0 and 1: give booleans"),
     (np.full((16, 16), 0.5), r"pixel_mask has values other than 0 and 1"),
     (np.diag(np.arange(16)), r"pixel_mask has values other than 0 and 1"),
+    ([[True], [True, False]], r"pixel_mask is ragged: give booleans"),
   ],
 )
 def test_wrong_pixel_masks(mask, message, mage):
@@ -519,11 +520,12 @@ def test_wrong_pixel_masks(mask, message, mage):
     (np.zeros((2, 16)), r"float64\[2, 16\]"),
     (np.full((2, 16), 32), r"32\.\.32: this model's codes are 0\.\.31"),
     (np.full((2, 16), -1), r"-1\.\.-1"),
+    ([[0], [0, 1]], r"tokens is ragged: give integers of shape \[b, 16\]"),
   ],
 )
 @pytest.mark.parametrize("method", ["decode", "logits"])
 def test_wrong_tokens(method, tokens, message, mage):
-  more = () if method == "decode" else (np.ones(tokens.shape, bool),)
+  more = () if method == "decode" else (np.ones((2, 16), bool),)
   with pytest.raises(UserError, match=message) as error:
     getattr(mage, method)(tokens, *more)
   assert_clear(error)
@@ -573,7 +575,7 @@ def test_wrong_sampling_options(options, message, mage):
   ],
 )
 def test_methods_that_a_model_does_not_have(method, arguments, tokenizer):
-  with pytest.raises(UserError, match=rf"'tokenizer' cannot {method}; it can .*reconstruct") as error:
+  with pytest.raises(UserError, match=rf"'tokenizer' has no '{method}': call one of .*reconstruct") as error:
     getattr(tokenizer, method)(*arguments)
   assert_clear(error)
 

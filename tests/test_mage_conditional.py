@@ -395,6 +395,7 @@ def test_inpaint_takes_a_label_and_keeps_known_pixels(model):
     (dict(label=[0, -1]), r"-1\.\.0"),
     (dict(label=[1, 2, 3], batch=2), "3 entries for 2 images"),
     (dict(label=1.5), "give an integer"),
+    (dict(label=[1, [2]]), "label is ragged: give a number or a name"),
     (dict(guidance=-1.0), "guidance"),
     (dict(guidance_schedule="linea"), "did you mean 'linear'"),
   ],

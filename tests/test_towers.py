@@ -170,7 +170,7 @@ def test_converted_towers_are_encoders(folders, tmp_path, name, size):
   pooled = tower.model.apply({"params": tower.params}, images, method="pool")
   wanted = (pooled - pooled.mean(axis=1, keepdims=True)) / pooled.std(axis=1, keepdims=True)
   np.testing.assert_allclose(encoder.features(images), wanted, atol=1e-4)
-  with pytest.raises(UserError, match="a model of objective 'vit' cannot generate; it can features"):
+  with pytest.raises(UserError, match="a model of objective 'vit' has no 'generate': call one of features"):
     encoder.generate()
 
 

@@ -212,6 +212,8 @@ class Model:
     With `patches`, the output tokens themselves after the encoder's own normalisation, float32 [b, n, d], row
     by row, one for each patch or code. A classifier on a MAGE encoder does not have these.
     """
+    if patches and "features" in self._fns and "patches" not in self._fns:
+      raise UserError(f"a model of objective '{self.kind}' has no patch tokens: leave patches out")
     return self._each("patches" if patches else "features", {"image": self.check_images(images)})
 
   def check_images(self, images: images_lib.Pictures, *, any_size: bool = False) -> np.ndarray:
@@ -248,7 +250,7 @@ class Model:
 
   def _cannot(self, name: str) -> str:
     known = sorted(self._fns)
-    return f"a model of objective '{self.kind}' cannot {name}; it can {', '.join(known)}"
+    return f"a model of objective '{self.kind}' has no '{name}': call one of {', '.join(known)}"
 
 
 def _content(picture: Any, name: str, channels: int) -> bytes | np.ndarray:

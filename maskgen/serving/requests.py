@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from maskgen import images as images_lib
 from maskgen.errors import UserError, nearest
 from maskgen.numerics.text import Captions
 
@@ -45,9 +46,14 @@ def count(batch: int | None, *conditions: Any) -> int:
     UserError: if it is less than 1.
   """
   if batch is None:
-    several = [given for given in conditions if given is not None and np.ndim(given)]
-    batch = np.size(several[0]) if several else _BATCH
+    several = [given for given in conditions if _listed(given)]
+    batch = len(several[0]) if several else _BATCH
   return whole("batch", batch, least=1)
+
+
+def _listed(given: Any) -> bool:
+  """Whether a condition is several, one per image."""
+  return isinstance(given, list | tuple) or np.ndim(given) > 0
 
 
 def key(seed: int) -> jax.Array:
@@ -113,7 +119,7 @@ def captions(prompt: Any, batch: int, reader: Captions | None) -> np.ndarray:
   """
   if reader is None:
     raise UserError("prompt is given: this model was trained without captions, leave it out")
-  prompts = list(prompt) if np.ndim(prompt) else [prompt]
+  prompts = list(prompt) if _listed(prompt) else [prompt]
   if not all(isinstance(one, str) for one in prompts):
     raise UserError(f"prompt is {prompt!r}: give a text, or one per image")
   if len(prompts) not in (1, batch):
@@ -153,7 +159,7 @@ def labels(label: Label, batch: int, classes: int, names: Sequence[str] | None =
     raise UserError("label is given: this model was trained without classes, leave it out")
   if isinstance(label, str):
     label = find_class(label, names)
-  given = np.asarray(label)
+  given = images_lib.regular(label, "label", "give a number or a name, or one per image")
   if given.dtype.kind == "U":  # names, perhaps among numbers
     each = np.asarray(label, object)
     given = np.asarray([find_class(one, names) if isinstance(one, str) else one for one in each])

@@ -81,7 +81,8 @@ class TokenModel(GenerativeModel, Tokenizer):
       Images of the same shape and dtype.
     """
     checked, single = self._batch(images)
-    shape, mask = checked.shape[:3], np.asarray(pixel_mask)
+    shape = checked.shape[:3]
+    mask = images_lib.regular(pixel_mask, "pixel_mask", "give booleans, True where masked")
     if mask.shape in (shape[1:], (*shape[1:], 1)):
       mask = np.broadcast_to(mask, (len(checked), *mask.shape))
     mask, feather = (

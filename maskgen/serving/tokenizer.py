@@ -45,8 +45,8 @@ class Tokenizer(Model):
     Raises:
       UserError: if they are not codes of this model.
     """
-    tokens = np.asarray(tokens)
     count, codes = self.num_tokens, self.objective.codebook_size
+    tokens = images_lib.regular(tokens, "tokens", f"give integers of shape [b, {count}]")
     if (
       tokens.ndim != 2
       or not len(tokens)
