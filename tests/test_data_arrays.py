@@ -146,6 +146,8 @@ def test_arrays_have_classes_and_captions(saved, tmp_path):
   assert record["caption"].numpy().tolist() == [b"a 5"]
   assert record["label"] == expected["label"][5]
   assert sources.open_source(saved, "train").fingerprint != opened.fingerprint
+  np.savez(tmp_path / "test.npz", **expected | {"classes": np.array(["bee", "ant", "cat"])})
+  assert sources.open_source(f"arrays:{tmp_path}/{{split}}.npz", "test").fingerprint != opened.fingerprint
   np.savez(tmp_path / "test.npz", image=expected["image"])
   plain = sources.open_source(f"arrays:{tmp_path}/{{split}}.npz", "test")
   assert plain.class_names is None and "has none" in plain.lacks["label"]

@@ -47,7 +47,7 @@ def open_arrays(path: str, split: str) -> Source:
   def rows(indices: np.ndarray) -> dict[str, np.ndarray]:
     return {key: values[indices] for key, values in entries.items()}
 
-  digest = hashlib.sha256()
+  digest = hashlib.sha256(repr(names).encode())
   for key, values in entries.items():
     content = repr(values.tolist()).encode() if values.dtype == object else np.ascontiguousarray(values).data
     digest.update(f"{key} {values.shape}".encode())
