@@ -88,7 +88,7 @@ def add_code_folder(folder: os.PathLike | str) -> None:
 
 def trust(model: epath.PathLike) -> None:
   """Makes the code of a model, given as for `maskgen.load`, importable, if there is any."""
-  code = pretrained.find(model) / CODE
+  code = pretrained.locate(model)[0] / CODE
   if not code.exists():
     return
   if "://" in str(code):

@@ -77,7 +77,8 @@ def test_a_workdir_and_an_export_keep_the_code_and_run_it_when_trusted(run, tmp_
   exported = tmp_path / "export"
   with pytest.raises(UserError, match=r"needs the module .colour_mage., .* trust the code in .*mage/code"):
     export.main([f"--model={run / 'mage'}", f"--out={exported}"])
-  export.main([f"--model={run / 'mage'}", f"--out={exported}", "--trust_code"])
+  step = max((run / "mage" / "checkpoints").iterdir())
+  export.main([f"--model={step}", f"--out={exported}", "--trust_code"])
   forget()
   with pytest.raises(UserError, match=r"if you trust the code in .*export/code, set trust_code$"):
     maskgen.load(exported)

@@ -8,6 +8,7 @@ from etils import epath
 from maskgen import hub
 
 FOLDER = pathlib.Path(__file__).parent
+CHECKPOINTS = "checkpoints"  # of a workdir, one folder per step
 
 
 def available() -> tuple[str, ...]:
@@ -31,3 +32,10 @@ def find(model: epath.PathLike) -> epath.Path:
     return hub.fetch(model)
   known = is_name(model) and os.fspath(model) in available()
   return epath.Path(FOLDER / model if known else os.path.expanduser(model))
+
+
+def locate(model: epath.PathLike) -> tuple[epath.Path, int | None]:
+  """As `find`, and the step that `WORKDIR/checkpoints/STEP` names; None for the newest."""
+  folder = find(model)
+  is_step = folder.parent.name == CHECKPOINTS and folder.name.isdecimal()
+  return (folder.parent.parent, int(folder.name)) if is_step else (folder, None)

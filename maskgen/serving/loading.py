@@ -48,7 +48,7 @@ def load_objective(path: epath.PathLike, *, trust_code: bool = False) -> tuple[d
   if "objective" not in config:
     raise UserError(f"{path} has a {storage.CONFIG} without an objective: give a model that maskgen trained")
   if trust_code:
-    plugins.trust(storage.locate(path)[0])
+    plugins.trust(path)
   try:
     return config, objectives.build(config["objective"])
   except plugins.UnknownModuleError as error:

@@ -7,8 +7,9 @@ under their path names (`params/main/encoder/...`), so that a part of a model ca
 rest.
 """
 
+from maskgen.pretrained import CHECKPOINTS, locate
 from maskgen.storage.assets import use_assets_if_gone, write_assets
-from maskgen.storage.checkpoints import CHECKPOINTS, DAMAGED, Checkpoints, open_to_read
+from maskgen.storage.checkpoints import DAMAGED, Checkpoints, open_to_read
 from maskgen.storage.frozen import read_frozen, read_frozen_arrays, write_frozen
 from maskgen.storage.models import (
   CONFIG,
@@ -18,7 +19,6 @@ from maskgen.storage.models import (
   is_export,
   load_config,
   load_variables,
-  locate,
   model_section,
   read_chosen,
   resolve,

@@ -14,8 +14,9 @@ from etils import epath
 from maskgen import config as config_lib
 from maskgen import processes, tree
 from maskgen.errors import TransientError, UserError, lost_process
+from maskgen.pretrained import CHECKPOINTS
 
-CHECKPOINTS, DAMAGED = "checkpoints", "damaged"
+DAMAGED = "damaged"
 # TensorStore's status codes for files with wrong content, or missing from a checkpoint.
 _DAMAGE = ("DATA_LOSS", "FAILED_PRECONDITION", "INVALID_ARGUMENT", "NOT_FOUND", "OUT_OF_RANGE")
 _ELSEWHERE = "another process found it damaged"

@@ -15,8 +15,9 @@ from etils import epath
 from maskgen import files, pretrained, tree
 from maskgen.config import fields
 from maskgen.errors import TransientError, UserError, nearest
+from maskgen.pretrained import locate
 from maskgen.storage.assets import use_assets, write_assets
-from maskgen.storage.checkpoints import CHECKPOINTS, open_to_read
+from maskgen.storage.checkpoints import open_to_read
 from maskgen.storage.frozen import read_frozen_arrays
 from maskgen.storage.tensors import (
   WEIGHTS,
@@ -38,13 +39,6 @@ def resolve(path: str, workdir: epath.Path) -> epath.Path:
   """The folder of a model that a config names; `stage:NAME` is beside the run's workdir."""
   kind, _, name = path.partition(":")
   return workdir.parent / name if kind == "stage" else pretrained.find(path)
-
-
-def locate(path: epath.PathLike) -> tuple[epath.Path, int | None]:
-  """The folder of a model, and the step that `WORKDIR/checkpoints/STEP` names; None for the newest."""
-  folder = pretrained.find(path)
-  is_step = folder.parent.name == CHECKPOINTS and folder.name.isdecimal()
-  return (folder.parent.parent, int(folder.name)) if is_step else (folder, None)
 
 
 def is_export(path: epath.PathLike) -> bool:
