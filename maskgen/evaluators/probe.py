@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import jax
@@ -36,17 +36,9 @@ _COPIES, _SWEEP_COPIES = 5, 7
 _MATRICES = 3
 _MIN_WIDTH = 16
 Represent = Callable[[Batch], jax.Array]  # features [b, d] of a batch
+Shapes = Mapping[str, jax.ShapeDtypeStruct]  # of a batch
 _ALWAYS = ("top1", "top1_ridge", "top1_knn")
 _USUAL = ("random_encoder", "pixels", "token_onehot")
-# Baselines by the prediction functions that they need.
-BASELINES = {
-  "random_encoder": ("features",),
-  "pixels": (),
-  "patch_clusters": (),
-  "token_histogram": ("encode",),
-  "token_onehot": ("encode",),
-  "code_vectors": ("code_vectors",),
-}
 _SAMPLE = 1024  # training images in which `patch_clusters` looks for clusters
 
 
@@ -175,35 +167,19 @@ class Evaluator:
       if name not in known:
         raise UserError(f"per_class names '{name}', which is not measured{nearest(name, known)}")
 
-  def trace(self, call: Call, batch: Mapping[str, jax.ShapeDtypeStruct]) -> None:
-    needed = itertools.chain(self.requires, *(BASELINES[name] for name in self._measured))
+  def trace(self, call: Call, batch: Shapes) -> None:
+    needed = itertools.chain(self.requires, *(BASELINES[name].needs for name in self._measured))
     for name in dict.fromkeys(needed):
       call(name, batch)
 
-  def memory(
-    self, call: Call, batch: Mapping[str, jax.ShapeDtypeStruct], num_images: Mapping[str, int]
-  ) -> int:
+  def memory(self, call: Call, batch: Shapes, num_images: Mapping[str, int]) -> int:
     train, test = num_images["train"], num_images["eval"]
     train = train if self.num_images is None else min(train, self.num_images)
     widths = [call("features", batch).shape[-1]]
-    widths += [min(self._width(name, call, batch), self.baseline_width) for name in self._measured]
+    known = (BASELINES[name].width(self.context, call, batch) for name in self._measured)
+    widths += [min(width, self.baseline_width) for width in known]
     copies = _SWEEP_COPIES if self.sweeps else _COPIES
     return 4 * copies * (train + test) * max(widths) + 8 * _MATRICES * max(widths) ** 2
-
-  def _width(self, name: str, call: Call, batch: Mapping[str, jax.ShapeDtypeStruct]) -> int:
-    """The number of features of a baseline before it is reduced."""
-    match name:
-      case "random_encoder":
-        return int(call("features", batch).shape[-1])
-      case "pixels":
-        return math.prod(batch["image"].shape[1:])
-      case "token_histogram":
-        return self.context.codebook_size
-      case "token_onehot":
-        return int(call("encode", batch).shape[-1]) * self.context.codebook_size
-      case "code_vectors":
-        return math.prod(call("code_vectors", batch).shape[1:])
-    return QUADRANTS * CLUSTERS
 
   @property
   def _named_baselines(self) -> tuple[str, ...]:
@@ -216,13 +192,14 @@ class Evaluator:
     return [
       name
       for name in self._named_baselines
-      if all(fn in self.context.predict and (fn == "features" or has_codes) for fn in BASELINES[name])
+      if all(fn in self.context.predict and (fn == "features" or has_codes) for fn in BASELINES[name].needs)
     ]
 
   @one_blas_thread
   def run(self, variables: Any, rng: jax.Array) -> Report:
     """Evaluates; `rng` is a typed key."""
-    split, names = self._split(self._encoder(variables, rng)), self.context.class_names or ()
+    encoder = _encoder(self.context, variables, rng)
+    split, names = self._split(encoder), self.context.class_names or ()
     standardized = split.standardized()
     predicted = {
       "top1": standardized.logistic(),
@@ -290,46 +267,13 @@ class Evaluator:
     test = collect(self.context, "eval", labelled)
     return Split(train["x"], train["label"], test["x"], test["label"])
 
-  def _encoder(self, variables: Any, rng: jax.Array) -> Represent:
-    return lambda batch: self.context.predict["features"](variables, batch, rng)
-
   def _measure_baselines(self, variables: Any, rng: jax.Array) -> dict[str, float]:
     numbers: dict[str, float] = {}
     for name in self._measured:
-      scores = [self._baseline(self._split(each)) for each in self._plain(name, variables, rng)]
+      found = BASELINES[name].represent(self, variables, rng)
+      scores = [self._baseline(self._split(represent)) for represent in found]
       numbers |= {f"{key}_{name}": float(np.mean([one[key] for one in scores])) for key in scores[0]}
     return numbers
-
-  def _plain(self, name: str, variables: Any, rng: jax.Array) -> Iterator[Represent]:
-    """The representations over which a baseline is averaged."""
-    context, width = self.context, self.baseline_width
-
-    def codes(batch: Batch) -> jax.Array:
-      return context.predict["encode"](variables, batch, rng)
-
-    match name:
-      case "random_encoder":
-        for i in range(self.random_encoders):
-          fresh = context.fresh_variables(self.seed + i, variables["frozen"])
-          yield self._encoder(fresh, rng)
-      case "pixels":
-        yield lambda batch: pooled_pixels(batch["image"], width)
-      case "patch_clusters":
-        limit = min(self.num_images or _SAMPLE, _SAMPLE)
-        sample = collect(context, "train", lambda batch: {"image": batch["image"]}, limit)["image"]
-        clusters = jax.device_get(patch_clusters(sample, width))
-        yield lambda batch: _patch_features(clusters, batch["image"], width)
-      case "token_histogram":
-        yield lambda batch: token_histogram(codes(batch), context.codebook_size, width)
-      case "token_onehot":
-        yield lambda batch: _hashed_onehot(codes(batch), context.codebook_size, width)
-      case "code_vectors":
-
-        def vectors(batch: Batch) -> jax.Array:
-          found = context.predict["code_vectors"](variables, batch, rng)
-          return hashed(found.reshape(len(found), -1), width)
-
-        yield vectors
 
   def _baseline(self, split: Split) -> dict[str, float]:
     predicted, numbers = self._optional(split)
@@ -337,5 +281,73 @@ class Evaluator:
     return {key: split.accuracy(values) for key, values in predicted.items()} | numbers
 
 
+@dataclasses.dataclass(frozen=True)
+class Baseline:
+  """A representation that an encoder is compared with.
+
+  Attributes:
+    needs: the prediction functions that it calls.
+    width: (context, call, batch of shapes) -> the number of features before it is reduced.
+    represent: (evaluator, variables, rng) -> the representations over which it is averaged.
+  """
+
+  needs: tuple[str, ...]
+  width: Callable[[Context, Call, Shapes], int]
+  represent: Callable[[Evaluator, Any, jax.Array], Iterable[Represent]]
+
+
+def _encoder(context: Context, variables: Any, rng: jax.Array, fn: str = "features") -> Represent:
+  """What a prediction function returns."""
+  return lambda batch: context.predict[fn](variables, batch, rng)
+
+
+def _untrained(probe: Evaluator, variables: Any, rng: jax.Array) -> Iterator[Represent]:
+  for i in range(probe.random_encoders):
+    yield _encoder(probe.context, probe.context.fresh_variables(probe.seed + i, variables["frozen"]), rng)
+
+
+def _pixels(probe: Evaluator, variables: Any, rng: jax.Array) -> list[Represent]:
+  return [lambda batch: pooled_pixels(batch["image"], probe.baseline_width)]
+
+
+def _patches(probe: Evaluator, variables: Any, rng: jax.Array) -> list[Represent]:
+  width, limit = probe.baseline_width, min(probe.num_images or _SAMPLE, _SAMPLE)
+  sample = collect(probe.context, "train", lambda batch: {"image": batch["image"]}, limit)["image"]
+  clusters = jax.device_get(patch_clusters(sample, width))
+  return [lambda batch: _patch_features(clusters, batch["image"], width)]
+
+
+def _codes(
+  fn: str, features: Callable[[jax.Array, int, int], jax.Array]
+) -> Callable[[Evaluator, Any, jax.Array], list[Represent]]:
+  """`represent` by `features` of what a prediction function returns, the number of codes and the width."""
+
+  def represent(probe: Evaluator, variables: Any, rng: jax.Array) -> list[Represent]:
+    call, codes = _encoder(probe.context, variables, rng, fn), probe.context.codebook_size
+    return [lambda batch: features(call(batch), codes, probe.baseline_width)]
+
+  return represent
+
+
 _hashed_onehot = jax.jit(hashed_onehot, static_argnums=(1, 2))
 _patch_features = jax.jit(patch_features, static_argnums=2)
+BASELINES = {
+  "random_encoder": Baseline(
+    ("features",), lambda context, call, batch: int(call("features", batch).shape[-1]), _untrained
+  ),
+  "pixels": Baseline((), lambda context, call, batch: math.prod(batch["image"].shape[1:]), _pixels),
+  "patch_clusters": Baseline((), lambda context, call, batch: QUADRANTS * CLUSTERS, _patches),
+  "token_histogram": Baseline(
+    ("encode",), lambda context, call, batch: context.codebook_size, _codes("encode", token_histogram)
+  ),
+  "token_onehot": Baseline(
+    ("encode",),
+    lambda context, call, batch: int(call("encode", batch).shape[-1]) * context.codebook_size,
+    _codes("encode", _hashed_onehot),
+  ),
+  "code_vectors": Baseline(
+    ("code_vectors",),
+    lambda context, call, batch: math.prod(call("code_vectors", batch).shape[1:]),
+    _codes("code_vectors", lambda found, _, width: hashed(found.reshape(len(found), -1), width)),
+  ),
+}
