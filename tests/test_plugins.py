@@ -39,6 +39,14 @@ from maskgen.data.ops import op
 def invert(image, most: int = 255):
   return most - image
 """,
+  "taken": """
+import dataclasses
+
+@dataclasses.dataclass(frozen=True)
+class Evaluator:
+  context: object
+  networks: tuple[str, ...] = ()
+""",
   "empty": "",
   "broken": "import a_package_that_does_not_exist\n",
 }
@@ -128,6 +136,10 @@ def test_what_is_beside_the_config_is_copied_even_if_python_finds_it(tmp_path, m
     (
       lambda at: objectives.build({"name": f"{at}empty"}),
       r"'\S*empty' is .*empty\.py, which has no data",
+    ),
+    (
+      lambda at: evaluators.build("mine", {"type": f"{at}taken"}, CONTEXT),
+      r"config\.evals\.mine: evaluator '\S*taken' has an option 'networks', a name that is taken: rename it",
     ),
     (lambda at: open_source(f"{at}empty:5", "train"), r"empty\.py, which has no @source function: add one"),
     (lambda at: open_source(f"{at}source", "train"), r"write it as '\S*source:size'"),

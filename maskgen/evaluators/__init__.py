@@ -13,7 +13,9 @@ import jax
 
 from maskgen import config as config_lib
 from maskgen import plugins
+from maskgen.config import fields
 from maskgen.errors import UserError
+from maskgen.evaluators import receipts
 from maskgen.evaluators.context import Call, Context, Evaluator, Report
 from maskgen.evaluators.frechet import frechet_distance
 
@@ -57,6 +59,8 @@ def build(name: str, config: Mapping[str, Any], context: Context) -> Evaluator:
   if kind in _RENAMED:
     log.warning("%s.type '%s' is now called '%s': rename it", where, kind, _RENAMED[kind])
   cls: Any = find(kind, where)
+  for option in fields.of(cls).keys() & {*_NOT_OPTIONS, *receipts.NOT_OPTIONS}:
+    raise UserError(f"{where}: evaluator '{kind}' has an option '{option}', a name that is taken: rename it")
   options = {key: value for key, value in config.items() if key not in _NOT_OPTIONS}
   for function in cls.requires:
     if function not in context.predict:

@@ -23,6 +23,8 @@ from maskgen.evaluators.statistics_files import versions
 
 FILE = "receipts.json"
 SURROUNDINGS = ("versions", "layout", "command")
+# What a run's receipt says of an evaluation beside its options.
+NOT_OPTIONS = ("type", "numbers", "networks", "versions")
 # The largest relative difference between numbers that were computed in other surroundings.
 TOLERANCE = 1e-6
 _AGAIN = "restore what it was made from, or evaluate again"
