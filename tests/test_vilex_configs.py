@@ -18,7 +18,7 @@ from maskgen import config as config_lib
 from maskgen import main, objectives, storage, tree
 from maskgen.benchmarks import dataless
 from maskgen.errors import UserError
-from maskgen.importers import diffusers
+from maskgen.importers import diffusers, torch_tensors
 from maskgen.importers.diffusers_layouts import LAYOUTS
 from maskgen.importers.published import PUBLISHED
 from maskgen.tools import convert, export, generate
@@ -259,7 +259,7 @@ def test_pictures_and_captions_to_a_vilex_model(converted, pictures, tmp_path, n
 # The decoder itself
 
 
-def test_a_converted_decoder_generates(converted, folders, tmp_path):
+def test_a_converted_decoder_generates(converted, folders, tmp_path, monkeypatch):
   """As its functions do, in other sizes too, and from the command line."""
   model, loaded = maskgen.load(converted / "sd"), diffusers.load(folders / "sd")
   noise = np.random.default_rng(0).normal(size=(2, 8, 16, 2)).astype(np.float32)
@@ -277,6 +277,9 @@ def test_a_converted_decoder_generates(converted, folders, tmp_path):
   found = model.call("generate", request, guidance=3.0, sampler="ddim", steps=2, **size)
   np.testing.assert_allclose(found, expected, atol=1e-5)
   assert model.generate(prompt="a", batch=1, steps=1, **size).shape == (1, 16, 32, 3)
+  with monkeypatch.context() as patch:
+    patch.setattr(torch_tensors, "read_json", None)  # what was read and checked is not read again
+    model.generate(prompt="a", batch=1, steps=1, **size)
   with pytest.raises(UserError, match=r"image_size is \(15, 16\): give \(height, width\), multiples of 4"):
     model.generate(prompt="a", batch=1, height=15)
   with pytest.raises(UserError, match="negative_prompt has no effect at guidance=1"):
