@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 import uuid
 from collections.abc import Mapping
 from typing import Any
@@ -53,6 +54,17 @@ def absolute(path: str) -> str:
   """The absolute path of what exists; any other text, such as the name of a model, as it is given."""
   local = os.path.abspath(os.path.expanduser(path))
   return local if path and os.path.exists(local) else path
+
+
+def hide_folders(text: str, after: str = ":'\"") -> str:
+  """Leaves the last part of local paths that are quoted in a text, also after a kind as in "bpe:/me/words".
+
+  Args:
+    text: the text.
+    after: the characters after which a path may begin.
+  """
+  path = rf"""(?<=[{after}])(?:/(?!/)|~/|\.\.?/)(?:[^'"]*/)?([^'"/]+)/?(?=['"])"""
+  return re.sub(path, r"\1", text)
 
 
 def is_inside(name: str) -> bool:

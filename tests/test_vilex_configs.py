@@ -246,7 +246,14 @@ def test_pictures_and_captions_to_a_vilex_model(converted, pictures, tmp_path, n
   workdir = shutil.move(workdir, tmp_path / "moved")
   export.main([f"--model={workdir}", f"--out={tmp_path / 'export'}"])
   exported = maskgen.load(shutil.move(tmp_path / "export", tmp_path / "elsewhere"))
-  assert (tmp_path / "elsewhere" / "assets" / "0" / "LICENSE.md").read_text() == "some terms"
+  assets = tmp_path / "elsewhere" / "assets"
+  assert (assets / "0" / "LICENSE.md").read_text() == "some terms"
+  for file in (
+    tmp_path / "elsewhere" / "config.json",
+    assets / "index.json",
+    converted / "sd" / "config.json",
+  ):
+    assert str(tmp_path.parent) not in file.read_text()  # nor any other path of this machine
   image = np.random.default_rng(1).integers(0, 256, (16, 16, 3), np.uint8)
   made, same = (
     model.generate(prompt="{} b", images=[image], num_tokens=2, steps=2, batch=1)

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from maskgen import __version__, objectives, plugins, sharding, storage, tree
+from maskgen import __version__, files, objectives, plugins, sharding, storage, tree
 from maskgen import config as config_lib
 from maskgen import images as images_lib
 from maskgen.errors import UserError
@@ -192,7 +192,8 @@ class Model:
       raise UserError("this is a published model without training: copy its folder instead")
     config = {"objective": self.config["objective"], "version": __version__}
     if stored := self.config.get("data", {}).get("eval_preprocess"):
-      config["data"] = {"eval_preprocess": stored}
+      # Tokenizers have a kind before their path, and `preprocess` does not read them.
+      config["data"] = {"eval_preprocess": files.hide_folders(stored, after=":")}
     if self.classes:
       config["classes"] = self.classes
     named = objectives.local_files(config["objective"])

@@ -1,7 +1,8 @@
 """Small files that a model's config names by path, such as text tokenizers: copies in the model's folder.
 
 `assets/index.json` says which value of the config each copy belongs to. A model whose folder has it is built
-from the copies, wherever the folder is; the paths in its config.json stay as they were.
+from the copies, wherever the folder is. The config.json of a run keeps its paths; that of an export names the
+copies, so that it tells nothing of the machine that made it.
 """
 
 import json
@@ -19,17 +20,23 @@ ASSETS = "assets"
 INDEX = "index.json"
 
 
-def write_assets(model: epath.Path, named: Mapping[str, fields.Files]) -> None:
+def write_assets(
+  model: epath.Path, named: Mapping[str, fields.Files], config: Mapping[str, Any] | None = None
+) -> Any:
   """Copies the files that a config names into a model's folder, unless it has copies.
 
   Args:
     model: the folder.
     named: the files by the value of the config that names them.
+    config: which is to name the copies, such as `bpe:assets/0`; None for one that keeps its paths.
+
+  Returns:
+    The config.
   """
   root = model / ASSETS
   if not named or (root / INDEX).exists():
-    return
-  index = {}
+    return config
+  index, renamed = {}, {}
   for number, (value, found) in enumerate(sorted(named.items())):
     source, home, names = epath.Path(os.path.expanduser(found.path)), str(number), found.names
     if names == ("",):
@@ -38,8 +45,11 @@ def write_assets(model: epath.Path, named: Mapping[str, fields.Files]) -> None:
       copy = root / str(number) / name
       copy.parent.mkdir(parents=True, exist_ok=True)
       files.replace(copy, (source / name).read_bytes())
-    index[value] = {"before": value.removesuffix(found.path), "path": home}
+    before = value.removesuffix(found.path)
+    renamed[value] = value if config is None else f"{before}{ASSETS}/{home}"
+    index[renamed[value]] = {"before": before, "path": home}
   files.replace(root / INDEX, json.dumps(index, indent=2))  # last: without it there are no copies
+  return _map_texts(config, lambda text: renamed.get(text, text))
 
 
 def use_assets(config: dict[str, Any], model: epath.Path) -> dict[str, Any]:

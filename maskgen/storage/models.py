@@ -243,7 +243,7 @@ def write_export(
     config: of the model.
     variables: of the model.
     half: whether to store float32 as float16.
-    named: the local files that the config names, by the value that names them.
+    named: the local files that the config names, by the value that names them; the export names its copies.
 
   Raises:
     UserError: if the path exists and is not an empty folder, or cannot be written.
@@ -254,7 +254,7 @@ def write_export(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
       raise UserError(f"{path} is not an empty folder: give a new one for the export")
     write_weights(folder, arrays, half)
-    write_assets(folder, named or {})
+    config = write_assets(folder, named or {}, config)
     files.replace(folder / CONFIG, json.dumps(config, indent=2))  # last: without it this is not a model
   except OSError as error:
     raise UserError(f"{path} is not writable ({error.strerror or error}): give another folder") from None

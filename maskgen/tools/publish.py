@@ -3,7 +3,6 @@
 import json
 import os
 import pathlib
-import re
 import tempfile
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -19,8 +18,6 @@ RESULTS, CARD = "results.json", "README.md"
 _MOST_CLASSES = 20
 # Sources whose argument is a path of this machine.
 _LOCAL = ("folder", "tar", "parquet", "tokens")
-# A quoted path of this machine, also after a kind as in "bpe:/home/me/words"; the group is its last part.
-_PATH = re.compile(r"""(?<=[:'"])(?:/(?!/)|~/|\.\.?/)(?:[^'"]*/)?([^'"/]+)/?(?=['"])""")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -90,11 +87,6 @@ def _add_checksums(export: epath.Path) -> None:
   files.replace(manifest, json.dumps(known | json.loads(files.make_manifest(others)), indent=2))
 
 
-def _hide_folders(text: str) -> str:
-  """Leaves the last part of paths of this machine."""
-  return _PATH.sub(r"\1", text)
-
-
 def card(model: "maskgen.Model", repo: str, results: Mapping[str, Any], license: str | None) -> str:  # noqa: A002
   """The model card, Markdown with the front matter of the Hub.
 
@@ -113,7 +105,7 @@ def card(model: "maskgen.Model", repo: str, results: Mapping[str, Any], license:
     "kind": f"`{model.kind}`, loaded as `maskgen.serving.{type(model).__name__}`",
     "images": f"{height} x {width} pixels, {channels} channels",
     "parameters": f"{tree.count(parameters):,}",
-    "preprocessing": f"`{_hide_folders(model.preprocessing)}`",
+    "preprocessing": f"`{files.hide_folders(model.preprocessing)}`",
     "classes": ", ".join((model.classes or ())[:_MOST_CLASSES]),
     "data": source if source in _LOCAL or "." in source or not argument else f"{source}:{argument}",
     "steps": f"{config['total_steps']:,} of {config['batch_size']}" if config.get("total_steps") else "",
@@ -134,7 +126,7 @@ def card(model: "maskgen.Model", repo: str, results: Mapping[str, Any], license:
   if numbers:
     lines += ["", "## Results", "", "From the end of its run.", "", "| key | value |", "|---|---|"]
     lines += [f"| `{key}` | {value:.4g} |" for key, value in sorted(numbers.items())]
-  objective = _hide_folders(json.dumps(config["objective"], indent=2))
+  objective = files.hide_folders(json.dumps(config["objective"], indent=2))
   lines += ["", "## Config", "", "```json", objective, "```", ""]
   return "\n".join(lines)
 
