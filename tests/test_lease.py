@@ -10,7 +10,7 @@ from heirs_reference import assert_gradients, from_reference, read, to_reference
 from safetensors.numpy import save_file
 
 import maskgen
-from maskgen import objectives
+from maskgen import objectives, storage
 from maskgen.errors import UserError
 from maskgen.importers import vqgan_pytorch
 from maskgen.models.mage import Prediction
@@ -177,6 +177,28 @@ def test_without_a_teacher_the_moving_average_teaches():
   ]
   assert losses[0] == losses[1] == first["main"]  # before the first batch there are no clusters
   assert losses[2] != losses[3]
+
+
+def test_exports_leave_out_the_teacher(tmp_path):
+  section = SECTION | dict(depth=1, decoder_depth=1)
+  objective = objectives.build(section)
+  shapes = jax.eval_shape(objective.init, jax.random.key(0), objective.pretrained_shapes())
+  rng = np.random.default_rng(0)
+  whole = jax.tree.map(lambda leaf: rng.normal(size=leaf.shape).astype(leaf.dtype), shapes)
+  storage.write_export(tmp_path / "whole", {"objective": section}, whole)
+  models = [maskgen.load(tmp_path / "whole")]
+  models[0].save(tmp_path / "export")
+  models.append(maskgen.load(tmp_path / "export"))
+  image = np.zeros((1, 32, 32, 3), np.uint8)
+  for model in models:
+    assert model.variables["frozen"].keys() == {"tokenizer"}
+    jax.eval_shape(
+      objective.predict_fns()["loss"],
+      model.variables,
+      {"image": image, "key": jax.random.split(jax.random.key(0), 1)},
+      jax.random.key(0),
+    )
+  np.testing.assert_array_equal(*(model.features(image) for model in models))
 
 
 def test_a_conditional_model_refuses_another_network():

@@ -67,7 +67,8 @@ class Objective(Protocol):
   # `{path name: Positions}` for the tables of learned positions among the parameters, such as
   # `main/position`, so that `config.init_from` can interpolate them; and a property `averages`, the names of
   # parameter groups whose moving averages teach: `losses` finds them, as `config.ema` made them, in
-  # `frozen["average"][GROUP]`.
+  # `frozen["average"][GROUP]`; and `training_only`, the names of frozen parts that only `losses` reads, which
+  # exports leave out.
 
   def pretrained_shapes(self) -> dict[str, Tree]:
     """For each required key of `config.pretrained`: the shapes of the variables it needs from that model."""
@@ -184,6 +185,13 @@ def local_files(section: Mapping[str, Any]) -> dict[str, fields.Files]:
     if value and find_files and (named := find_files(value)):
       found[value] = named
   return found
+
+
+def without_training_only(objective: Any, variables: Mapping[str, Any]) -> dict[str, Any]:
+  """The variables that prediction functions read, see `Objective`."""
+  names = getattr(objective, "training_only", ())
+  kept = {name: part for name, part in (variables.get("frozen") or {}).items() if name not in names}
+  return {**variables, "frozen": kept} if names else dict(variables)
 
 
 def find_encoder(section: Mapping[str, Any]) -> type:

@@ -7,7 +7,7 @@ model trains (`maskgen.numerics.clusters`), so that any image encoder can teach,
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -31,8 +31,7 @@ class Objective(mage.Objective):
 
   The teacher sees the whole picture. Its patch tokens are assigned to clusters, and the projection of each
   token that the encoder sees should be close to the centroid of its patch's cluster. The projection is linear
-  and has the teacher's width; predictions do not use it, nor the teacher. Exports hold a frozen teacher
-  nevertheless: its license applies to them.
+  and has the teacher's width; predictions do not use it, nor the teacher, which exports leave out.
 
   Attributes:
     teacher: the model at `config.pretrained.teacher`, an image encoder with a patch for each token; as
@@ -43,6 +42,8 @@ class Objective(mage.Objective):
     contrastive_weight: of the contrastive loss; 0 does not compute it.
     temperature, neighbour_temperature: see `losses.centroid_contrast`.
   """
+
+  training_only: ClassVar[tuple[str, ...]] = ("teacher",)
 
   teacher: Mapping[str, Any] = fields.section(objectives.find_encoder, default_factory=dict)
   clusters: int = 16_384

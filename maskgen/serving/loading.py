@@ -34,7 +34,8 @@ def load(path: epath.PathLike, *, trust_code: bool = False) -> Model:
   config, objective = load_objective(path, trust_code=trust_code)
   compile_cache.use()
   shapes = jax.eval_shape(objective.init, jax.random.key(0), objective.pretrained_shapes())
-  model = find_class(objective)(config, objective, storage.load_variables(path, shapes))
+  variables = storage.load_variables(path, objectives.without_training_only(objective, shapes))
+  model = find_class(objective)(config, objective, variables)
   model.folder = storage.locate(path)[0]
   return model
 

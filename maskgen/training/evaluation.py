@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from etils import epath
 
-from maskgen import storage
+from maskgen import objectives, storage
 from maskgen.errors import UserError, out_of_memory
 from maskgen.evaluators import Evaluator, Report, receipts
 from maskgen.training import metrics as metrics_lib
@@ -103,7 +103,9 @@ def load(experiment: Experiment, path: epath.PathLike) -> tuple[Any, int | None]
   """The variables of a model, see `storage.load_variables`, and its step unless it is an export."""
   state, frozen = experiment.targets["state"], experiment.targets["frozen"]
   parts = {"params": state.params, "frozen": frozen, "extra": state.model_state}
-  if not storage.is_export(path):
+  if storage.is_export(path):
+    parts = objectives.without_training_only(experiment.objective, parts)
+  else:
     parts["step"] = state.step
   variables = storage.load_variables(path, parts)
   return variables, int(variables.pop("step")) if "step" in variables else None
