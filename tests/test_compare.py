@@ -139,6 +139,16 @@ def test_an_interrupted_run_on_codes_continues_with_a_relative_path(on_codes, mo
   assert f"tokenizer={out / 'tokenizer'}," in first[0]
 
 
+def test_an_interrupted_run_continues_in_a_folder_that_was_moved(on_codes):
+  out, begun = on_codes
+  config = {"seed": 0, "pretrained": {"tokenizer": "/before/tokenizer", "teacher": "/another"}}
+  (out / "mage/seed_0").mkdir(parents=True)
+  (out / "mage/seed_0/config.json").write_text(json.dumps(config))
+  run(out, objectives="mage")
+  config["pretrained"]["tokenizer"] = str(out / "tokenizer")
+  assert json.loads((out / "mage/seed_0/config.json").read_text()) == config and len(begun) == 2
+
+
 def test_runs_measure_the_same_floors_when_objectives_are_added(on_codes):
   out, begun = on_codes
   shutil.rmtree(out / "mae/seed_0")

@@ -258,6 +258,7 @@ class Comparison:
       if flags is None or _is_active(workdir):
         left.append(workdir)
         continue
+      self._rename_tokenizer(workdir)
       try:
         main_lib.main(flags)
       except lock.TakenError:  # meanwhile
@@ -269,6 +270,14 @@ class Comparison:
     if left:
       log.info("%s left to other processes: repeat the command when these end", counted(len(left), "run"))
     comparison.write(self.out, self.plan)
+
+  def _rename_tokenizer(self, workdir: epath.Path) -> None:
+    """Lets a run continue that began before the folder was moved, with its tokenizer."""
+    file = workdir / "config.json"
+    config = files.read_json(file, "restore it from a copy") if file.exists() else {}
+    pretrained, now = config.get("pretrained", {}), str(self._tokenizer)
+    if not self._args.tokenizer and pretrained.get(TOKENIZER, now) != now:
+      files.replace(file, json.dumps({**config, "pretrained": {**pretrained, TOKENIZER: now}}, indent=2))
 
   def _runs(self) -> Iterator[tuple[epath.Path, list[str] | None]]:
     """Workdirs of unfinished runs with the flags of `maskgen.main`, or None if they need one of these."""
