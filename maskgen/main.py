@@ -124,6 +124,7 @@ def main(argv: Sequence[str]) -> None:
   with only_run_in(root):
     if continued:
       longer.go_on(continued, experiments[continued])
+    resumed, known = (root / "config.json").exists(), train.read_results(root) or {}
     write_config(root, config, argv, overridden)
     results: dict[str, Any] = {}
     for workdir, experiment in experiments.items():
@@ -148,8 +149,9 @@ def main(argv: Sequence[str]) -> None:
         train.write_results(workdir, results[workdir.name])
       log.info("%s: finished, results in %s", workdir.name, workdir / train.RESULTS)
     if "stages" in config:
-      results["run"] = describe_run(stages, time.monotonic() - began)
-      train.write_results(root, results)
+      if not known.items() >= results.items():
+        results["run"] = describe_run(stages, time.monotonic() - began, resumed)
+        train.write_results(root, results)
       log.info("all stages finished, results in %s", root / train.RESULTS)
     if jax.process_index() == 0:
       try:
@@ -373,7 +375,7 @@ def check(experiment: Any, workdir: epath.Path) -> None:
   log.info("%s: evaluations %s", workdir.name, ", ".join(experiment.evaluators) or "none")
 
 
-def describe_run(stages: Mapping[epath.Path, Any], elapsed: float) -> dict[str, Any]:
+def describe_run(stages: Mapping[epath.Path, Any], elapsed: float, resumed: bool) -> dict[str, Any]:
   """Returns the `run` entry of the top-level `results.json`; `elapsed` is this process's age in seconds."""
   import jax
 
@@ -388,6 +390,7 @@ def describe_run(stages: Mapping[epath.Path, Any], elapsed: float) -> dict[str, 
     "wall_seconds": max(elapsed, sum(ages)),  # the ages include earlier processes
     "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
     "version": __version__,
+    **({"resumed": True} if resumed else {}),
   }
 
 

@@ -219,6 +219,9 @@ def test_a_run_of_several_stages_continues_in_its_second(trained, tmp_path, monk
     assert (root / stage / "results.json").read_text() == (trained / stage / "results.json").read_text()
   ours, theirs = (json.loads((p / "results.json").read_text()) for p in (root, trained))
   assert {k: v for k, v in ours.items() if k != "run"} == {k: v for k, v in theirs.items() if k != "run"}
+  assert ours["run"]["resumed"] and "resumed" not in theirs["run"]
+  main.main(command)  # trains nothing, and does not count
+  assert json.loads((root / "results.json").read_text()) == ours
 
 
 def train_alone(workdir, waits):

@@ -100,13 +100,18 @@ def judge(root: epath.Path) -> dict[str, Any]:
     evaluation found; `device` and `version`.
 
   Raises:
-    UserError: if it breaks a rule, is not finished, or has not arrived.
+    UserError: if it breaks a rule, is not finished, was interrupted, or has not arrived.
   """
   results = train.read_results(root)
   if results is None:
     raise UserError(f"{root} has no {train.RESULTS}: give the folder of a run, and finish it first")
   config = config_lib.without_origin(files.read_json(root / storage.CONFIG, "restore it from a copy"))
   check_rules(config)
+  if results["run"].get("resumed"):
+    raise UserError(
+      f"{root} was interrupted, and its time does not count the start of each process, nor steps that were "
+      "repeated: train it in one go in a new --workdir"
+    )
   lines = metrics.read(root / config["stages"][-1])
   evaluations = [line for line in lines if {_TOP1, _FRECHET} <= line.keys()]
   arrived = [line for line in evaluations if line[_TOP1] >= LEAST_TOP1 and line[_FRECHET] <= MOST_FRECHET]
