@@ -1,4 +1,4 @@
-"""What to measure on an accelerator that is at hand for minutes: the most important first."""
+"""What to measure in a few minutes on an accelerator, the most important first."""
 
 import logging
 import os

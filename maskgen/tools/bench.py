@@ -13,9 +13,9 @@ BENCHMARKS = {
   "input": "images per second of the training pipeline",
   "tokens": "seconds per step with live and with cached tokens",
   "speedrun": "seconds until training reaches a fixed quality on the digits",
-  "accelerator": "what matters of all of these, on an accelerator that is at hand for minutes",
-  "reference": "seconds per step and per generated batch, beside LTH14/mage",
-  "evaluate": "pictures per second of FID and its family, beside torch-fidelity",
+  "accelerator": "the most important of these, in a few minutes on an accelerator",
+  "reference": "seconds per step and per generated batch, compared with LTH14/mage",
+  "evaluate": "pictures per second of FID and its family, compared with torch-fidelity",
 }
 
 
