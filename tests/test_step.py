@@ -325,6 +325,9 @@ def test_the_perceptual_network_is_asked_for_and_its_distance_teaches(monkeypatc
   assert set(objective.pretrained_shapes()) == {"perceptual"}
   state, frozen = make_state(objective)
   assert set(state.params) == {"generator"} and set(frozen) == {"perceptual"}
+  served = objectives.without_training_only(objective, state.variables(frozen))
+  assert not served["frozen"]  # the network is not exported
+  jax.eval_shape(objective.predict_fns()["loss"], served, make_batch(), jax.random.key(0))
 
   @jax.jit
   @functools.partial(jax.grad, has_aux=True)

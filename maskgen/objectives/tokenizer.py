@@ -60,6 +60,7 @@ class Objective:
   """
 
   serving: ClassVar[str] = "maskgen.serving.Tokenizer"
+  training_only: ClassVar[tuple[str, ...]] = ("perceptual",)
 
   image_size: tuple[int, int]
   tokenizer: VQGAN = VQGAN()
