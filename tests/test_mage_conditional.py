@@ -94,6 +94,26 @@ def inputs():
   return rng.integers(0, 32, (3, 16)), rng.random((3, 16)) < 0.5
 
 
+def test_an_embedding_table_can_start_from_the_codes():
+  plain = tiny.stage("mage")["objective"]
+  random, embedded = objectives.build(plain), objectives.build({**plain, "embed_codes": True})
+  rng = np.random.default_rng(0)
+  tokenizer = jax.tree.map(lambda x: rng.normal(size=x.shape).astype(x.dtype), random.pretrained_shapes())
+  codes = np.array(tokenizer["tokenizer"]["params"]["generator"]["codebook"])
+  codes[1] = codes[0]
+  tokenizer["tokenizer"]["params"]["generator"]["codebook"] = codes
+  theirs, ours = (made.init(jax.random.key(0), tokenizer)["params"]["main"] for made in (random, embedded))
+  table = np.asarray(ours["embedding"])
+  np.testing.assert_array_equal(table[len(codes) :], theirs["embedding"][len(codes) :])
+  np.testing.assert_allclose(table[0], table[1], rtol=1e-5)
+  assert np.square(table[: len(codes)]).sum(axis=1).mean() == pytest.approx(4.0, rel=0.3)
+  # A projection is linear.
+  rows, centred = table[: len(codes)], codes - codes.mean(axis=0)
+  projection, *_ = np.linalg.lstsq(centred, rows, rcond=None)
+  np.testing.assert_allclose(centred @ projection, rows, atol=1e-4)
+  tiny.assert_same_bits({**ours, "embedding": table[-1:]}, {**theirs, "embedding": table[-1:]})
+
+
 def test_a_slot_that_is_not_used_changes_no_number(networks):
   plain, slotted, params = networks
   without = {name: value for name, value in params.items() if name != "condition_input"}

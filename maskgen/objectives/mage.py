@@ -32,6 +32,9 @@ from maskgen.objectives import (
   token_fns,
 )
 
+# The root mean square length of the rows of the embedding table that start as codes.
+_CODE_LENGTH = 2.0
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Objective:
@@ -48,6 +51,9 @@ class Objective:
     add_visible: see `Mage`; as LEASE's decoder.
     mask_ratio: the distribution of the mask ratio.
     label_smoothing: of the cross-entropy over the codes.
+    embed_codes: whether the embedding table, which is also the output layer, starts from the tokenizer's
+      codes, so that similar codes start similar. The paper's starts random, from which a large codebook
+      needs much data.
     sampling: default options of generation and inpainting.
   """
 
@@ -73,6 +79,7 @@ class Objective:
   add_visible: bool = False
   mask_ratio: masking.MaskRatio = masking.MaskRatio()
   label_smoothing: float = 0.1
+  embed_codes: bool = False
   sampling: sampling_lib.MaskedSampling = sampling_lib.MaskedSampling()
 
   def __post_init__(self):
@@ -168,7 +175,17 @@ class Objective:
     tokens = jnp.zeros((1, self.num_tokens), jnp.int32)
     params = self.model.init(rng, tokens, tokens > 0)["params"]
     tokenizer = pretrained["tokenizer"]["params"]["generator"]
+    if self.embed_codes:
+      params = {**params, "embedding": self._embed_codes(rng, tokenizer, params["embedding"])}
     return {"params": {"main": params}, "frozen": {"tokenizer": tokenizer}, "extra": {}}
+
+  def _embed_codes(self, rng: jax.Array, tokenizer: Tree, table: jax.Array) -> jax.Array:
+    """The embedding table [v, d] with a random projection of the tokenizer's codes in its first rows."""
+    codes: Any = self.tokenizer.apply({"params": tokenizer}, method="codes")
+    codes = codes - codes.mean(axis=0)[None]
+    length = jnp.sqrt(jnp.square(codes).sum(axis=-1).mean())
+    projection = jax.random.normal(rng, (codes.shape[1], self.width)) / self.width**0.5
+    return table.at[: self.codebook_size].set(_CODE_LENGTH / length * codes @ projection)
 
   def positions(self) -> dict[str, Positions]:
     return dict.fromkeys(("main/position", "main/decoder_position"), Positions(self.grid, leading=1))
