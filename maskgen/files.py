@@ -15,6 +15,8 @@ from etils import epath
 from maskgen.errors import UserError
 
 MANIFEST = "manifest.json"
+# What the float32 arrays of an export can be stored as; they are read as float32.
+DTYPES = ("float32", "float16", "int8")
 
 
 def replace(path: epath.Path, content: str | bytes, *, sync: bool = True) -> None:

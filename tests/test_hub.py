@@ -192,7 +192,7 @@ def test_a_published_model_is_loaded_by_its_address(stand_in, tmp_path, monkeypa
   assert card.startswith("---\nlibrary_name: maskgen\nlicense: apache-2.0\ntags:\n- maskgen\n- mage\n---\n")
   assert "| images | 16 x 16 pixels, 3 channels |" in card and "| `probe/top1` | 0.95 |" in card
   stand_in.add("me/digits", {"code/earlier.py": b"", "assets/0/words.txt": b"", "mine.txt": b""})
-  publish.main([*flags, "--half"])
+  publish.main([*flags, "--dtype=float16"])
   assert stand_in.commits["me/digits"][-1][1].keys() == files.keys() | {"mine.txt"}
   ours, theirs = maskgen.load("digits"), maskgen.load(first)
   tiny.assert_same_bits(ours.variables, theirs.variables)

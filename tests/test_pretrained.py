@@ -133,13 +133,35 @@ def test_an_export_in_float16_is_read_as_float32(trained, tmp_path):
   assert {leaf.dtype for leaf in shapes.values()} == {np.dtype(np.float32)}
 
 
+def test_an_export_in_int8_is_read_as_float32(trained, tmp_path):
+  export.main([f"--model={trained / 'mage'}", "--dtype=int8", f"--out={tmp_path / 'small'}"])
+  full = tree.flatten(maskgen.load(trained / "mage").variables)
+  small = tree.flatten(maskgen.load(tmp_path / "small").variables)
+  assert full.keys() == small.keys()
+  for name, leaf in full.items():
+    assert (small[name].dtype, small[name].shape) == (leaf.dtype, leaf.shape), name
+    # Half a step of the coarsest scale; vectors are stored as they are.
+    step = np.abs(leaf).max() / 127 if leaf.ndim > 1 else 0.0
+    assert np.abs(small[name] - leaf).max() <= 0.501 * step, name
+  stored = safetensors.numpy.load_file(tmp_path / "small" / storage.WEIGHTS)
+  assert {leaf.dtype for name, leaf in stored.items() if name in full and leaf.ndim > 1} == {
+    np.dtype(np.int8)
+  }
+  shapes: dict = {}
+  storage.read_chosen(tmp_path / "small", lambda found: shapes.update(found) or {})
+  assert shapes.keys() <= full.keys() and {leaf.dtype for leaf in shapes.values()} == {np.dtype(np.float32)}
+
+
 def test_float16_is_refused_where_it_does_not_fit(trained, tmp_path):
   with pytest.raises(
     UserError, match="params/main/kernel has numbers that are too large for float16"
   ) as error:
     storage.write_export(
-      tmp_path / "out", {}, {"params": {"main": {"kernel": np.full(3, 1e5, np.float32)}}}, True
+      tmp_path / "out", {}, {"params": {"main": {"kernel": np.full(3, 1e5, np.float32)}}}, "float16"
     )
+  assert_clear(error)
+  with pytest.raises(UserError, match="dtype 'int' does not exist; did you mean 'int8'") as error:
+    maskgen.load("digits").save(tmp_path / "out", dtype="int")
   assert_clear(error)
   with pytest.raises(UserError, match="--dtype=float16: --format=mage writes float32") as error:
     export.main(["--model=digits", "--format=mage", "--dtype=float16", f"--out={tmp_path / 'a.safetensors'}"])

@@ -15,7 +15,7 @@ from etils import epath
 from maskgen import __version__, files, objectives, plugins, sharding, storage, tree
 from maskgen import config as config_lib
 from maskgen import images as images_lib
-from maskgen.errors import UserError
+from maskgen.errors import UserError, nearest
 from maskgen.serving import requests
 
 log = logging.getLogger("maskgen")
@@ -176,18 +176,21 @@ class Model:
     contents = [_content(one, name, channels) for one, name in zip(each, names, strict=True)]
     return eager.preprocess(self.preprocessing, contents, names)
 
-  def save(self, path: epath.PathLike, *, half: bool = False) -> None:
+  def save(self, path: epath.PathLike, *, dtype: str = "float32") -> None:
     """Writes an export for `maskgen.load`: weights, config, preprocessing, names of classes, own code.
 
     It warns if a module of your own is not in the model's folder.
 
     Args:
       path: a new folder.
-      half: whether to store float32 as float16, which halves the file and rounds.
+      dtype: what float32 is stored as, and rounded to: float32, float16 (half the size) or int8 (a quarter).
 
     Raises:
-      UserError: if the folder is not new or not writable, or the model is a published one without training.
+      UserError: if the folder is not new or not writable, the model is a published one without training, or
+        `dtype` is unknown or too narrow.
     """
+    if dtype not in files.DTYPES:
+      raise UserError(f"dtype '{dtype}' does not exist{nearest(dtype, files.DTYPES)}")
     if "objective" not in self.config:
       raise UserError("this is a published model without training: copy its folder instead")
     config = {"objective": self.config["objective"], "version": __version__}
@@ -197,7 +200,7 @@ class Model:
     if self.classes:
       config["classes"] = self.classes
     named = objectives.local_files(config["objective"])
-    storage.write_export(path, config, self.variables, half=half, named=named)
+    storage.write_export(path, config, self.variables, dtype=dtype, named=named)
     if self.folder is not None:
       plugins.copy_code(self.folder, epath.Path(path))
     if not plugins.has_code(epath.Path(path), name := config["objective"]["name"], objectives.__name__):

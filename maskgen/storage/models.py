@@ -233,7 +233,7 @@ def write_export(
   path: epath.PathLike,
   config: Mapping[str, Any],
   variables: Any,
-  half: bool = False,
+  dtype: str = "float32",
   named: Mapping[str, fields.Files] | None = None,
 ) -> None:
   """Writes a model as `config.json`, `weights.safetensors`, its checksum in `manifest.json`, and `assets/`.
@@ -242,7 +242,7 @@ def write_export(
     path: a new folder.
     config: of the model.
     variables: of the model.
-    half: whether to store float32 as float16.
+    dtype: what float32 is stored as, one of `files.DTYPES`.
     named: the local files that the config names, by the value that names them; the export names its copies.
 
   Raises:
@@ -253,7 +253,7 @@ def write_export(
   try:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
       raise UserError(f"{path} is not an empty folder: give a new one for the export")
-    write_weights(folder, arrays, half)
+    write_weights(folder, arrays, dtype)
     config = write_assets(folder, named or {}, config)
     files.replace(folder / CONFIG, json.dumps(config, indent=2))  # last: without it this is not a model
   except OSError as error:

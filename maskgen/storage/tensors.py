@@ -18,26 +18,29 @@ from maskgen import files
 from maskgen.errors import UserError
 
 WEIGHTS = "weights.safetensors"
-# In a file's metadata: its float16 arrays stand for float32.
-_HALF = {"float32": "stored as float16"}
+# Ends the name of the scales of an array that is stored as int8.
+_SCALES = ":scales"
 
 log = logging.getLogger("maskgen")
 
 
-def write_weights(folder: epath.Path, arrays: Mapping[str, np.ndarray], half: bool = False) -> None:
+def write_weights(folder: epath.Path, arrays: Mapping[str, np.ndarray], dtype: str = "float32") -> None:
   """Writes arrays as `weights.safetensors`, and its checksum as `manifest.json`.
 
   Args:
     folder: where to.
     arrays: by name.
-    half: whether to store float32 as float16; it is read as float32 again.
+    dtype: one of `files.DTYPES`, for float32 arrays. As int8, matrices have a scale for each row or column,
+      whichever is more precise, and vectors stay float32.
 
   Raises:
     UserError: if a number is too large for float16.
   """
-  if half:
-    arrays = {name: _to_half(name, array) for name, array in arrays.items()}
-  data = safetensors.numpy.save(dict(arrays), _HALF if half else None)
+  rounding = {"float32": _same, "float16": _to_half, "int8": _to_int8}[dtype]
+  stored: dict[str, np.ndarray] = {}
+  for name, array in arrays.items():
+    stored |= rounding(name, array) if array.dtype == np.float32 else {name: array}
+  data = safetensors.numpy.save(stored, None if dtype == "float32" else {"float32": f"stored as {dtype}"})
   folder.mkdir(parents=True, exist_ok=True)
   files.replace(folder / WEIGHTS, data)
   files.replace(folder / files.MANIFEST, files.make_manifest({WEIGHTS: data}))
@@ -67,12 +70,30 @@ def read_weights(folder: epath.Path) -> dict[str, np.ndarray]:
     raise files.damaged(folder / WEIGHTS, error, remedy) from None
 
 
-def _to_half(name: str, array: np.ndarray) -> np.ndarray:
-  if array.dtype != np.float32:
-    return array
+def _same(name: str, array: np.ndarray) -> dict[str, np.ndarray]:
+  return {name: array}
+
+
+def _to_half(name: str, array: np.ndarray) -> dict[str, np.ndarray]:
   if np.abs(array).max(initial=0) > np.finfo(np.float16).max:
     raise UserError(f"{name} has numbers that are too large for float16: store this model as float32")
-  return array.astype(np.float16)
+  return {name: array.astype(np.float16)}
+
+
+def _to_int8(name: str, array: np.ndarray) -> dict[str, np.ndarray]:
+  if array.ndim < 2 or not array.size:
+    return {name: array}
+
+  def rounded(axis: int) -> tuple[np.ndarray, np.ndarray]:
+    others = tuple(i for i in range(array.ndim) if i != axis % array.ndim)
+    scales = np.maximum(np.abs(array).max(axis=others, keepdims=True) / 127, np.finfo(np.float32).tiny)
+    return np.rint(array / scales).astype(np.int8), scales
+
+  def error(found: tuple[np.ndarray, np.ndarray]) -> float:
+    return float(np.square(found[0] * found[1] - array).sum())
+
+  small, scales = min((rounded(0), rounded(-1)), key=error)
+  return {name: small, name + _SCALES: scales}
 
 
 def parse(data: bytes) -> dict[str, np.ndarray]:
@@ -87,7 +108,9 @@ def parse(data: bytes) -> dict[str, np.ndarray]:
     for name, found in safetensors.deserialize(data)
   }
   shapes = _parse_header(data[8 : 8 + int.from_bytes(data[:8], "little")])
-  return {name: array.astype(shapes[name].dtype, copy=False) for name, array in arrays.items()}
+  read = {name: arrays[name].astype(shape.dtype, copy=False) for name, shape in shapes.items()}
+  scales = {name: arrays[name + _SCALES] for name in read if name + _SCALES in arrays}
+  return read | {name: read[name] * scale for name, scale in scales.items()}
 
 
 def read_shapes(path: epath.Path) -> dict[str, jax.ShapeDtypeStruct]:
@@ -106,12 +129,16 @@ def read_shapes(path: epath.Path) -> dict[str, jax.ShapeDtypeStruct]:
 def _parse_header(header: bytes) -> dict[str, jax.ShapeDtypeStruct]:
   """The shapes of a file's arrays, and the types that they are read as."""
   entries = json.loads(header)
-  half = _HALF.items() <= entries.pop("__metadata__", {}).items()
+  stored = entries.pop("__metadata__", {}).get("float32", "")
+
+  def dtype(name: str) -> str:
+    half = stored == "stored as float16" and entries[name]["dtype"] == "F16"
+    return "F32" if half or name + _SCALES in entries else entries[name]["dtype"]
+
   return {
-    name: jax.ShapeDtypeStruct(
-      found["shape"], _dtype("F32" if half and found["dtype"] == "F16" else found["dtype"])
-    )
+    name: jax.ShapeDtypeStruct(found["shape"], _dtype(dtype(name)))
     for name, found in entries.items()
+    if not name.endswith(_SCALES)
   }
 
 

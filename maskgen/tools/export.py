@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from etils import epath
 
-from maskgen import cli
+from maskgen import cli, files
 from maskgen.errors import UserError
 
 if TYPE_CHECKING:
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 ENCODERS = {"siglip": "siglip", "timm": "timm", "transformers": "vit"}
 FORMATS = ("maskgen", "mage", *ENCODERS)
 NPZ = ".npz"
-DTYPES = ("float32", "float16")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -37,8 +36,8 @@ def main(argv: Sequence[str]) -> None:
   parser.add_argument(
     "--dtype",
     default="float32",
-    choices=DTYPES,
-    help="dtype of float32 parameters in the file; float16 halves its size and rounds",
+    choices=files.DTYPES,
+    help="dtype of float32 parameters in the file; float16 halves its size, int8 quarters it",
   )
   args = parser.parse_args(argv)
   if args.format != "maskgen" and args.dtype != "float32":
@@ -62,7 +61,7 @@ def main(argv: Sequence[str]) -> None:
     written = _write_encoder(model, args.model, args.out, args.format)
   else:
     written = model.variables
-    model.save(args.out, half=args.dtype == "float16")
+    model.save(args.out, dtype=args.dtype)
   print(f"wrote {tree.count(written):,} parameters to {args.out}")
 
 
@@ -70,7 +69,7 @@ def _write_reference(model: "maskgen.Model", path: str, out: str) -> Mapping[str
   """Writes a model with the reference's parameter names and returns the tensors."""
   import safetensors.numpy
 
-  from maskgen import files, storage
+  from maskgen import storage
   from maskgen.importers import mage
 
   objective: Any = model.objective

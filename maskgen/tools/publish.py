@@ -39,7 +39,7 @@ def main(argv: Sequence[str]) -> None:
   )
   parser.add_argument("--private", action="store_true", help="create it so that only its owners see it")
   parser.add_argument("--license", help="identifier of a license, such as apache-2.0, for the card")
-  parser.add_argument("--half", action="store_true", help="store float32 as float16")
+  parser.add_argument("--dtype", default="float32", choices=files.DTYPES, help="what float32 is stored as")
   args = parser.parse_args(argv)
   hub.check_name(args.repo, f"--repo={args.repo}")
   client = hub.module(f"--repo={args.repo}")
@@ -50,7 +50,7 @@ def main(argv: Sequence[str]) -> None:
   model = maskgen.load(path)
   with tempfile.TemporaryDirectory() as folder:
     export = epath.Path(folder) / "export"
-    model.save(export, half=args.half)
+    model.save(export, dtype=args.dtype)
     results = _results(path)
     if results:
       files.replace(export / RESULTS, json.dumps(results, indent=2, sort_keys=True))
