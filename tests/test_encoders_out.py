@@ -98,6 +98,8 @@ def test_codes_enter_by_a_table(tmp_path):
     (timm, dict(epsilon=1e-5), "timm has no encoder with epsilon=1e-05: export with --format=maskgen"),
     (timm, dict(activation="swiglu"), "timm has no encoder with activation='swiglu'"),
     (timm, dict(patch_bias=False), "timm has no encoder with patch_bias=False"),
+    (timm, dict(rotary_base=100.0), "timm has no encoder with rotary_base=100.0"),
+    (vit, dict(qkv_bias="qv"), "ViTModel of transformers has no encoder with qkv_bias='qv'"),
     (vit, dict(layer_scale=True), "ViTModel of transformers has no encoder with layer_scale=True"),
     (vit, dict(pooling="mean"), r"SigLIP takes square images, not \(8, 12\)"),
   ],

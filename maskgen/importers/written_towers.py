@@ -12,6 +12,7 @@ from etils import epath
 from maskgen import files
 from maskgen.errors import UserError
 from maskgen.importers import tensors, towers
+from maskgen.models.transformer import QKV
 from maskgen.models.vit import ViT
 
 
@@ -80,11 +81,12 @@ def check_expressible(model: ViT, whose: str, fixed: Mapping[str, Any]) -> None:
   Args:
     model: the network.
     whose: the name of the code.
-    fixed: the values that it has of some fields.
+    fixed: the values that it has of some fields, besides positions that are not rotary and all biases.
 
   Raises:
     UserError: if the network has another.
   """
+  fixed = {"rotary_base": 0.0, "qkv_bias": QKV, **fixed}
   odd = [name for name, value in fixed.items() if getattr(model, name) != value]
   odd += [] if model.activation in towers.ACTIVATIONS.values() else ["activation"]
   for name in odd:

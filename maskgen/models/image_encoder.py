@@ -83,7 +83,7 @@ class ImageEncoder(abc.ABC):
   @property
   @abc.abstractmethod
   def positions(self) -> Positions:
-    """The layout of the parameter `position`."""
+    """The layout of patches or codes, which is that of the parameter `position` where there is one."""
 
   @abc.abstractmethod
   def init(self, rng: jax.Array, *, pooled: bool = False) -> Any:

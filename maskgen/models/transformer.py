@@ -16,7 +16,7 @@ from maskgen import sharding
 from maskgen.errors import UserError, nearest
 from maskgen.models import fused_attention
 from maskgen.models import remat as remat_lib
-from maskgen.numerics import dropout
+from maskgen.numerics import dropout, rotary
 
 kernel_init = nn.initializers.xavier_uniform()
 # MAE initialises one fused [d, 3d] projection: the limit sqrt(6 / 4d) for each of the three.
@@ -28,6 +28,8 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
   "gelu_tanh": nn.gelu,
   "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),  # of OpenAI's CLIP
 }
+# The projections inside attention that have a bias: of queries, keys and values.
+QKV = "qkv"
 # With a second product as gate (Shazeer 2020); the blocks of DINOv2's largest model have it.
 SWIGLU = "swiglu"
 
@@ -127,25 +129,39 @@ class Attention(nn.Module):
   If the collection `cache` is mutable, keys and values [b, n, h, d / h] are stored there. With `at`, int32
   [b, q], x holds only these positions, all distinct: their keys and values replace those in the cache, and
   all others are unchanged.
+
+  With `waves`, queries and keys are rotated by their positions, see `maskgen.numerics.rotary`.
   """
 
   heads: int
   dropout: float = 0.0
   dtype: str = "float32"
   attention: str = "auto"
+  qkv_bias: str = QKV
 
   @nn.compact
-  def __call__(self, x: jax.Array, length: int, *, train: bool, at: jax.Array | None = None) -> jax.Array:
+  def __call__(
+    self,
+    x: jax.Array,
+    length: int,
+    *,
+    train: bool,
+    at: jax.Array | None = None,
+    waves: jax.Array | None = None,
+  ) -> jax.Array:
     width = x.shape[-1]  # x is [b * n, d], or [b * q, d]
     if width % self.heads:
       raise UserError(f"a width of {width} does not divide into {self.heads} heads")
 
     def project(name: str) -> jax.Array:  # [b, n, h, d / h]
-      y = nn.Dense(width, kernel_init=qkv_init, dtype=self.dtype, name=name)(x)
+      has_bias = name[0] in self.qkv_bias
+      y = nn.Dense(width, has_bias, kernel_init=qkv_init, dtype=self.dtype, name=name)(x)
       y = sharding.constrain_batch(y, "tensor")
       return y.reshape(-1, length, self.heads, width // self.heads)
 
     query, key, value = project("query"), project("key"), project("value")
+    if waves is not None:
+      query, key = rotary.rotate(query, waves), rotary.rotate(key, waves)
     if self.is_mutable_collection("cache"):
       self.put_variable("cache", "key", key)
       self.put_variable("cache", "value", value)
@@ -202,6 +218,7 @@ class Block(nn.Module):
   post_norm: bool = False
   epsilon: float = 1e-6
   layer_scale: bool = False
+  qkv_bias: str = QKV
 
   @nn.compact
   def __call__(
@@ -213,6 +230,7 @@ class Block(nn.Module):
     train: bool,
     at: jax.Array | None = None,
     condition: jax.Array | None = None,
+    waves: jax.Array | None = None,
   ) -> jax.Array:  # [b * n, d], n -> [b * n, d]
     parts: list[jax.Array] = []
     if condition is not None:
@@ -236,9 +254,10 @@ class Block(nn.Module):
       return lambda y: plain(y) * (1.0 + scale) + shift
 
     first, second = norm("attention"), norm("mlp")
-    attention = Attention(self.heads, self.dropout, self.dtype, self.attention, name="attention")
+    options = (self.heads, self.dropout, self.dtype, self.attention, self.qkv_bias)
+    attention = Attention(*options, name="attention")
     mlp = Mlp(self.hidden or 4 * x.shape[-1], self.dropout, self.dtype, self.activation, name="mlp")
-    y = attention(x if self.post_norm else first(x), length, train=train, at=at)
+    y = attention(x if self.post_norm else first(x), length, train=train, at=at, waves=waves)
     x = x + branch(Dropout(self.dropout)(y, train=train), "attention")
     if self.post_norm:
       x = first(x)
@@ -264,6 +283,7 @@ class Transformer(nn.Module):
     post_norm: whether each norm comes after its sum, as in BERT, and not before the branch.
     epsilon: of the norms.
     layer_scale: whether each branch is multiplied by a learned vector (Touvron et al. 2021).
+    qkv_bias: which projections inside attention have a bias: of queries, keys and values.
   """
 
   depth: int
@@ -279,6 +299,7 @@ class Transformer(nn.Module):
   post_norm: bool = False
   epsilon: float = 1e-6
   layer_scale: bool = False
+  qkv_bias: str = QKV
 
   @nn.compact
   def __call__(
@@ -288,18 +309,19 @@ class Transformer(nn.Module):
     train: bool,
     at: jax.Array | None = None,
     condition: jax.Array | None = None,
+    waves: jax.Array | None = None,
   ) -> jax.Array:
-    """[b, n, d] -> [b, n, d]; see `Attention` for `at` and the collection `cache`, and `Block` otherwise.
+    """[b, n, d] -> [b, n, d]; see `Attention` for `at`, `waves` and the collection `cache`, else `Block`.
 
     If the collection `states` is mutable, x and the output of each block are stored, [depth + 1, b, n, d].
     """
     fields = ("heads", "dropout", "dtype", "attention", "hidden", "activation", "post_norm", "epsilon")
-    options = {name: getattr(self, name) for name in (*fields, "layer_scale")}
+    options = {name: getattr(self, name) for name in (*fields, "layer_scale", "qkv_bias")}
     shape, length = x.shape, x.shape[1]
     x = x.reshape(-1, x.shape[-1])
     if self.is_initializing():
       for i in range(self.depth):
-        x = Block(**options, name=f"block_{i}")(x, length, train=train, condition=condition)
+        x = Block(**options, name=f"block_{i}")(x, length, train=train, condition=condition, waves=waves)
       return x.reshape(shape)
 
     block = Block(**options, parent=None)
@@ -316,6 +338,7 @@ class Transformer(nn.Module):
         train=train,
         at=at,
         condition=condition,
+        waves=waves,
         rngs={} if key is None else {"dropout": key},
         mutable=["cache"] if keep else [],
       )

@@ -1,5 +1,5 @@
 """Vision transformers as image encoders: SigLIP (Zhai et al. 2023), CLIP (Radford et al. 2021), DINOv2 (Oquab
-et al. 2023) and its registers (Darcet et al. 2023), MAE (He et al. 2022).
+et al. 2023) and its registers (Darcet et al. 2023), DINOv3 (Siméoni et al. 2025), MAE (He et al. 2022).
 
 Letters: b batch, h w image, n patches, r registers, d width, p projected width.
 """
@@ -17,6 +17,7 @@ from maskgen.models.attention_pool import CrossAttention
 from maskgen.models.remat import REMAT, check_remat
 from maskgen.models.transformer import (
   ACTIVATIONS,
+  QKV,
   SWIGLU,
   Mlp,
   Transformer,
@@ -24,6 +25,7 @@ from maskgen.models.transformer import (
   embedding_init,
   kernel_init,
 )
+from maskgen.numerics import rotary
 from maskgen.numerics.positions import sines
 
 POOLING = ("mean", "class", "registers", "attention")
@@ -62,11 +64,13 @@ class ViT(nn.Module):
       position in front of them; "registers", the mean of the registers; or "attention", what a learned query
       reads from the patches.
     fixed_positions: whether the embeddings of positions are MAE's, see `positions.sines`, and not learned.
+    rotary_base: of rotary positions, which replace the embeddings, see `maskgen.numerics.rotary`; DINOv3's is
+      100. 0 for embeddings.
     registers: r, positions in front of the patches, behind the class position, that are no part of an image.
     projection: p, the width of `embed`, or 0 for none.
     activation: inside the MLPs, see `Transformer`.
     epsilon: of the norms.
-    layer_scale: see `Transformer`.
+    layer_scale, qkv_bias: see `Transformer`.
     embedding_norm: whether the input of the blocks is normalised, as in CLIP.
     patch_bias: whether the embedding of patches has a bias.
     mean, std: of the pixels in each channel, with which images are standardised; as many as channels.
@@ -83,11 +87,13 @@ class ViT(nn.Module):
   hidden: int = 0
   pooling: str = "mean"
   fixed_positions: bool = False
+  rotary_base: float = 0.0
   registers: int = 0
   projection: int = 0
   activation: str = "gelu_tanh"
   epsilon: float = 1e-6
   layer_scale: bool = False
+  qkv_bias: str = QKV
   embedding_norm: bool = False
   patch_bias: bool = True
   mean: tuple[float, ...] = (0.5, 0.5, 0.5)
@@ -101,7 +107,7 @@ class ViT(nn.Module):
 
   def __post_init__(self):
     check_at_least(self, 1, "patch", "width", "depth", "heads")
-    check_at_least(self, 0, "hidden", "registers", "projection", "epsilon")
+    check_at_least(self, 0, "hidden", "registers", "projection", "epsilon", "rotary_base")
     check_dtype(self.dtype)
     check_attention(self.attention, self.dtype, self.dropout)
     check_remat(self.remat)
@@ -116,6 +122,14 @@ class ViT(nn.Module):
       raise UserError(f"a width of {self.width} does not divide into {self.heads} heads")
     if self.fixed_positions and self.width % 4:
       raise UserError(f"width is {self.width}: fixed positions need a multiple of 4")
+    if self.rotary_base and self.fixed_positions:
+      raise UserError(f"rotary_base is {self.rotary_base} and fixed_positions is True: give one of them")
+    if self.rotary_base and self.width % (4 * self.heads):
+      raise UserError(
+        f"a width of {self.width} in {self.heads} heads is no multiple of 4 each, which rotary positions need"
+      )
+    if any(self.qkv_bias.count(letter) != 1 or letter not in QKV for letter in self.qkv_bias):
+      raise UserError(f"qkv_bias is '{self.qkv_bias}': give some letters of '{QKV}', each once")
     if self.registers and self.pooling not in ("class", "registers"):
       raise UserError(f"registers is {self.registers}: they need pooling='class' or 'registers'")
     if self.pooling == "registers" and not self.registers:
@@ -149,7 +163,7 @@ class ViT(nn.Module):
     )
     if self.fixed_positions:  # zero for a class position
       self.position = jnp.pad(sines(self.grid, self.width), ((self.leading, 0), (0, 0)))
-    else:
+    elif not self.rotary_base:
       self.position = self.param("position", embedding_init, (self.leading + self.num_patches, self.width))
     if self.leading:
       self.class_token = self.param("class_token", embedding_init, (1, self.width))
@@ -170,6 +184,7 @@ class ViT(nn.Module):
       activation=self.activation,
       epsilon=self.epsilon,
       layer_scale=self.layer_scale,
+      qkv_bias=self.qkv_bias,
     )
     self.encoder_norm = nn.LayerNorm(epsilon=self.epsilon, dtype=self.dtype)
     if self.pooling == "attention":
@@ -232,7 +247,8 @@ class ViT(nn.Module):
     x = x.reshape(x.shape[0], -1, self.width)
     if self.leading:
       x = jnp.concatenate([self._each(self.class_token, x), x], axis=1)
-    x = x + (self.position if self.fixed_positions else sharding.gather(self.position))[None]
+    if not self.rotary_base:
+      x = x + (self.position if self.fixed_positions else sharding.gather(self.position))[None]
     if kept is not None:
       at = jnp.pad(kept + self.leading, ((0, 0), (self.leading, 0)))
       x = jnp.take_along_axis(x, at[..., None], axis=1)
@@ -241,13 +257,27 @@ class ViT(nn.Module):
       x = jnp.concatenate([first, self._each(self.register_tokens, x), rest], axis=1)
     if self.embedding_norm:
       x = self.input_norm(x)
-    x = self.encoder(sharding.constrain_batch(x.astype(self.dtype)), train=train, condition=condition)
+    x = sharding.constrain_batch(x.astype(self.dtype))
+    x = self.encoder(x, train=train, condition=condition, waves=_waves(self, kept))
     return self.encoder_norm(x)
 
   def _each(self, tokens: jax.Array, x: jax.Array) -> jax.Array:
     """Tokens [k, d] in front of each example of x: [b, k, d]."""
     tokens = sharding.gather(tokens).astype(x.dtype)
     return jnp.broadcast_to(tokens[None], (x.shape[0], *tokens.shape))
+
+
+def _waves(network: ViT, kept: jax.Array | None = None) -> jax.Array | None:
+  """The `rotary.waves` of the positions that the network sees, [b or 1, leading + r + n or k, 2, c / 2]."""
+  if not network.rotary_base:
+    return None
+  first = network.leading + network.registers
+  head = network.width // network.heads
+  found = jnp.asarray(rotary.waves(network.grid, head, network.rotary_base, first))
+  if kept is None:
+    return found[None]
+  front = jnp.broadcast_to(jnp.arange(first)[None], (len(kept), first))
+  return sharding.constrain_batch(found[jnp.concatenate([front, kept + first], axis=1)])
 
 
 def block_states(
@@ -286,11 +316,13 @@ def class_attention(network: ViT, params: Any, states: jax.Array) -> jax.Array:
   heads = (*x.shape[:2], network.heads, -1)
 
   def project(name: str) -> jax.Array:
-    dense = nn.Dense(network.width, dtype=network.dtype)
+    dense = nn.Dense(network.width, name[0] in network.qkv_bias, dtype=network.dtype)
     found: Any = dense.apply({"params": block["attention"][name]}, x)
     return found.reshape(heads)
 
-  query, key = project("query")[:, 0], project("key")
+  query, key, waves = project("query")[:, 0], project("key"), _waves(network)
+  if waves is not None:  # which leave the class position as it is
+    key = rotary.rotate(key, waves)
   scores = jnp.einsum("bhc,bkhc->bhk", query, key, preferred_element_type=jnp.float32)
   weights = jax.nn.softmax(scores / query.shape[-1] ** 0.5)
   return weights[..., network.leading + network.registers :].mean(axis=1)

@@ -115,7 +115,7 @@ class Objective(masked_pixels.Objective):
     )
     decoded: Any = self.decoder.apply({"params": main["decoder"]}, latents, kept)
     pixels = losses_lib.masked_mean(jnp.square(decoded - self.targets(images)[0]).mean(axis=-1), mask)
-    found: Any = self.head.apply({"params": main["head"]}, latents[:, self.encoder.leading :])
+    found: Any = self.head.apply({"params": main["head"]}, latents[:, -kept.shape[1] :])
     seen = jnp.take_along_axis(taught.astype(jnp.float32), kept[..., None], axis=1)
     target = nn.standardize(seen, axis=-1, epsilon=1e-5)
     mimic = 2.0 * losses_lib.mean_per_example(optax.losses.huber_loss(found.astype(jnp.float32), target))
