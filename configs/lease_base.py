@@ -6,7 +6,8 @@
     --workdir=runs/lease_base
 
 `path` and `tokenizer` are those of `mage_base.py`. `teacher` is the workdir, export or converted folder of
-any image encoder with a patch for each token, here 16 x 16; without it, the config describes DINOv2 ViT-B/14.
+any image encoder with a patch for each token, here 16 x 16, as a DINOv3 of --image_size=256 has; without it,
+the config describes DINOv2 ViT-B/14.
 With `teacher=own`, the moving average of the model itself teaches, which is nobody's published recipe.
 
 Hardware: as for `mage_base.py`; with the teacher and the products with all centroids, a step has 1.22 times

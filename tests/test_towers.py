@@ -1,4 +1,4 @@
-"""Feature networks for evaluations: DINOv2, CLIP and SigLIP from transformers, and trained models.
+"""Feature networks for evaluations: DINO, CLIP and SigLIP from transformers, and trained models.
 
 Transformers computes in a separate process (towers_reference.py), which needs the extra `parity`; without it,
 we compare with what that process once wrote.
@@ -22,7 +22,8 @@ import maskgen
 from maskgen import tree
 from maskgen.errors import UserError
 from maskgen.evaluators import feature_spaces
-from maskgen.importers import clip, dinov2, siglip
+from maskgen.importers import clip, dinov2, dinov3, siglip, siglip2
+from maskgen.models.image_encoder import VitEncoder
 from maskgen.models.vit import ViT
 from maskgen.numerics import resizing
 from maskgen.tools import convert, evaluate
@@ -60,6 +61,68 @@ def test_same_numbers_as_transformers(expected, folders, name):
   assert np.abs(found - wanted).max() <= 1e-5 * np.abs(wanted).max()
 
 
+def test_encoders_of_rotary_positions_see_the_same(expected, folders):
+  """Patches, and what the class position looks at, at a size that is not that of config.json."""
+  converted = dinov3.convert(folders / "dinov3", image_size=(12, 16))
+  encoder = VitEncoder.from_section(converted.config["vit"], "it")
+  batch = {"image": dinov3.load(folders / "dinov3").preparation(reference.pictures())}
+
+  @jax.jit
+  def look(params):
+    return encoder.encode(params, {}, batch), encoder.states(params, {}, batch).attention
+
+  found = look(converted.variables["params"]["main"])
+  for value, name in zip(found, ("patches", "attention"), strict=True):
+    wanted = expected[f"dinov3/{name}"]
+    assert np.abs(value - wanted).max() <= 1e-5 * np.abs(wanted).max()
+
+
+@pytest.mark.parametrize("name", ["dinov3", "dinov3_gated"])
+def test_names_of_two_projects(folders, tmp_path, name):
+  """The reference stores masks of biases, periods of positions, and what only training uses."""
+  model, params, *_ = dinov3.load(folders / name)
+  renamed = dinov3.rename(params, model, dinov3.REFERENCE)
+  found = {key: np.ascontiguousarray(value) for key, value in renamed.items()}
+  periods = np.float32([1, 10])
+  found |= {"mask_token": np.ones((1, 24), np.float32), "local_cls_norm.bias": np.ones(24, np.float32)}
+  found |= {"rope_embed.periods": periods}
+  for i in range(2):
+    bias = f"blocks.{i}.attn.qkv.bias"
+    if bias in found:
+      mask = np.repeat(np.float32([1, 0, 1]), 24)
+      found |= {bias: np.where(mask, found[bias], np.nan), f"{bias}_mask": mask}
+  path = tmp_path / "reference.safetensors"
+  save_file(found, path)
+  size = model.image_size
+  converted, wanted = dinov3.convert(path, 3, size), dinov3.convert(folders / name, image_size=size)
+  assert converted.config == wanted.config and not converted.unknown
+  jax.tree.map(np.testing.assert_array_equal, converted.variables, wanted.variables)
+  for more, message in (
+    ({"cls_norm.bias": periods}, "has a tensor 'cls_norm.bias' for which this network has no layer"),
+    ({"rope_embed.periods": periods**2}, "has rope_embed.periods of a base that is not 100"),
+  ):
+    save_file(found | more, path)
+    with pytest.raises(UserError, match=message):
+      dinov3.convert(path, 3)
+
+
+def test_a_picture_of_any_shape_has_its_own_grid(expected, folders):
+  """The converted encoder of one size computes what the feature network does, which adapts to pictures."""
+  converted = siglip2.convert(folders / "siglip2", image_size=(20, 16))
+  tower = siglip2.load(folders / "siglip2")
+  model = tower.model.clone(image_size=converted.config["vit"]["image_size"])
+  params = converted.variables["params"]["main"] | {"attention_head": tower.params["attention_head"]}
+  prepared = tower.preparation(reference.pictures())
+  assert prepared.shape[1:3] == (20, 16)
+  embed = jax.jit(functools.partial(model.apply, method="embed"))
+  found, wanted = embed({"params": params}, prepared), expected["siglip2/features"]
+  assert np.abs(found - wanted).max() <= 1e-5 * np.abs(wanted).max()
+  with pytest.raises(UserError, match="is a NaFlex variant of SigLIP 2: give --format=siglip2"):
+    siglip.convert(folders / "siglip2")
+  with pytest.raises(UserError, match="is of SigLIP 2's fixed size, or SigLIP's: give --format=siglip"):
+    siglip2.convert(folders / "siglip_2")
+
+
 def test_same_embeddings_of_texts_as_transformers(expected, tmp_path):
   reference.write_clip(tmp_path / "clip", *json.loads(str(expected["text/stored"])))
   found, wanted = clip.load_text(tmp_path / "clip").embed(reference.TEXTS), expected["text/features"]
@@ -82,17 +145,26 @@ def test_generated_images_are_compared_as_they_would_be_saved(folders):
 def test_published_sizes():
   """The numbers of transformers' models, without DINOv2's mask token."""
   common = dict(image_size=(518, 518), patch=14, pooling="class", layer_scale=True)
+  rotary = dict(rotary_base=100.0, registers=4, pooling="class", layer_scale=True)
   sizes = {
     22_056_192: common | dict(width=384, heads=6, activation="gelu"),  # S
     1_136_479_232: common | dict(width=1536, depth=40, heads=24, hidden=4096, activation="swiglu"),  # g
+    6_716_030_976: rotary  # DINOv3's 7B
+    | dict(width=4096, depth=40, heads=32, hidden=8192, activation="swiglu", qkv_bias=""),
+    21_596_160: rotary | dict(width=384, heads=6, qkv_bias="qv"),  # DINOv3's S
     87_849_216: dict(patch=32, pooling="class", embedding_norm=True, patch_bias=False, projection=512),
     92_884_224: dict(pooling="attention"),  # SigLIP's B/16
   }
   for count, fields in sizes.items():
     model = ViT(**fields)
     image = jax.ShapeDtypeStruct((1, *model.image_size, 3), np.float32)
-    init = functools.partial(model.init, method="embed")
-    assert tree.count(jax.eval_shape(init, jax.random.key(0), image)["params"]) == count
+
+    def count_of(depth, model=model, image=image):
+      init = functools.partial(model.clone(depth=depth).init, method="embed")
+      return tree.count(jax.eval_shape(init, jax.random.key(0), image)["params"])
+
+    one = count_of(1)
+    assert one + (model.depth - 1) * (count_of(2) - one) == count
 
 
 def edited(folders, tmp_path, name, **changes):
@@ -120,19 +192,23 @@ def edited(folders, tmp_path, name, **changes):
     ("clip", dict(preprocessor_config=dict(size={"longest_edge": 9})), "has the size {'longest_edge': 9}"),
     ("clip", dict(preprocessor_config=dict(image_mean=[0.5])), r"image_mean=\[0.5\]: give 3 numbers"),
     ("dinov2", dict(preprocessor_config=dict(crop_size=18)), r"\(18, 18\): give .* multiples of 4"),
+    ("dinov3_gated", dict(config=dict(hidden_act="gelu")), "has gates of gelu: this network has those of"),
+    ("siglip2", dict(preprocessor_config=dict(patch_size=8)), "has patch_size=8, but its tensors 4"),
   ],
 )
 def test_folders_that_do_not_fit_are_one_sentence(folders, tmp_path, name, changes, message):
   with pytest.raises(UserError, match=message):
-    feature_spaces.open_space(f"{name}:{edited(folders, tmp_path, name, **changes)}", None)
+    feature_spaces.open_space(f"{name.split('_')[0]}:{edited(folders, tmp_path, name, **changes)}", None)
 
 
 @pytest.mark.parametrize(
   ("module", "name", "tensor"),
   [
     (dinov2, "dinov2_registers", "encoder.layer.1.norm2.bias"),
+    (dinov3, "dinov3", "layer.1.norm2.bias"),
     (clip, "clip", "vision_model.encoder.layers.1.mlp.fc2.bias"),
     (siglip, "siglip", "head.attention.in_proj_bias"),
+    (siglip2, "siglip2", "embeddings.position_embedding.weight"),
   ],
 )
 def test_tensors_are_neither_missing_nor_left_over(folders, tmp_path, module, name, tensor):
@@ -161,7 +237,7 @@ def test_a_file_alone_has_the_published_settings(folders, tmp_path):
   assert "embedding" not in converted.variables["params"]["main"] and not converted.unknown
 
 
-@pytest.mark.parametrize(("name", "size"), [("dinov2", 16), ("clip", None)])
+@pytest.mark.parametrize(("name", "size"), [("dinov2", 16), ("dinov3", "12x16"), ("clip", None)])
 def test_converted_towers_are_encoders(folders, tmp_path, name, size):
   flags = [f"--format={name}", f"--weights={folders / name}", f"--out={tmp_path / name}"]
   convert.main([*flags, *([f"--image_size={size}"] if size else [])])
@@ -205,7 +281,7 @@ def test_features_of_a_trained_model():
     ("clip", "'clip' needs weights: write it as 'clip:PATH'"),
     ("siglip:nowhere", "'siglip': nowhere does not exist"),
     ("model:nowhere", "nowhere does not exist"),
-    ("dinov3:x", "'dinov3:x' does not exist; did you mean 'dinov2'"),
+    ("siglip3:x", "'siglip3:x' does not exist; did you mean 'siglip"),
   ],
 )
 def test_spaces_without_weights_are_refused(spec, message):

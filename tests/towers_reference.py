@@ -55,6 +55,34 @@ TOWERS = {
     dict(size={"shortest_edge": 12}, crop_size={"height": 12, "width": 12}),
   ),
   "siglip": ("SiglipVisionModel", SIZES | MLP | dict(image_size=12), dict(size={"height": 12, "width": 12})),
+  # As that of SigLIP 2 of fixed size says itself.
+  "siglip_2": (
+    "SiglipModel",
+    dict(
+      vision_config=SIZES | MLP | dict(image_size=12),
+      text_config=dict(
+        hidden_size=24, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, vocab_size=9
+      ),
+    ),
+    dict(size={"height": 12, "width": 12}, resample=2),
+  ),
+  # Positions of a 3 x 3 grid are interpolated to 5 x 4.
+  "siglip2": (
+    "Siglip2VisionModel",
+    SIZES | MLP | dict(num_patches=9),
+    dict(patch_size=4, max_num_patches=20),
+  ),
+  "dinov3": (
+    "DINOv3ViTModel",
+    SIZES | MLP | dict(image_size=16, num_register_tokens=2),
+    dict(size={"height": 12, "width": 16}),
+  ),
+  # As of the largest model.
+  "dinov3_gated": (
+    "DINOv3ViTModel",
+    SIZES | MLP | dict(use_gated_mlp=True, hidden_act="silu", query_bias=False, value_bias=False),
+    dict(size={"height": 16, "width": 16}),
+  ),
 }
 # A whole CLIP, of which the embeddings of texts are compared; its vocabulary is that of `MERGES`.
 MERGES = [("c", "a"), ("ca", "t</w>")]
@@ -77,6 +105,7 @@ PROCESSORS = {
   "dinov2": "BitImageProcessorPil",
   "clip": "CLIPImageProcessorPil",
   "siglip": "SiglipImageProcessorPil",
+  "siglip2": "Siglip2ImageProcessorPil",
 }
 IMAGENET = dict(image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225])
 
@@ -86,6 +115,26 @@ def pictures() -> np.ndarray:
   rng = np.random.default_rng(11)
   coarse = rng.integers(256, size=(2, 10, 7, 3), dtype=np.uint8)
   return coarse.repeat(3, axis=1).repeat(3, axis=2)
+
+
+class FloatProcessor:
+  """What DINOv3ViTImageProcessor does, which needs torchvision: it resizes floats."""
+
+  def __init__(self, size: dict[str, int], image_mean: list[float], image_std: list[float]):
+    self.size, self.mean, self.std = size, image_mean, image_std
+
+  def to_dict(self):
+    fixed = dict(do_center_crop=None, do_rescale=True, rescale_factor=1 / 255, resample=2)
+    return dict(size=self.size, image_mean=self.mean, image_std=self.std, **fixed)
+
+  def __call__(self, images, return_tensors):
+    import torch
+
+    pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255
+    size = self.size["height"], self.size["width"]
+    pixels = torch.nn.functional.interpolate(pixels, size, mode="bilinear", antialias=True)
+    mean, std = (torch.tensor(value)[None, :, None, None] for value in (self.mean, self.std))
+    return {"pixel_values": (pixels - mean) / std}
 
 
 def weights(shapes: dict[str, list[int]]) -> dict[str, np.ndarray]:
@@ -132,13 +181,16 @@ def main():
       shapes = {key: list(value.shape) for key, value in load_file(folder / "model.safetensors").items()}
       config = (folder / "config.json").read_text()
       family = name.split("_")[0]
-      processing = (IMAGENET if family in ("dino", "dinov2") else {}) | processing
-      make = getattr(transformers, PROCESSORS[family])(**processing)
+      processing = (IMAGENET if family.startswith("dino") else {}) | processing
+      kind_of_processor = (
+        getattr(transformers, PROCESSORS[family]) if family in PROCESSORS else FloatProcessor
+      )
+      make = kind_of_processor(**processing)
       write(folder, config, json.dumps(make.to_dict()), shapes)
       model = cls.from_pretrained(folder).eval()
       inputs = make(images=list(pictures()), return_tensors="pt")
       with torch.no_grad():
-        if kind == "CLIPModel":
+        if kind in ("CLIPModel", "SiglipModel"):
           features = model.get_image_features(**inputs)
           features = getattr(features, "pooler_output", features)
         elif kind == "CLIPVisionModelWithProjection":
@@ -151,6 +203,13 @@ def main():
           features = model(**inputs).pooler_output
       stored = json.dumps([config, json.dumps(make.to_dict()), shapes])
       found |= {f"{name}/features": features.numpy(), f"{name}/stored": np.array(stored)}
+      if name == "dinov3":
+        model.set_attn_implementation("eager")
+        with torch.no_grad():
+          whole = model(**inputs, output_attentions=True)
+        front = 1 + options["num_register_tokens"]
+        found[f"{name}/patches"] = whole.last_hidden_state[:, front:].numpy()
+        found[f"{name}/attention"] = whole.attentions[-1][:, :, 0, front:].mean(dim=1).numpy()
     folder, cls = pathlib.Path(root) / "text", transformers.CLIPModel
     cls(cls.config_class(**CLIP_TEXT)).save_pretrained(folder)
     shapes = {key: list(value.shape) for key, value in load_file(folder / "model.safetensors").items()}

@@ -18,7 +18,7 @@ from maskgen.data import digit_scenes as scenes
 from maskgen.errors import UserError, nearest
 from maskgen.evaluators.batches import gather
 from maskgen.evaluators.context import Context
-from maskgen.importers import clip, dino, dinov2, mobilenet_v2, siglip, towers
+from maskgen.importers import clip, dino, dinov2, dinov3, mobilenet_v2, siglip, siglip2, towers
 from maskgen.models import perceptual
 from maskgen.models.mobilenet import MobileNetV2
 
@@ -143,12 +143,11 @@ def _open_mobilenet(path: str, context: Context | None) -> Space:
 
 def _tower_opener(name: str, load: Callable[[str], towers.Tower]) -> Callable[[str, Context | None], Space]:
   def open_tower(path: str, context: Context | None) -> Space:
-    model, params, preparation = load(path)
+    tower = load(path)
+    model, params, preparation = tower.model, tower.params, tower.preparation
 
     def apply(params: Any, images: jax.Array) -> jax.Array:
-      prepared = preparation(images_lib.to_rgb_on_devices(images))
-      features: Any = model.apply({"params": params}, prepared, method="embed")
-      return features
+      return tower.embed(params, images_lib.to_rgb_on_devices(images))
 
     # Without defaults: a field that is added later changes no hash.
     described = fields.of(type(model)).items()
@@ -192,8 +191,10 @@ SPACES: Mapping[str, Callable[[str, Context | None], Space]] = {
   "mobilenet_v2": _open_mobilenet,
   "dino": _tower_opener("dino", dino.load),
   "dinov2": _tower_opener("dinov2", dinov2.load),
+  "dinov3": _tower_opener("dinov3", dinov3.load),
   "clip": _tower_opener("clip", clip.load),
   "siglip": _tower_opener("siglip", siglip.load),
+  "siglip2": _tower_opener("siglip2", siglip2.load),
   "model": _open_model,
 }
 _WITHOUT_WEIGHTS = ("pixels", "drawing", "glyphs")
@@ -233,9 +234,10 @@ def open_space(spec: str, context: Context | None) -> Space:
   Args:
     spec: "pixels"; "drawing", all pixels and outlines; "glyphs" for captioned digits;
       "mobilenet_v2:FILE.npz", the last hidden layer of a network for photographs, see
-      `importers.mobilenet_v2`; "dino:PATH", "dinov2:PATH", "clip:PATH" or "siglip:PATH", an image tower of
-      transformers, a folder or a file of tensors, see `importers.towers`; or "model:PATH", the `features` of
-      a trained encoder: a workdir, a step in it, an export, or a name of `maskgen.available()`.
+      `importers.mobilenet_v2`; "dino:PATH", "dinov2:PATH", "dinov3:PATH", "clip:PATH", "siglip:PATH"
+      or "siglip2:PATH", an image tower of transformers, a folder or a file of tensors, see
+      `importers.towers`; or "model:PATH", the `features` of a trained encoder: a workdir, a step in it, an
+      export, or a name of `maskgen.available()`.
     context: the context of the run whose images are compared, if it is a run; the space is added to its
       `networks`.
 

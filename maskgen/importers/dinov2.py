@@ -10,6 +10,7 @@ from maskgen.importers import Converted, tensors, towers, vqgan_pytorch
 from maskgen.models.imagenet import MEAN, STD
 from maskgen.models.transformer import SWIGLU
 from maskgen.models.vit import ViT
+from maskgen.numerics import resizing
 
 # Head counts of the published models S, B, L and g by width.
 HEADS = {384: 6, 768: 12, 1024: 16, 1536: 24}
@@ -37,21 +38,22 @@ PREPARATION = towers.Preparation(256, (224, 224))
 
 
 def convert(
-  path: epath.PathLike, encoder_heads: int | None = None, image_size: int | None = None
+  path: epath.PathLike, encoder_heads: int | None = None, image_size: int | tuple[int, int] | None = None
 ) -> Converted:
   """Converts an image encoder, from a folder or a file of tensors.
 
   Args:
     path: of the folder or file.
     encoder_heads: the number of heads, by default that of config.json or the published models.
-    image_size: the side of images, to which positions are interpolated; by default that of the tensors.
+    image_size: the side or (height, width) of images, to which positions are interpolated; by default that of
+      the tensors.
 
   Raises:
     UserError: if the tensors are those of another network, see `towers.take` and `towers.settle`.
   """
   _, section, model, params, unused = _open(path, encoder_heads)
   if image_size is not None:
-    model, params = towers.resize(model, params, (image_size, image_size), antialias=model.registers > 0)
+    model, params = towers.resize(model, params, towers.square(image_size), _weigh(model))
     section["image_size"] = model.image_size
   return towers.export(model, section, params, unused)
 
@@ -63,7 +65,14 @@ def load(path: epath.PathLike) -> towers.Tower:
     UserError: as `convert`, or if preprocessor_config.json asks for something that is not supported.
   """
   stored, _, model, params, _ = _open(path, None)
-  return towers.prepare(stored, model, params, PREPARATION, antialias=model.registers > 0)
+  return towers.prepare(stored, model, params, PREPARATION, _weigh(model))
+
+
+def _weigh(model: ViT) -> towers.Weigh:
+  """How positions are interpolated: with registers, they are averaged where there will be fewer."""
+  if not model.registers:
+    return resizing.bicubic_torch_weights
+  return functools.partial(resizing.antialiased_weights, filter="bicubic")
 
 
 def to_transformers(params: Any, model: ViT) -> dict[str, Any]:

@@ -35,10 +35,14 @@ PUBLISHED = {
   "maskgit_256": Published("maskgit", f"{_MASKGIT}/maskgit_imagenet256_checkpoint", "Apache-2.0"),
   "maskgit_512": Published("maskgit", f"{_MASKGIT}/maskgit_imagenet512_checkpoint", "Apache-2.0"),
   "siglip_so400m_224": Published("siglip", f"{_HUB}/google/siglip-so400m-patch14-224", "Apache-2.0"),
+  "siglip2_base_224": Published("siglip", f"{_HUB}/google/siglip2-base-patch16-224", "Apache-2.0"),
+  "siglip2_base_naflex": Published("siglip2", f"{_HUB}/google/siglip2-base-patch16-naflex", "Apache-2.0"),
   "clip_vit_b32": Published("clip", f"{_HUB}/openai/clip-vit-base-patch32", "MIT"),
   "clip_vit_l14": Published("clip", f"{_HUB}/openai/clip-vit-large-patch14", "MIT"),
   "dinov2_base": Published("dinov2", f"{_HUB}/facebook/dinov2-base", "Apache-2.0"),
   "dinov2_large": Published("dinov2", f"{_HUB}/facebook/dinov2-large", "Apache-2.0"),
+  "dinov3_small": Published("dinov3", f"{_HUB}/facebook/dinov3-vits16-pretrain-lvd1689m", "DINOv3 License"),
+  "dinov3_base": Published("dinov3", f"{_HUB}/facebook/dinov3-vitb16-pretrain-lvd1689m", "DINOv3 License"),
   "stable_diffusion_15": Published(
     "diffusers", f"{_HUB}/stable-diffusion-v1-5/stable-diffusion-v1-5", "CreativeML OpenRAIL-M"
   ),

@@ -37,6 +37,8 @@ HEAD = {
   "mlp/up": "mlp.fc1",
   "mlp/down": "mlp.fc2",
 }
+# The tensor that reads pixels, [d, c, h, w].
+PATCHES = "embeddings.patch_embedding.weight"
 BIG_VISION_LAYERS = {"patch_embedding": "embedding", "encoder_norm": "Transformer/encoder_norm"}
 # Beginnings of the names of the encoder's tensors, and of others in whole models.
 USED = ("embeddings.", "encoder.", "post_layernorm.")
@@ -75,7 +77,7 @@ def convert(path: epath.PathLike, encoder_heads: int | None = None) -> Converted
     taken = towers.take(stored, section, to_big_vision, ("Transformer/", "embedding/"), ())
   else:
     stored = towers.read(path, PREFIXES)
-    section = _infer(stored, encoder_heads)
+    section = infer(stored, encoder_heads)
     taken = towers.take(stored, section, to_transformers, USED, ("head.", *IGNORED))
   return towers.export(taken[0], section, *taken[1:])
 
@@ -87,11 +89,17 @@ def load(path: epath.PathLike) -> towers.Tower:
     UserError: as `convert`, or if preprocessor_config.json asks for something that is not supported.
   """
   stored = towers.read(path, PREFIXES)
-  section = _infer(stored, None)
+  model, params = with_head(stored)
+  return towers.prepare(stored, model, params, towers.Preparation(model.image_size, None))
+
+
+def with_head(stored: towers.Stored) -> tuple[ViT, Any]:
+  """The network and its parameters, with the head if there is one."""
+  section = infer(stored, None)
   if any(name.startswith("head.") for name in stored.tensors):
     section["pooling"] = "attention"
   model, params, _ = towers.take(stored, section, to_transformers, (*USED, "head."), IGNORED)
-  return towers.prepare(stored, model, params, towers.Preparation(model.image_size, None))
+  return model, params
 
 
 def write(path: epath.PathLike, model: ViT, params: Any) -> tensors.Tensors:
@@ -182,9 +190,16 @@ def _read_big_vision(path: epath.PathLike) -> tensors.Tensors:
   return found
 
 
-def _infer(stored: towers.Stored, heads: int | None) -> dict[str, Any]:
+def infer(stored: towers.Stored, heads: int | None) -> dict[str, Any]:
+  """The fields of `ViT` by transformers' names.
+
+  Raises:
+    UserError: as `convert`.
+  """
   found, need = stored.tensors, functools.partial(tensors.need, stored.path, stored.tensors)
-  width, _, patch, _ = need("embeddings.patch_embedding.weight", 4).shape
+  if getattr(found.get(PATCHES), "ndim", 4) == 2:
+    raise UserError(f"{stored.path} is a NaFlex variant of SigLIP 2: give --format=siglip2, or siglip2:PATH")
+  width, _, patch, _ = need(PATCHES, 4).shape
   positions = need("embeddings.position_embedding.weight", 2).shape[0]
   hidden = need("encoder.layers.0.mlp.fc1.weight", 2).shape[0]
   depth = tensors.count(found, r"encoder\.layers\.(\d+)\.")

@@ -1,7 +1,7 @@
 """Image towers of transformers: folders with config.json, model.safetensors and preprocessor_config.json.
 
-The towers themselves are in `dino`, `dinov2`, `clip` and `siglip`. Sizes are those of the tensors;
-config.json must agree, and says what tensors do not.
+The towers themselves are in `dino`, `dinov2`, `dinov3`, `clip`, `siglip` and `siglip2`. Sizes are those of
+the tensors; config.json must agree, and says what tensors do not.
 """
 
 import dataclasses
@@ -26,6 +26,8 @@ CONFIG, PROCESSOR, WEIGHTS = "config.json", "preprocessor_config.json", "model.s
 # Pillow's numbers of filters.
 _FILTERS = {2: "bilinear", 3: "bicubic"}
 ACTIVATIONS = {"gelu": "gelu", "quick_gelu": "quick_gelu", "gelu_pytorch_tanh": "gelu_tanh"}
+# From the old and the new length of an axis of positions to weights [new, old].
+Weigh = Callable[[int, int], np.ndarray]
 # Keys of config.json that must agree with the tensors, by field of `ViT`.
 SIZES = {"width": "hidden_size", "depth": "num_hidden_layers", "patch": "patch_size"}
 SIZES |= {"hidden": "intermediate_size"}
@@ -73,17 +75,30 @@ class Preparation:
       UserError: if a picture is smaller than the crop.
     """
     height, width = images.shape[1:3]
-    if isinstance(self.size, int):
-      short, long = self.size, int(self.size * max(height, width) / min(height, width))
-      images = resizing.pillow(images, *((short, long) if height <= width else (long, short)), self.filter)
-    elif self.size is not None:
-      images = resizing.pillow(images, *self.size, self.filter)
+    images = self._resample(images, *self._resized(height, width))
     if self.crop is not None:
       top, left = ((have - want) // 2 for have, want in zip(images.shape[1:3], self.crop, strict=True))
       if top < 0 or left < 0:
         raise UserError(f"pictures of {height} x {width} pixels are too small for a crop of {self.crop}")
       images = images[:, top : top + self.crop[0], left : left + self.crop[1]]
     return images.astype(jnp.float32) / 255.0
+
+  def _resized(self, height: int, width: int) -> tuple[int, int]:
+    """(height, width) to which a picture of this one is resized."""
+    if isinstance(self.size, int):
+      short, long = self.size, int(self.size * max(height, width) / min(height, width))
+      return (short, long) if height <= width else (long, short)
+    return self.size or (height, width)
+
+  def _resample(self, images: jax.Array, height: int, width: int) -> jax.Array:
+    return resizing.pillow(images, height, width, self.filter)
+
+
+class FloatPreparation(Preparation):
+  """Resizes floats, as torchvision does with tensors: nothing is rounded."""
+
+  def _resample(self, images: jax.Array, height: int, width: int) -> jax.Array:
+    return resizing.antialiased(images.astype(jnp.float32), height, width, self.filter)
 
 
 class Tower(NamedTuple):
@@ -93,11 +108,21 @@ class Tower(NamedTuple):
     model: the network, whose method `embed` computes the features.
     params: its parameters, float32.
     preparation: of its input.
+    weigh: see `resize`, for pictures that are not prepared to the network's size.
   """
 
   model: ViT
   params: Any
   preparation: Preparation
+  weigh: Weigh = resizing.bicubic_torch_weights
+
+  def embed(self, params: Any, images: jax.Array) -> jax.Array:
+    """Features, float32 [b, d], of pictures uint8 [b, h, w, c]."""
+    prepared = self.preparation(images)
+    height, width = prepared.shape[1:3]
+    model, params = resize(self.model, params, (height, width), self.weigh)
+    features: Any = model.apply({"params": params}, prepared, method="embed")
+    return features
 
 
 def read(path: epath.PathLike, prefixes: tuple[str, ...] = ()) -> Stored:
@@ -148,7 +173,7 @@ def settle(stored: Stored, section: Mapping[str, Any], heads: int | None, known:
         f"{path} has {key}={config[key]} in {CONFIG}, but {section[field]} by its tensors: give files of one "
         "model"
       )
-  named = str(config.get("hidden_act", ""))
+  named = "" if section.get("activation") == SWIGLU else str(config.get("hidden_act", ""))
   if named and named not in ACTIVATIONS:
     raise UserError(f"{path} has the activation '{named}': this network has {', '.join(ACTIVATIONS)}")
   heads = heads or config.get("num_attention_heads") or known.get(width, 0)
@@ -158,7 +183,7 @@ def settle(stored: Stored, section: Mapping[str, Any], heads: int | None, known:
     raise UserError(f"--encoder_heads={heads} does not divide the width of {width}: give one that does")
   found = {**section, "heads": heads}
   found |= {name: value for name, value in _read_standard(stored).items() if value != _field(section, name)}
-  if named and section.get("activation") != SWIGLU and ACTIVATIONS[named] != _field(section, "activation"):
+  if named and ACTIVATIONS[named] != _field(section, "activation"):
     found["activation"] = ACTIVATIONS[named]
   if config.get("layer_norm_eps", _field(section, "epsilon")) != _field(section, "epsilon"):
     found["epsilon"] = config["layer_norm_eps"]
@@ -240,14 +265,19 @@ def is_fixed(table: np.ndarray, grid: tuple[int, int]) -> bool:
   return width % 4 == 0 and bool(np.abs(table - fixed_table(grid, width)).max() < 1e-5)
 
 
-def resize(model: ViT, params: Any, size: tuple[int, int], antialias: bool = False) -> tuple[ViT, Any]:
-  """A network for images of another size, whose positions are interpolated as transformers does.
+def resize(
+  model: ViT,
+  params: Any,
+  size: tuple[int, int],
+  weigh: Weigh = resizing.bicubic_torch_weights,
+) -> tuple[ViT, Any]:
+  """A network for images of another size, whose embeddings of positions, if it has some, are interpolated.
 
   Args:
     model: the network.
     params: its parameters.
     size: (height, width).
-    antialias: whether positions are averaged where there will be fewer.
+    weigh: how; by default as transformers does without antialiasing.
 
   Raises:
     UserError: if patches do not divide the size.
@@ -255,18 +285,18 @@ def resize(model: ViT, params: Any, size: tuple[int, int], antialias: bool = Fal
   if size == model.image_size:
     return model, params
   resized = model.clone(image_size=size)
-  old, new = (positions.Positions(one.grid, one.leading) for one in (model, resized))
-
-  def weigh(length: int, wanted: int):
-    if antialias:
-      return resizing.antialiased_weights(length, wanted, "bicubic")
-    return resizing.bicubic_torch_weights(length, wanted)
-
-  return resized, {**params, "position": positions.interpolate(params["position"], old, new, weigh)}
+  if "position" in params:
+    old, new = (positions.Positions(one.grid, one.leading) for one in (model, resized))
+    params = {**params, "position": positions.interpolate(params["position"], old, new, weigh)}
+  return resized, params
 
 
 def prepare(
-  stored: Stored, model: ViT, params: Any, default: Preparation, *, antialias: bool = False
+  stored: Stored,
+  model: ViT,
+  params: Any,
+  default: Preparation,
+  weigh: Weigh = resizing.bicubic_torch_weights,
 ) -> Tower:
   """A tower for the pictures of its preprocessor_config.json, or of the published one.
 
@@ -275,34 +305,40 @@ def prepare(
     model: its network.
     params: its parameters.
     default: the published preparation.
-    antialias: see `resize`.
+    weigh: see `resize`.
 
   Raises:
     UserError: if the file asks for something that is not supported.
   """
-  preparation = _read_processor(stored, default)
+  preparation = read_processor(stored, default)
   side = preparation.side
   if side is None:
     raise UserError(f"{stored.path}: {PROCESSOR} must set a crop_size, or a size with height and width")
-  model, params = resize(model, params, side, antialias)
+  model, params = resize(model, params, side, weigh)
   return Tower(model, params, preparation)
 
 
-def _read_processor(stored: Stored, default: Preparation) -> Preparation:
-  """The preparation that preprocessor_config.json says."""
+def read_processor(stored: Stored, default: Preparation) -> Preparation:
+  """The preparation that preprocessor_config.json says, of the kind of the default, the published one.
+
+  Raises:
+    UserError: if the file asks for something that is not supported.
+  """
   given, where = stored.processor, f"{stored.path}: {PROCESSOR}"
   if not given:
     return default
   if not given.get("do_rescale", True) or abs(given.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-6:
     raise UserError(f"{where} does not divide pixels by 255, as this network needs: use the published one")
-  resample = given.get("resample", 3)
+  resample = given.get("resample", 3 if default.filter == "bicubic" else 2)
   if resample not in tuple(_FILTERS):
     raise UserError(f"{where} has resample={resample}: give 2 (bilinear) or 3 (bicubic)")
   size, crop = given.get("size", default.size), given.get("crop_size", default.crop)
-  return Preparation(
-    _read_size(size, where) if given.get("do_resize", True) else None,
-    _square(_read_size(crop, where)) if given.get("do_center_crop", crop is not None) else None,
-    _FILTERS[resample],
+  cut = _read_size(crop, where) if given.get("do_center_crop", crop is not None) else None
+  return dataclasses.replace(
+    default,
+    size=_read_size(size, where) if given.get("do_resize", True) else None,
+    crop=None if cut is None else square(cut),
+    filter=_FILTERS[resample],
   )
 
 
@@ -333,5 +369,6 @@ def _read_size(given: Any, where: str) -> int | tuple[int, int] | None:
   return found
 
 
-def _square(size: int | tuple[int, int] | None) -> tuple[int, int] | None:
+def square(size: int | tuple[int, int]) -> tuple[int, int]:
+  """(height, width) of a size, of which one number is a square."""
   return (size, size) if isinstance(size, int) else size

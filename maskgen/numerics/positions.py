@@ -6,6 +6,8 @@ Letters: h w and H W an old and a new grid, d width.
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -32,26 +34,34 @@ def linear_weights(old: int, new: int) -> np.ndarray:
 
 def interpolate(
   table: Any, old: Positions, new: Positions, weigh: Callable[[int, int], np.ndarray] = linear_weights
-) -> np.ndarray:
+) -> Any:
   """Interpolates a table [old.leading + h * w, d] to [new.leading + H * W, d] along both axes of the grid.
 
-  An axis whose length does not change stays the same. Leading rows are copied.
+  An axis whose length does not change stays the same. Leading rows are copied. The sums are in float64,
+  except while a program is traced, which then interpolates in float32 when it runs.
 
   Args:
     table: the table.
     old: its layout.
     new: the layout of the result.
     weigh: from the old and the new length of an axis to weights [new, old].
+
+  Returns:
+    Of the table's type; an array of the host, except while a program is traced.
   """
-  table = np.asarray(table)
-  leading, grid = np.split(table, [old.leading])
   rows, columns = (
     np.eye(length) if length == wanted else weigh(length, wanted)
     for length, wanted in zip(old.grid, new.grid, strict=True)
   )
-  grid = grid.reshape(*old.grid, -1).astype(np.float64)
-  found = np.einsum("Hh,Ww,hwd->HWd", rows, columns, grid, optimize=True)
-  return np.concatenate([leading, found.reshape(-1, table.shape[-1]).astype(table.dtype)])
+  traced = isinstance(table, jax.core.Tracer)
+  table = table if traced else np.asarray(table)
+  leading, grid = table[: old.leading], table[old.leading :].reshape(*old.grid, -1)
+  if traced:
+    found = jnp.einsum("Hh,Ww,hwd->HWd", rows, columns, grid, precision="highest")
+  else:
+    found = np.einsum("Hh,Ww,hwd->HWd", rows, columns, grid.astype(np.float64), optimize=True)
+  found = found.reshape(-1, table.shape[-1]).astype(table.dtype)
+  return (jnp if traced else np).concatenate([leading, found])
 
 
 def sines(grid: tuple[int, int], width: int) -> np.ndarray:

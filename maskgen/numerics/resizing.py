@@ -51,8 +51,23 @@ def bicubic_pillow(images: jax.Array, side: int) -> jax.Array:
 
   Args and result are those of `bilinear_tf1`; equal up to rounding.
   """
-  sides = (images.shape[axis] for axis in (1, 2))
-  rows, columns = (antialiased_weights(size, side, "bicubic").astype(np.float32) for size in sides)
+  return antialiased(images, side, side, "bicubic")
+
+
+def antialiased(images: jax.Array, height: int, width: int, filter: str) -> jax.Array:  # noqa: A002
+  """A filter that is widened where it shrinks, on floats; so do Pillow and PyTorch with `antialias=True`.
+
+  Args:
+    images: float32 [b, h, w, c].
+    height: of the result.
+    width: of the result.
+    filter: a name in `FILTERS`.
+
+  Returns:
+    float32 [b, height, width, c], neither rounded nor clipped.
+  """
+  sizes = zip(images.shape[1:3], (height, width), strict=True)
+  rows, columns = (antialiased_weights(size, side, filter).astype(np.float32) for size, side in sizes)
   return jnp.einsum("yh,bhwc,xw->byxc", rows, images, columns, precision="highest")
 
 

@@ -1,5 +1,6 @@
 """Converts other people's weights: python -m maskgen.tools.convert --format=F --weights=FILE --out=DIR"""
 
+import argparse
 import importlib
 from collections.abc import Sequence
 
@@ -19,13 +20,17 @@ FORMATS: dict[str, tuple[str, ...]] = {
   "mobilenet_v2": (),
   "torchvision": (),
   "siglip": ("encoder_heads",),
+  "siglip2": ("encoder_heads", "image_size"),
   "clip": ("encoder_heads",),
   "dinov2": ("encoder_heads", "image_size"),
+  "dinov3": ("encoder_heads", "image_size"),
   "mae": ("encoder_heads", "decoder_heads"),
   "timm": ("encoder_heads",),
   "vit": ("encoder_heads",),
   "diffusers": (),
 }
+# Those whose images need not be square.
+RECTANGULAR = ("siglip2", "dinov2", "dinov3")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -38,8 +43,9 @@ def main(argv: Sequence[str]) -> None:
     "maskgit: MaskGIT's transformer and its tokenizer, Flax msgpack files. maskgit_flax: the tokenizer. "
     "mobilenet_v2: an .npz of quantized convolutions, and torchvision: ResNet-50 or VGG16 as safetensors or "
     "PyTorch file, also of timm; these are feature networks of the perceptual loss. "
-    "siglip, clip and dinov2: an image encoder, as folder or safetensors of transformers or, for siglip, "
-    ".npz of big_vision. timm and vit: a vision transformer, as folder of timm or transformers. "
+    "siglip, siglip2, clip, dinov2 and dinov3: an image encoder, as folder or safetensors of transformers "
+    "or, for siglip, .npz of big_vision and, for dinov3, a file of its PyTorch reference. "
+    "timm and vit: a vision transformer, as folder of timm or transformers. "
     "mae: a masked autoencoder of its PyTorch reference, or its encoder alone. "
     "diffusers: a text-to-image model, a folder. "
     "docs/weights.md lists where to find published files.",
@@ -55,7 +61,9 @@ def main(argv: Sequence[str]) -> None:
   )
   parser.add_argument("--decoder_heads", type=int, help="mage, lease, mae: default as published")
   parser.add_argument(
-    "--image_size", type=int, help="pixels per side; tokenizers: default 256, dinov2: its own"
+    "--image_size",
+    type=_image_size,
+    help="pixels per side, default 256 for tokenizers; or HEIGHTxWIDTH for siglip2, dinov2 and dinov3",
   )
   parser.add_argument("--tokenizer", help="maskgit, lease: weights file of the tokenizer")
   args = parser.parse_args(argv)
@@ -65,8 +73,10 @@ def main(argv: Sequence[str]) -> None:
   for name, value in given.items():
     if name not in FORMATS[args.format]:
       raise UserError(f"--format={args.format} takes no --{name}: leave it out")
-    if name != "tokenizer" and value < 1:
-      raise UserError(f"--{name}={value}: give at least 1")
+    if isinstance(value, tuple) and args.format not in RECTANGULAR:
+      raise UserError(f"--format={args.format} takes square images: give --{name}=PIXELS")
+    if name != "tokenizer" and min(sides := value if isinstance(value, tuple) else (value,)) < 1:
+      raise UserError(f"--{name}={'x'.join(map(str, sides))}: give at least 1")
   _check_published(args.weights)
   cli.check_out_folder(args.out, new=True)
 
@@ -80,6 +90,15 @@ def main(argv: Sequence[str]) -> None:
     print(f"ignored, as in the reference: {', '.join(converted.dead)}")
   if converted.unknown:
     print(f"ignored, because they are unknown: {', '.join(converted.unknown)}")
+
+
+def _image_size(text: str) -> int | tuple[int, int]:
+  """Reads PIXELS or HEIGHTxWIDTH."""
+  try:
+    height, *width = map(int, text.split("x", 1))
+  except ValueError:
+    raise argparse.ArgumentTypeError(f"'{text}' is neither PIXELS nor HEIGHTxWIDTH") from None
+  return (height, width[0]) if width else height
 
 
 def _check_published(weights: str) -> None:

@@ -25,7 +25,8 @@ def add(parser: cli.Parser) -> None:
     type=_from_anywhere,
     default=INCEPTION,
     help=f"feature network: {INCEPTION}, or as in config.evals.generation.features: pixels, "
-    "mobilenet_v2:FILE, dino:PATH, dinov2:PATH, clip:PATH, siglip:PATH, or model:PATH for a trained encoder",
+    "mobilenet_v2:FILE, dino:PATH, dinov2:PATH, dinov3:PATH, clip:PATH, siglip:PATH, "
+    "siglip2:PATH, or model:PATH for a trained encoder",
   )
   parser.add_argument("--protocol", help="how pictures are prepared for Inception-v3; default adm")
   parser.add_argument(
