@@ -534,7 +534,7 @@ def test_operational_keys_may_change_on_the_way(trained, tmp_path):
 
 # What differs from another config in numbers or the optimizer alone; test_config.py builds all.
 ALIKE = ("mage_base", "mage_large", "mage_c_large", "probe_mage", "fewshot_mage")
-ALIKE += ("vilex_sd15", "vilex_sd21", "vilex_sdxl")  # as vilex_digits
+ALIKE += ("vilex_sd15", "vilex_sd21", "vilex_sdxl", "vilex_emoji")  # as vilex_digits
 ALIKE += ("emoji",)  # as mage_text_cond
 ALIKE += ("dmjd_base",)  # as mae_base, with targets that test_dmjd.py covers
 ALIKE += ("mr_mae_base",)  # as mask_align_base

@@ -48,6 +48,8 @@ class Conditional(mage.Objective, abc.ABC):
   def __post_init__(self):
     super().__post_init__()
     config_lib.check_at_least(self, 1, "condition_width")
+    if self.embed_codes:
+      raise UserError("embed_codes has no effect here: set it in the MAGE that the decoder starts from")
     config_lib.check_share(self, "condition_dropout")
 
   @property
