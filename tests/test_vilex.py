@@ -435,7 +435,7 @@ def test_a_pretrained_vit():
   ones = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), objective.pretrained_shapes())
   main = jax.jit(objective.init)(jax.random.key(0), ones)["params"]["main"]
   tiny.assert_same_bits(main["encoder"], ones["encoder"]["params"]["main"])
-  with pytest.raises(UserError, match="an encoder with a tokenizer is always pretrained"):
+  with pytest.raises(UserError, match="an encoder with frozen parts is always pretrained"):
     objectives.build(SECTION | dict(pretrained_encoder=True, encoder=tiny.stage("mage")["objective"]))
 
 

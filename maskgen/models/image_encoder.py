@@ -52,7 +52,7 @@ class States(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class ImageEncoder(abc.ABC):
-  """The contract. `params` are the network's parameters; `frozen` holds the tokenizer's, if it has one.
+  """The contract. `params` are the network's parameters; `frozen` holds those of its `parts`, by name.
 
   A batch has `image`, uint8 or float32 [b, h, w, c] in [0, 1], which is resized if its size differs, or, for
   an encoder with a tokenizer, `tokens`, integers [b, n]. Calls with `rng` apply dropout and drop path.
@@ -116,6 +116,11 @@ class ImageEncoder(abc.ABC):
     """The width d, also of the pooled vector."""
     width: int = self.network.width
     return width
+
+  @property
+  def parts(self) -> dict[str, nn.Module]:
+    """The frozen networks that compute what `network` sees, by name; each is initialised with images."""
+    return {} if self.tokenizer is None else {"tokenizer": self.tokenizer}
 
   def with_dropout(self, dropout: float, drop_path: float) -> Self:
     """The same encoder with these rates of dropout and drop path.
@@ -255,7 +260,7 @@ NETWORKS: dict[str, type[VitEncoder]] = {"vit": VitEncoder}
 class EncoderPart:
   """An image encoder as part of a model: which one, and where it is among the model's variables.
 
-  A tokenizer's parameters are at "frozen/tokenizer". The methods are those of the encoder; they take the
+  The parameters of its frozen parts are at "frozen/NAME". The methods are those of the encoder; they take the
   variables of the model, `{"params": {group: tree}, "frozen": tree}`.
 
   Attributes:
@@ -273,17 +278,16 @@ class EncoderPart:
     key, encoder = jax.random.key(0), self.encoder
     params = jax.eval_shape(functools.partial(encoder.init, pooled=self.pooled), key)
     shapes = functools.reduce(lambda tree, name: {name: tree}, reversed(self.params.split("/")), params)
-    if encoder.tokenizer is not None:
-      images = jax.ShapeDtypeStruct((1, *encoder.image_shape), jnp.float32)
-      tokenizer = jax.eval_shape(encoder.tokenizer.init, key, images)["params"]
-      shapes["frozen"] = shapes.get("frozen", {}) | {"tokenizer": tokenizer}
+    images = jax.ShapeDtypeStruct((1, *encoder.image_shape), jnp.float32)
+    for name, part in encoder.parts.items():
+      found: Any = jax.eval_shape(part.init, key, images)["params"]
+      shapes["frozen"] = shapes.get("frozen", {}) | {name: found}
     return shapes
 
   def split(self, variables: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     """The encoder's parameters and its frozen parts."""
     params = functools.reduce(lambda tree, name: tree[name], self.params.split("/"), variables)
-    frozen = {} if self.encoder.tokenizer is None else {"tokenizer": variables["frozen"]["tokenizer"]}
-    return params, frozen
+    return params, {name: variables["frozen"][name] for name in self.encoder.parts}
 
   def layers(self, group: str) -> tuple[str, ...]:
     """The encoder's `layers` for the paths of a parameter group; empty if the encoder is not in it."""

@@ -76,9 +76,9 @@ class Objective:
         raise UserError(f"{name} '{value}' does not exist{nearest(value, choices)}")
     if not self.temperature:
       raise UserError("temperature is 0: cosines are divided by it, give a value above 0")
-    if self.trained == "all" and self._source.encoder.tokenizer is not None:
+    if self.trained == "all" and self._source.encoder.parts:
       raise UserError(
-        "encoder has a tokenizer, which this objective cannot train: give trained='text' and the trained "
+        "encoder has frozen parts, which this objective cannot train: give trained='text' and the trained "
         "model as config.pretrained.encoder"
       )
 
@@ -142,8 +142,8 @@ class Objective:
     if self.trained == "all":
       params["encoder"] = self._source.encoder.init(image_rng, pooled=True)
     else:
-      encoder, tokenizer = self._source.split(pretrained["encoder"])
-      frozen = {**tokenizer, "encoder": encoder}
+      encoder, parts = self._source.split(pretrained["encoder"])
+      frozen = {**parts, "encoder": encoder}
     return {"params": {"main": params}, "frozen": frozen, "extra": {}}
 
   def positions(self) -> dict[str, Positions]:

@@ -95,11 +95,11 @@ class Objective:
     if not 1 <= self.tokens <= limit:
       raise UserError(f"tokens is {self.tokens}: a prompt of this decoder holds 1 to {limit}")
     source, *_ = self._source, self.pool, self._subjects, self._templates  # these check their fields
-    if self.pretrained_encoder and source.encoder.tokenizer:
+    if self.pretrained_encoder and source.encoder.parts:
       raise UserError(
-        "pretrained_encoder: an encoder with a tokenizer is always pretrained, leave the key out"
+        "pretrained_encoder: an encoder with frozen parts is always pretrained, leave the key out"
       )
-    if not (self.train_encoder or self.pretrained_encoder or source.encoder.tokenizer):
+    if not (self.train_encoder or self.pretrained_encoder or source.encoder.parts):
       raise UserError("train_encoder=False freezes an encoder from scratch: set pretrained_encoder=True")
     if self.crop_sizes and not self.text_to_image.model.unet.takes_sizes:
       raise UserError("crop_sizes is set, but this decoder takes no sizes: only SDXL does, leave the key out")
@@ -164,7 +164,7 @@ class Objective:
 
   def pretrained_shapes(self) -> dict[str, Tree]:
     shapes: dict[str, Tree] = {"decoder": {"params": {"main": self.text_to_image.shapes()}}}
-    if self.pretrained_encoder or self._source.encoder.tokenizer:
+    if self.pretrained_encoder or self._source.encoder.parts:
       shapes["encoder"] = self._source.shapes()
     return shapes
 
