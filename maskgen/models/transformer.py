@@ -82,10 +82,12 @@ def attend(
   seeds: dropout.Seeds | None = None,
   rate: float = 0.0,
   causal: bool = False,
+  seen: jax.Array | None = None,
 ) -> jax.Array:
   """Scaled dot-product attention [b, n, h, d / h], softmax in float32; if `causal`, to no later position.
 
-  Weights are dropped at `rate` by `seeds` of [b, h], if given.
+  Weights are dropped at `rate` by `seeds` of [b, h], if given. With `seen`, bool [b, n], no position attends
+  to those where it is False; XLA then computes it.
 
   "auto" uses cuDNN's fused kernel on NVIDIA GPUs where it applies: 16-bit dtypes, no dropout on the weights,
   and heads whose width is a multiple of 8 up to 128; programs with it have been made, but not run. On TPUs it
@@ -96,15 +98,17 @@ def attend(
   width = query.shape[-1]
   platform = sharding.platform()
   fused = attention == "pallas" or (attention == "auto" and platform == "tpu")
-  if fused and not causal and fused_attention.fits(query, key):
+  if fused and not causal and seen is None and fused_attention.fits(query, key):
     return fused_attention.attend(query, key, value, seeds, rate)
   fits = seeds is None and query.dtype.itemsize == 2 and width % 8 == 0 and width <= 128
-  if attention == "cudnn" or (attention == "auto" and fits and platform == "gpu"):
+  if seen is None and (attention == "cudnn" or (attention == "auto" and fits and platform == "gpu")):
     return _attend_by_cudnn(query, key, value, causal)
   scores = jnp.einsum("bqhc,bkhc->bhqk", query, key, preferred_element_type=jnp.float32)
   if causal:
-    seen = jnp.tri(query.shape[1], key.shape[1], dtype=bool)
-    scores = jnp.where(seen[None, None], scores, -jnp.inf)
+    earlier = jnp.tri(query.shape[1], key.shape[1], dtype=bool)
+    scores = jnp.where(earlier[None, None], scores, -jnp.inf)
+  if seen is not None:
+    scores = jnp.where(seen[:, None, None], scores, -jnp.inf)
   weights = jax.nn.softmax(scores / width**0.5).astype(query.dtype)
   weights = weights if seeds is None else dropout.drop(weights, seeds, rate)
   return jnp.einsum("bhqk,bkhc->bqhc", weights, value)
@@ -128,7 +132,7 @@ class Attention(nn.Module):
 
   If the collection `cache` is mutable, keys and values [b, n, h, d / h] are stored there. With `at`, int32
   [b, q], x holds only these positions, all distinct: their keys and values replace those in the cache, and
-  all others are unchanged.
+  all others are unchanged. For `seen` see `attend`.
 
   With `waves`, queries and keys are rotated by their positions, see `maskgen.numerics.rotary`.
   """
@@ -148,6 +152,7 @@ class Attention(nn.Module):
     train: bool,
     at: jax.Array | None = None,
     waves: jax.Array | None = None,
+    seen: jax.Array | None = None,
   ) -> jax.Array:
     width = x.shape[-1]  # x is [b * n, d], or [b * q, d]
     if width % self.heads:
@@ -172,7 +177,7 @@ class Attention(nn.Module):
     seeds = None
     if train and self.dropout:
       seeds = dropout.seeds(self.make_rng("dropout"), (query.shape[0], self.heads))
-    y = attend(query, key, value, attention=self.attention, seeds=seeds, rate=self.dropout)
+    y = attend(query, key, value, attention=self.attention, seeds=seeds, rate=self.dropout, seen=seen)
     y = remat_lib.keep(y.reshape(x.shape))
     y = nn.Dense(width, kernel_init=kernel_init, dtype=self.dtype, name="out")(y)
     return sharding.constrain_batch(y)
@@ -231,6 +236,7 @@ class Block(nn.Module):
     at: jax.Array | None = None,
     condition: jax.Array | None = None,
     waves: jax.Array | None = None,
+    seen: jax.Array | None = None,
   ) -> jax.Array:  # [b * n, d], n -> [b * n, d]
     parts: list[jax.Array] = []
     if condition is not None:
@@ -257,7 +263,8 @@ class Block(nn.Module):
     options = (self.heads, self.dropout, self.dtype, self.attention, self.qkv_bias)
     attention = Attention(*options, name="attention")
     mlp = Mlp(self.hidden or 4 * x.shape[-1], self.dropout, self.dtype, self.activation, name="mlp")
-    y = attention(x if self.post_norm else first(x), length, train=train, at=at, waves=waves)
+    y = x if self.post_norm else first(x)
+    y = attention(y, length, train=train, at=at, waves=waves, seen=seen)
     x = x + branch(Dropout(self.dropout)(y, train=train), "attention")
     if self.post_norm:
       x = first(x)
@@ -310,8 +317,9 @@ class Transformer(nn.Module):
     at: jax.Array | None = None,
     condition: jax.Array | None = None,
     waves: jax.Array | None = None,
+    seen: jax.Array | None = None,
   ) -> jax.Array:
-    """[b, n, d] -> [b, n, d]; see `Attention` for `at`, `waves` and the collection `cache`, else `Block`.
+    """[b, n, d] -> [b, n, d]; see `Attention` for `at`, `waves`, `seen` and `cache`, else `Block`.
 
     If the collection `states` is mutable, x and the output of each block are stored, [depth + 1, b, n, d].
     """
@@ -339,6 +347,7 @@ class Transformer(nn.Module):
         at=at,
         condition=condition,
         waves=waves,
+        seen=seen,
         rngs={} if key is None else {"dropout": key},
         mutable=["cache"] if keep else [],
       )

@@ -111,11 +111,12 @@ class NoisyViT(ViT):
     train: bool,
     kept: jax.Array | None = None,
     condition: jax.Array | None = None,
+    padded: bool = False,
   ) -> jax.Array:
     if condition is None:
       level = jnp.zeros(len(images), jnp.int32)
       condition = self.condition(level, jnp.full_like(level, self.classes))
-    return super()._encode(images, train, kept, condition)
+    return super()._encode(images, train, kept, condition, padded)
 
 
 class NoisyDecoder(nn.Module):

@@ -225,15 +225,24 @@ class ViT(nn.Module):
     mean, std = (jnp.array(value)[None, None, None] for value in (self.mean, self.std))
     return standardized * std + mean
 
-  def encode_kept(self, images: jax.Array, kept: jax.Array | None, *, train: bool = False) -> jax.Array:
+  def encode_kept(
+    self, images: jax.Array, kept: jax.Array | None, *, padded: bool = False, train: bool = False
+  ) -> jax.Array:
     """Encodes a part of the patches: leading positions and patches [b, leading + r + k, d], normalised.
 
     Args:
       images: as in `__call__`.
       kept: int32 [b, k], the patches that the network sees, or None for all.
+      padded: whether n may stand in `kept` for none, see `masking.padded_mask`: what is computed in such
+        places is arbitrary, and the same elsewhere as without them.
       train: whether to apply dropout.
     """
-    return self._encode(images, train, kept)
+    return self._encode(images, train, kept, padded=padded)
+
+  def embed_patches(self, images: jax.Array) -> jax.Array:
+    """Images as in `__call__` to the embeddings of patches [b, n, d], before positions are added."""
+    x = self.patch_embedding(self.standardize(images))
+    return x.reshape(x.shape[0], -1, self.width)
 
   def _encode(
     self,
@@ -241,24 +250,27 @@ class ViT(nn.Module):
     train: bool,
     kept: jax.Array | None = None,
     condition: jax.Array | None = None,
+    padded: bool = False,
   ) -> jax.Array:
     """[b, h, w, c] -> [b, n or k, d] with the leading positions; for `condition` see `Block`."""
-    x = self.patch_embedding(self.standardize(images))
-    x = x.reshape(x.shape[0], -1, self.width)
+    x, seen = self.embed_patches(images), None
     if self.leading:
       x = jnp.concatenate([self._each(self.class_token, x), x], axis=1)
     if not self.rotary_base:
       x = x + (self.position if self.fixed_positions else sharding.gather(self.position))[None]
     if kept is not None:
       at = jnp.pad(kept + self.leading, ((0, 0), (self.leading, 0)))
-      x = jnp.take_along_axis(x, at[..., None], axis=1)
+      x = jnp.take_along_axis(x, at[..., None], axis=1, mode="clip" if padded else None)
+      if padded:
+        before = ((0, 0), (self.leading + self.registers, 0))
+        seen = jnp.pad(kept < self.num_patches, before, constant_values=True)
     if self.registers:
       first, rest = x[:, : self.leading], x[:, self.leading :]
       x = jnp.concatenate([first, self._each(self.register_tokens, x), rest], axis=1)
     if self.embedding_norm:
       x = self.input_norm(x)
     x = sharding.constrain_batch(x.astype(self.dtype))
-    x = self.encoder(x, train=train, condition=condition, waves=_waves(self, kept))
+    x = self.encoder(x, train=train, condition=condition, waves=_waves(self, kept), seen=seen)
     return self.encoder_norm(x)
 
   def _each(self, tokens: jax.Array, x: jax.Array) -> jax.Array:

@@ -17,7 +17,11 @@ from maskgen.config import check_at_least, fields
 from maskgen.errors import UserError, nearest
 
 
-def _cosine(t: np.ndarray) -> np.ndarray:
+def cosine(t: np.ndarray) -> np.ndarray:
+  """The f(t) of a cosine schedule for t in [0, 1], float64 (Nichol and Dhariwal 2021, eq. 17).
+
+  f(t) / f(0) is alpha_t^2.
+  """
   return np.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
 
 
@@ -25,9 +29,9 @@ def _cosine(t: np.ndarray) -> np.ndarray:
 BETAS: dict[str, Callable[[int, float, float], np.ndarray]] = {
   "linear": lambda steps, first, last: np.linspace(first, last, steps),
   "scaled_linear": lambda steps, first, last: np.linspace(first**0.5, last**0.5, steps) ** 2,
-  # Nichol and Dhariwal 2021, eq. 17; it ignores first and last.
+  # It ignores first and last.
   "cosine": lambda steps, first, last: np.minimum(
-    1 - _cosine(np.arange(1, steps + 1) / steps) / _cosine(np.arange(steps) / steps), 0.999
+    1 - cosine(np.arange(1, steps + 1) / steps) / cosine(np.arange(steps) / steps), 0.999
   ),
 }
 # What a network predicts: noise e, v = alpha_t e - sigma_t x_0 (Salimans and Ho 2022, appendix D), or x_0.

@@ -9,8 +9,10 @@ from typing import ClassVar, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from maskgen.errors import UserError
+from maskgen.numerics import diffusion
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,6 +95,49 @@ def random_mask(
   mask = rank < num_masked[:, None]
   kept = jnp.sort(order[:, num_dropped(num_tokens, ratio) :], axis=-1)
   return mask, kept
+
+
+def num_masked_at(step: jax.Array, num_tokens: int, low: float, high: float, steps: int) -> jax.Array:
+  """The number of masked tokens of a ratio that rises during training, as in LMD (Ma et al. 2024).
+
+  The ratio rises as the noise of a cosine schedule does.
+
+  Args:
+    step: the number of completed updates, an int32 scalar.
+    num_tokens: n; ceil(n * r) tokens are masked for a ratio of r.
+    low: the ratio at step 0.
+    high: the ratio from `steps` on, at least `low`.
+    steps: of the rise, at least 1.
+
+  Returns:
+    An int32 scalar.
+  """
+  share = 1.0 - diffusion.cosine(np.arange(steps + 1) / steps) / diffusion.cosine(np.zeros(1))
+  masked = np.ceil(num_tokens * (low + (high - low) * share) - _ROUNDING).astype(np.int32)
+  # Each number's first step, so that no device rounds.
+  first = np.searchsorted(masked, np.arange(masked[0] + 1, masked[-1] + 1))
+  return masked[0] + (step >= jnp.asarray(first, jnp.int32)).sum(dtype=jnp.int32)
+
+
+def padded_mask(
+  keys: jax.Array, num_tokens: int, num_masked: jax.Array, least: int
+) -> tuple[jax.Array, jax.Array]:
+  """Masks a number of tokens that need not be known when a step is compiled, and drops all of them.
+
+  Args:
+    keys: PRNG keys [b]; example i depends on key i alone.
+    num_tokens: n.
+    num_masked: the number of masked tokens of each example, an int32 scalar from `least` to n.
+    least: the smallest such number.
+
+  Returns:
+    mask: bool [b, n], True where a token is masked.
+    kept: int32 [b, n - least], the others, ascending, then n in the remaining places.
+  """
+  rank = jax.vmap(lambda key: jax.random.permutation(key, num_tokens))(keys)
+  mask = rank < num_masked
+  kept = jnp.sort(jnp.where(mask, num_tokens, jnp.arange(num_tokens)[None]), axis=-1)
+  return mask, kept[:, : num_tokens - least].astype(jnp.int32)
 
 
 def disjoint_masks(
