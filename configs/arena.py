@@ -58,6 +58,7 @@ ROWS = {
   "dmjd": dict(objective=dict(name="dmjd", mask_ratio=0.6, block=2, cells=1)),
   "mr_mae": dict(objective=dict(name="mr_mae", mask_ratio=0.75, **TAUGHT)),
   "mask_align": dict(objective=dict(name="mask_align", blocks=2, **TAUGHT), debug=dict(blocks=1)),
+  "lmd": dict(objective=dict(name="lmd", encoder=dict(patch=1))),
   "umd": dict(
     objective=dict(name="umd", encoder=dict(pooling="registers", fixed_positions=False), sampling=DDIM),
     debug=dict(sampling=DDIM | dict(steps=2)),
@@ -76,10 +77,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   args.size = args.size or (16 if args.debug else 32)
   small = dict(debug=args.debug, tiny=not args.debug, seed=args.seed)
   stages = config_lib.load_beside(__file__, "mage_cifar.py", **small)
-  # A token is 4 x 4 pixels.
-  stages.mage.objective.update(image_size=(args.size, args.size))
+  stages.mage.objective.update(image_size=(args.size, args.size))  # a token is 4 x 4 pixels
   config = stages.tokenizer if args.objective == "tokenizer" else stages.mage
-  steps = args.steps or (2 if args.debug else 200 if args.tiny else 1000)
+  steps = args.steps = args.steps or (2 if args.debug else 200 if args.tiny else 1000)
   config.update(total_steps=steps, log_every_steps=max(1, min(50, steps // 10)), sharding=())
   config.checkpoint.save_steps = 1000
   config.data = pictures(args)
@@ -91,7 +91,8 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   row = ROWS.get(args.objective, dict(objective=dict(name=args.objective)))
   own = row["objective"] | (row.get("debug", {}) if args.debug else {})
   config.objective = section(args, stages.mage.objective.to_dict(), own)
-  models = dict(tokenizer=args.tokenizer or "runs/tokenizer", teacher=args.teacher or "runs/teacher")
+  tokenizer = args.tokenizer or "runs/tokenizer"
+  models = dict(tokenizer=tokenizer, autoencoder=tokenizer, teacher=args.teacher or "runs/teacher")
   config.pretrained = {key: path for key, path in models.items() if key in config.objective}
   if "captions" in config.objective:
     captions = config.objective.captions
@@ -114,9 +115,9 @@ def section(args, common: dict, own: dict) -> dict:
   vit = dict(image_size=common["image_size"], patch=4, pooling="class", fixed_positions=True)
   captions = config_lib.load_beside(__file__, "diffusion_digits.py").objective.captions.to_dict()
   captions["text_tokenizer"] = args.words or captions["text_tokenizer"]
-  common |= dict(
-    encoder=vit | blocks, text_encoder=dict(blocks, hidden=4 * blocks["width"]), captions=captions
-  )
+  common |= dict(encoder=vit | blocks, text_encoder=dict(blocks, hidden=4 * blocks["width"]))
+  common |= dict(captions=captions, rise_steps=max(1, 2 * args.steps // 3))
+  common["autoencoder"] = dict(name="tokenizer") | {key: common[key] for key in ("image_size", "tokenizer")}
   known = fields.of(objectives.find(own, "config argument ':objective"))
   if "tokenizer" not in known:
     del common["mask_ratio"], common["sampling"]  # of tokens

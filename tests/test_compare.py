@@ -11,6 +11,7 @@ import test_report
 from etils import epath
 
 from maskgen import config as config_lib
+from maskgen import objectives
 from maskgen.errors import UserError
 from maskgen.report import comparison
 from maskgen.report import runs as report_runs
@@ -204,7 +205,10 @@ def test_what_does_not_fit_is_refused_before_any_run(tmp_path, flags, message):
 
 @pytest.mark.parametrize(
   ("name", "taught"),
-  [("masked_pixels", False), ("dmjd", False), ("umd", False), ("mr_mae", True), ("mask_align", True)],
+  [
+    *(("masked_pixels", False), ("dmjd", False), ("umd", False)),
+    *(("mr_mae", True), ("mask_align", True)),
+  ],
 )
 def test_objectives_without_codes_have_the_common_encoder(compared, name, taught):
   teacher = compared / "mae/seed_0"
@@ -213,6 +217,15 @@ def test_objectives_without_codes_have_the_common_encoder(compared, name, taught
   assert (encoder.width, encoder.depth, encoder.image_size, encoder.patch) == (16, 1, (16, 16), 4)
   assert dict(config.pretrained) == ({"teacher": str(teacher)} if taught else {})
   assert ("generation" in config.evals) == (name == "umd")
+
+
+def test_an_objective_on_latents_has_those_of_the_tokenizer():
+  config = config_lib.load("configs/arena.py:objective=lmd,tokenizer=runs/mine,steps=90,debug")
+  assert dict(config.pretrained) == {"autoencoder": "runs/mine"} and config.objective.rise_steps == 60
+  mage = config_lib.load("configs/arena.py:objective=mage,debug")
+  assert config.objective.autoencoder.tokenizer == mage.objective.tokenizer
+  objective, codes = (objectives.build(config_lib.to_dict(one.objective)) for one in (config, mage))
+  assert objective.encoder.grid == codes.grid
 
 
 def test_models_of_different_tokenizers_are_not_compared(copied):

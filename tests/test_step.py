@@ -113,6 +113,16 @@ TINY = {
     decoder_heads=4,
     teacher=VIT,
   ),
+  "lmd": dict(
+    image_size=(16, 16),
+    autoencoder=dict(name="tokenizer", image_size=(16, 16), tokenizer=NETWORK),
+    encoder=dict(patch=1, width=16, depth=1, heads=4, pooling="class"),
+    decoder_width=16,
+    decoder_depth=1,
+    decoder_heads=4,
+    first_ratio=0.5,
+    rise_steps=4,
+  ),
   "two_view": dict(
     encoder=dict(
       image_size=(16, 16), patch=4, width=16, depth=1, heads=4, pooling="class", fixed_positions=True
@@ -160,7 +170,7 @@ WITHOUT = {
   "mask_align": ("encoder_norm/scale", "encoder_norm/bias"),
 }
 # Extends another objective by a loss: one mesh is enough.
-HEIRS = ("mage_c", "lease", "sorcen", "dmjd", "mr_mae")
+HEIRS = ("mage_c", "lease", "sorcen", "dmjd", "mr_mae", "lmd")
 MESHES = ((2, 4, 1), (2, 2, 2))  # test_meshes.py: data parallelism alone
 BATCH = 8
 every_objective = pytest.mark.parametrize("name", sorted(TINY))

@@ -538,6 +538,7 @@ ALIKE += ("vilex_sd15", "vilex_sd21", "vilex_sdxl", "vilex_emoji")  # as vilex_d
 ALIKE += ("emoji",)  # as mage_text_cond
 ALIKE += ("dmjd_base",)  # as mae_base, with targets that test_dmjd.py covers
 ALIKE += ("mr_mae_base",)  # as mask_align_base
+ALIKE += ("lmd_base",)  # as mae_base, on latents that test_lmd.py covers
 ALIKE += ("umd_base",)  # as mae_base, with networks that test_step.py and test_umd.py cover
 ALIKE += ("arena",)  # test_compare.py trains it
 ALIKE += ("cropmae_small",)  # as mae_base, with a decoder that test_two_view.py covers

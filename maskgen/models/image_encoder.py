@@ -28,6 +28,7 @@ import jax.numpy as jnp
 
 from maskgen import config as config_lib
 from maskgen import images as images_lib
+from maskgen.models import latents
 from maskgen.models.mage import Encoder
 from maskgen.models.transformer import check_attention
 from maskgen.models.vit import ViT, block_states, class_attention
@@ -170,14 +171,19 @@ class VitEncoder(ImageEncoder):
     return Positions(self.network.grid, self.network.leading)
 
   def init(self, rng: jax.Array, *, pooled: bool = False) -> Any:
-    return self.network.init(rng, jnp.zeros((1, *self.image_shape)), method="pool")["params"]
+    images = jnp.zeros((1, *self.network.image_size, self.network.channels))
+    return self.network.init(rng, images, method="pool")["params"]
+
+  def inputs(self, frozen: Any, batch: Batch) -> jax.Array:
+    """What the network sees as images, float32 [b, h, w, c]."""
+    return images_lib.to_float(batch["image"])
 
   def encode(self, params: Any, frozen: Any, batch: Batch, rng: jax.Array | None = None) -> jax.Array:
-    found: jax.Array = self._apply("__call__", params, images_lib.to_float(batch["image"]), rng=rng)
+    found: jax.Array = self._apply("__call__", params, self.inputs(frozen, batch), rng=rng)
     return found
 
   def pool(self, params: Any, frozen: Any, batch: Batch, rng: jax.Array | None = None) -> jax.Array:
-    found: jax.Array = self._apply("pool", params, images_lib.to_float(batch["image"]), rng=rng)
+    found: jax.Array = self._apply("pool", params, self.inputs(frozen, batch), rng=rng)
     return found
 
   @property
@@ -190,10 +196,36 @@ class VitEncoder(ImageEncoder):
 
   def states(self, params: Any, frozen: Any, batch: Batch) -> States:
     network = self.network
-    found = block_states(network, params, images_lib.to_float(batch["image"]))
+    found = block_states(network, params, self.inputs(frozen, batch))
     attention = class_attention(network, params, found) if self.looks else None
     leading, patches = found[1:, :, : network.leading], found[1:, :, network.leading + network.registers :]
     return States(jnp.concatenate([leading, patches], axis=2), attention)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LatentVitEncoder(VitEncoder):
+  """A ViT on the latents of a frozen autoencoder.
+
+  Attributes:
+    autoencoder: computes the latents, the "images" of the network.
+    image_size: (h, w) of the images that it was trained on.
+  """
+
+  pixels: ClassVar[str] = ""
+
+  autoencoder: latents.Autoencoder
+  image_size: tuple[int, int]
+
+  @property
+  def image_shape(self) -> tuple[int, int, int]:
+    return (*self.image_size, self.autoencoder.image_channels)
+
+  @property
+  def parts(self) -> dict[str, nn.Module]:
+    return {"autoencoder": self.autoencoder}
+
+  def inputs(self, frozen: Any, batch: Batch) -> jax.Array:
+    return latents.encode(self.autoencoder, frozen["autoencoder"], _resized(batch, self.image_size))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -240,11 +272,15 @@ class MageEncoder(ImageEncoder):
   def _tokens(self, frozen: Any, batch: Batch) -> Any:
     if "tokens" in batch:
       return batch["tokens"].astype(jnp.int32)
-    images = images_lib.to_float(batch["image"])
-    shape = (len(images), *self.image_size, images.shape[-1])
-    if images.shape != shape:
-      images = jnp.clip(jax.image.resize(images, shape, "bilinear"), 0.0, 1.0)
+    images = _resized(batch, self.image_size)
     return self.tokenizer.apply({"params": frozen["tokenizer"]}, images, method="tokenize")
+
+
+def _resized(batch: Batch, size: tuple[int, int]) -> jax.Array:
+  """The images of a batch at this (h, w), float32 in [0, 1]."""
+  images = images_lib.to_float(batch["image"])
+  shape = (len(images), *size, images.shape[-1])
+  return images if images.shape == shape else jnp.clip(jax.image.resize(images, shape, "bilinear"), 0.0, 1.0)
 
 
 def _blocks(depth: int) -> tuple[str, ...]:

@@ -65,8 +65,8 @@ def read(out: epath.Path, plan: Mapping[str, Any]) -> list[Row]:
     if not stages:
       continue
     for path in found:
-      receipt = files.read_json(path / "receipts.json", _REMEDY)
-      if tokenizer := receipt["model"]["frozen"].get("tokenizer"):
+      frozen = files.read_json(path / "receipts.json", _REMEDY)["model"]["frozen"]
+      if tokenizer := frozen.get("tokenizer") or frozen.get("autoencoder"):
         tokenizers.setdefault(tokenizer, path)
     metrics = [metric for metric in (PROBE, entry["distance"]) if metric and metric in stages[0].results]
     numbers = {key: value for stage in stages for key, value in stage.results.items()}
