@@ -125,7 +125,8 @@ def test_the_package_is_typed():
 
 
 def fields(cls: type) -> set[str]:
-  return {field.name for field in dataclasses.fields(cls)} - {"parent", "name"}  # flax adds these two
+  found = {field.name for field in dataclasses.fields(cls) if field.init}
+  return found - {"parent", "name"}  # flax adds these two
 
 
 def read_attributes(node: ast.AST) -> set[str]:

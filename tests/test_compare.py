@@ -206,7 +206,7 @@ def test_what_does_not_fit_is_refused_before_any_run(tmp_path, flags, message):
 @pytest.mark.parametrize(
   ("name", "taught"),
   [
-    *(("masked_pixels", False), ("dmjd", False), ("umd", False)),
+    *(("masked_pixels", False), ("dmjd", False), ("selfie", False), ("umd", False)),
     *(("mr_mae", True), ("mask_align", True)),
   ],
 )

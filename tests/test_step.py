@@ -123,6 +123,12 @@ TINY = {
     first_ratio=0.5,
     rise_steps=4,
   ),
+  "selfie": dict(
+    encoder=dict(image_size=(16, 16), patch=4, width=16, depth=1, heads=4, pooling="class"),
+    decoder_width=16,
+    decoder_depth=1,
+    decoder_heads=4,
+  ),
   "two_view": dict(
     encoder=dict(
       image_size=(16, 16), patch=4, width=16, depth=1, heads=4, pooling="class", fixed_positions=True
@@ -164,13 +170,15 @@ RULES = {
   "tokenizer": (("conv_0/kernel", (None, None, "fsdp", "tensor")), ("codebook", ("tensor", None))),
 }
 KEYS = ("attention/key/bias", "attn/k_proj/bias")
-# Parameters without gradients in one objective: nothing follows but a batch norm, or they are not used.
+# Parameters without gradients in one objective: nothing follows but a batch norm, all keys have them in
+# common, or they are not used.
 WITHOUT = {
   "sorcen": ("projection/down/bias",),
+  "selfie": ("keys/out/bias",),
   "mask_align": ("encoder_norm/scale", "encoder_norm/bias"),
 }
 # Extends another objective by a loss: one mesh is enough.
-HEIRS = ("mage_c", "lease", "sorcen", "dmjd", "mr_mae", "lmd")
+HEIRS = ("mage_c", "lease", "sorcen", "dmjd", "mr_mae", "lmd", "selfie")
 MESHES = ((2, 4, 1), (2, 2, 2))  # test_meshes.py: data parallelism alone
 BATCH = 8
 every_objective = pytest.mark.parametrize("name", sorted(TINY))
