@@ -191,8 +191,12 @@ def uniform(variables, batch, rng):
   return jax.vmap(lambda key: jax.random.uniform(key, (8, 8, 3)))(batch["key"])
 
 
+def copy(variables, batch, rng):
+  return to_float(batch["image"])
+
+
 def test_generation_ranks_real_images_before_noise(digits):
-  predict = {"generate": replay(digits[0][0]), "generate_uniform": uniform}
+  predict = {"generate": replay(digits[0][0]), "generate_uniform": uniform, "reconstruct": copy}
   context = make_context(predict, *digits)
   report = run("generation", context, num_images=200, classifier="svc", num_pictures=36)
   numbers = report.numbers
@@ -203,6 +207,12 @@ def test_generation_ranks_real_images_before_noise(digits):
   assert 2.1 < numbers["class_entropy"] < np.log(10)
   assert report.pictures["generated"].shape == (62, 62, 3)
   assert all(type(value) is float for value in numbers.values())
+  # These reconstructions are perfect, and of no more images than are generated.
+  assert numbers["frechet_pixels_reconstructions"] == pytest.approx(numbers["frechet_pixels_floor"], rel=1e-4)
+  few = run("generation", make_context(predict, digits[0], [x[:70] for x in digits[1]])).numbers
+  cut = run("generation", context, num_images=70).numbers
+  assert cut["frechet_pixels_reconstructions"] == pytest.approx(few["frechet_pixels_floor"], rel=1e-4)
+  assert cut["frechet_pixels_reconstructions"] > 1.01 * numbers["frechet_pixels_reconstructions"]
 
 
 def test_generating_the_training_set_gives_distance_zero(digits):

@@ -46,8 +46,10 @@ class Evaluator:
     `frechet_S_floor`: the distance of the evaluation split, for reference.
     `frechet_S_uniform_codes`: the distance of the same number of images decoded from uniformly drawn codes,
       if the objective has the prediction function `generate_uniform`.
+    `frechet_S_reconstructions`: likewise, of as many images of the evaluation split, or all, decoded from
+      their own codes. Samples of perfect codes would have about this distance.
   With features="inception_v3" instead FID and its family as a published tool computes them, under names of
-    `comparison.metric_name` such as `fid50k/adm/imagenet_256/balanced`, without floor and uniform codes.
+    `comparison.metric_name` such as `fid50k/adm/imagenet_256/balanced`, without these three.
   With a classifier: its accuracy on the evaluation split, `<classifier>_top1`, and `class_share_min` and
     `class_entropy` (nats) of its predictions for the generated images.
   If the objective takes labels, all classes are generated equally often, and with a classifier
@@ -117,6 +119,7 @@ class Evaluator:
     inputs = {"key": key_shapes(batch)}
     if "generate_uniform" in self.context.predict and self._has_floor:
       call("generate_uniform", inputs)
+      call("reconstruct", batch)
     wanted = ("label",) * bool(self.context.num_classes) + ("caption",) * self.captions
     call("generate", inputs | {name: batch[name] for name in wanted}, **self.sampling)
 
@@ -140,6 +143,8 @@ class Evaluator:
       draws = self._draws(predict["generate_uniform"], variables, rng)
       uniform = self._features("the images of uniform codes", ("fid",), draws)
       numbers[f"{self._name('fid')}_uniform_codes"] = self._distance(uniform)
+      decoded = self._features("the reconstructions", ("fid",), self._reconstructions(variables, rng))
+      numbers[f"{self._name('fid')}_reconstructions"] = self._distance(decoded)
     if self.classifier is not None:
       numbers[f"{self.classifier}_top1"] = self._real_classes[1]
     return Report(numbers, report.pictures)
@@ -196,6 +201,17 @@ class Evaluator:
     )
     for images, count in made:
       yield images, np.arange(len(images)) < count
+
+  def _reconstructions(self, variables: Any, rng: jax.Array) -> Iterator[tuple[jax.Array, np.ndarray]]:
+    """Yields reconstructions of the evaluation split as `_draws` yields images."""
+    left = self.num_images
+    for batch in self.context.batches("eval"):
+      valid = gather(batch["valid"])
+      used = valid & (np.cumsum(valid) <= left)
+      yield self.context.predict["reconstruct"](variables, batch, rng), used
+      left -= int(used.sum())
+      if not left:
+        return
 
   def _features(
     self, name: str, metrics: Sequence[str], batches: Iterable[tuple[jax.Array, np.ndarray]]

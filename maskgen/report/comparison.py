@@ -71,7 +71,7 @@ def read(out: epath.Path, plan: Mapping[str, Any]) -> list[Row]:
     metrics = [metric for metric in (PROBE, entry["distance"]) if metric and metric in stages[0].results]
     numbers = {key: value for stage in stages for key, value in stage.results.items()}
     known = [f"{PROBE}_{name}" for name in BASELINES]
-    known += [f"{entry['distance']}_{name}" for name in ("floor", "uniform_codes")]
+    known += [f"{entry['distance']}_{name}" for name in ("floor", "reconstructions", "uniform_codes")]
     rows.append(
       {
         "name": name,
@@ -242,6 +242,8 @@ def _floors(rows: Sequence[Row]) -> Iterator[str]:
   for name, value in found.items():
     if name.endswith("_floor"):
       yield f"The distance of the evaluation split: {value:.4g}."
+    elif name.endswith("_reconstructions"):
+      yield f"The distance of the tokenizer's reconstructions of the evaluation split: {value:.4g}."
     elif name.endswith("_uniform_codes"):
       yield f"The distance of pictures of uniformly drawn codes: {value:.4g}."
 
