@@ -111,6 +111,8 @@ def test_an_embedding_table_can_start_from_the_codes():
   rows, centred = table[: len(codes)], codes - codes.mean(axis=0)
   projection, *_ = np.linalg.lstsq(centred, rows, rcond=None)
   np.testing.assert_allclose(centred @ projection, rows, atol=1e-4)
+  nothing = jax.tree.map(jnp.zeros_like, tokenizer)
+  tiny.assert_same_bits(embedded.init(jax.random.key(0), nothing), random.init(jax.random.key(0), nothing))
   with pytest.raises(UserError, match="embed_codes has no effect here: set it in the MAGE"):
     build(embed_codes=True)
   tiny.assert_same_bits({**ours, "embedding": table[-1:]}, {**theirs, "embedding": table[-1:]})

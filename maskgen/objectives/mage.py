@@ -32,7 +32,8 @@ from maskgen.objectives import (
   token_fns,
 )
 
-# The root mean square length of the rows of the embedding table that start as codes.
+# The root mean square length of rows that start as codes: random ones, of 0.02 a number, give logits so flat
+# that neighbouring codes stay alike for long.
 _CODE_LENGTH = 2.0
 
 
@@ -176,7 +177,10 @@ class Objective:
     params = self.model.init(rng, tokens, tokens > 0)["params"]
     tokenizer = pretrained["tokenizer"]["params"]["generator"]
     if self.embed_codes:
-      params = {**params, "embedding": self._embed_codes(rng, tokenizer, params["embedding"])}
+      params = {
+        **params,
+        "embedding": self._embed_codes(jax.random.fold_in(rng, 0), tokenizer, params["embedding"]),
+      }
     return {"params": {"main": params}, "frozen": {"tokenizer": tokenizer}, "extra": {}}
 
   def _embed_codes(self, rng: jax.Array, tokenizer: Tree, table: jax.Array) -> jax.Array:
@@ -185,7 +189,8 @@ class Objective:
     codes = codes - codes.mean(axis=0)[None]
     length = jnp.sqrt(jnp.square(codes).sum(axis=-1).mean())
     projection = jax.random.normal(rng, (codes.shape[1], self.width)) / self.width**0.5
-    return table.at[: self.codebook_size].set(_CODE_LENGTH / length * codes @ projection)
+    embedded = table.at[: self.codebook_size].set(_CODE_LENGTH / length * codes @ projection)
+    return jnp.where(length > 0, embedded, table)  # a baseline without a tokenizer has codes of zeros
 
   def positions(self) -> dict[str, Positions]:
     return dict.fromkeys(("main/position", "main/decoder_position"), Positions(self.grid, leading=1))
