@@ -16,6 +16,7 @@ import maskgen
 from maskgen import cli, storage, tree
 from maskgen import config as config_lib
 from maskgen.errors import UserError
+from maskgen.storage import tensors
 from maskgen.tools import export, generate
 from maskgen.training.experiment import Experiment
 
@@ -141,12 +142,12 @@ def test_an_export_in_int8_is_read_as_float32(trained, tmp_path):
   for name, leaf in full.items():
     assert (small[name].dtype, small[name].shape) == (leaf.dtype, leaf.shape), name
     # Half a step of the coarsest scale; vectors are stored as they are.
-    step = np.abs(leaf).max() / 127 if leaf.ndim > 1 else 0.0
+    step = 0.0 if leaf.size in leaf.shape else np.abs(leaf).max() / 127
     assert np.abs(small[name] - leaf).max() <= 0.501 * step, name
   stored = safetensors.numpy.load_file(tmp_path / "small" / storage.WEIGHTS)
-  assert {leaf.dtype for name, leaf in stored.items() if name in full and leaf.ndim > 1} == {
-    np.dtype(np.int8)
-  }
+  for name in full:
+    vector = stored[name].size in stored[name].shape
+    assert stored[name].dtype == (np.float32 if vector else np.int8), name
   shapes: dict = {}
   storage.read_chosen(tmp_path / "small", lambda found: shapes.update(found) or {})
   assert shapes.keys() <= full.keys() and {leaf.dtype for leaf in shapes.values()} == {np.dtype(np.float32)}
@@ -167,3 +168,19 @@ def test_float16_is_refused_where_it_does_not_fit(trained, tmp_path):
     export.main(["--model=digits", "--format=mage", "--dtype=float16", f"--out={tmp_path / 'a.safetensors'}"])
   assert_clear(error)
   assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dtype", ["float16", "int8"])
+def test_numbers_that_are_not_finite_are_not_rounded(tmp_path, dtype):
+  arrays = {"kernel": np.array([[1.0, np.nan], [2.0, 3.0]], np.float32)}
+  with pytest.raises(UserError, match="kernel has numbers that are not finite") as error:
+    tensors.write_weights(tmp_path / "out", arrays, dtype)
+  assert_clear(error)
+  assert not list(tmp_path.iterdir())
+
+
+def test_only_an_int8_file_has_scales():
+  arrays = {"a": np.full((2, 3), 4, np.int8), "a:scales": np.ones((2, 1), np.float32)}
+  assert tensors.parse(safetensors.numpy.save(arrays)).keys() == arrays.keys()
+  (read,) = tensors.parse(safetensors.numpy.save(arrays, {"float32": "stored as int8"})).items()
+  assert read[0] == "a" and read[1].dtype == np.float32

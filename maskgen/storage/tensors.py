@@ -34,7 +34,7 @@ def write_weights(folder: epath.Path, arrays: Mapping[str, np.ndarray], dtype: s
       whichever is more precise, and vectors stay float32.
 
   Raises:
-    UserError: if a number is too large for float16.
+    UserError: if a number is too large for float16, or not finite and to be rounded.
   """
   rounding = {"float32": _same, "float16": _to_half, "int8": _to_int8}[dtype]
   stored: dict[str, np.ndarray] = {}
@@ -74,15 +74,22 @@ def _same(name: str, array: np.ndarray) -> dict[str, np.ndarray]:
   return {name: array}
 
 
+def _check_finite(name: str, array: np.ndarray) -> None:
+  if not np.isfinite(array).all():
+    raise UserError(f"{name} has numbers that are not finite: store an earlier checkpoint, or use float32")
+
+
 def _to_half(name: str, array: np.ndarray) -> dict[str, np.ndarray]:
+  _check_finite(name, array)
   if np.abs(array).max(initial=0) > np.finfo(np.float16).max:
     raise UserError(f"{name} has numbers that are too large for float16: store this model as float32")
   return {name: array.astype(np.float16)}
 
 
 def _to_int8(name: str, array: np.ndarray) -> dict[str, np.ndarray]:
-  if array.ndim < 2 or not array.size:
+  if array.size <= max(array.shape, default=1):  # a vector, perhaps with axes of length 1
     return {name: array}
+  _check_finite(name, array)
 
   def rounded(axis: int) -> tuple[np.ndarray, np.ndarray]:
     others = tuple(i for i in range(array.ndim) if i != axis % array.ndim)
@@ -109,8 +116,8 @@ def parse(data: bytes) -> dict[str, np.ndarray]:
   }
   shapes = _parse_header(data[8 : 8 + int.from_bytes(data[:8], "little")])
   read = {name: arrays[name].astype(shape.dtype, copy=False) for name, shape in shapes.items()}
-  scales = {name: arrays[name + _SCALES] for name in read if name + _SCALES in arrays}
-  return read | {name: read[name] * scale for name, scale in scales.items()}
+  scales = arrays.keys() - read.keys()
+  return {name: a * arrays[name + _SCALES] if name + _SCALES in scales else a for name, a in read.items()}
 
 
 def read_shapes(path: epath.Path) -> dict[str, jax.ShapeDtypeStruct]:
@@ -131,14 +138,17 @@ def _parse_header(header: bytes) -> dict[str, jax.ShapeDtypeStruct]:
   entries = json.loads(header)
   stored = entries.pop("__metadata__", {}).get("float32", "")
 
+  scaled = {name for name in entries if stored == "stored as int8" and name + _SCALES in entries}
+
   def dtype(name: str) -> str:
     half = stored == "stored as float16" and entries[name]["dtype"] == "F16"
-    return "F32" if half or name + _SCALES in entries else entries[name]["dtype"]
+    return "F32" if half or name in scaled else entries[name]["dtype"]
 
+  scales = {name + _SCALES for name in scaled}
   return {
     name: jax.ShapeDtypeStruct(found["shape"], _dtype(dtype(name)))
     for name, found in entries.items()
-    if not name.endswith(_SCALES)
+    if name not in scales
   }
 
 
