@@ -114,16 +114,17 @@ def test_what_is_active_elsewhere_is_left_out(copied, monkeypatch, caplog):
 
 @pytest.fixture
 def on_codes(compared, copied, monkeypatch):
-  """A comparison to which an objective on codes is added, and the flags of its runs, of which MAGE's stop."""
+  """A comparison with objectives on codes and latents, whose runs stop, and the flags of what it runs."""
   out, plan = copied
   entry = plan["entries"]["mae"]
-  plan["entries"] |= {"mage": entry | dict(on_codes=True), "tokenizer": entry}
+  with_codes = entry | dict(on_codes=True, distance="generation/frechet_pixels")
+  plan["entries"] |= {"lmd": entry | dict(on_codes=True), "mage": with_codes, "tokenizer": entry}
   (out / "plan.json").write_text(json.dumps(plan))
   begun = []
 
   def train(flags):
     begun.append(flags)
-    if (workdir := epath.Path(flags[1].removeprefix("--workdir="))).parent.name != "mage":
+    if (workdir := epath.Path(flags[1].removeprefix("--workdir="))).parent.name not in ("mage", "lmd"):
       shutil.copytree(compared / "mae/seed_0", workdir, dirs_exist_ok=True)
 
   monkeypatch.setattr(compare.main_lib, "main", train)
@@ -140,14 +141,27 @@ def test_an_interrupted_run_on_codes_continues_with_a_relative_path(on_codes, mo
   assert f"tokenizer={out / 'tokenizer'}," in first[0]
 
 
-def test_an_interrupted_run_continues_in_a_folder_that_was_moved(on_codes):
+@pytest.mark.parametrize(("name", "key"), [("mage", "tokenizer"), ("lmd", "autoencoder")])
+def test_an_interrupted_run_continues_in_a_folder_that_was_moved(on_codes, name, key):
   out, begun = on_codes
-  config = {"seed": 0, "pretrained": {"tokenizer": "/before/tokenizer", "teacher": "/another"}}
+  config = {"seed": 0, "pretrained": {key: "/before/tokenizer", "teacher": "/another"}}
+  (out / name / "seed_0").mkdir(parents=True)
+  (out / name / "seed_0/config.json").write_text(json.dumps(config))
+  run(out, objectives=name)
+  config["pretrained"][key] = str(out / "tokenizer")
+  assert json.loads((out / name / "seed_0/config.json").read_text()) == config and len(begun) == 2
+
+
+def test_a_tokenizer_that_was_given_is_not_renamed(on_codes):
+  out, begun = on_codes
+  plan = json.loads((out / "plan.json").read_text())
+  del plan["entries"]["tokenizer"]
+  plan["overrides"] = {"pretrained.tokenizer": "/given"}
+  (out / "plan.json").write_text(json.dumps(plan))
   (out / "mage/seed_0").mkdir(parents=True)
-  (out / "mage/seed_0/config.json").write_text(json.dumps(config))
-  run(out, objectives="mage")
-  config["pretrained"]["tokenizer"] = str(out / "tokenizer")
-  assert json.loads((out / "mage/seed_0/config.json").read_text()) == config and len(begun) == 2
+  (out / "mage/seed_0/config.json").write_text(text := json.dumps({"pretrained": {"tokenizer": "/given"}}))
+  run(out, "--config.pretrained.tokenizer=/given", objectives="mage")
+  assert (out / "mage/seed_0/config.json").read_text() == text and len(begun) == 1
 
 
 def test_runs_measure_the_same_floors_when_objectives_are_added(on_codes):

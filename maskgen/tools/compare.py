@@ -40,7 +40,7 @@ class Entry:
     flops: the operations of a training step.
     steps: of a run.
     reads: what the losses read beside pictures: "labels", "captions" or "".
-    on_codes: whether it trains on the codes of the tokenizer.
+    on_codes: whether it trains on what the tokenizer computes.
     distance: the metric by which its samples are compared with real pictures, or "".
   """
 
@@ -170,9 +170,9 @@ class Comparison:
         raise UserError(f"{self.out} compares with {key} {before[key]}, not {value}: give another --out")
     self.plan = {**before, **fixed}
     self.entries = {name: Entry(**entry) for name, entry in before.get("entries", {}).items()}
-    configs = {name: self._load(name) for name in self._names if name not in self.entries}
+    configs = {name: self._configure(name) for name in self._names if name not in self.entries}
     if not args.tokenizer and TOKENIZER not in self.entries and any(map(self._on_codes, configs.values())):
-      configs[TOKENIZER] = self._load(TOKENIZER)
+      configs[TOKENIZER] = self._configure(TOKENIZER)
     cpu.use_cores(configs.values())
 
     from maskgen import compile_cache
@@ -190,7 +190,8 @@ class Comparison:
 
   def _choose_floors(self, chosen: list[str]) -> list[str]:
     """The objectives whose first run measures floors: those of before, and one on codes if there is any."""
-    on_codes = [name for name, entry in self.entries.items() if entry.on_codes]
+    # What sees the tokenizer's latents generates nothing, and has no codes to measure.
+    on_codes = [name for name, entry in self.entries.items() if entry.on_codes and entry.distance]
     if set(chosen) & set(on_codes):
       return chosen
     return chosen + on_codes[:1] or [self._names[0]]
@@ -258,7 +259,7 @@ class Comparison:
       if flags is None or _is_active(workdir):
         left.append(workdir)
         continue
-      self._rename_tokenizer(workdir)
+      self._rename_tokenizer(workdir, flags)
       try:
         main_lib.main(flags)
       except lock.TakenError:  # meanwhile
@@ -271,13 +272,16 @@ class Comparison:
       log.info("%s left to other processes: repeat the command when these end", counted(len(left), "run"))
     comparison.write(self.out, self.plan)
 
-  def _rename_tokenizer(self, workdir: epath.Path) -> None:
+  def _rename_tokenizer(self, workdir: epath.Path, flags: Sequence[str]) -> None:
     """Lets a run continue that began before the folder was moved, with its tokenizer."""
     file = workdir / "config.json"
-    config = files.read_json(file, "restore it from a copy") if file.exists() else {}
-    pretrained, now = config.get("pretrained", {}), str(self._tokenizer)
-    if not self._args.tokenizer and pretrained.get(TOKENIZER, now) != now:
-      files.replace(file, json.dumps({**config, "pretrained": {**pretrained, TOKENIZER: now}}, indent=2))
+    if TOKENIZER not in self.entries or not file.exists():
+      return
+    config, now = files.read_json(file, "restore it from a copy"), self._load(flags)["pretrained"]
+    moved = {key: path for key, path in now.items() if path == str(self._tokenizer)}
+    before = config.get("pretrained", {})
+    if {**before, **moved} != before:
+      files.replace(file, json.dumps({**config, "pretrained": {**before, **moved}}, indent=2))
 
   def _runs(self) -> Iterator[tuple[epath.Path, list[str] | None]]:
     """Workdirs of unfinished runs with the flags of `maskgen.main`, or None if they need one of these."""
@@ -315,10 +319,12 @@ class Comparison:
     scores = [found.get(PROBE, -found.get(distance, 0.0)) for found in results]
     return RATES[scores.index(max(scores))] if scores else 1.0
 
-  def _load(self, name: str) -> dict[str, Any]:
-    flags = self._flags(name, self.out / name)
+  def _configure(self, name: str) -> dict[str, Any]:
+    return complete(self._load(self._flags(name, self.out / name)))
+
+  def _load(self, flags: Sequence[str]) -> dict[str, Any]:
     path = flags[0].removeprefix("--config=")
-    return complete(config_lib.to_dict(config_lib.load(path, self._overrides, find_type)))
+    return config_lib.to_dict(config_lib.load(path, self._overrides, find_type))
 
   def _flags(self, name: str, workdir: epath.Path, **given: Any) -> list[str]:
     """The flags of `maskgen.main`."""
