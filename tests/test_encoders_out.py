@@ -146,6 +146,20 @@ def test_trained_models_leave_by_the_command(tmp_path):
     export.main(["--format=transformers", "--model=digits", f"--out={tmp_path / 'no'}"])
 
 
+def test_encoders_of_latents_do_not_leave_without_their_autoencoder(tmp_path):
+  encoder = dict(patch=1, width=12, depth=1, heads=3, pooling="class", fixed_positions=True)
+  network = dict(channels=8, multipliers=(1, 2), strides=(4,), blocks=1, norm_groups=2, codebook_size=8)
+  autoencoder = dict(name="tokenizer", image_size=(16, 16), tokenizer=network)
+  section = dict(name="lmd", image_size=(16, 16), autoencoder=autoencoder, encoder=encoder, rise_steps=8)
+  section |= dict(decoder_width=12, decoder_depth=1, decoder_heads=3)
+  objective = objectives.build(section)
+  variables = jax.eval_shape(objective.init, jax.random.key(0), objective.pretrained_shapes())
+  storage.write_export(tmp_path / "lmd", {"objective": section}, randomly(variables))
+  for form in export.ENCODERS:
+    with pytest.raises(UserError, match=f"'lmd' without a ViT on pixels: --format={form} needs a model"):
+      export.main([f"--format={form}", f"--model={tmp_path / 'lmd'}", f"--out={tmp_path / 'no'}"])
+
+
 @pytest.mark.parametrize("library", ["timm", "transformers"])
 def test_same_numbers_in_other_libraries(tmp_path, library):
   for package in ("torch", library):

@@ -31,8 +31,8 @@ class Objective:
 
   The loss is twice the smooth L1 distance to these outputs, each standardised over its channels, at the
   visible patches and the class position (section 3). Nothing is reconstructed, so there is no decoder; the
-  encoder's last norm is not trained. Predictions use neither the heads nor the teacher. Exports hold it
-  nevertheless: its license applies to them.
+  encoder's last norm is not trained. Of the predictions, only `loss` uses the heads and the teacher. Exports
+  hold both: the teacher's license applies to them.
 
   Attributes:
     encoder: the network that is kept afterwards. The paper's has pooling="class", fixed_positions=True and

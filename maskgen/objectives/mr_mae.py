@@ -26,7 +26,8 @@ class Objective(masked_pixels.Objective):
   The loss of `masked_pixels` is at masked patches; added to it is, at visible ones, the distance between the
   head's output and the teacher's patch tokens for the whole image. The authors' code is not public; how the
   distance is measured is MaskAlign's: these tokens are standardised, and it is twice the smooth L1 distance.
-  Predictions use neither the head nor the teacher. Exports hold it nevertheless: its license applies to them.
+  Of the predictions, only `loss` uses the head and the teacher. Exports hold both: the teacher's license
+  applies to them.
 
   Attributes:
     teacher: the model at `config.pretrained.teacher`, an image encoder with the same grid of patches; as

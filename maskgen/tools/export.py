@@ -94,7 +94,7 @@ def _write_encoder(model: "maskgen.Model", path: str, out: str, form: str) -> Ma
   if isinstance(encoder, MageEncoder) and form == "timm":
     params = part.split(model.variables)[0]
     return timm.write_mage(out, encoder.network, encoder.positions.grid, params)
-  if encoder is None or type(encoder.network) is not ViT:
+  if encoder is None or type(encoder.network) is not ViT or not encoder.pixels:
     raise UserError(
       f"{path} is a model of objective '{model.kind}' without a ViT on pixels: --format={form} needs a model "
       "with one, such as MAE or ViLex; timm also takes a MAGE"
