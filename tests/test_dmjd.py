@@ -68,6 +68,17 @@ def test_loss_and_gradients_are_those_of_the_reference(name, changes):
   np.testing.assert_allclose(aligned, parts, rtol=1e-6)
 
 
+def test_what_is_in_front_of_the_patches_is_not_predicted():
+  objective = objectives.build(SECTION | dict(encoder=ENCODER | dict(pooling="class", registers=2)))
+  params = jax.eval_shape(objective.init, jax.random.key(0), {})["params"]
+
+  def errors(params, images):
+    return objective.errors(params, images, *objective.mask(jax.random.split(jax.random.key(0), 3)))
+
+  images = jax.ShapeDtypeStruct((3, 64, 64, 3), "float32")
+  assert jax.eval_shape(errors, params, images).shape == (3,)
+
+
 def test_views_are_disjoint_and_blocks_whole():
   keys = jax.random.split(jax.random.key(0), 50)
   ratio = masking.MaskRatio(mean=0.6, low=0.6, high=0.6)

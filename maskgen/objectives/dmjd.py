@@ -122,7 +122,8 @@ class Objective(masked_pixels.Objective):
 
     Args:
       params: as `init` returns them.
-      latents: [b, leading + k, d], the encoder's output for the visible patches, which are ascending there.
+      latents: [b, l + k, d], the encoder's output: l positions in front, such as a class position, then the
+        visible patches, ascending.
       target: [b, n, t], of all patches.
       mask: bool [b, n].
       kept: int32 [b, k], the visible patches, in any order.
@@ -131,7 +132,7 @@ class Objective(masked_pixels.Objective):
     ordered = jnp.sort(kept)
     decoded: Any = self.decoder.apply({"params": main["decoder"]}, latents, ordered)
     masked = losses_lib.masked_mean(jnp.square(decoded - target).mean(axis=-1), mask)
-    visible: Any = self.head.apply({"params": main["head"]}, latents[:, self.encoder.leading :])
+    visible: Any = self.head.apply({"params": main["head"]}, latents[:, -kept.shape[1] :])
     if self.shuffle_visible:
       visible = jnp.take_along_axis(visible, jnp.argsort(jnp.argsort(kept))[..., None], axis=1)
     seen = jnp.take_along_axis(target, ordered[..., None], axis=1)
