@@ -6,11 +6,10 @@
 
 `path` is that of `mae_base.py`. Images become 28 x 28 latents of 4 numbers, and these 7 x 7 patches.
 
-Hardware: 8 accelerators of 40 GB or more; most of a step is the autoencoder's. The figures beside the code of
-the authors (Ma et al. 2024) are MAE's. The authors of this file have only run `:debug`, by hand.
+Hardware: 8 accelerators of 40 GB or more; most of a step is the autoencoder's. Only `:debug` has been run.
 
-From the authors' code (AnonymousPony/lmd): latents, patches, mask ratios, loss, learning rate. It takes Adan
-and one GPU; here are AdamW and a larger batch.
+From the code of Ma et al. (2024), AnonymousPony/lmd: latents, patches, mask ratios, loss, learning rate. It
+takes Adan and one GPU; here are AdamW and a larger batch. What it does not say is as in MAE.
 
 Arguments:
   :tiny          the quickstart's tokenizer, then this recipe on its latents, on the embedded digits

@@ -5,10 +5,10 @@
 `path` is that of `mae_base.py`.
 
 Hardware: as for `mae_base.py`; a picture has 49 patches. The authors (Trinh et al. 2019) pretrain the first
-blocks of a ResNet-50, which after fine-tuning on 5% of ImageNet's labels reaches 46.7%, and 35.6% without.
-Their code is not public: only the size of the patches is theirs, other numbers are MAE's or our choice. With
---config.objective.pooled=True queries are theirs as well, see the objective. The authors of this file have
-only run `:debug`, by hand.
+blocks of a ResNet-50, which after fine-tuning on 5% of ImageNet's labels reaches 46.7% top-1, against 35.6%
+without pretraining. Their code is not public: only the size of the patches is theirs, other numbers are MAE's
+or our choice. With --config.objective.pooled=True queries are theirs as well, see the objective. Only
+`:debug` has been run.
 
 Arguments:
   :tiny    on the embedded digits, in patches of 4 pixels

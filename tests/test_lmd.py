@@ -110,16 +110,10 @@ def test_features_are_of_the_latents_of_resized_images():
     large = jnp.repeat(jnp.repeat(images, 2, axis=1), 2, axis=2)
     fns = objective.predict_fns()
     shown = fns["reconstruct"](variables, {"image": images}, jax.random.key(0))
-    return (
-      part.pool(variables, {"image": images}),
-      objective.encoder.apply(encoder, latents, method="pool"),
-      (
-        part.encode(variables, {"image": large}),
-        shown,
-      ),
-    )
+    pooled = objective.encoder.apply(encoder, latents, method="pool")
+    return part.pool(variables, {"image": images}), pooled, part.encode(variables, {"image": large}), shown
 
-  found, expected, (patches, shown) = compute(variables, images)
+  found, expected, patches, shown = compute(variables, images)
   np.testing.assert_allclose(found, expected, atol=1e-6)
   assert patches.shape == (2, 16, 16) and shown.shape == images.shape
   assert np.isfinite(patches).all() and shown.min() >= 0.0 and shown.max() <= 1.0
@@ -150,7 +144,7 @@ def test_latents_of_a_diffusion_autoencoder_are_means():
     (dict(first_ratio=0.0), "first_ratio=0.0 masks no patch"),
     (dict(rise_steps=0), "rise_steps is 0"),
     (dict(encoder=ENCODER | dict(patch=4), mask_ratio=0.9), "masks 1 of 1 patches"),
-    (dict(autoencoder=dict(name="masked_pixels", encoder=ENCODER)), "it is no autoencoder"),
+    (dict(autoencoder=dict(name="masked_pixels", encoder=ENCODER)), "autoencoder is no tokenizer, and no"),
   ],
 )
 def test_wrong_settings(change, words):

@@ -73,7 +73,7 @@ def test_loss_and_gradients_are_those_of_the_equations(pooled):
 def test_what_is_visible_does_not_change_the_best_arrangement_of_pooled_queries():
   """It adds the same number to all scores of a patch, of which every arrangement has one."""
   objective, params, images, (mask, kept) = build(pooled=True)
-  (row,) = np.flatnonzero(np.asarray(mask)[0])[None]
+  row = np.flatnonzero(np.asarray(mask)[0])
   changed = images.copy()
   visible = np.repeat(np.repeat(~np.asarray(mask).reshape(2, 4, 4), 4, 1), 4, 2)
   changed[visible] = 1.0 - changed[visible]

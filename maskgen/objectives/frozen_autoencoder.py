@@ -33,7 +33,7 @@ def read(section: Mapping[str, Any]) -> Autoencoder:
     objective = objectives.build(section, "config.objective.autoencoder")
     if isinstance(objective, tokenizer.Objective):
       return objective.tokenizer
-  raise UserError("it is no autoencoder: give a tokenizer, or a converted text-to-image model")
+  raise UserError("autoencoder is no tokenizer, and no converted text-to-image model: give one")
 
 
 def shapes(section: Mapping[str, Any], network: Autoencoder) -> Tree:

@@ -40,15 +40,15 @@ class Objective(masked_pixels.Objective):
   Predictions mask as after the rise. The methods of `masked_pixels` take latents as images.
 
   From the authors' code: latents are the mean of their distribution, targets, loss and the cosine schedule.
-  Latents are scaled to about unit variance here, and the code's decoder subtracts its positions, which the
-  signs of parameters can undo. The paper has two other schedules as well.
+  Those of Stable Diffusion are scaled to about unit variance here, and the code's decoder subtracts its
+  positions, which the signs of parameters can undo. The paper has two other schedules as well.
 
   Attributes:
     image_size: (h, w) of the images.
     autoencoder: the `config.objective` of a tokenizer at `config.pretrained.autoencoder`; or the section
       `decoder` that `maskgen.tools.convert --format=diffusers` writes for a text-to-image model.
-    encoder: see `masked_pixels`; its image_size, mean and std are set from the autoencoder, and its patches
-      are squares of latents.
+    encoder: see `masked_pixels`; its patches are squares of latents. A given image_size, mean or std is
+      ignored: these follow from the autoencoder.
     mask_ratio: the share of patches that are masked after the rise.
     first_ratio: the same at step 0.
     rise_steps: the number of steps of the rise. The authors take two thirds of all.
