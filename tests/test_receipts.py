@@ -401,3 +401,10 @@ def test_other_surroundings_allow_rounding():
   for other, allowed in ((1.0 + 1e-7, []), (1.0 + 1e-5, reasons)):
     with pytest.raises(UserError, match=r"x: a is 1.0, but 1.0000.* when computed again"):
       receipts.check_numbers({"a": 1.0}, {"a": other}, allowed, "x")
+  with pytest.raises(UserError, match="x has b, which is not what its evaluation measures"):
+    receipts.check_numbers({"a": 1.0, "b": 2.0}, {"a": 1.0}, reasons, "x")
+
+
+def test_a_receipt_may_lack_numbers_that_are_measured_now(caplog):
+  receipts.check_numbers({"a": 1.0}, {"a": 1.0, "c": 3.0, "b": 2.0}, [], "x")
+  assert "x lacks b, c, which its evaluation also measures now" in caplog.text

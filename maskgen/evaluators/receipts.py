@@ -7,6 +7,7 @@ surroundings that was; the numbers are then the same up to rounding. docs/evalua
 
 import dataclasses
 import json
+import logging
 import math
 import shlex
 import sys
@@ -20,6 +21,8 @@ from maskgen import compile_cache, files
 from maskgen.errors import UserError
 from maskgen.evaluators.context import Evaluator
 from maskgen.evaluators.statistics_files import versions
+
+log = logging.getLogger("maskgen")
 
 FILE = "receipts.json"
 SURROUNDINGS = ("versions", "layout", "command")
@@ -125,6 +128,8 @@ def check_numbers(
 ) -> None:
   """Compares the numbers of a receipt with those that were computed again.
 
+  Numbers that the receipt lacks, as one of an older version may, are logged.
+
   Args:
     recorded: the numbers of the receipt.
     found: the others.
@@ -132,7 +137,7 @@ def check_numbers(
     where: names the receipt.
 
   Raises:
-    UserError: naming the first that differs.
+    UserError: naming the first that differs or is no longer measured.
   """
   for name, value in recorded.items():
     if name not in found:
@@ -142,7 +147,7 @@ def check_numbers(
       reason = f" (made with {', '.join(elsewhere)})" if elsewhere else ""
       raise UserError(f"{where}: {name} is {value!r}, but {again}{reason}: {_AGAIN}")
   if lacking := sorted(found.keys() - recorded.keys()):
-    raise UserError(f"{where} lacks {lacking[0]}, which its evaluation measures: {_AGAIN}")
+    log.warning("%s lacks %s, which its evaluation also measures now", where, ", ".join(lacking))
 
 
 def elsewhere(receipt: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -35,19 +35,18 @@ def open_arrays(path: str, split: str) -> Source:
   except (TypeError, ValueError, EOFError, zlib.error, zipfile.BadZipFile) as error:  # TypeError: one array
     raise files.damaged(file, error, _REMEDY) from None
   _check(file, entries)
-  names = None
+  names, classes = None, entries.pop("classes", None)
   if "label" in entries:
-    names = tuple(map(str, entries.get("classes", range(entries["label"].max() + 1))))
+    names = tuple(map(str, range(entries["label"].max() + 1) if classes is None else classes))
     entries["label"] = entries["label"].astype(np.int64)
   if "caption" in entries:
     texts = (tuple(map(str, np.atleast_1d(caption))) for caption in entries["caption"])
     entries["caption"] = np.fromiter(texts, object)
-  entries.pop("classes", None)
 
   def rows(indices: np.ndarray) -> dict[str, np.ndarray]:
     return {key: values[indices] for key, values in entries.items()}
 
-  digest = hashlib.sha256(repr(names).encode())
+  digest = hashlib.sha256(b"" if classes is None else repr(names).encode())
   for key, values in entries.items():
     content = repr(values.tolist()).encode() if values.dtype == object else np.ascontiguousarray(values).data
     digest.update(f"{key} {values.shape}".encode())
