@@ -193,7 +193,9 @@ def edited(folders, tmp_path, name, **changes):
     ("clip", dict(preprocessor_config=dict(image_mean=[0.5])), r"image_mean=\[0.5\]: give 3 numbers"),
     ("dinov2", dict(preprocessor_config=dict(crop_size=18)), r"\(18, 18\): give .* multiples of 4"),
     ("dinov3_gated", dict(config=dict(hidden_act="gelu")), "has gates of gelu: this network has those of"),
-    ("siglip2", dict(preprocessor_config=dict(patch_size=8)), "has patch_size=8, but its tensors 4"),
+    ("siglip2", dict(preprocessor_config=dict(patch_size=8)), "does not resize to .* patches of 4 pixels"),
+    ("siglip2", dict(preprocessor_config=dict(do_resize=False)), "does not resize to a number of patches"),
+    ("siglip2", dict(preprocessor_config=dict(max_num_patches="9")), "patches .*: use the published one"),
   ],
 )
 def test_folders_that_do_not_fit_are_one_sentence(folders, tmp_path, name, changes, message):

@@ -38,7 +38,7 @@ HEAD = {
   "mlp/down": "mlp.fc2",
 }
 # The tensor that reads pixels, [d, c, h, w].
-PATCHES = "embeddings.patch_embedding.weight"
+KERNEL = "embeddings.patch_embedding.weight"
 BIG_VISION_LAYERS = {"patch_embedding": "embedding", "encoder_norm": "Transformer/encoder_norm"}
 # Beginnings of the names of the encoder's tensors, and of others in whole models.
 USED = ("embeddings.", "encoder.", "post_layernorm.")
@@ -197,9 +197,9 @@ def infer(stored: towers.Stored, heads: int | None) -> dict[str, Any]:
     UserError: as `convert`.
   """
   found, need = stored.tensors, functools.partial(tensors.need, stored.path, stored.tensors)
-  if getattr(found.get(PATCHES), "ndim", 4) == 2:
+  if getattr(found.get(KERNEL), "ndim", 4) == 2:
     raise UserError(f"{stored.path} is a NaFlex variant of SigLIP 2: give --format=siglip2, or siglip2:PATH")
-  width, _, patch, _ = need(PATCHES, 4).shape
+  width, _, patch, _ = need(KERNEL, 4).shape
   positions = need("embeddings.position_embedding.weight", 2).shape[0]
   hidden = need("encoder.layers.0.mlp.fc1.weight", 2).shape[0]
   depth = tensors.count(found, r"encoder\.layers\.(\d+)\.")

@@ -82,12 +82,13 @@ def load(path: epath.PathLike) -> towers.Tower:
   """
   stored = _read(path)
   model, params = siglip.with_head(stored)
-  side, patches = (
-    stored.processor.get(key, default)
-    for key, default in (("patch_size", model.patch), ("max_num_patches", PATCHES))
-  )
-  if side != model.patch:
-    raise UserError(f"{path}: {towers.PROCESSOR} has patch_size={side}, but its tensors {model.patch}")
+  given = stored.processor
+  side, patches = given.get("patch_size", model.patch), given.get("max_num_patches", PATCHES)
+  if not given.get("do_resize", True) or side != model.patch or not isinstance(patches, int) or patches < 1:
+    raise UserError(
+      f"{path}: {towers.PROCESSOR} does not resize to a number of patches of {model.patch} pixels, as this "
+      "network needs: use the published one"
+    )
   default = NaflexPreparation(None, None, "bilinear", model.patch, patches)
   return towers.Tower(model, params, towers.read_processor(stored, default), WEIGH)
 
@@ -95,13 +96,13 @@ def load(path: epath.PathLike) -> towers.Tower:
 def _read(path: epath.PathLike) -> towers.Stored:
   """What is stored, with the linear layer as a convolution."""
   stored = towers.read(path, siglip.PREFIXES)
-  if getattr(stored.tensors.get(siglip.PATCHES), "ndim", 2) == 4:
+  if getattr(stored.tensors.get(siglip.KERNEL), "ndim", 2) == 4:
     raise UserError(f"{path} is of SigLIP 2's fixed size, or SigLIP's: give --format=siglip, or siglip:PATH")
-  linear = tensors.need(path, stored.tensors, siglip.PATCHES, 2)
+  linear = tensors.need(path, stored.tensors, siglip.KERNEL, 2)
   channels = stored.config.get("num_channels", 3)
   side = math.isqrt(linear.shape[1] // channels)
   if linear.shape[1] != side**2 * channels:
     raise UserError(f"{path}: its patches of {linear.shape[1]} numbers are no squares of {channels} channels")
   kernel = linear.reshape(-1, side, side, channels).transpose(0, 3, 1, 2)
-  found: dict[str, Any] = {**stored.tensors, siglip.PATCHES: np.ascontiguousarray(kernel)}
+  found: dict[str, Any] = {**stored.tensors, siglip.KERNEL: np.ascontiguousarray(kernel)}
   return stored._replace(tensors=found)
