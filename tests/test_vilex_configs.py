@@ -253,7 +253,7 @@ def test_pictures_and_captions_to_a_vilex_model(converted, pictures, tmp_path, n
     assets / "index.json",
     converted / "sd" / "config.json",
   ):
-    assert str(tmp_path.parent) not in file.read_text()  # nor any other path of this machine
+    assert str(tmp_path.parent) not in file.read_text()  # nor where the files were
   image = np.random.default_rng(1).integers(0, 256, (16, 16, 3), np.uint8)
   made, same = (
     model.generate(prompt="{} b", images=[image], num_tokens=2, steps=2, batch=1)

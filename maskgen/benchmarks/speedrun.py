@@ -100,7 +100,7 @@ def judge(root: epath.Path) -> dict[str, Any]:
     evaluation found; `device` and `version`.
 
   Raises:
-    UserError: if it breaks a rule, is not finished, was interrupted, or has not arrived.
+    UserError: if it breaks a rule, is not finished, took more than one process, or has not arrived.
   """
   results = train.read_results(root)
   if results is None:
@@ -109,8 +109,8 @@ def judge(root: epath.Path) -> dict[str, Any]:
   check_rules(config)
   if results["run"].get("resumed"):
     raise UserError(
-      f"{root} was interrupted, and its time does not count the start of each process, nor steps that were "
-      "repeated: train it in one go in a new --workdir"
+      f"{root} took more than one process, and its time does not count the start of each, nor repeated "
+      "steps: train it in one go in a new --workdir"
     )
   lines = metrics.read(root / config["stages"][-1])
   evaluations = [line for line in lines if {_TOP1, _FRECHET} <= line.keys()]

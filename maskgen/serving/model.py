@@ -56,7 +56,7 @@ class Model:
     self.folder: epath.Path | None = None
     self._fns = objectives.compile_predict_fns(objective)
     self._mesh: jax.sharding.Mesh | None = None
-    self._accepted: set[str] = set()  # options of sampling; to check them may read files
+    self._accepted: str | None = None  # the latest options of sampling: checking may read files
 
   def __getattr__(self, name: str) -> Any:
     if name.startswith("_"):  # Python and notebooks probe such names on any object
@@ -250,9 +250,9 @@ class Model:
 
   def _options(self, options: dict[str, Any]) -> dict[str, Any]:
     given = requests.options(options)
-    if (described := repr(sorted(given.items()))) not in self._accepted:
+    if (described := repr(sorted(given.items()))) != self._accepted:
       objectives.check_sampling(self.objective, given)
-      self._accepted.add(described)
+      self._accepted = described
     return given
 
   def _cannot(self, name: str) -> str:
