@@ -232,9 +232,10 @@ def test_generating_the_training_set_gives_distance_zero(digits):
 
 
 def test_collapsed_generation_shows_in_the_class_numbers(digits):
-  context = make_context({"generate": replay(digits[0][0][:1])}, *digits)
-  numbers = run("generation", context, num_images=20, classifier="svc").numbers
+  predict = {"generate": replay(digits[0][0][:1]), "generate_uniform": uniform}
+  numbers = run("generation", make_context(predict, *digits), num_images=20, classifier="svc").numbers
   assert numbers["class_share_min"] == 0.0 and numbers["class_entropy"] == 0.0
+  assert "frechet_pixels_uniform_codes" in numbers and "frechet_pixels_reconstructions" not in numbers
 
 
 def test_what_does_not_depend_on_the_variables_is_computed_once(digits):

@@ -47,7 +47,8 @@ class Evaluator:
     `frechet_S_uniform_codes`: the distance of the same number of images decoded from uniformly drawn codes,
       if the objective has the prediction function `generate_uniform`.
     `frechet_S_reconstructions`: likewise, of as many images of the evaluation split, or all, decoded from
-      their own codes. Samples of perfect codes would have about this distance.
+      their own codes, if it also has `reconstruct`. Samples of perfect codes would have about this distance.
+      Both are measured at every evaluation, since an objective may train its decoder.
   With features="inception_v3" instead FID and its family as a published tool computes them, under names of
     `comparison.metric_name` such as `fid50k/adm/imagenet_256/balanced`, without these three.
   With a classifier: its accuracy on the evaluation split, `<classifier>_top1`, and `class_share_min` and
@@ -119,7 +120,8 @@ class Evaluator:
     inputs = {"key": key_shapes(batch)}
     if "generate_uniform" in self.context.predict and self._has_floor:
       call("generate_uniform", inputs)
-      call("reconstruct", batch)
+      if "reconstruct" in self.context.predict:
+        call("reconstruct", batch)
     wanted = ("label",) * bool(self.context.num_classes) + ("caption",) * self.captions
     call("generate", inputs | {name: batch[name] for name in wanted}, **self.sampling)
 
@@ -143,8 +145,9 @@ class Evaluator:
       draws = self._draws(predict["generate_uniform"], variables, rng)
       uniform = self._features("the images of uniform codes", ("fid",), draws)
       numbers[f"{self._name('fid')}_uniform_codes"] = self._distance(uniform)
-      decoded = self._features("the reconstructions", ("fid",), self._reconstructions(variables, rng))
-      numbers[f"{self._name('fid')}_reconstructions"] = self._distance(decoded)
+      if "reconstruct" in predict:
+        decoded = self._features("the reconstructions", ("fid",), self._reconstructions(variables, rng))
+        numbers[f"{self._name('fid')}_reconstructions"] = self._distance(decoded)
     if self.classifier is not None:
       numbers[f"{self.classifier}_top1"] = self._real_classes[1]
     return Report(numbers, report.pictures)
