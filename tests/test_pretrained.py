@@ -100,6 +100,13 @@ def test_a_model_of_classes_draws_what_is_asked():
   assert (nearest.predict(made) == asked).mean() > 0.8
 
 
+def test_a_model_of_prompts_draws_what_is_asked():
+  prompt = "a large red three in the middle on a blue background"
+  images = maskgen.load("digits-vilex").generate(prompt=prompt, batch=2, seed=0, steps=4)
+  red, _, blue = np.moveaxis(images, -1, 0)  # [2, 16, 16]
+  assert (blue - red)[:, :, :2].min() > 0.1 and ((red - blue)[:, 4:12, 4:12] > 0.2).mean() > 0.2
+
+
 def test_a_path_comes_before_a_name(trained, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   (tmp_path / "digits").symlink_to(trained / "tokenizer")
