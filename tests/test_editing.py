@@ -434,7 +434,7 @@ def test_wrong_arguments(arguments, message, trained, wrong, tmp_path):
 
 
 def test_models_that_cannot_edit(trained, folder, tmp_path):
-  with pytest.raises(UserError, match="'tokenizer' cannot inpaint"):
+  with pytest.raises(UserError, match="'tokenizer' has no 'inpaint'"):
     edit.main(
       [
         f"--model={trained / 'tokenizer'}",

@@ -619,7 +619,7 @@ def test_tools_with_a_folder_that_is_not_a_model(tool, trained, tmp_path):
 
 
 def test_generate_with_a_model_that_cannot(trained, tmp_path):
-  with pytest.raises(UserError, match="'tokenizer' cannot generate"):
+  with pytest.raises(UserError, match="'tokenizer' has no 'generate'"):
     generate.main([f"--model={trained / 'tokenizer'}", f"--out={tmp_path / 'a.png'}"])
 
 
