@@ -32,8 +32,7 @@ from maskgen.objectives import (
   token_fns,
 )
 
-# The root mean square length of rows that start as codes: random ones, of 0.02 a number, give logits so flat
-# that neighbouring codes stay alike for long.
+# The root mean square length of rows that start as codes; 1 and 3 began to learn as fast.
 _CODE_LENGTH = 2.0
 
 
@@ -177,10 +176,8 @@ class Objective:
     params = self.model.init(rng, tokens, tokens > 0)["params"]
     tokenizer = pretrained["tokenizer"]["params"]["generator"]
     if self.embed_codes:
-      params = {
-        **params,
-        "embedding": self._embed_codes(jax.random.fold_in(rng, 0), tokenizer, params["embedding"]),
-      }
+      table = self._embed_codes(jax.random.fold_in(rng, 0), tokenizer, params["embedding"])
+      params = {**params, "embedding": table}
     return {"params": {"main": params}, "frozen": {"tokenizer": tokenizer}, "extra": {}}
 
   def _embed_codes(self, rng: jax.Array, tokenizer: Tree, table: jax.Array) -> jax.Array:
