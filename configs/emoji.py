@@ -43,7 +43,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   for name, size, tiny, full in (
     ("tokenizer", 8, 1500, 12_000),
     ("mage", 16, 400, 1500),
-    ("mage_text", 16, 1000, 6500),
+    ("mage_text", 16, 1000, 13_500),
   ):
     stage, steps = config[name], 2 if args.debug else tiny if args.tiny else full
     stage |= dict(
@@ -60,13 +60,15 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
     emoji=dict(type="emoji", every_steps=3000, **(few if args.debug else {})),
   )
   mage["evals"]["samples"] = dict(type="samples", every_steps=1500, masks=("center", "right"))
-  larger = {} if args.debug else dict(width=128, depth=3, decoder_width=192, decoder_depth=6)
+  larger = {} if args.debug else dict(width=128, depth=2, decoder_width=128, decoder_depth=2)
   mage["objective"] |= {**larger, "embed_codes": True}
   text["data"] = data(CAPTIONS)
-  text["objective"] |= {**larger, "captions": CAPTIONS}
+  text["objective"] |= {**larger, "captions": CAPTIONS, "layout": 8 if args.debug else 384}
   if not args.debug:
+    # At the full rate the text encoder soon confuses words such as "light" and "dark".
+    text["optimizer"]["main"] |= dict(learning_rate=3e-3, multipliers=(("^text_encoder/", 0.1),))
     text["objective"] |= dict(condition_width=128, text_encoder=dict(width=128, depth=2, heads=4, hidden=512))
   # A name has one right picture: nothing is gained from rare codes.
   text["objective"]["sampling"] |= dict(temperature=1.0)
-  text["evals"]["emoji"] = dict(type="emoji", every_steps=2500, **few)
+  text["evals"]["emoji"] = dict(type="emoji", every_steps=6750, **few)
   return ml_collections.ConfigDict(config)

@@ -56,7 +56,7 @@ def random_variables(objective, seed=0):
 
 @pytest.fixture(scope="module")
 def objective():
-  return build(dropout=0.0)
+  return build(dropout=0.0, layout=4)
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +155,7 @@ def test_only_the_decoder_and_the_classes_are_trained(objective):
   assert main_names == {
     *("decoder", "decoder_input", "decoder_norm", "decoder_position"),
     *("head", "head_bias", "head_norm"),
-    *("condition_input", "class_embedding"),
+    *("condition_input", "class_embedding", "layout_hidden", "layout_output"),
   }
   assert parts["frozen"]["encoder"].keys() == {
     *("embedding", "position", "embedding_norm", "encoder", "encoder_norm")
@@ -168,7 +168,8 @@ def test_the_decoder_starts_where_the_pretrained_one_ended(objective):
   given = jax.tree.map(lambda leaf: jnp.full(leaf.shape, 0.25, leaf.dtype), shapes)
   parts = objective.init(jax.random.key(0), given)
   network = {**parts["frozen"]["encoder"], **parts["params"]["main"]}
-  new = {name: network.pop(name) for name in ("condition_input", "class_embedding")}
+  names = ("condition_input", "class_embedding", "layout_hidden", "layout_output")
+  new = {name: network.pop(name) for name in names}
   tiny.assert_same_bits(network, given["mage"]["params"]["main"])
   assert all(np.std(leaf) > 0 for leaf in (new["class_embedding"], new["condition_input"]["kernel"]))
 

@@ -15,7 +15,7 @@ from maskgen.errors import UserError
 @pytest.fixture(scope="module")
 def objective():
   section = config_lib.to_dict(config_lib.load("configs/mage_text_cond.py:debug"))["mage_text"]["objective"]
-  return objectives.build({**section, "condition_dropout": 0.0})
+  return objectives.build({**section, "condition_dropout": 0.0, "layout": 8})
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,11 @@ def test_the_text_encoder_and_the_decoder_are_trained(objective, variables):
     return objective.losses({"main": main}, variables["frozen"], {}, batch, *rest, train=True)[0]["main"]
 
   main = variables["params"]["main"]
-  assert {name.split("/")[0] for name in tree.flatten(main)} > {"text_encoder", "condition_input"}
+  assert {name.split("/")[0] for name in tree.flatten(main)} > {
+    "text_encoder",
+    "condition_input",
+    "layout_output",
+  }
   for name, value in tree.flatten(jax.jit(jax.grad(loss))(main)).items():
     assert np.abs(value).max() > 0, name
 

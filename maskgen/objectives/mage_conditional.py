@@ -22,7 +22,7 @@ from maskgen.numerics import sampling as sampling_lib
 from maskgen.objectives import Batch, BatchSpec, Tree, mage
 
 # The trained parameters of `Mage`; the others belong to the encoder.
-_TRAINED = re.compile(r"(decoder|head|condition)(_|$)")
+_TRAINED = re.compile(r"(decoder|head|condition|layout)(_|$)")
 # Folded into an example's key to decide on its condition; 0 and 1 are used for its mask.
 _DROPOUT = 2
 
@@ -38,16 +38,19 @@ class Conditional(mage.Objective, abc.ABC):
     condition_width: c.
     condition_dropout: the share of examples that are trained without their condition, which unconditional
       generation and guidance need.
+    layout: see `Mage`; 0, as in the paper, for none.
   """
 
   condition_key: ClassVar[str]
 
   condition_width: int = 768
   condition_dropout: float = 0.1
+  layout: int = 0
 
   def __post_init__(self):
     super().__post_init__()
     config_lib.check_at_least(self, 1, "condition_width")
+    config_lib.check_at_least(self, 0, "layout")
     if self.embed_codes:
       raise UserError("embed_codes has no effect here: set it in the MAGE that the decoder starts from")
     config_lib.check_share(self, "condition_dropout")
@@ -55,7 +58,7 @@ class Conditional(mage.Objective, abc.ABC):
   @property
   def model(self) -> Mage:
     """The network."""
-    return super().model.clone(condition_width=self.condition_width)
+    return super().model.clone(condition_width=self.condition_width, layout=self.layout)
 
   def batch_spec(self) -> BatchSpec:
     return dataclasses.replace(super().batch_spec(), num_classes=self.num_classes, captions=self.captions)
