@@ -8,11 +8,12 @@ The data set comes with maskgen, see docs/emoji.md. The evaluation `emoji` check
 that their captions name, for combinations that were never trained on and, apart from them, for some that
 were.
 
-Hardware: two CPU cores and 3 GB of memory; 14 minutes for the tokenizer, which reaches 28.4 dB, 8 for MAGE,
-and, by the speed of its first steps, 40 for the last stage, which has not been run to its end: see
-docs/emoji.md.
+Hardware: two CPU cores and 3 GB of memory; about 70 minutes: 22 for the tokenizer (on one core), which
+reaches 28.5 dB, 5 for MAGE, and 44 for the last stage. Of people and hands in a skin tone that was held out
+for them, 99% show the right base and 91% the right tone. The result comes with maskgen as `emoji`.
 
 Arguments:
+  :mage   a trained MAGE, such as runs/emoji/mage: only the last stage is trained
   :seed   the seed of everything
   :tiny   ten minutes, to try everything
   :debug  2 steps of each stage, tiny networks
@@ -33,8 +34,9 @@ def data(captions: dict | None = None) -> dict:
 
 
 def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
-  args = config_lib.parse_arg(arg, debug=False, tiny=False, seed=0)
-  config = config_lib.load_beside(__file__, "mage_text_cond.py", arg).to_dict()
+  args = config_lib.parse_arg(arg, mage="", debug=False, tiny=False, seed=0)
+  shared = dict(debug=args.debug, tiny=args.tiny, seed=args.seed)
+  config = config_lib.load_beside(__file__, "mage_text_cond.py", **shared).to_dict()
   # 8 x 8 tokens: a quarter of the work of 16 x 16, which many codes make up for.
   network = config["tokenizer"]["objective"]["tokenizer"]
   if not args.debug:
@@ -71,4 +73,6 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   # A name has one right picture: nothing is gained from rare codes.
   text["objective"]["sampling"] |= dict(temperature=1.0)
   text["evals"]["emoji"] = dict(type="emoji", every_steps=6750, **few)
+  if args.mage:
+    return ml_collections.ConfigDict({**text, "pretrained": {"mage": args.mage}})
   return ml_collections.ConfigDict(config)

@@ -419,7 +419,7 @@ def test_the_command(mage, monkeypatch, capsys):
     assert expected in capsys.readouterr().out
   with socket.create_server(("localhost", 0)) as other, pytest.raises(UserError, match="cannot listen"):
     demo.main([f"--port={other.getsockname()[1]}"])
-  assert loaded == ["digits"] * 3
+  assert loaded == ["emoji"] * 3
   with pytest.raises(UserError, match="--port=65536"):
     demo.main(["--port=65536"])
 

@@ -407,6 +407,7 @@ def wrong(folder):
     (["--box=0,0,4,4", "--image=@deep.png"], r"more than 8 bits"),
     (["--box=0,0,4,4", "--image=@"], r"there is no such file"),
     (["--mask=@mask.png", "--box=0,0,4,4"], r"--mask and --box contradict each other"),
+    (["--box=0,0,4,4", "--label=3", "--prompt=a"], r"--label=3 and --prompt=a: give one of them"),
     (["--box=0,0,4,4", "--outpaint=8"], r"--box and --outpaint contradict"),
     (["--box=0,0,25,4"], r"box 0,0,25,4 extends beyond the image: X must be within 0\.\.24"),
     (["--box=-1,0,4,4"], r"extends beyond"),

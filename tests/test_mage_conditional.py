@@ -446,8 +446,13 @@ def test_the_generate_tool_shows_a_row_per_class(run, trained, tmp_path, capsys)
   out = tmp_path / "classes.png"
   generate.main([f"--model={run}", f"--out={out}", "--label=all", "--count=20", "--guidance=2", "--steps=2"])
   assert out.exists() and "wrote 20 images" in capsys.readouterr().out
+  tall = Image.open(out).size
+  assert tall[0] < tall[1] / 3
+  generate.main([f"--model={run}", f"--out={out}", "--label=all", "--count=10", "--guidance=2", "--steps=2"])
+  square = Image.open(out).size  # one image of each
+  assert square[0] > square[1] / 2
   generate.main([f"--model={run}", f"--out={out}", "--label=3", "--count=2", "--steps=2"])
-  assert "wrote 2 images" in capsys.readouterr().out
+  assert "wrote 2 images" in capsys.readouterr().out.splitlines()[-1]
   for model, label, message in (
     (run, "a", "no class of this name"),
     (trained / "mage", "1", "without classes"),

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import tiny
+from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.neighbors import KNeighborsClassifier
 from test_errors import assert_clear
@@ -15,9 +16,10 @@ from test_errors import assert_clear
 import maskgen
 from maskgen import cli, storage, tree
 from maskgen import config as config_lib
+from maskgen.data import emoji
 from maskgen.errors import UserError
 from maskgen.storage import tensors
-from maskgen.tools import export, generate
+from maskgen.tools import edit, export, generate
 from maskgen.training.experiment import Experiment
 
 trained = tiny.trained
@@ -105,6 +107,28 @@ def test_a_model_of_prompts_draws_what_is_asked():
   images = maskgen.load("digits-vilex").generate(prompt=prompt, batch=2, seed=0, steps=4)
   red, _, blue = np.moveaxis(images, -1, 0)  # [2, 16, 16]
   assert (blue - red)[:, :, :2].min() > 0.1 and ((red - blue)[:, 4:12, 4:12] > 0.2).mean() > 0.2
+
+
+def test_a_model_of_emoji_draws_and_edits_what_is_asked(tmp_path):
+  known = emoji.load()
+
+  def nearest(image):
+    return int(np.square(known.images / 255 - image).sum(axis=(1, 2, 3)).argmin())
+
+  new = known.names.index("woman artist, medium-light skin tone")
+  assert known.held_out[new] == "tone"
+  names = ["red apple", "japan flag", known.names[new]]
+  *seen, made = (nearest(image) for image in maskgen.load("emoji").generate(prompt=names, seed=0))
+  assert [known.names[i] for i in seen] == names[:2] and known.bases[made] == known.bases[new]
+  before = known.images[known.names.index("woman mechanic, light skin tone")]
+  Image.fromarray(before).save(tmp_path / "in.png")
+  files = [f"--image={tmp_path / 'in.png'}", f"--out={tmp_path / 'out.png'}"]
+  edit.main(["--model=emoji", *files, "--box=3,9,32,32", "--prompt=woman mechanic, dark skin tone"])
+  edited = np.array(Image.open(tmp_path / "out.png"))
+  assert known.bases[nearest(edited / 255)] == "woman mechanic"
+  assert edited[16:24, 8:18].mean() < before[16:24, 8:18].mean() - 50  # the face
+  edited[9:, 3:] = before[9:, 3:]
+  np.testing.assert_array_equal(edited, before)
 
 
 def test_a_path_comes_before_a_name(trained, tmp_path, monkeypatch):

@@ -148,9 +148,10 @@ class Mage(Encoder):
   Attributes:
     decoder_width, decoder_depth, decoder_heads: of the decoder.
     condition_width: c, the width of the conditions that `decode` takes; 0 for a model that takes none.
-    layout: hidden width of two layers that compute, from the mean of a condition over l, a vector for each
-      position, which is added to the decoder's input; 0 for none, as in the paper. Parameters that are used
-      once for an image are cheap, and small models learn faster with them what to draw where.
+    layout: hidden width of two layers that compute, from the mean of a condition over l, padding included, a
+      vector for each position, which is added to the decoder's input; 0 for none, as in the paper. These
+      parameters are applied once for an image instead of at every position, so that many of them are cheap.
+      Their number depends on n: a warm start at another image size needs them in `init_fresh`.
     add_visible: whether the decoder sees, in the place of a visible token, its sum with the class position's
       feature.
   """
@@ -234,9 +235,12 @@ class Mage(Encoder):
   def layout_of(self, condition: jax.Array | None, at: jax.Array | None) -> jax.Array:
     """What `layout` adds to the decoder's input, [b, 1 + n, d]; at the positions `at`, from the cache."""
     if at is not None:
-      return jnp.take_along_axis(self.get_variable("cache", "layout"), at[..., None], axis=1)
-    x = nn.gelu(self.layout_hidden(jnp.mean(condition, axis=1)), approximate=False)
-    x = self.layout_output(x).reshape(len(x), -1, self.decoder_width)
+      stored: Any = self.get_variable("cache", "layout")
+      return jnp.take_along_axis(stored, at[..., None], axis=1)
+    assert condition is not None, "a network with a layout takes a condition"
+    x = sharding.constrain_batch(self.layout_hidden(condition.mean(axis=1)))
+    x = sharding.constrain_batch(self.layout_output(nn.gelu(x, approximate=False)))
+    x = x.reshape(len(x), -1, self.decoder_width)
     if self.is_mutable_collection("cache"):
       self.put_variable("cache", "layout", x)
     return x

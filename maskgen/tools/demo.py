@@ -25,7 +25,7 @@ def main(argv: Sequence[str]) -> None:
     "--host=127.0.0.2 stays on this machine and asks for it.",
     "python -m maskgen.tools.demo --model=runs/quickstart/mage",
   )
-  parser.add_model("workdir of a run, or an export; by default digits", default="digits")
+  parser.add_model("workdir of a run, or an export; by default emoji", default="emoji")
   parser.add_argument("--host", default="localhost", help="address to listen at, such as 0.0.0.0 for all")
   parser.add_argument(
     "--port", type=int, default=_PORT, help=f"port, 0 for any that is free; default {_PORT}"

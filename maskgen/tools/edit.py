@@ -40,7 +40,7 @@ def main(argv: Sequence[str]) -> None:
   if len(labels) > 1:
     raise UserError(f"--label={args.label}: give one class")
   edited = [
-    model.inpaint(image, hole, args.seed + i, labels[0], feather=args.feather, **options)
+    model.inpaint(image, hole, args.seed + i, labels[0], args.prompt, feather=args.feather, **options)
     for i in tqdm(range(args.candidates), desc="editing", disable=args.candidates == 1)
   ]
   if args.candidates == 1:
@@ -82,6 +82,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
   )
   parser.add_seed("random seed; candidate i uses seed + i")
   parser.add_argument("--label", help="class of the new content, a name or a number, for models with classes")
+  parser.add_argument("--prompt", help="a text for the new content, for models with captions")
   sampling_flags.add(parser, argv)
   args = parser.parse_args(argv)
   cli.check_out(args.out)
@@ -91,6 +92,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
   given = [f"--{name}" for name in ("mask", "box", "outpaint") if getattr(args, name) is not None]
   if len(given) > 1:
     raise UserError(f"{' and '.join(given)} contradict each other: give one of them")
+  if args.label is not None and args.prompt is not None:
+    raise UserError(f"--label={args.label} and --prompt={args.prompt}: give one of them")
   if args.box is not None:
     args.box = _numbers("box", args.box, "four whole numbers, X0,Y0,X1,Y1", (4,), whole=True)
   if args.outpaint is not None:

@@ -29,16 +29,18 @@ log = logging.getLogger("maskgen")
 def main(argv: Sequence[str]) -> None:
   """Parses the command line and generates."""
   parser = cli.Parser(
-    "Generates images with a trained model and writes them as one grid, with several classes or prompts one "
-    "row for each; or any number of them to a folder, each in its own size. The same command continues a "
-    "folder after an interruption, and several processes can share the work.",
+    "Generates images with a trained model and writes them as one grid, or, if there are several for each of "
+    "several classes or prompts, one row for each; or any number of them to a folder, each in its own size. "
+    "The same command continues a folder after an interruption, and several processes can share the work.",
     "python -m maskgen.tools.generate --model=runs/quickstart/mage --out=digits.png --count=64\n  "
     "python -m maskgen.tools.generate --model=digits --out_dir=digits --count=50000 --format=npz",
   )
   parser.add_model("workdir of a run, or an export")
   parser.add_argument("--out", help="PNG file to write")
   parser.add_argument("--out_dir", help="folder to write, or to continue; local or remote")
-  parser.add_argument("--count", type=int, default=64, help="number of images")
+  parser.add_argument(
+    "--count", type=int, default=64, help="number of images; at least one for each class or prompt"
+  )
   parser.add_seed("random seed; image i depends only on it, i and its class or prompt")
   parser.add_argument(
     "--label", help="classes, for models with them: names or numbers such as cat,dog or 3 or all"
@@ -125,7 +127,7 @@ def write_grid(args: argparse.Namespace) -> None:
   if args.negative_prompt is not None:
     _check_negative(args, model)
     conditions["negative_prompt"] = args.negative_prompt
-  count, columns = rows * each, each if rows > 1 else None
+  count, columns = rows * each, each if rows > 1 and each > 1 else None
   pictures = model.generate(seed=args.seed, batch=count, **conditions, **given)
   if count == 1:
     images.write_png(args.out, images.to_rgb(pictures[0]))
