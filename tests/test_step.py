@@ -407,6 +407,9 @@ def test_one_step_is_the_same_on_every_mesh(name, shape, monkeypatch):
   assert (len(split) > len(jax.tree.leaves(after.params)) / 3) == (mesh.shape["fsdp"] > 1)
   assert_close(after.opt_state, expected.opt_state, 3e-5)
   assert_close((after.params, after.model_state), (expected.params, expected.model_state), 1e-5)
+  if name == "contrastive":
+    # Untrained features are nearly equal: rounding decides which text is the nearest to an image.
+    metrics, expected_metrics = ({**found, "accuracy": 0.0} for found in (metrics, expected_metrics))
   assert_close(metrics, expected_metrics, 1e-5)
 
 
