@@ -31,7 +31,7 @@ def write_weights(folder: epath.Path, arrays: Mapping[str, np.ndarray], dtype: s
     folder: where to.
     arrays: by name.
     dtype: one of `files.DTYPES`, for float32 arrays. As int8, matrices have a scale for each row or column,
-      whichever is more precise, and vectors stay float32.
+      whichever is more precise, and vectors are float16.
 
   Raises:
     UserError: if a number is too large for float16, or not finite and to be rounded.
@@ -88,16 +88,18 @@ def _to_half(name: str, array: np.ndarray) -> dict[str, np.ndarray]:
 
 def _to_int8(name: str, array: np.ndarray) -> dict[str, np.ndarray]:
   if array.size <= max(array.shape, default=1):  # a vector, perhaps with axes of length 1
-    return {name: array}
+    return _to_half(name, array)
   _check_finite(name, array)
 
   def rounded(axis: int) -> tuple[np.ndarray, np.ndarray]:
     others = tuple(i for i in range(array.ndim) if i != axis % array.ndim)
-    scales = np.maximum(np.abs(array).max(axis=others, keepdims=True) / 127, np.finfo(np.float32).tiny)
-    return np.rint(array / scales).astype(np.int8), scales
+    scales = np.abs(array).max(axis=others, keepdims=True) / 127
+    half = _to_half(name, scales)[name]
+    half = np.where((half < scales) | (half == 0), np.nextafter(half, np.float16(np.inf)), half)  # round up
+    return np.rint(array / half).astype(np.int8), half
 
   def error(found: tuple[np.ndarray, np.ndarray]) -> float:
-    return float(np.square(found[0] * found[1] - array).sum())
+    return float(np.square(found[0] * found[1].astype(np.float32) - array).sum())
 
   small, scales = min((rounded(0), rounded(-1)), key=error)
   return {name: small, name + _SCALES: scales}
@@ -117,7 +119,10 @@ def parse(data: bytes) -> dict[str, np.ndarray]:
   shapes = _parse_header(data[8 : 8 + int.from_bytes(data[:8], "little")])
   read = {name: arrays[name].astype(shape.dtype, copy=False) for name, shape in shapes.items()}
   scales = arrays.keys() - read.keys()
-  return {name: a * arrays[name + _SCALES] if name + _SCALES in scales else a for name, a in read.items()}
+  return {
+    name: a * arrays[name + _SCALES].astype(a.dtype) if name + _SCALES in scales else a
+    for name, a in read.items()
+  }
 
 
 def read_shapes(path: epath.Path) -> dict[str, jax.ShapeDtypeStruct]:
@@ -141,7 +146,7 @@ def _parse_header(header: bytes) -> dict[str, jax.ShapeDtypeStruct]:
   scaled = {name for name in entries if stored == "stored as int8" and name + _SCALES in entries}
 
   def dtype(name: str) -> str:
-    half = stored == "stored as float16" and entries[name]["dtype"] == "F16"
+    half = stored in ("stored as float16", "stored as int8") and entries[name]["dtype"] == "F16"
     return "F32" if half or name in scaled else entries[name]["dtype"]
 
   scales = {name + _SCALES for name in scaled}
