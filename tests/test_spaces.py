@@ -21,8 +21,8 @@ def app(repository, monkeypatch):
 
 
 def test_buttons_generate_and_fill(app):
-  model = maskgen.load("digits")
-  made = app.generate(model, 1.0, prompt="", label=None, steps=2)
+  model = maskgen.load("emoji")
+  made = app.generate(model, 1.0, prompt="woman cook, dark skin tone", label=None, steps=2)
   assert [picture.size for picture in made] == [(256, 256)] * app.COUNT
   layer = np.zeros((256, 256, 4), np.uint8)
   layer[64:192, 128:] = 255

@@ -91,4 +91,4 @@ def page(model: maskgen.Model) -> Any:
 
 
 if __name__ == "__main__":
-  page(maskgen.load(os.environ.get("MASKGEN_MODEL", "digits"))).queue(max_size=16).launch()
+  page(maskgen.load(os.environ.get("MASKGEN_MODEL", "emoji"))).queue(max_size=16).launch()
