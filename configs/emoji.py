@@ -73,6 +73,9 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   # A name has one right picture: nothing is gained from rare codes.
   text["objective"]["sampling"] |= dict(temperature=1.0)
   text["evals"]["emoji"] = dict(type="emoji", every_steps=6750, **few)
+  # One picture for each held-out caption.
+  count = 8 if args.debug else 373
+  text["evals"]["generation"] = dict(type="generation", every_steps=6750, num_images=count, captions=True)
   if args.mage:
     return ml_collections.ConfigDict({**text, "pretrained": {"mage": args.mage}})
   return ml_collections.ConfigDict(config)

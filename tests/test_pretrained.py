@@ -131,6 +131,18 @@ def test_a_model_of_emoji_draws_and_edits_what_is_asked(tmp_path):
   np.testing.assert_array_equal(edited, before)
 
 
+def test_words_change_a_picture_beside_them():
+  known = emoji.load()
+  picture = known.images[known.names.index("princess")]
+  prompts = ["{}, light skin tone", "{}, dark skin tone", "red apple"]
+  model = maskgen.load("emoji-vilex")
+  light, dark = model.generate(prompt=prompts[:2], images=[picture], num_tokens=1, seed=0)
+  (apple,) = model.generate(prompt=prompts[2:], seed=0)
+  shown = [np.square(known.images / 255 - made).sum(axis=(1, 2, 3)).argmin() for made in (light, dark, apple)]
+  tones = ("light skin tone", "dark skin tone")
+  assert [known.names[i] for i in shown] == [*(f"princess, {tone}" for tone in tones), "red apple"]
+
+
 def test_a_path_comes_before_a_name(trained, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   (tmp_path / "digits").symlink_to(trained / "tokenizer")
