@@ -74,7 +74,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   text["objective"]["sampling"] |= dict(temperature=1.0)
   text["evals"]["emoji"] = dict(type="emoji", every_steps=6750, **few)
   # One picture for each held-out caption.
-  count = 8 if args.debug else 373
+  count = 8 if args.debug else len(emoji.load().split("test"))
   text["evals"]["generation"] = dict(type="generation", every_steps=6750, num_images=count, captions=True)
   if args.mage:
     return ml_collections.ConfigDict({**text, "pretrained": {"mage": args.mage}})

@@ -15,7 +15,7 @@ as `emoji-vilex`.
 Arguments:
   :decoder  a trained text-to-image model, such as runs/vilex_emoji/decoder: only the encoder is trained
   :seed     the seed of everything
-  :tiny     ten minutes, to try everything
+  :tiny     about ten minutes, to try everything; has not been run
   :debug    2 steps of tiny networks
 """
 
@@ -52,7 +52,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   decoder["evals"] = dict(
     validation=dict(type="loss", every_steps=2000),
     emoji=dict(type="emoji", every_steps=4500, **few),
-    generation=dict(type="generation", every_steps=9000, num_images=8 if args.debug else 373, captions=True),
+    generation=named["evals"]["generation"] | dict(every_steps=9000),
   )
   steps, aligned = (2, 1) if args.debug else (500, 300) if args.tiny else (9000, 6000)
   vilex |= dict(
