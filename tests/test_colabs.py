@@ -12,6 +12,7 @@ import os
 import pathlib
 import re
 import shlex
+import shutil
 import sys
 import tomllib
 
@@ -41,14 +42,14 @@ SHOWS = re.compile(r"^(show|display|Image\.fromarray)\(|^  display\(", re.MULTIL
 every_notebook = pytest.mark.parametrize("name", NAMES)
 
 
-def load_runner():
-  spec = importlib.util.spec_from_file_location("run", FOLDER / "run.py")
+def load(name: str):
+  spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
   return module
 
 
-runner = load_runner()
+runner = load("run")
 read = runner.read
 
 
@@ -122,6 +123,33 @@ def test_begins_with_a_title_its_time_and_the_install(name):
   assert tags(next(cell for cell in cells if cell.cell_type == "code")) == ["install"]
   assert "%pip install -q -r docs/colabs/requirements.txt $CUDA -e ." in tagged(name, "install")
   assert parameters(name)
+
+
+def test_badges_open_the_notebooks_of_a_repository(tmp_path):
+  badges = load("badges")
+  for name in ("README.md", "generate.ipynb", "vilex.ipynb"):
+    shutil.copy(FOLDER / name, tmp_path)
+  forked = {}
+  for owner in ("someone/my.fork", "owner/maskgen", "someone/my.fork"):
+    badges.add(tmp_path, f"https://github.com/{owner}")
+    listed = (tmp_path / "README.md").read_text()
+    for name in ("generate", "vilex"):
+      cells = nbformat.read(tmp_path / f"{name}.ipynb", as_version=nbformat.NO_CONVERT).cells
+      title, install = cells[0].source, cells[2].source
+      address = f"https://colab.research.google.com/github/{owner}/blob/main/docs/colabs/{name}.ipynb"
+      assert title.startswith("# ")
+      assert title.count(badges.BADGE) == title.count(address) == listed.count(address) == 1
+      assert (
+        install.count("git clone") == install.count(f"git clone -q https://github.com/{owner} maskgen") == 1
+      )
+      compile(TransformerManager().transform_cell(install), name, "exec")
+      assert [cell.get("outputs") for cell in cells] == [cell.get("outputs") for cell in read(name).cells]
+    if "fork" in owner:
+      files = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+      assert files == (forked or files)
+      forked = files
+  with pytest.raises(ValueError, match="is not https://github"):
+    badges.add(tmp_path, "https://gitlab.com/a/b")
 
 
 @every_notebook
