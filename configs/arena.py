@@ -6,10 +6,10 @@
     --config=configs/arena.py:objective=sorcen,source=folder:/data/cifar10,tokenizer=runs/tokenizer
 
 All objectives have the data, augmentation, network sizes, optimizer and evaluations of `mage_cifar.py:tiny`.
-A row of `ROWS` adds what only one of them has. Any other objective needs no row:
-`:objective=my_package.my_objective` has those of the common fields that its `Objective` has, such as `width`.
+A row of `ROWS` adds what only one of them has. Any other objective needs no row: a module has those of the
+common fields that its `Objective` has, such as `width`.
 
-Hardware: minutes on two CPU cores. docs/arena.md says what was run.
+Hardware: minutes on two CPU cores; docs/arena.md says what was run.
 
 Arguments:
   :objective   a row of `ROWS`, a module with an `Objective`, or `tokenizer`
@@ -18,11 +18,12 @@ Arguments:
   :mirror      whether pictures may be flipped
   :tokenizer   the workdir of a tokenizer
   :teacher     for `lease`, `mr_mae` and `mask_align`, a model with an image encoder of patches of 4 pixels
-  :words       a text tokenizer, such as bpe:PATH, for objectives that read captions; by default the words of
-               captioned_digits
+  :words       a text tokenizer of captions, such as bpe:PATH, by default the words of captioned_digits
   :steps       of training, by default 1000
   :seed        the seed of everything
   :rate        multiplies the learning rate
+  :features    the feature space of the Frechet distance, by default pixels
+  :reference   a file of `maskgen.tools.reference_stats` in that space; by default each run computes it
   :floors      also measure what pixels, codes and clusters of patches reach without training
   :tiny        200 steps instead of 1000
   :debug       tiny networks and evaluations
@@ -71,7 +72,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   args = config_lib.parse_arg(
     arg,
     **dict(objective="mae", source="", size=0, mirror=False, tokenizer="", teacher="", words=""),
-    **dict(steps=0, seed=0, rate=1.0, floors=False, debug=False, tiny=False),
+    **dict(features="pixels", reference="", steps=0, seed=0, rate=1.0, floors=False, debug=False, tiny=False),
   )
   args.source = args.source or ("synthetic" if args.debug else "digits")
   args.size = args.size or (16 if args.debug else 32)
@@ -81,8 +82,7 @@ def get_config(arg: str | None = None) -> ml_collections.ConfigDict:
   config = stages.tokenizer if args.objective == "tokenizer" else stages.mage
   steps = args.steps = args.steps or (2 if args.debug else 200 if args.tiny else 1000)
   config.update(total_steps=steps, log_every_steps=max(1, min(50, steps // 10)), sharding=())
-  config.checkpoint.save_steps = 1000
-  config.data = pictures(args)
+  config.update(data=pictures(args), checkpoint=dict(save_steps=1000))
   if args.objective == "tokenizer":
     config.objective.image_size = (args.size, args.size)
     config.optimizer.generator.warmup_steps = steps // 4
@@ -141,10 +141,8 @@ def evaluations(args, steps: int, able: dict) -> dict:
   few = 16 if args.debug else None
   found = dict(
     probe=dict(type="probe", **at, num_images=few or 10_000, shots=(), baselines=compared),
-    generation=dict(type="generation", **at, num_images=few or 1000),
+    generation=dict(type="generation", **at, num_images=few or 1000, features=args.features),
   )
-  return {
-    name: section
-    for name, section in found.items()
-    if set(evaluators.find(section["type"], f"config.evals.{name}").requires) <= able.keys()
-  }
+  found["generation"]["reference"] = args.reference or None
+  needs = {name: evaluators.find(name, f"config.evals.{name}").requires for name in found}
+  return {name: section for name, section in found.items() if {*needs[name]} <= able.keys()}
