@@ -32,8 +32,8 @@ from maskgen.serving import ImageWords, TokenModel
 
 ROOT = pathlib.Path(__file__).parents[1]
 FOLDER = ROOT / "docs" / "colabs"
-# Those of a model that comes with maskgen.
-STORED = {"edit", "features", "generate"}
+# Those of models that come with maskgen.
+STORED = {"edit", "features", "generate", "vilex"}
 NAMES = sorted(path.stem for path in FOLDER.glob("*.ipynb"))
 # What the notebooks load.
 CLASSES = dict.fromkeys(NAMES, TokenModel) | {"vilex": ImageWords}
@@ -320,8 +320,8 @@ def test_features_runs(model, tmp_path):
 
 @pytest.mark.slow
 def test_vilex_runs(tmp_path):
-  main.main(["--config=configs/vilex_digits.py:debug", f"--workdir={tmp_path}"])
-  out = tmp_path / "digit.safetensors"
+  main.main(["--config=configs/vilex_emoji.py:debug", f"--workdir={tmp_path}"])
+  out = tmp_path / "cook.safetensors"
   cells = execute("vilex", {"MODEL": str(tmp_path / "vilex"), "OUT": str(out)}, tmp_path)
   check(cells)
   assert out.exists()
