@@ -1,5 +1,6 @@
 """The setup on machines without accelerators."""
 
+import json
 import sys
 
 import jax
@@ -9,43 +10,47 @@ import tiny
 
 from maskgen.models.transformer import Transformer
 
+# One process imports what is needed, and has a copy of itself choose in each case: the choice lasts.
 CORES = """
-import os, jax
-os.cpu_count = lambda: {cores}
+import json, os, sys
+import jax
+from maskgen import main, objectives
 from maskgen.training import cpu
 def stage(batch_size, accumulation=1, **mesh):
-  sections = dict(data={{}}, objective={{}}, optimizer={{}}, mesh=mesh)
+  sections = dict(data={}, objective={}, optimizer={}, mesh=mesh)
   return dict(batch_size=batch_size, accumulation=accumulation, total_steps=1, **sections)
 def vit_b(batch_size):
-  from maskgen import main
-  return main.choose_stage("configs/mage_base.py", {{"batch_size": str(batch_size)}})[1]
-{before}
-cpu.use_cores([{stages}])
-print(jax.device_count(), os.environ["XLA_FLAGS"].count("collective_call_terminate_timeout_seconds=3600"))
+  return main.choose_stage("configs/mage_base.py", {"batch_size": str(batch_size)})[1]
+for cores, stages, flags, before in json.loads(sys.argv[1]):
+  if not os.fork():
+    os.environ["XLA_FLAGS"] = flags
+    os.cpu_count = lambda: cores
+    exec(before)
+    cpu.use_cores(eval(f"[{stages}]"))
+    patience = os.environ["XLA_FLAGS"].count("collective_call_terminate_timeout_seconds=3600")
+    print(jax.device_count(), patience, flush=True)
+    os._exit(0)
+  os.wait()
 """
-
-
-@pytest.mark.parametrize(
-  ("cores", "stages", "env", "before", "devices"),
-  [
-    (2, "stage(64), stage(8)", {}, "", 2),
-    (64, "stage(64)", {}, "", 4),
-    (4, "stage(12), stage(18)", {}, "", 3),
-    (4, "stage(64), stage(8, accumulation=4)", {}, "", 2),
-    (4, "stage(64), stage(64, data=1)", {}, "", 1),
-    (4, "vit_b(512)", {}, "", 4),
-    (4, "stage(64), vit_b(32)", {}, "", 1),
-    (4, "stage(64)", {"JAX_NUM_CPU_DEVICES": "3"}, "", 3),
-    (4, "stage(64)", {"XLA_FLAGS": "--xla_force_host_platform_device_count=3"}, "", 3),
-    (4, "stage(64)", {}, "jax.devices()", 1),
-    (4, "stage(64)", {}, "cpu.use_devices(3)", 3),
-  ],
+CASES = (
+  (2, "stage(64), stage(8)", "", "", 2),
+  (64, "stage(64)", "", "", 4),
+  (4, "stage(12), stage(18)", "", "", 3),
+  (4, "stage(64), stage(8, accumulation=4)", "", "", 2),
+  (4, "stage(64), stage(64, data=1)", "", "", 1),
+  (4, "vit_b(512)", "", "", 4),
+  (4, "stage(64), vit_b(32)", "", "", 1),
+  (4, "stage(64)", "", "jax.config.update('jax_num_cpu_devices', 3)", 3),  # as JAX_NUM_CPU_DEVICES does
+  (4, "stage(64)", "--xla_force_host_platform_device_count=3", "", 3),
+  (4, "stage(64)", "", "jax.devices()", 1),
+  (4, "stage(64)", "", "cpu.use_devices(3)", 3),
 )
-def test_cores_are_devices_where_every_stage_can_use_them(cores, stages, env, before, devices):
-  script = CORES.format(cores=cores, stages=stages, before=before)
-  process = tiny.python("-c", script, env={"XLA_FLAGS": ""} | env)
+
+
+def test_cores_are_devices_where_every_stage_can_use_them():
+  process = tiny.python("-c", CORES, json.dumps([case[:-1] for case in CASES]), env={"XLA_FLAGS": ""})
   out, err = process.communicate()
-  assert out.split() == [str(devices), "1"], err
+  assert out.splitlines() == [f"{devices} 1" for *_, devices in CASES], err
 
 
 PAGES = """
