@@ -4,6 +4,7 @@ This is also a config file: `--config=tests/tiny.py:steps=8`, or one stage: `:on
 """
 
 import dataclasses
+import fcntl
 import multiprocessing
 import os
 import pathlib
@@ -178,15 +179,17 @@ def fork(fn: Callable[..., Any], *arguments: Any) -> multiprocessing.process.Bas
   return process
 
 
-_runs: list[pathlib.Path] = []
-
-
 # A test module takes it with `trained = tiny.trained`; it is trained once, whoever asks first.
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
   """A finished run, not to be changed: `trained / "tokenizer"` and `trained / "mage"` are models."""
-  if not _runs:
-    root = tmp_path_factory.mktemp("tiny") / "run"
-    main.main([f"--config={FILE}", f"--workdir={root}"])
-    _runs.append(root)
-  return _runs[0]
+  folder = tmp_path_factory.getbasetemp()
+  if "PYTEST_XDIST_WORKER" in os.environ:
+    folder = folder.parent  # that of all workers
+  root = folder / "tiny" / "run"
+  root.parent.mkdir(exist_ok=True)
+  with open(root.parent / "lock", "w") as lock:
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    if not (root / "results.json").exists():
+      main.main([f"--config={FILE}", f"--workdir={root}"])
+  return root
