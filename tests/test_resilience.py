@@ -40,8 +40,10 @@ def experiment(trained):
 
 @pytest.fixture(scope="module")
 def finished(experiment, tmp_path_factory):
+  """A run's workdir, results and last state."""
   workdir = new_workdir(tmp_path_factory.mktemp("finished"), experiment)
-  return workdir, train.train(experiment, workdir)
+  results = train.train(experiment, workdir)
+  return workdir, results, newest(experiment, workdir)
 
 
 def new_workdir(folder, experiment):
@@ -74,7 +76,7 @@ def test_a_preempted_run_saves_stops_and_continues(at, experiment, finished, tmp
   assert signal.getsignal(signal.SIGTERM) is before
   assert storage.Checkpoints(workdir, Checkpointing()).latest() == at
   assert train.train(experiment, workdir) == finished[1]
-  tiny.assert_same_bits(newest(experiment, workdir), newest(experiment, finished[0]))
+  tiny.assert_same_bits(newest(experiment, workdir), finished[2])
   evaluated = [line["step"] for line in metrics.read(workdir) if "validation/loss" in line]
   assert evaluated == [4, 8, 9]
 
@@ -101,7 +103,7 @@ def test_a_run_continues_on_another_mesh_with_other_operational_keys(
   other = Experiment(config)
   results = train.train(other, workdir)
   assert results == pytest.approx(finished[1], rel=1e-5)
-  here, there = newest(other, workdir), newest(experiment, finished[0])
+  here, there = newest(other, workdir), finished[2]
   for name, value in tree.flatten(here.params).items():
     np.testing.assert_allclose(value, tree.flatten(there.params)[name], atol=1e-5, err_msg=name)
 
@@ -160,7 +162,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
   assert (workdir / "checkpoints" / "9").exists()
   assert "step 9 is damaged" in caplog.text
   assert train.train(experiment, workdir) == finished[1]
-  tiny.assert_same_bits(newest(experiment, workdir), newest(experiment, finished[0]))
+  tiny.assert_same_bits(newest(experiment, workdir), finished[2])
   assert [p.name.split("-")[0] for p in (workdir / "damaged").iterdir()] == ["9"]
 
 
@@ -225,7 +227,7 @@ def test_a_checkpoint_in_the_folder_of_another_step_is_not_used(change, experime
     shutil.copytree(folder / "8", folder / "9")
     shutil.rmtree(folder / "other")
   assert train.train(experiment, workdir) == finished[1]
-  tiny.assert_same_bits(newest(experiment, workdir), newest(experiment, finished[0]))
+  tiny.assert_same_bits(newest(experiment, workdir), finished[2])
   put_aside = {path.name.split("-")[0] for path in (workdir / "damaged").iterdir()}
   assert put_aside == ({"8", "9"} if change == "swapped" else {"9"})
 
@@ -399,7 +401,7 @@ def test_a_workdir_that_is_moved_ends_the_run_and_continues_where_it_is(
   moved = epath.Path(tmp_path / "moved")
   assert steps_of(moved) == [4]
   assert train.train(experiment, moved) == finished[1]
-  tiny.assert_same_bits(newest(experiment, moved), newest(experiment, finished[0]))
+  tiny.assert_same_bits(newest(experiment, moved), finished[2])
 
 
 # What is full
