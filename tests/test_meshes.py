@@ -1,11 +1,11 @@
 """The same numbers on every mesh, over several processes, and with all ways to run the network."""
 
-import json
 import pathlib
 
 import jax
 import numpy as np
 import pytest
+import test_mage_c
 import tiny
 
 from maskgen import sharding, tree
@@ -74,7 +74,6 @@ def test_every_mesh_gives_the_same_losses(stage, mesh, alone):
 
 WAYS = {
   "remat of products": dict(objective__remat="dots"),
-  "full remat": dict(objective__remat="full"),
   "scan": dict(objective__scan="True"),
   "scan with remat": dict(objective__scan="True", objective__remat="full"),
   "fused attention": dict(objective__scan="True", objective__remat="dots", objective__attention="pallas"),
@@ -139,7 +138,7 @@ def test_memory_of_the_state_falls_as_one_over_fsdp():
   """Measured by the size of the compiled program's arguments."""
   size = dict(objective__width="256", objective__decoder_width="256")
   sizes = {}
-  for fsdp in (1, 2, 8):
+  for fsdp in (1, 8):
     built = experiment("mage", (1, fsdp, 1), **size)
     frozen = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(built.targets["frozen"]))
     sizes[fsdp] = built.compile().memory_analysis().argument_size_in_bytes - frozen
@@ -171,34 +170,42 @@ def test_statistics_do_not_depend_on_the_number_of_devices(devices, statistics_a
 
 # Processes
 
+
+def of_processes():
+  """The losses of each stage, the statistics, and the gradients of an objective of the global batch."""
+  mage, tokenizer = experiment("mage", (2, 2, 2), **EVALS), experiment("tokenizer", (2, 4, 1))
+  found = {"statistics": statistics(mage), "mage": losses(mage)[0], "tokenizer": losses(tokenizer)[0]}
+  gradients = test_mage_c.loss_and_gradients(test_mage_c.experiment((8, 1, 1)))
+  return found | {f"mage_c/{name}": value for name, value in gradients.items()}
+
+
 SCRIPT = """
-import json, sys
+import sys
 import jax
 jax.config.update("jax_num_cpu_devices", 4)
 jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
 sys.path.insert(0, sys.argv[3])
+import numpy as np
 import test_meshes
-evals = test_meshes.EVALS if sys.argv[4] == "mage" else {}
-built = test_meshes.experiment(sys.argv[4], tuple(json.loads(sys.argv[5])), **evals)
-statistics = test_meshes.statistics(built).tolist() if evals else None
-print(json.dumps([test_meshes.losses(built)[0].tolist(), statistics]))
+np.savez(sys.argv[4], **test_meshes.of_processes())
 """
 
 
-@pytest.mark.parametrize("stage,mesh", [("mage", (2, 2, 2)), ("tokenizer", (2, 4, 1))])
-def test_two_processes_give_the_same_losses_and_statistics(stage, mesh, alone, statistics_alone):
+def test_two_processes_give_the_same_numbers(alone, statistics_alone, tmp_path):
   address = f"127.0.0.1:{tiny.free_port()}"
   folder, env = str(pathlib.Path(__file__).parent), {"XLA_FLAGS": tiny.XLA_FLAGS}
+  files = [str(tmp_path / f"{index}.npz") for index in range(2)]
   processes = [
-    tiny.python("-c", SCRIPT, address, str(index), folder, stage, json.dumps(mesh), env=env)
-    for index in range(2)
+    tiny.python("-c", SCRIPT, address, str(index), folder, file, env=env) for index, file in enumerate(files)
   ]
-  for process in processes:
-    out, err = process.communicate()
+  gradients = test_mage_c.loss_and_gradients(test_mage_c.experiment((1, 1, 1)))
+  for process, file in zip(processes, files, strict=True):
+    _, err = process.communicate()
     assert process.returncode == 0, err[-2000:]
-    found, gaussian = json.loads(out.splitlines()[-1])
-    np.testing.assert_allclose(found, alone[stage][0], rtol=1e-5, atol=1e-6)
-    if gaussian is not None:
-      np.testing.assert_allclose(
-        gaussian, statistics_alone, rtol=1e-6, atol=1e-6 * np.abs(statistics_alone).max()
-      )
+    with np.load(file) as archive:
+      found = dict(archive)
+    for stage in tiny.STAGES:
+      np.testing.assert_allclose(found.pop(stage), alone[stage][0], rtol=1e-5, atol=1e-6)
+    scale = np.abs(statistics_alone).max()
+    np.testing.assert_allclose(found.pop("statistics"), statistics_alone, rtol=1e-6, atol=1e-6 * scale)
+    test_mage_c.assert_close({name.removeprefix("mage_c/"): x for name, x in found.items()}, gradients)
