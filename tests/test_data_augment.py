@@ -49,6 +49,11 @@ def seeds(count: int, start: int = 3) -> tf.Tensor:
   return tf.random.experimental.stateless_split(tf.constant([start, 4], tf.int64), count)
 
 
+def compiled(augmented):
+  """A function of a seed alone, whose operations are not called one by one from Python."""
+  return tf.function(augmented, input_signature=[tf.TensorSpec([2], tf.int64)])
+
+
 # All ops
 
 
@@ -103,7 +108,8 @@ def test_the_seed_alone_decides(name):
 )
 def test_probability(name, others, probability):
   image = tf.constant(picture(8, 8))
-  results = [OURS[name](image, **others, probability=probability, seed=seed) for seed in seeds(400)]
+  augmented = compiled(lambda seed: OURS[name](image, **others, probability=probability, seed=seed))
+  results = [augmented(seed) for seed in seeds(400)]
   changed = sum(not np.array_equal(result, image) for result in results)
   assert scipy.stats.binomtest(changed, 400, probability).pvalue > 0.01
 
@@ -265,10 +271,8 @@ def test_sigma_is_uniform():
     return blurred[0, 9] - float(blurred[0, 10])
 
   image = tf.constant(edge[..., None])
-  found = [
-    steepness(augment.blur(image, (0.5, 2.0), 1.0, seed=seed).numpy()[..., 0].astype(float))
-    for seed in seeds(200)
-  ]
+  blurred = compiled(lambda seed: augment.blur(image, (0.5, 2.0), 1.0, seed=seed))
+  found = [steepness(blurred(seed).numpy()[..., 0].astype(float)) for seed in seeds(200)]
   sigmas = np.linspace(0.4, 2.5, 300)
   known = [steepness(scipy.ndimage.gaussian_filter(edge.astype(float), sigma)) for sigma in sigmas]
   drawn = np.interp(found, known, sigmas)  # to 1/20, because of the rounding
