@@ -54,13 +54,17 @@ def test_loss_and_gradients_are_those_of_the_reference(golden, converted):
   kept = np.stack([np.flatnonzero(~row) for row in mask]).astype(np.int32)
   params = model.variables["params"]
 
-  predicted = objective.predict(params, images, kept)
+  predicted = jax.jit(objective.predict)(params, images, kept)
   np.testing.assert_allclose(predicted, golden["pred"], atol=1e-5)
-  loss, grads = jax.value_and_grad(lambda params: objective.errors(params, images, mask, kept).mean())(params)
+
+  def mean_error(params, objective):
+    return objective.errors(params, images, mask, kept).mean()
+
+  loss, grads = jax.jit(jax.value_and_grad(mean_error), static_argnums=1)(params, objective)
   np.testing.assert_allclose(loss, golden["loss"], rtol=1e-6)
   raw = objectives.build({**section, "encoder": {**section["encoder"], **plain}, "normalize_targets": False})
-  errors = raw.errors(params, images, mask, kept)
-  np.testing.assert_allclose(errors.mean(), golden["loss_raw_pixels"], rtol=1e-6)
+  errors = jax.jit(mean_error, static_argnums=1)(params, raw)
+  np.testing.assert_allclose(errors, golden["loss_raw_pixels"], rtol=1e-6)
 
   back = mae.whole_to_reference(grads["main"], objective.encoder, objective.decoder)
   numbers = zip(*(golden[f"grad_{kind}"] for kind in ("names", "norm", "dotcos")), strict=True)
@@ -112,9 +116,10 @@ def test_the_loss_is_that_of_masked_patches_and_comes_from_visible_ones():
     pixels = jnp.repeat(jnp.repeat(where.reshape(2, 4, 4), 4, 1), 4, 2)[..., None]
     return jnp.where(pixels, 1.0 - images, images)
 
-  predicted = objective.predict(params, images, kept)
-  np.testing.assert_array_equal(objective.predict(params, change(mask), kept), predicted)
-  assert (objective.predict(params, change(~mask), kept) != predicted).any()
+  predict = jax.jit(objective.predict)
+  predicted = predict(params, images, kept)
+  np.testing.assert_array_equal(predict(params, change(mask), kept), predicted)
+  assert (predict(params, change(~mask), kept) != predicted).any()
   errors = jnp.square(predicted - objective.targets(images)[0]).mean(axis=-1)
   expected = [float(errors[i][mask[i]].mean()) for i in range(2)]
   np.testing.assert_allclose(objective.errors(params, images, mask, kept), expected, rtol=1e-6)
