@@ -69,11 +69,11 @@ def test_batches_are_the_same_for_any_number_of_processes(count):
   )
 
 
-@pytest.mark.parametrize("step", [1, 33, 70])
-def test_resuming_continues_at_the_next_record(step):
+def test_resuming_continues_at_the_next_record():
   data = _data("digits", RANDOM, batch_size=32)
-  whole = _take(data.train_batches(), step + 3)
-  _assert_equal(whole[step:], _take(data.train_batches(step), 3))
+  whole = _take(data.train_batches(), 73)
+  for step in (1, 33, 70):
+    _assert_equal(whole[step : step + 3], _take(data.train_batches(step), 3))
 
 
 def test_resuming_late_is_immediate_and_right():
@@ -109,12 +109,13 @@ def test_the_first_records_are_a_fair_sample():
 
 
 def test_seeds_change_order_and_augmentation():
-  one, two = (_take(_data(seed=seed).train_batches(), 1)[0] for seed in (1, 2))
+  data, other = (_data(seed=seed) for seed in (1, 2))
+  one, two = (_take(drawn.train_batches(), 1)[0] for drawn in (data, other))
   assert not np.array_equal(one["label"], two["label"])
   again = _take(_data(seed=1).train_batches(), 1)[0]
   _assert_equal([one], [again])
   # A record looks different in another epoch: 256 records are 32 batches of 8.
-  epochs = _take(_data(seed=1).train_batches(), 64)
+  epochs = _take(data.train_batches(), 64)
   images = [np.concatenate([b["image"] for b in epochs[i : i + 32]]) for i in (0, 32)]
   assert len({image.tobytes() for image in np.concatenate(images)}) > 500
 
