@@ -39,7 +39,8 @@ def run(*colours, num_classes=2, **options):
     pick = jax.vmap(lambda key: jax.random.randint(key, (), 0, 32))(batch["key"])
     return made[2 * pick + batch.get("label", pick % 2)]
 
-  context = make_context({"generate": generate}, pictures(120, 0, RED, BLUE), pictures(30, 1, RED, BLUE))
+  sets = pictures(120, 0, RED, BLUE), pictures(30, 1, RED, BLUE)
+  context = make_context({"generate": generate}, *sets, devices=2)
   context = dataclasses.replace(context, objective=tiny.FakeObjective(num_classes=num_classes))
   section = dict(type="classifier_scores", every_steps=1, steps=20, **options)
   evaluator = evaluators.build("it", section, context)
