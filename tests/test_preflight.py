@@ -1,5 +1,6 @@
 """The preflight's report must match the compiled step."""
 
+import importlib.metadata
 import importlib.util
 import json
 import math
@@ -221,6 +222,15 @@ def test_wrong_topologies_are_refused(name, slices, message):
 def test_tpus_need_their_compiler(monkeypatch):
   monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
   with pytest.raises(UserError, match=r"needs libtpu, install it with: pip install 'maskgen\[tpu\]'"):
+    topology.devices("v5e:2x2")
+
+
+def test_tpus_need_the_compiler_of_this_jax(monkeypatch):
+  monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
+  requirement = "libtpu==0.0.42.*; extra == 'tpu'"
+  monkeypatch.setattr(importlib.metadata, "requires", lambda name: ["numpy", requirement])
+  monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.0.420")
+  with pytest.raises(UserError, match=r"libtpu 0\.0\.420 is installed, but JAX .* needs 0\.0\.42\.\*"):
     topology.devices("v5e:2x2")
 
 

@@ -1,5 +1,6 @@
 """Devices to compile for: a remote TPU slice, a GPU by its memory, virtual CPUs, or those of this machine."""
 
+import importlib.metadata
 import importlib.util
 import os
 import re
@@ -54,6 +55,7 @@ def devices(topology: str, slices: int = 1) -> Sequence[jax.Device]:
     raise UserError(
       f"--topology={topology}: compiling for TPUs needs libtpu, install it with: pip install 'maskgen[tpu]'"
     )
+  _check_libtpu()
   for name, value in _NO_TPU_HERE.items():
     os.environ.setdefault(name, value)
   try:
@@ -64,6 +66,22 @@ def devices(topology: str, slices: int = 1) -> Sequence[jax.Device]:
     reason = str(error).splitlines()[0].partition(": ")[2]
     raise UserError(f"--topology={topology}: there is no such TPU slice ({reason})") from None
   return found.devices
+
+
+def _check_libtpu() -> None:
+  """Raises UserError for another version than JAX's own, whose programs JAX may compile but not read."""
+  requirements = importlib.metadata.requires("jax") or ()
+  needed = next((text for text in requirements if text.startswith("libtpu==")), "")
+  version = needed.partition(";")[0].strip().removeprefix("libtpu==").removesuffix("*")
+  try:
+    found = importlib.metadata.version("libtpu")
+  except importlib.metadata.PackageNotFoundError:  # built from source
+    return
+  if not f"{found}.".startswith(version):
+    raise UserError(
+      f"libtpu {found} is installed, but JAX {jax.__version__} needs {version}*: install it with "
+      f"pip install 'jax[tpu]=={jax.__version__}'"
+    )
 
 
 def memory(topology: str) -> float | None:
