@@ -1,4 +1,7 @@
-"""Runs notebooks in this folder and keeps their outputs: python docs/colabs/run.py generate edit features vilex"""
+"""Runs notebooks in this folder and keeps their outputs.
+
+python docs/colabs/run.py generate edit features vilex
+"""
 
 import os
 import pathlib
