@@ -103,15 +103,20 @@ class Place:
 
   def start(self, command: str, *arguments: str, **environment: str) -> subprocess.Popen:
     script, *words = command.split()
-    process = subprocess.Popen(
-      ["bash", str(LAUNCH / script), *words, *arguments],
-      cwd=self.folder,
-      env=self.environment | environment,
-      stdout=subprocess.PIPE,
-      stderr=subprocess.PIPE,
-      text=True,
-      start_new_session=True,
-    )
+    # What a shell starts in the background ignores SIGINT; a script that did could not trap it.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+      process = subprocess.Popen(
+        ["bash", str(LAUNCH / script), *words, *arguments],
+        cwd=self.folder,
+        env=self.environment | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+      )
+    finally:
+      signal.signal(signal.SIGINT, before)
     self.processes.append(process)
     return process
 
