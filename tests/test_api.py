@@ -267,8 +267,10 @@ def test_pictures_are_prepared_as_evaluations_do(mage, trained, files, tmp_path)
 
 def test_pictures_that_cannot_be_prepared(mage, files, tmp_path, monkeypatch):
   (tmp_path / "cut.jpg").write_bytes(files[0].read_bytes()[:500])
+  (tmp_path / "notes.txt").write_text("taken in 2019")
   for given, message in (
-    (tmp_path / "cut.jpg", r"cut.jpg cannot be prepared by 'decode\(3\)|resize\(16\)': "),
+    (tmp_path / "cut.jpg", r"cut.jpg cannot be prepared by 'decode\(3\)\|resize\(16\)': Truncated File Read"),
+    (tmp_path / "notes.txt", r"notes.txt cannot be prepared by '.*': the file is not a picture"),
     (tmp_path / "none.jpg", r"none.jpg cannot be read \(No such file or directory\): give the path"),
     ([], "pictures is empty"),
     (np.zeros((2, 3, 4, 5, 3)), r"picture 0 has shape \(2, 3, 4, 5, 3\): give"),

@@ -219,5 +219,6 @@ def reason_of(error: tf.errors.OpError) -> str:
   """Returns the core of an error message, without what TensorFlow adds to it."""
   text = re.sub(r"\{\{.*?\}\}|\[Op:.*", "", error.message)
   text = re.sub(r"^.*Iterator::[\w:]*(\[\d+\])?[\w:]*: ", "", text.strip())
+  text = re.sub(r"^Graph execution error:.*\n\n", "", text, flags=re.DOTALL)  # a stack of Python's lines
   line = (text.splitlines() or [""])[0].removeprefix("ValueError: ").strip()
   return re.sub(r"^assertion failed: \[(.*)\]$", r"\1", line) or type(error).__name__
