@@ -3,6 +3,7 @@
 import errno
 import functools
 import json
+import logging
 import os
 import pathlib
 import resource
@@ -79,6 +80,21 @@ def test_a_preempted_run_saves_stops_and_continues(at, experiment, finished, tmp
   tiny.assert_same_bits(newest(experiment, workdir), finished[2])
   evaluated = [line["step"] for line in metrics.read(workdir) if "validation/loss" in line]
   assert evaluated == [4, 8, 9]
+
+
+@pytest.mark.parametrize(("at", "saved"), [(2, "starts over, as nothing"), (7, "continues from step 4")])
+def test_an_interrupted_run_says_what_is_saved(at, saved, experiment, tmp_path, monkeypatch, caplog):
+  workdir, compiled = new_workdir(tmp_path, experiment), experiment.update
+
+  def update(state, frozen, batch):
+    if int(state.step) + 1 == at:
+      signal.raise_signal(signal.SIGINT)
+    return compiled(state, frozen, batch)
+
+  monkeypatch.setattr(experiment, "update", update)
+  with caplog.at_level(logging.INFO, "maskgen"), pytest.raises(KeyboardInterrupt):
+    train.train(experiment, workdir)
+  assert f"interrupted; the same command {saved}" in caplog.text
 
 
 def test_a_run_continues_on_another_mesh_with_other_operational_keys(

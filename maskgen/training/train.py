@@ -52,7 +52,13 @@ def train(experiment: Experiment, workdir: epath.Path) -> dict[str, float]:
       storage_errors(workdir),
       closing(storage.Checkpoints(workdir, experiment.config.checkpoint)) as checkpoints,
     ):
-      variables, step = loop(experiment, workdir, checkpoints)
+      try:
+        variables, step = loop(experiment, workdir, checkpoints)
+      except KeyboardInterrupt:
+        saved = checkpoints.latest()
+        goes_on = "starts over, as nothing was saved yet" if saved is None else f"continues from step {saved}"
+        log.info("%s: interrupted; the same command %s", workdir.name, goes_on)
+        raise
       results = final_results(workdir, list(experiment.evaluators))
       model = {"path": ".", "step": step, "averages": sorted(experiment.config.ema)}
       receipts.write(workdir, receipt.of_run(experiment, variables, model, results))
