@@ -2,8 +2,10 @@
 
 import argparse
 import contextlib
+import difflib
 import logging
 import os
+import re
 import sys
 import threading
 import traceback
@@ -33,6 +35,7 @@ class Parser(argparse.ArgumentParser):
       formatter_class=argparse.RawDescriptionHelpFormatter,
       allow_abbrev=False,
     )
+    self._given: Sequence[str] = ()
 
   def add_model(self, help: str, default: str | None = None) -> None:  # noqa: A002  (argparse's name)
     """Adds `--model`, the folder or name of a model, and `--trust_code`, which lets code in it run."""
@@ -49,8 +52,9 @@ class Parser(argparse.ArgumentParser):
     """Adds `--seed`."""
     self.add_argument("--seed", type=_seed, default=0, help=help)
 
-  def parse_known_args(self, *args: Any, **options: Any) -> Any:
-    parsed, rest = super().parse_known_args(*args, **options)
+  def parse_known_args(self, args: Sequence[str] | None = None, *others: Any, **options: Any) -> Any:
+    self._given = sys.argv[1:] if args is None else args
+    parsed, rest = super().parse_known_args(args, *others, **options)
     for name, value in vars(parsed).items():
       setattr(parsed, name, [*map(_at_home, value)] if isinstance(value, list) else _at_home(value))
     if getattr(parsed, "trust_code", False):
@@ -58,6 +62,11 @@ class Parser(argparse.ArgumentParser):
     return parsed, rest
 
   def error(self, message: str):
+    flags = [arg.partition("=")[0] for arg in self._given if arg.startswith("--")]
+    unknown = [flag for flag in flags if flag not in self._option_string_actions]
+    for flag in unknown if re.match("unrecognized|the following .* required", message) else ():
+      if close := difflib.get_close_matches(flag, self._option_string_actions, n=1, cutoff=0.8):
+        message += f"; did you mean {close[0]} by {flag}?"
     raise UserError(f"{message} (see --help)")
 
 
