@@ -1,5 +1,6 @@
 """How long a run will take: measured on a few steps of it, with parameters that nobody keeps."""
 
+import logging
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -10,6 +11,8 @@ import jax.numpy as jnp
 from maskgen import processes
 from maskgen.training import memory
 from maskgen.training.experiment import Experiment
+
+log = logging.getLogger("maskgen")
 
 _STEPS = 2
 # FLOPs that take a CPU about a minute.
@@ -32,6 +35,7 @@ def forecast(experiment: Experiment, compiled: Any, batches: Iterator[Any]) -> s
   reason = _too_large(compiled, experiment.mesh.local_devices[0])
   if processes.any_of(bool(reason)):  # a step takes all of them
     return f"hours not measured: {reason or 'another process has too little memory'}"
+  log.info("timing %d steps, from parameters whose initialization is compiled first", _STEPS)
   seconds = seconds_per_step(experiment, compiled, batches, _STEPS)
   total = experiment.total_steps
   return (
