@@ -52,7 +52,7 @@ class Parser(argparse.ArgumentParser):
     """Adds `--seed`."""
     self.add_argument("--seed", type=_seed, default=0, help=help)
 
-  def parse_known_args(self, args: Sequence[str] | None = None, *others: Any, **options: Any) -> Any:
+  def parse_known_args(self, args: Any = None, *others: Any, **options: Any) -> Any:
     self._given = sys.argv[1:] if args is None else args
     parsed, rest = super().parse_known_args(args, *others, **options)
     for name, value in vars(parsed).items():
