@@ -179,16 +179,22 @@ def fork(fn: Callable[..., Any], *arguments: Any) -> multiprocessing.process.Bas
   return process
 
 
+def shared_folder(factory: pytest.TempPathFactory, name: str) -> pathlib.Path:
+  """A folder of this session of pytest that its workers share."""
+  root = factory.getbasetemp()
+  if "PYTEST_XDIST_WORKER" in os.environ:
+    root = root.parent
+  (root / name).mkdir(exist_ok=True)
+  return root / name
+
+
 # A test module takes it with `trained = tiny.trained`; it is trained once, whoever asks first.
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
   """A finished run, not to be changed: `trained / "tokenizer"` and `trained / "mage"` are models."""
-  folder = tmp_path_factory.getbasetemp()
-  if "PYTEST_XDIST_WORKER" in os.environ:
-    folder = folder.parent  # that of all workers
-  root = folder / "tiny" / "run"
-  root.parent.mkdir(exist_ok=True)
-  with open(root.parent / "lock", "w") as lock:
+  folder = shared_folder(tmp_path_factory, "tiny")
+  root = folder / "run"
+  with open(folder / "lock", "w") as lock:
     fcntl.flock(lock, fcntl.LOCK_EX)
     if not (root / "results.json").exists():
       main.main([f"--config={FILE}", f"--workdir={root}"])
