@@ -116,7 +116,7 @@ def test_a_run_that_stopped_early_goes_on_with_more_patience(experiment, undistu
 def test_a_step_is_timed_in_all_processes_or_in_none(experiment, monkeypatch):
   monkeypatch.setattr(processes, "any_of", lambda flag: True)
   compiled = jax.jit(lambda x: x).lower(1.0).compile()
-  assert forecast.forecast(experiment, compiled, iter(())).startswith("hours not measured: another process")
+  assert forecast.forecast(experiment, compiled, iter(())).startswith("time not measured: another process")
 
 
 def test_a_best_whose_checkpoint_is_gone_does_not_count():

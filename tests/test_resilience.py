@@ -82,19 +82,40 @@ def test_a_preempted_run_saves_stops_and_continues(at, experiment, finished, tmp
   assert evaluated == [4, 8, 9]
 
 
-@pytest.mark.parametrize(("at", "saved"), [(2, "starts over, as nothing"), (7, "continues from step 4")])
-def test_an_interrupted_run_says_what_is_saved(at, saved, experiment, tmp_path, monkeypatch, caplog):
+@pytest.mark.parametrize(
+  ("times", "at", "says"),
+  [
+    (1, 7, "continues from step 7"),
+    (2, 7, "continues from step 4"),
+    (2, 2, "starts over, as nothing"),
+  ],
+)
+def test_an_interrupted_run_saves_unless_it_is_interrupted_again(
+  times, at, says, experiment, finished, tmp_path, monkeypatch, caplog
+):
   workdir, compiled = new_workdir(tmp_path, experiment), experiment.update
 
   def update(state, frozen, batch):
     if int(state.step) + 1 == at:
-      signal.raise_signal(signal.SIGINT)
+      for _ in range(times):
+        signal.raise_signal(signal.SIGINT)
     return compiled(state, frozen, batch)
 
-  monkeypatch.setattr(experiment, "update", update)
-  with caplog.at_level(logging.INFO, "maskgen"), pytest.raises(KeyboardInterrupt):
-    train.train(experiment, workdir)
-  assert f"interrupted; the same command {saved}" in caplog.text
+  before = signal.getsignal(signal.SIGINT)
+  signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background
+  try:
+    with (
+      caplog.at_level(logging.INFO, "maskgen"),
+      monkeypatch.context() as patch,
+      pytest.raises(KeyboardInterrupt),
+    ):
+      patch.setattr(experiment, "update", update)
+      train.train(experiment, workdir)
+  finally:
+    signal.signal(signal.SIGINT, before)
+  assert f"interrupted; the same command {says}" in caplog.text
+  assert train.train(experiment, workdir) == finished[1]
+  tiny.assert_same_bits(newest(experiment, workdir), finished[2])
 
 
 def test_a_run_continues_on_another_mesh_with_other_operational_keys(

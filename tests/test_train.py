@@ -494,7 +494,7 @@ def test_check_trains_nothing_and_writes_nothing(tmp_path, monkeypatch, caplog):
   for stage in tiny.STAGES:
     assert f"{stage}: the step compiles" in caplog.text
     assert re.search(rf"{stage}: .* 6 steps of 8, 0\.\d\d epochs", caplog.text)
-    assert re.search(rf"{stage}: about \S+ hours for 6 steps here, by 2 steps of \S+ s, ", caplog.text)
+    assert re.search(rf"{stage}: about \S+ minutes for 6 steps here, by 2 steps of \S+ s, ", caplog.text)
 
 
 def files_of(folder):

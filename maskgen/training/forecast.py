@@ -30,17 +30,18 @@ def forecast(experiment: Experiment, compiled: Any, batches: Iterator[Any]) -> s
     batches: of the training data, on the devices.
 
   Returns:
-    The hours, or why they were not measured.
+    The time, or why it was not measured.
   """
   reason = _too_large(compiled, experiment.mesh.local_devices[0])
   if processes.any_of(bool(reason)):  # a step takes all of them
-    return f"hours not measured: {reason or 'another process has too little memory'}"
+    return f"time not measured: {reason or 'another process has too little memory'}"
   log.info("timing %d steps, from parameters whose initialization is compiled first", _STEPS)
   seconds = seconds_per_step(experiment, compiled, batches, _STEPS)
   total = experiment.total_steps
+  minutes = total * seconds / 60
+  duration = f"{minutes:.2g} minutes" if minutes < 100 else f"{minutes / 60:.2g} hours"
   return (
-    f"about {total * seconds / 3600:.2g} hours for {total:,} steps here, by {_STEPS} steps of {seconds:.3g} "
-    "s, without evaluations"
+    f"about {duration} for {total:,} steps here, by {_STEPS} steps of {seconds:.3g} s, without evaluations"
   )
 
 

@@ -1,5 +1,6 @@
-"""SIGTERM: a run whose machine is about to be taken away saves and stops."""
+"""A run that is interrupted, or whose machine is about to be taken away, saves and stops."""
 
+import os
 import signal
 import threading
 from typing import Any
@@ -7,19 +8,35 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
+_SAID = b"interrupted: saves and stops at the end of this step or evaluation; once more, it stops at once\n"
+
 
 class Preemption:
-  """Notices that this machine, or another of the run, is about to be taken away: a SIGTERM."""
+  """Notices that this machine, or another of the run, is about to be taken away: a SIGTERM.
+
+  With one process also Ctrl-C, at first; a second one raises KeyboardInterrupt.
+
+  Attributes:
+    interrupted: whether it was Ctrl-C.
+  """
 
   def __init__(self):
+    self.interrupted = False
     self._noticed = False
-    self._before = None
+    self._before: dict[int, Any] = {}
     # With several processes JAX listens, and lets all agree on a step.
     if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
-      self._before = signal.signal(signal.SIGTERM, self._notice)
+      self._before[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._notice)
+      if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # neither ignored nor another's
+        self._before[signal.SIGINT] = signal.signal(signal.SIGINT, self._interrupt)
 
   def _notice(self, *_: Any) -> None:
     self._noticed = True
+
+  def _interrupt(self, *_: Any) -> None:
+    self._noticed = self.interrupted = True
+    signal.signal(signal.SIGINT, self._before[signal.SIGINT])
+    os.write(2, _SAID)  # a logger may be in the middle of a line
 
   def at(self, step: int) -> bool:
     """Whether to save and stop at this step; all processes call this together, and agree."""
@@ -29,5 +46,5 @@ class Preemption:
 
   def close(self) -> None:
     """Listens no more."""
-    if self._before is not None:
-      signal.signal(signal.SIGTERM, self._before)
+    for number, before in self._before.items():
+      signal.signal(number, before)

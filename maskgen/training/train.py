@@ -43,6 +43,7 @@ def train(experiment: Experiment, workdir: epath.Path) -> dict[str, float]:
 
   Raises:
     PreemptedError: after a SIGTERM.
+    KeyboardInterrupt: after a SIGINT; the state is saved, unless a second one arrives before.
     UserError: if a metric is not finite, naming the step and the metric, if memory or disk space is
       exhausted, or if the run starts beyond its last step.
   """
@@ -155,7 +156,7 @@ def loop(experiment: Experiment, workdir: epath.Path, checkpoints: storage.Check
           cpu.release_memory()
         progress.pause(time.monotonic() - began)
       if stop:
-        raise PreemptedError
+        raise KeyboardInterrupt if preemption.interrupted else PreemptedError
       if step == total or best.over:
         if step < total:
           log.info("%s: stops early at step %d: the best %s", workdir.name, step, best)
