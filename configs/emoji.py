@@ -9,9 +9,9 @@ that their captions name, for combinations that were never trained on and, apart
 were.
 
 Hardware: two CPU cores and 3 GB of memory; about 70 minutes beside other work: 22 for the tokenizer (on one
-core), which reaches 28.5 dB, 5 for MAGE, and 44 for the last stage. On two quiet cores `--mode=check` forecasts
-58 minutes without evaluations. Of people and hands in a skin tone that was held out
-for them, 99% show the right base and 91% the right tone. The result comes with maskgen as `emoji`.
+core), which reaches 28.5 dB, 5 for MAGE, and 44 for the last stage. On two quiet cores `--mode=check`
+forecasts 58 minutes without evaluations. Of people and hands in a skin tone that was held out for them, 99%
+show the right base and 91% the right tone. The result comes with maskgen as `emoji`.
 
 Arguments:
   :mage   a trained MAGE, such as runs/emoji/mage: only the last stage is trained
