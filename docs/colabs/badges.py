@@ -8,6 +8,8 @@ import pathlib
 import re
 import sys
 
+import nbformat
+
 FOLDER = pathlib.Path(__file__).parent
 BADGE = "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)]"
 _ADDRESS = re.compile(r"https://github\.com/[\w.-]+/[\w.-]+")
@@ -38,10 +40,10 @@ def add(folder: pathlib.Path, repository: str) -> None:
   Raises:
     ValueError: if `repository` is not the address of one at GitHub, where Colab reads from.
   """
-  import nbformat
-
   if not _ADDRESS.fullmatch(repository):
-    raise ValueError(f"'{repository}' is not https://github.com/OWNER/NAME")
+    raise ValueError(
+      f"'{repository}' is not https://github.com/OWNER/NAME: give the address of the repository"
+    )
   listed = (folder / "README.md").read_text()
   for file in sorted(folder.glob("*.ipynb")):
     notebook = nbformat.read(file, as_version=nbformat.NO_CONVERT)
@@ -58,4 +60,7 @@ def add(folder: pathlib.Path, repository: str) -> None:
 
 
 if __name__ == "__main__":
-  add(FOLDER, *sys.argv[1:])
+  try:
+    add(FOLDER, " ".join(sys.argv[1:]))
+  except ValueError as error:
+    sys.exit(f"error: {error}")
