@@ -62,11 +62,12 @@ class Parser(argparse.ArgumentParser):
     return parsed, rest
 
   def error(self, message: str):
-    flags = [arg.partition("=")[0] for arg in self._given if arg.startswith("--")]
-    unknown = [flag for flag in flags if flag not in self._option_string_actions]
-    for flag in unknown if re.match("unrecognized|the following .* required", message) else ():
-      if close := difflib.get_close_matches(flag, self._option_string_actions, n=1, cutoff=0.8):
-        message += f"; did you mean {close[0]} by {flag}?"
+    flags = {arg.partition("=")[0] for arg in self._given if arg.startswith("--")}
+    left = self._option_string_actions.keys() - flags
+    for flag in sorted(flags) if re.match("unrecognized|the following .* required", message) else ():
+      known = flag in self._option_string_actions or flag.startswith("--config.")
+      if not known and (close := difflib.get_close_matches(flag, left, n=1, cutoff=0.8)):
+        message += f"; did you mean {close[0]} instead of {flag}?"
     raise UserError(f"{message} (see --help)")
 
 

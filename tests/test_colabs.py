@@ -130,8 +130,8 @@ def test_badges_open_the_notebooks_of_a_repository(tmp_path):
   for name in ("README.md", "generate.ipynb", "vilex.ipynb"):
     shutil.copy(FOLDER / name, tmp_path)
   forked = {}
-  for owner in ("someone/my.fork", "owner/maskgen", "someone/my.fork"):
-    badges.add(tmp_path, f"https://github.com/{owner}")
+  for owner, end in (("someone/my.fork", ""), ("owner/maskgen", ".git"), ("someone/my.fork", "/")):
+    badges.add(tmp_path, f"https://github.com/{owner}{end}")
     listed = (tmp_path / "README.md").read_text()
     for name in ("generate", "vilex"):
       cells = nbformat.read(tmp_path / f"{name}.ipynb", as_version=nbformat.NO_CONVERT).cells
@@ -155,7 +155,7 @@ def test_badges_open_the_notebooks_of_a_repository(tmp_path):
 @every_notebook
 def test_links_lead_somewhere(name):
   text = "\n".join(cell.source for cell in read(name).cells if cell.cell_type == "markdown")
-  for link in re.findall(r"\]\((.*?)\)", text):
+  for link in re.findall(r"\]\((?!https://)(.*?)\)", text):
     assert (FOLDER / link).is_file(), link
 
 

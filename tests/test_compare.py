@@ -242,6 +242,12 @@ def test_an_objective_on_latents_has_those_of_the_tokenizer():
   assert objective.encoder.grid == codes.grid
 
 
+def test_pictures_are_compared_in_the_space_that_is_asked_for():
+  space = "features=mobilenet_v2:weights.npz,reference=photos.npz"
+  compared = config_lib.load(f"configs/arena.py:objective=mage,{space},debug").evals.generation
+  assert (compared.features, compared.reference) == ("mobilenet_v2:weights.npz", "photos.npz")
+
+
 def test_models_of_different_tokenizers_are_not_compared(copied):
   out, plan = copied
   shutil.copytree(out / "mae/seed_0", out / "mae/seed_1")

@@ -40,17 +40,19 @@ CASES = (
   (4, "stage(64), stage(64, data=1)", "", "", 1),
   (4, "vit_b(512)", "", "", 4),
   (4, "stage(64), vit_b(32)", "", "", 1),
-  (4, "stage(64)", "", "jax.config.update('jax_num_cpu_devices', 3)", 3),  # as JAX_NUM_CPU_DEVICES does
   (4, "stage(64)", "--xla_force_host_platform_device_count=3", "", 3),
   (4, "stage(64)", "", "jax.devices()", 1),
   (4, "stage(64)", "", "cpu.use_devices(3)", 3),
 )
 
 
-def test_cores_are_devices_where_every_stage_can_use_them():
-  process = tiny.python("-c", CORES, json.dumps([case[:-1] for case in CASES]), env={"XLA_FLAGS": ""})
+@pytest.mark.parametrize(
+  ("env", "cases"), [({}, CASES), ({"JAX_NUM_CPU_DEVICES": "3"}, ((4, "stage(64)", "", "", 3),))]
+)
+def test_cores_are_devices_where_every_stage_can_use_them(env, cases):
+  process = tiny.python("-c", CORES, json.dumps([case[:-1] for case in cases]), env={"XLA_FLAGS": ""} | env)
   out, err = process.communicate()
-  assert out.splitlines() == [f"{devices} 1" for *_, devices in CASES], err
+  assert out.splitlines() == [f"{devices} 1" for *_, devices in cases], err
 
 
 PAGES = """

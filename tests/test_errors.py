@@ -591,7 +591,10 @@ def test_methods_that_a_model_does_not_have(method, arguments, tokenizer):
     (["--out=grid.png", "--count=0"], r"--count=0: give at least 1"),
     (["--out=grid.png", "--count=x"], r"--count: invalid int value: 'x'"),
     (["--out=grid.png", "--steps=0"], r"at least 1"),
-    (["--out=grid.png", "--cont=1"], r"unrecognized arguments: --cont=1; did you mean --count by --cont\?"),
+    (
+      ["--out=grid.png", "--cont=1"],
+      r"arguments: --cont=1; did you mean --count instead of --cont\?",
+    ),
     (["--out=grid.png", "--coun=1"], r"unrecognized arguments: --coun=1"),
     ([], r"give --out=FILE\.png for one picture, or --out_dir=DIR"),
   ],

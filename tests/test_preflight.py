@@ -1,9 +1,11 @@
 """The preflight's report must match the compiled step."""
 
+import contextlib
 import importlib.metadata
 import importlib.util
 import json
 import math
+import re
 import types
 
 import jax
@@ -225,13 +227,22 @@ def test_tpus_need_their_compiler(monkeypatch):
     topology.devices("v5e:2x2")
 
 
-def test_tpus_need_the_compiler_of_this_jax(monkeypatch):
-  monkeypatch.setattr(importlib.util, "find_spec", lambda name: True)
-  requirement = "libtpu==0.0.42.*; extra == 'tpu'"
-  monkeypatch.setattr(importlib.metadata, "requires", lambda name: ["numpy", requirement])
-  monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.0.420")
-  with pytest.raises(UserError, match=r"libtpu 0\.0\.420 is installed, but JAX .* needs 0\.0\.42\.\*"):
-    topology.devices("v5e:2x2")
+@pytest.mark.parametrize(
+  ("needed", "found", "fits"),
+  [
+    ("libtpu==0.0.42.*; extra == 'tpu'", "0.0.42", True),
+    ("libtpu==0.0.42.*; extra == 'tpu'", "0.0.42.1", True),
+    ("libtpu==0.0.42.*; extra == 'tpu'", "0.0.420", False),
+    ("libtpu==0.0.42", "0.0.420", False),
+    ("libtpu>=0.0.42", "0.0.50", True),
+  ],
+)
+def test_tpus_need_the_compiler_of_this_jax(needed, found, fits, monkeypatch):
+  monkeypatch.setattr(importlib.metadata, "requires", lambda name: ["numpy", needed])
+  monkeypatch.setattr(importlib.metadata, "version", lambda name: found)
+  message = rf"libtpu {re.escape(found)} is installed, but JAX \S+ needs 0\.0\.42: install it with pip"
+  with contextlib.nullcontext() if fits else pytest.raises(UserError, match=message):
+    topology.check_libtpu()
 
 
 @pytest.mark.parametrize(

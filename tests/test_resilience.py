@@ -13,6 +13,7 @@ import socket
 import sys
 import threading
 import time
+from unittest import mock
 
 import jax
 import numpy as np
@@ -26,7 +27,7 @@ import maskgen
 from maskgen import cli, main, storage, tree
 from maskgen.config import Checkpointing
 from maskgen.errors import TransientError, UserError
-from maskgen.training import lock, metrics, train
+from maskgen.training import lock, metrics, preemption, train
 from maskgen.training.experiment import Experiment
 from maskgen.training.workdir import only_run_in
 
@@ -82,16 +83,20 @@ def test_a_preempted_run_saves_stops_and_continues(at, experiment, finished, tmp
   assert evaluated == [4, 8, 9]
 
 
+@pytest.fixture
+def attended():
+  """SIGINT as in a terminal: in the background it is ignored."""
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
+  yield
+  assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+  signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize(
-  ("times", "at", "says"),
-  [
-    (1, 7, "continues from step 7"),
-    (2, 7, "continues from step 4"),
-    (2, 2, "starts over, as nothing"),
-  ],
+  ("times", "at", "saved"), [(1, 7, 7), (2, 7, 4), (2, 2, None)], ids=["once", "twice", "too early"]
 )
 def test_an_interrupted_run_saves_unless_it_is_interrupted_again(
-  times, at, says, experiment, finished, tmp_path, monkeypatch, caplog
+  times, at, saved, experiment, finished, tmp_path, monkeypatch, caplog, capfd, attended
 ):
   workdir, compiled = new_workdir(tmp_path, experiment), experiment.update
 
@@ -101,21 +106,58 @@ def test_an_interrupted_run_saves_unless_it_is_interrupted_again(
         signal.raise_signal(signal.SIGINT)
     return compiled(state, frozen, batch)
 
-  before = signal.getsignal(signal.SIGINT)
-  signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background
-  try:
-    with (
-      caplog.at_level(logging.INFO, "maskgen"),
-      monkeypatch.context() as patch,
-      pytest.raises(KeyboardInterrupt),
-    ):
-      patch.setattr(experiment, "update", update)
-      train.train(experiment, workdir)
-  finally:
-    signal.signal(signal.SIGINT, before)
+  with (
+    caplog.at_level(logging.INFO, "maskgen"),
+    monkeypatch.context() as patch,
+    pytest.raises(KeyboardInterrupt),
+  ):
+    patch.setattr(experiment, "update", update)
+    train.train(experiment, workdir)
+  assert capfd.readouterr().err.count("interrupted: saves and stops") == 1
+  says = "starts over, as nothing was saved yet" if saved is None else f"continues from step {saved}"
   assert f"interrupted; the same command {says}" in caplog.text
+  assert storage.Checkpoints(workdir, Checkpointing()).latest() == saved
   assert train.train(experiment, workdir) == finished[1]
   tiny.assert_same_bits(newest(experiment, workdir), finished[2])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_the_last_evaluation_counts(
+  number, experiment, finished, tmp_path, monkeypatch, attended
+):
+  workdir, evaluate = new_workdir(tmp_path, experiment), train.evaluate
+
+  def signalled(experiment, variables, step, best):
+    if step == 9:
+      signal.raise_signal(number)
+    return evaluate(experiment, variables, step, best)
+
+  with (
+    monkeypatch.context() as patch,
+    pytest.raises(KeyboardInterrupt if number == signal.SIGINT else train.PreemptedError),
+  ):
+    patch.setattr(train, "evaluate", signalled)
+    train.train(experiment, workdir)
+  assert train.train(experiment, workdir) == finished[1]
+  evaluated = [line["step"] for line in metrics.read(workdir) if "validation/loss" in line]
+  assert evaluated == [4, 8, 9]
+
+
+def test_an_interrupt_is_kept_if_nobody_reads_of_it(monkeypatch, attended):
+  monkeypatch.setattr(os, "write", mock.Mock(side_effect=BrokenPipeError))
+  listening = preemption.Preemption()
+  signal.raise_signal(signal.SIGINT)
+  assert listening.noticed and listening.interrupted
+  listening.close()
+
+
+def test_an_ignored_interrupt_stays_ignored(attended):
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
+  listening = preemption.Preemption()
+  signal.raise_signal(signal.SIGINT)
+  listening.close()
+  assert not listening.noticed
+  signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def test_a_run_continues_on_another_mesh_with_other_operational_keys(

@@ -178,7 +178,7 @@ WITHOUT = {
   "mask_align": ("encoder_norm/scale", "encoder_norm/bias"),
 }
 # One of each kind of network: the others are made of the same blocks, and one mesh is enough for them.
-NETWORKS = ("classify", "diffusion", "mage", "tokenizer")
+NETWORKS = ("classify", "contrastive", "diffusion", "mage", "tokenizer", "vilex")
 MESHES = ((2, 4, 1), (2, 2, 2))  # test_meshes.py: data parallelism alone
 BATCH = 8
 every_objective = pytest.mark.parametrize("name", sorted(TINY))

@@ -422,7 +422,7 @@ def test_there_is_a_config_of_each_objective():
 @pytest.mark.parametrize("name", [*ONE_OF_EACH, "mage_large"])
 def test_how_a_step_is_run_changes_no_model_flops(name):
   large = name == "mage_large"
-  config = last_stage(f"configs/{name}.py{'' if large else ':debug'}")
+  config = last_stage(f"{CONFIGS[0].parent / name}.py{'' if large else ':debug'}")
   if large:
     config["objective"] |= dict(depth=2, decoder_depth=1)
   config["batch_size"] = 16

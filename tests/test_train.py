@@ -1,6 +1,5 @@
 """The loop: a run that is killed anywhere ends like an uninterrupted one; the content of workdirs."""
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -571,8 +570,11 @@ def test_every_config_runs_with_debug(file, tmp_path, stages):
   main.main([f"--config={file}:debug", f"--workdir={root}"])
   for place, workdir in kept.items():
     shutil.copytree(workdir, copy := place.with_suffix(f".{os.getpid()}"))
-    with contextlib.suppress(OSError):  # another worker has been faster
+    try:
       copy.rename(place)
+    except OSError:  # another worker has been faster
+      assert place.exists()
+      shutil.rmtree(copy)
   results = json.loads((root / "results.json").read_text())
   flat = results if "run" not in results else {k: v for s in results.values() for k, v in s.items()}
   assert flat and all(np.isfinite(v) for v in flat.values() if isinstance(v, float))

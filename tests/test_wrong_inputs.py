@@ -26,7 +26,7 @@ WRONG = {
   "main": [
     ("", r"required: --config, --workdir"),
     (f"{TINY}", r"required: --workdir"),
-    (f"{TINY} --workdirr=new", r"required: --workdir; did you mean --workdir by --workdirr\?"),
+    (f"{TINY} --workdirr=new", r"required: --workdir; did you mean --workdir instead of --workdirr\?"),
     ("--workdir=new", r"required: --config"),
     (f"{TINY} --workdir", r"--workdir: expected one argument"),
     (f"{NEW} --process_count=two", r"--process_count: invalid int value: 'two'"),

@@ -40,6 +40,7 @@ def add(folder: pathlib.Path, repository: str) -> None:
   Raises:
     ValueError: if `repository` is not the address of one at GitHub, where Colab reads from.
   """
+  repository = repository.removesuffix("/").removesuffix(".git")
   if not _ADDRESS.fullmatch(repository):
     raise ValueError(
       f"'{repository}' is not https://github.com/OWNER/NAME: give the address of the repository"

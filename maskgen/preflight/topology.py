@@ -55,7 +55,7 @@ def devices(topology: str, slices: int = 1) -> Sequence[jax.Device]:
     raise UserError(
       f"--topology={topology}: compiling for TPUs needs libtpu, install it with: pip install 'maskgen[tpu]'"
     )
-  _check_libtpu()
+  check_libtpu()
   for name, value in _NO_TPU_HERE.items():
     os.environ.setdefault(name, value)
   try:
@@ -68,18 +68,18 @@ def devices(topology: str, slices: int = 1) -> Sequence[jax.Device]:
   return found.devices
 
 
-def _check_libtpu() -> None:
+def check_libtpu() -> None:
   """Raises UserError for another version than JAX's own, whose programs JAX may compile but not read."""
   requirements = importlib.metadata.requires("jax") or ()
   needed = next((text for text in requirements if text.startswith("libtpu==")), "")
-  version = needed.partition(";")[0].strip().removeprefix("libtpu==").removesuffix("*")
+  version = needed.partition(";")[0].strip().removeprefix("libtpu==").removesuffix(".*")
   try:
     found = importlib.metadata.version("libtpu")
   except importlib.metadata.PackageNotFoundError:  # built from source
     return
-  if not f"{found}.".startswith(version):
+  if version and not f"{found}.".startswith(f"{version}."):
     raise UserError(
-      f"libtpu {found} is installed, but JAX {jax.__version__} needs {version}*: install it with "
+      f"libtpu {found} is installed, but JAX {jax.__version__} needs {version}: install it with "
       f"pip install 'jax[tpu]=={jax.__version__}'"
     )
 

@@ -39,7 +39,7 @@ def forecast(experiment: Experiment, compiled: Any, batches: Iterator[Any]) -> s
   seconds = seconds_per_step(experiment, compiled, batches, _STEPS)
   total = experiment.total_steps
   minutes = total * seconds / 60
-  duration = f"{minutes:.2g} minutes" if minutes < 100 else f"{minutes / 60:.2g} hours"
+  duration = f"{minutes:.2g} minutes" if minutes < 99 else f"{minutes / 60:,.1f} hours"
   return (
     f"about {duration} for {total:,} steps here, by {_STEPS} steps of {seconds:.3g} s, without evaluations"
   )

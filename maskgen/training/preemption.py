@@ -1,5 +1,6 @@
 """A run that is interrupted, or whose machine is about to be taken away, saves and stops."""
 
+import contextlib
 import os
 import signal
 import threading
@@ -17,34 +18,40 @@ class Preemption:
   With one process also Ctrl-C, at first; a second one raises KeyboardInterrupt.
 
   Attributes:
+    noticed: whether a signal came to this process; with several, JAX has it.
     interrupted: whether it was Ctrl-C.
   """
 
   def __init__(self):
-    self.interrupted = False
-    self._noticed = False
+    self.noticed = self.interrupted = False
     self._before: dict[int, Any] = {}
     # With several processes JAX listens, and lets all agree on a step.
     if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
-      self._before[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._notice)
+      self._listen(signal.SIGTERM, self._notice)
       if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # neither ignored nor another's
-        self._before[signal.SIGINT] = signal.signal(signal.SIGINT, self._interrupt)
+        self._listen(signal.SIGINT, self._interrupt)
+
+  def _listen(self, number: int, handler: Any) -> None:
+    self._before[number] = signal.getsignal(number)
+    signal.signal(number, handler)
 
   def _notice(self, *_: Any) -> None:
-    self._noticed = True
+    self.noticed = True
 
   def _interrupt(self, *_: Any) -> None:
-    self._noticed = self.interrupted = True
-    signal.signal(signal.SIGINT, self._before[signal.SIGINT])
-    os.write(2, _SAID)  # a logger may be in the middle of a line
+    self.noticed = self.interrupted = True
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    with contextlib.suppress(OSError):  # the reader of a pipe is interrupted, too
+      os.write(2, _SAID)  # a logger may be in the middle of a line
 
   def at(self, step: int) -> bool:
     """Whether to save and stop at this step; all processes call this together, and agree."""
     if jax.process_count() > 1:
       return multihost_utils.reached_preemption_sync_point(step)
-    return self._noticed
+    return self.noticed
 
   def close(self) -> None:
     """Listens no more."""
     for number, before in self._before.items():
-      signal.signal(number, before)
+      if before is not None:  # not installed by Python
+        signal.signal(number, before)

@@ -43,7 +43,7 @@ def train(experiment: Experiment, workdir: epath.Path) -> dict[str, float]:
 
   Raises:
     PreemptedError: after a SIGTERM.
-    KeyboardInterrupt: after a SIGINT; the state is saved, unless a second one arrives before.
+    KeyboardInterrupt: after a SIGINT; the state is saved if there is one process and no second SIGINT.
     UserError: if a metric is not finite, naming the step and the metric, if memory or disk space is
       exhausted, or if the run starts beyond its last step.
   """
@@ -53,17 +53,18 @@ def train(experiment: Experiment, workdir: epath.Path) -> dict[str, float]:
       storage_errors(workdir),
       closing(storage.Checkpoints(workdir, experiment.config.checkpoint)) as checkpoints,
     ):
-      try:
-        variables, step = loop(experiment, workdir, checkpoints)
-      except KeyboardInterrupt:
-        saved = checkpoints.latest()
-        goes_on = "starts over, as nothing was saved yet" if saved is None else f"continues from step {saved}"
-        log.info("%s: interrupted; the same command %s", workdir.name, goes_on)
-        raise
+      variables, step = loop(experiment, workdir, checkpoints)
       results = final_results(workdir, list(experiment.evaluators))
       model = {"path": ".", "step": step, "averages": sorted(experiment.config.ema)}
       receipts.write(workdir, receipt.of_run(experiment, variables, model, results))
       return results
+  except KeyboardInterrupt:
+    if jax.process_count() == 1:  # pending saves are complete
+      with closing(storage.Checkpoints(workdir, experiment.config.checkpoint)) as checkpoints:
+        saved = checkpoints.latest()
+      goes_on = "starts over, as nothing was saved yet" if saved is None else f"continues from step {saved}"
+      log.info("%s: interrupted; the same command %s", workdir.name, goes_on)
+    raise
   except metrics_lib.NotFiniteError as error:
     records = {"step": error.step, "records": experiment.data.describe(gather(error.records))}
     if jax.process_index() == 0:
@@ -127,7 +128,7 @@ def loop(experiment: Experiment, workdir: epath.Path, checkpoints: storage.Check
   with closing(writer), closing(progress), closing(preemption), closing(batches):
     while True:
       stop = preemption.at(step)
-      restored = own and step == first
+      restored, due = own and step == first, False
       if step > 0:
         window.check()
         began = time.monotonic()
@@ -155,7 +156,8 @@ def loop(experiment: Experiment, workdir: epath.Path, checkpoints: storage.Check
         if due:
           cpu.release_memory()
         progress.pause(time.monotonic() - began)
-      if stop:
+      # A signal that came during the evaluation of a saved state needs no further step.
+      if stop or (preemption.noticed and (due or restored)):
         raise KeyboardInterrupt if preemption.interrupted else PreemptedError
       if step == total or best.over:
         if step < total:
