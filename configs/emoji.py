@@ -16,7 +16,7 @@ show the right base and 91% the right tone. The result comes with maskgen as `em
 Arguments:
   :mage   a trained MAGE, such as runs/emoji/mage: only the last stage is trained
   :seed   the seed of everything
-  :tiny   ten minutes, to try everything
+  :tiny   about 15 CPU minutes, to try everything
   :debug  2 steps of each stage, tiny networks
 """
 

@@ -15,7 +15,7 @@ as `emoji-vilex`.
 Arguments:
   :decoder  a trained text-to-image model, such as runs/vilex_emoji/decoder: only the encoder is trained
   :seed     the seed of everything
-  :tiny     18 minutes of one core, to try everything: pictures have the shapes of emoji, few are right
+  :tiny     18 minutes of one core, to try everything: rough shapes of emoji, few of them right
   :debug    2 steps of tiny networks
 """
 

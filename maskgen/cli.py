@@ -62,13 +62,20 @@ class Parser(argparse.ArgumentParser):
     return parsed, rest
 
   def error(self, message: str):
-    flags = {arg.partition("=")[0] for arg in self._given if arg.startswith("--")}
-    left = self._option_string_actions.keys() - flags
-    for flag in sorted(flags) if re.match("unrecognized|the following .* required", message) else ():
-      known = flag in self._option_string_actions or flag.startswith("--config.")
-      if not known and (close := difflib.get_close_matches(flag, left, n=1, cutoff=0.8)):
-        message += f"; did you mean {close[0]} instead of {flag}?"
+    if re.match("unrecognized|the following .* required", message):
+      message += self._suggestions()
     raise UserError(f"{message} (see --help)")
+
+  def _suggestions(self) -> str:
+    """The end of a message, with the nearest flag that is not given for each one that does not exist."""
+    known = self._option_string_actions.keys()
+    given = {arg.partition("=")[0] for arg in self._given if arg.startswith("--")}
+    text = ""
+    for flag in sorted(given - known):
+      close = difflib.get_close_matches(flag, known - given, n=1, cutoff=0.8)
+      if close and not flag.startswith("--config."):
+        text += f"; did you mean {close[0]} instead of {flag}?"
+    return text
 
 
 def _at_home(value: Any) -> Any:

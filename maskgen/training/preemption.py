@@ -9,16 +9,16 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-_SAID = b"interrupted: saves and stops at the end of this step or evaluation; once more, it stops at once\n"
+_SAID = b"interrupted: saves and stops after this step or evaluation; interrupt again to stop at once\n"
 
 
 class Preemption:
   """Notices that this machine, or another of the run, is about to be taken away: a SIGTERM.
 
-  With one process also Ctrl-C, at first; a second one raises KeyboardInterrupt.
+  With one process it also notices a first Ctrl-C; a second one raises KeyboardInterrupt.
 
   Attributes:
-    noticed: whether a signal came to this process; with several, JAX has it.
+    noticed: whether there was a signal; with several processes, JAX receives it instead.
     interrupted: whether it was Ctrl-C.
   """
 

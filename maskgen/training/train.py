@@ -128,7 +128,8 @@ def loop(experiment: Experiment, workdir: epath.Path, checkpoints: storage.Check
   with closing(writer), closing(progress), closing(preemption), closing(batches):
     while True:
       stop = preemption.at(step)
-      restored, due = own and step == first, False
+      restored = own and step == first
+      due = False
       if step > 0:
         window.check()
         began = time.monotonic()
